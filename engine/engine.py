@@ -1,0 +1,329 @@
+"""Engine: the loop plan -> run -> commit -> publish, and the ways to drive it.
+
+It owns a request from `add_request` to its output. What runs next is the scheduler's business, how it is computed
+the runner's; here is what remains: checking input, text, timestamps and handing results out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from tqdm import tqdm
+
+from engine.config import EngineConfig
+from engine.errors import InputError
+from engine.metrics import EngineMetrics
+from engine.models import LoadedModel, kv_bytes_per_token, load
+from engine.pages import RowPool
+from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk
+from engine.runner.padded import PaddedRunner
+from engine.sampler import Choice
+from engine.scheduler import Scheduler
+from engine.text import TextStream
+from engine.workload import WorkItem
+
+Prompt = str | Sequence[int]
+OnChunk = Callable[[StreamChunk], object]
+
+
+class Engine:
+    """Generates from a causal LM with batched requests.
+
+    Args:
+        loaded: a model and its tokenizer, from `engine.load`; engines that take turns may share one.
+        config: how to batch. Its device and dtype become those of the loaded model.
+
+    Raises:
+        InputError: for a model that cannot be batched, or memory for keys and values that holds no token.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        model = self.model = loaded.model
+        self.tokenizer, self.spec = loaded.tokenizer, loaded.spec
+        self.config = replace(config, device=str(model.device), dtype=str(model.dtype).removeprefix("torch."))
+        text_config = model.config.get_text_config(decoder=True)
+        self.vocab_size = int(text_config.vocab_size)
+        self.max_positions = int(getattr(text_config, "max_position_embeddings", None) or sys.maxsize)
+        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self.runner = PaddedRunner(model, config.max_step_tokens)
+        token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
+        memory = config.kv_memory if isinstance(config.kv_memory, int) else int(config.kv_memory * _free(model.device))
+        if memory < token_bytes:
+            raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")
+        self.scheduler = Scheduler(config.policy, config.max_batch_size, RowPool(memory // token_bytes))
+        self.metrics = EngineMetrics()
+        self._requests: dict[str, Request] = {}
+        self._ids = itertools.count()
+        self._seeds = np.random.default_rng(config.seed)
+
+    @classmethod
+    def from_pretrained(cls, spec: str, config: EngineConfig | None = None, *, progress: bool = True) -> Engine:
+        """Load the model that `spec` names (hub id, folder, .gguf file, `smollm2`, `random:NAME`) and build on it.
+
+        Raises:
+            InputError: for an unknown or broken model, or a device that is not there.
+        """
+        config = config or EngineConfig()
+        device, dtype = resolve(config)
+        return cls(load(spec, device=device, dtype=dtype, seed=config.seed, progress=progress), config)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs, so that `step` would do something."""
+        return self.scheduler.has_work
+
+    def encode(self, prompt: Prompt, *, name: str = "prompt") -> list[int]:
+        """A prompt's token ids, checked; `name` is what errors call it."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError(f"{name} is text, but {self.spec} has no tokenizer: give token ids")
+            prompt = self.tokenizer(prompt).input_ids if prompt else []
+        if not isinstance(prompt, Sequence | np.ndarray) or not all(isinstance(t, int | np.integer) for t in prompt):
+            raise InputError(f"{name}={prompt!r} must be text or a list of token ids")
+        ids = [int(token) for token in prompt]
+        if not ids:
+            raise InputError(f"{name} is empty: give at least one token")
+        self._check_vocabulary(name, ids)
+        return ids
+
+    def chat(self, message: str) -> list[int]:
+        """Token ids of a user's message in the model's chat template, up to where its answer begins."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise InputError(f"{self.spec} has no chat template: give the message as a plain prompt")
+        turns = [{"role": "user", "content": message}]
+        return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        arrival: float | None = None,
+        on_chunk: OnChunk | None = None,
+    ) -> Request:
+        """Queue a request. `step` then works on it, and sets its `result` when it ends.
+
+        Args:
+            prompt: text or token ids.
+            params: how to draw tokens and when to stop; greedy by default.
+            request_id: a name of the caller's, unlike that of any unfinished request; made up if None.
+            arrival: when it was due (`time.perf_counter` seconds); now if None.
+            on_chunk: called with each chunk, text included. Without it, text is decoded once, at the end.
+
+        Raises:
+            InputError: before any work, for whatever cannot be served, naming the field and the bound.
+        """
+        request = self._make("prompt", prompt, params, request_id, on_chunk)
+        request.arrival = time.perf_counter() if arrival is None else arrival
+        self._queue(request)
+        return request
+
+    def step(self) -> list[StreamChunk]:
+        """Compute one step; gives what it added to each request.
+
+        Raises:
+            Exception: what the model raises. The step's requests then have ended with reason "error" (on Ctrl-C,
+                "abort"), the others are as they were, and the engine can go on.
+        """
+        started = time.perf_counter()
+        step = self.scheduler.plan(started)
+        if not step:
+            return []
+        try:
+            result = self.runner.run(step)
+        except BaseException as error:
+            reason = FinishReason.ERROR if isinstance(error, Exception) else FinishReason.ABORT
+            for request, _ in step:
+                request.finish(reason, error=repr(error))
+                self._close(request)
+            raise
+        self.scheduler.commit(step, [choice.token for choice in result.choices], time.perf_counter())
+        pairs = zip(step, result.choices, strict=True)
+        chunks = [self._publish(request, choice) for (request, _), choice in pairs if request.result is None]
+        self.metrics.count_step(len(step), result, time.perf_counter() - started)
+        return chunks
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for every prompt; outputs come in the order of the prompts.
+
+        Args:
+            prompts: texts or lists of token ids (a single text is a list of one).
+            params: one for all, or one for each; greedy by default.
+            progress: show a bar on standard error if it takes longer than two seconds.
+
+        Returns:
+            An output a prompt. A request that failed alone says so in its `finish_reason` and `error`. Ctrl-C ends
+            the call early: unfinished requests have reason "abort" and the tokens they got.
+
+        Raises:
+            InputError: before any work, if any prompt or its parameters cannot be served; it says which.
+        """
+        each: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        many = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(each)
+        if len(many) != len(each):
+            raise InputError(f"params has {len(many)} entries for {len(each)} prompts: give one, or one for each")
+        return self.replay(list(map(WorkItem, each, many)), progress=progress)
+
+    def replay(self, items: Sequence[WorkItem], *, progress: bool = True) -> list[RequestOutput]:
+        """As `generate`, for requests that are each due at a time of their own, `arrival_s` after now."""
+        requests = [self._make(f"prompts[{i}]", item.prompt, item.params) for i, item in enumerate(items)]
+        if not requests:
+            raise InputError("prompts is empty: give at least one")
+        start = time.perf_counter()
+        for request, item in zip(requests, items, strict=True):
+            request.arrival = start + item.arrival_s
+        pending = deque(sorted(requests, key=lambda request: request.arrival))
+        with tqdm(total=len(requests), unit="req", desc="generate", delay=2.0, disable=not progress) as bar:
+            try:
+                while any(request.result is None for request in requests):
+                    while pending and pending[0].arrival <= time.perf_counter():
+                        self._queue(pending.popleft())
+                    if not self.has_work:
+                        time.sleep(max(0.0, pending[0].arrival - time.perf_counter()))
+                    bar.update(sum(chunk.output is not None for chunk in self.step()))
+            except KeyboardInterrupt:
+                bar.write("interrupted: unfinished requests end with reason 'abort'", file=sys.stderr)
+                for request in requests:
+                    self._abort(request)
+        return [request.result for request in requests if request.result is not None]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+        """Generate for one prompt and give its chunks as they come; leaving the loop early aborts the request.
+
+        Several streams may be read in turn: whichever is read steps the engine for all.
+
+        Raises:
+            InputError: at the call, not at the first chunk.
+        """
+        chunks: deque[StreamChunk] = deque()
+        return self._drain(self.add_request(prompt, params, on_chunk=chunks.append), chunks)
+
+    def _drain(self, request: Request, chunks: deque[StreamChunk]) -> Iterator[StreamChunk]:
+        try:
+            while request.result is None or chunks:
+                while chunks:
+                    yield chunks.popleft()
+                if request.result is None:
+                    self.step()
+        finally:
+            self._abort(request)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request in any state and give what it has; None if no unfinished request has this id."""
+        request = self._requests.get(request_id)
+        return self._abort(request) if request is not None else None
+
+    def _abort(self, request: Request) -> RequestOutput | None:
+        if request.result is None:
+            request.finish(FinishReason.ABORT)
+            self._close(request)
+        return request.result
+
+    def _make(
+        self,
+        name: str,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        on_chunk: OnChunk | None = None,
+    ) -> Request:
+        """A request that has passed every check; `name` is what errors call its prompt."""
+        params = params or SamplingParams()
+        tokens = self.encode(prompt, name=name)
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        if request_id in self._requests:
+            raise InputError(f"request_id={request_id!r} is that of an unfinished request: choose another")
+        request = Request(request_id, len(tokens), params, tokens, stop_ids, seed, on_chunk=on_chunk)
+        if request.max_len > self.max_positions:
+            raise InputError(
+                f"{name} of {len(tokens)} tokens with max_new_tokens={params.max_new_tokens} needs {request.max_len} "
+                f"positions; {self.spec} has {self.max_positions}: shorten one of the two"
+            )
+        if params.stop and self.tokenizer is None:
+            raise InputError(f"stop={params.stop!r} needs text, but {self.spec} has no tokenizer: use stop_token_ids")
+        self._check_vocabulary("stop_token_ids", params.stop_token_ids)
+        self.scheduler.memory.check(request)
+        if self.tokenizer is not None and (on_chunk is not None or params.stop):
+            request.text = TextStream(self.tokenizer, params.stop)
+        return request
+
+    def _check_vocabulary(self, name: str, ids: Sequence[int]) -> None:
+        bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if bad is not None:
+            raise InputError(f"{name} has token id {bad}; the ids of {self.spec} are 0 to {self.vocab_size - 1}")
+
+    def _queue(self, request: Request) -> None:
+        self._requests[request.id] = request
+        self.scheduler.add(request)
+
+    def _publish(self, request: Request, choice: Choice) -> StreamChunk:
+        """Turn what a step gave a request into its chunk; whatever fails in here fails this request alone."""
+        ids, text = () if choice.token is None else (choice.token,), ""
+        if choice.error is not None:
+            request.finish(FinishReason.ERROR, error=choice.error)
+        try:
+            if choice.logprob is not None:
+                request.logprobs.append(choice.logprob)
+            if request.text is not None and ids and not isinstance(request.stop_reason, int):
+                text = request.text.push(*ids, look=request.output_len >= request.params.min_new_tokens)
+                if request.text.stopped is not None:
+                    request.finish(FinishReason.STOP, request.text.stopped)
+            chunk = StreamChunk(request.id, ids, text)
+            if request.on_chunk is not None and request.finish_reason is None:
+                request.on_chunk(chunk)
+        except Exception as failure:
+            request.finish(FinishReason.ERROR, error=repr(failure))
+        return chunk if request.finish_reason is None else self._close(request, ids, text)
+
+    def _close(self, request: Request, ids: tuple[int, ...] = (), text: str = "") -> StreamChunk:
+        """Let a request go that has a finish reason: free its place, record its metrics, hand out its output."""
+        self.scheduler.release(request)
+        self._requests.pop(request.id, None)
+        whole = None
+        if request.text is not None:
+            text += request.text.flush()
+            whole = request.text.text
+        elif self.tokenizer is not None:
+            shown = request.output_ids[:-1] if isinstance(request.stop_reason, int) else request.output_ids
+            whole = str(self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        output = request.close(whole, time.perf_counter())
+        chunk = StreamChunk(request.id, ids, text, output)
+        self.metrics.records.append(output.metrics)
+        if request.on_chunk is not None:
+            request.on_chunk(chunk)
+        return chunk
+
+
+def resolve(config: EngineConfig) -> tuple[str, str]:
+    """The device and dtype that a config means on this machine."""
+    device, dtype = config.device, config.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    return device, dtype
+
+
+def _free(device: torch.device) -> int:
+    """Bytes free on the device now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

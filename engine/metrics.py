@@ -1,0 +1,145 @@
+"""What happened and when: a record a request, exact counters, and their summaries as pandas frames.
+
+Times come from `time.perf_counter`, read when a token is on the host. A leaf: it knows no model and no scheduler.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from engine.runner import StepResult
+
+LATENCIES = ["queue_ms", "ttft_ms", "prefill_ms", "decode_ms", "latency_ms", "tpot_ms", "itl_ms"]
+KEPT_RECORDS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """One request's timeline, in milliseconds; None where an event never happened (aborted, or a single token).
+
+    queue_ms: due to first scheduled. ttft_ms: due to first token. prefill_ms: scheduled to first token. decode_ms:
+    first token to finished. latency_ms: due to finished. tpot_ms: decode_ms / (output_tokens - 1). itl_ms: every gap
+    between successive tokens. `arrival_s` and `finished_s` are `time.perf_counter` seconds.
+    """
+
+    request_id: str
+    finish_reason: str
+    prompt_tokens: int
+    output_tokens: int
+    prompt_tokens_cached: int
+    preemptions: int
+    arrival_s: float
+    finished_s: float
+    queue_ms: float | None
+    ttft_ms: float | None
+    prefill_ms: float | None
+    decode_ms: float | None
+    latency_ms: float
+    tpot_ms: float | None
+    itl_ms: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Exact, noise-free counts of work; `batch_sizes` counts steps by how many requests they advanced."""
+
+    steps: int = 0
+    forward_passes: int = 0
+    tokens_computed: int = 0
+    padded_tokens: int = 0
+    prompt_tokens_cached: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    kv_bytes_peak: int = 0
+    batch_sizes: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def padding_ratio(self) -> float:
+        """Share of all computed positions that were padding."""
+        return self.padded_tokens / max(1, self.tokens_computed + self.padded_tokens)
+
+
+class EngineMetrics:
+    """Everything measured by one engine; of requests, the last 100,000 that ended.
+
+    `step_s` is wall time inside `Engine.step`; `model_s` is the part of it from handing tensors to the model to
+    holding sampled tokens on the host. The rest is the engine's own host work.
+    """
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self.records: deque[RequestMetrics] = deque(maxlen=KEPT_RECORDS)
+        self.step_s = 0.0
+        self.model_s = 0.0
+
+    def count_step(self, requests: int, result: StepResult, step_s: float) -> None:
+        """Add a step of `requests` requests that took `step_s` seconds in all."""
+        counters = self.counters
+        counters.steps += 1
+        counters.forward_passes += result.forward_passes
+        counters.tokens_computed += result.tokens_computed
+        counters.padded_tokens += result.padded_tokens
+        counters.output_tokens += sum(choice.token is not None for choice in result.choices)
+        counters.kv_bytes_peak = max(counters.kv_bytes_peak, result.kv_bytes)
+        counters.batch_sizes[requests] += 1
+        self.model_s += result.model_s
+        self.step_s += step_s
+
+    @property
+    def wall_s(self) -> float:
+        """From the first arrival to the last finish, seconds."""
+        return max((r.finished_s for r in self.records), default=0) - min(
+            (r.arrival_s for r in self.records), default=0
+        )
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens delivered per second of `wall_s`; padding and whatever follows a stop never count."""
+        return sum(r.output_tokens for r in self.records) / self.wall_s if self.records else 0.0
+
+    @property
+    def host_pct(self) -> float:
+        """The engine's own host work, as a percentage of the time spent in steps."""
+        return 100.0 * (1.0 - self.model_s / self.step_s) if self.step_s else 0.0
+
+    def goodput(self, ttft_ms: float, tpot_ms: float) -> float:
+        """Requests per second that ended by themselves within both limits."""
+        ended = (r for r in self.records if r.finish_reason in ("stop", "length") and r.ttft_ms is not None)
+        good = sum((r.ttft_ms or 0.0) <= ttft_ms and (r.tpot_ms or 0.0) <= tpot_ms for r in ended)
+        return good / self.wall_s if good else 0.0
+
+    def frame(self) -> pd.DataFrame:
+        """One row a request, in the order they ended; columns are the fields of RequestMetrics."""
+        import pandas as pd
+
+        frame = pd.DataFrame([asdict(r) for r in self.records], columns=[f.name for f in fields(RequestMetrics)])
+        return frame.astype(dict.fromkeys(LATENCIES[:-1], float))
+
+    def summary(self) -> pd.DataFrame:
+        """Statistics (rows count, mean, std, min, 50%, 95%, 99%, max) of each latency (columns), milliseconds.
+
+        Percentiles are numpy's default (linear); itl_ms is over every gap of every request.
+        """
+        frame = self.frame()
+        columns = {name: frame[name].explode().astype(float).dropna() for name in LATENCIES}
+        return type(frame)({name: c.describe(percentiles=[0.5, 0.95, 0.99]) for name, c in columns.items()})
+
+    def flat(self) -> dict[str, float | int | None]:
+        """The run as plain numbers by flat names (`ttft_ms_p95`, `tokens_per_s`, `forward_passes`, ...), for JSON.
+
+        No numpy scalars, and None where nothing was measured.
+        """
+        counters = {f.name: getattr(self.counters, f.name) for f in fields(Counters) if f.name != "batch_sizes"}
+        own = ("wall_s", "tokens_per_s", "host_pct")
+        flat = {"requests": len(self.records), **{name: getattr(self, name) for name in own}, **counters}
+        flat["padding_ratio"] = self.counters.padding_ratio
+        flat["batch_size_mean"] = self.counters.output_tokens / max(1, self.counters.steps)
+        for name, column in self.summary().items():
+            for row, label in (("mean", "mean"), ("50%", "p50"), ("95%", "p95"), ("99%", "p99")):
+                flat[f"{name}_{label}"] = None if column.isna()[row] else float(column[row])
+        return flat

@@ -1,0 +1,103 @@
+"""Runs as people read them: one table, CSV with a row a request, JSON with everything, a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from engine.bench import Run
+
+COLUMNS = {  # heading -> name in the summary, format
+    "policy": ("policy", "{}"),
+    "batch": ("batch_size", "{}"),
+    "tok/s": ("tokens_per_s", "{:,.1f}"),
+    "speed-up": ("speedup", "{:.2f}x"),
+    "TTFT P50": ("ttft_ms_p50", "{:,.0f}"),
+    "P95": ("ttft_ms_p95", "{:,.0f}"),
+    "TPOT P50": ("tpot_ms_p50", "{:,.1f}"),
+    "P95 ": ("tpot_ms_p95", "{:,.1f}"),
+    "latency P50": ("latency_ms_p50", "{:,.0f}"),
+    "P95  ": ("latency_ms_p95", "{:,.0f}"),
+    "prefill_ms": ("prefill_ms_mean", "{:,.0f}"),
+    "decode_ms": ("decode_ms_mean", "{:,.0f}"),
+    "padding": ("padding_ratio", "{:.1%}"),
+    "passes": ("forward_passes", "{:,}"),
+    "host %": ("host_pct", "{:.1f}"),
+    "same tokens": ("same_tokens", "{}"),
+}
+
+
+def summarise(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a (policy, batch size), taken from its round of median tokens/s (of two, the slower).
+
+    Besides all of `EngineMetrics.flat`: `rounds`, `speedup` (tokens/s over sequential's, or the first way's where it
+    was not run) and `same_tokens` (how many requests gave exactly the tokens they gave there).
+    """
+    groups: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.policy, run.batch_size), []).append(run)
+    medians = [sorted(group, key=lambda r: r.metrics.tokens_per_s)[(len(group) - 1) // 2] for group in groups.values()]
+    base = next((run for run in medians if run.policy == "sequential"), medians[0])
+    rows = []
+    for run in medians:
+        row = {"policy": run.policy, "batch_size": run.batch_size, "rounds": len(groups[run.policy, run.batch_size])}
+        same = sum(a.token_ids == b.token_ids for a, b in zip(run.outputs, base.outputs, strict=True))
+        speedup = run.metrics.tokens_per_s / base.metrics.tokens_per_s
+        rows.append({**row, "speedup": speedup, "same_tokens": same, **run.metrics.flat()})
+    return pd.DataFrame(rows)
+
+
+def table(summary: pd.DataFrame, title: str) -> Table:
+    """The summary as a table for the terminal."""
+    caption = f"times in ms, over {summary['requests'].max()} requests; prefill_ms and decode_ms are means"
+    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for heading in COLUMNS:
+        out.add_column(heading.rstrip(), justify="left" if heading == "policy" else "right")
+    for row in summary.to_dict("records"):
+        out.add_row(*("-" if pd.isna(row[name]) else form.format(row[name]) for name, form in COLUMNS.values()))
+    return out
+
+
+def requests_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a request of every run: `policy`, `batch_size`, `run` (in the order run), then its metrics."""
+    frames = [
+        run.metrics.frame().assign(policy=run.policy, batch_size=run.batch_size, run=i) for i, run in enumerate(runs)
+    ]
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[["policy", "batch_size", "run", *frame.columns[:-3]]]
+
+
+def write_json(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
+    """Everything in one file: `environment`, `summary` (a row a way), `requests` (a row a request of every run)."""
+    frames = {"summary": summarise(runs), "requests": requests_frame(runs)}
+    rows = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
+    path.write_text(json.dumps({"environment": environment, **rows}, indent=1) + "\n")
+
+
+def write_plot(path: Path, summary: pd.DataFrame, title: str) -> None:
+    """Throughput, TTFT and latency, a bar a way; the file's ending chooses the format."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    ways = zip(summary["policy"], summary["batch_size"], strict=True)
+    labels = [f"{policy}\nbatch {size}" for policy, size in ways]
+    throughput, *others = figure.subplots(1, 3)
+    bars = throughput.bar(range(len(labels)), summary["tokens_per_s"], color="#2a6f97")
+    throughput.bar_label(bars, [f"{value:.2f}x" for value in summary["speedup"]], fontsize=8)
+    throughput.set_title("output tokens / s", fontsize=10)
+    for axis, metric, heading in zip(others, ("ttft_ms", "latency_ms"), ("TTFT, s", "latency, s"), strict=True):
+        for shift, statistic, colour in ((-0.2, "p50", "#61a5c2"), (0.2, "p95", "#013a63")):
+            places = [place + shift for place in range(len(labels))]
+            axis.bar(places, summary[f"{metric}_{statistic}"] / 1e3, 0.4, label=statistic.upper(), color=colour)
+        axis.set_title(heading, fontsize=10)
+        axis.legend(fontsize=8)
+    for axis in (throughput, *others):
+        axis.set_xticks(range(len(labels)), labels, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,214 @@
+"""A request: what was asked for, its tokens, and how many of them are computed. No torch, no scheduling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from engine.errors import InputError
+from engine.metrics import RequestMetrics
+
+if TYPE_CHECKING:
+    from engine.text import TextStream
+
+
+class FinishReason(StrEnum):
+    """Why a request ended: a stop condition of its own, its length limit, its caller, or an error of its own."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it ends. Raises InputError for a value out of bounds.
+
+    Args:
+        max_new_tokens: output tokens at most, >= 1.
+        min_new_tokens: until there are this many, no stop token is drawn and no stop string looked for.
+        temperature: 0 takes the most likely token; above 0, logits are divided by it and a token is drawn.
+        top_k: draw among the k most likely tokens; 0 is all of them.
+        top_p: draw among the fewest tokens whose probabilities reach p (nucleus sampling; Holtzman et al., 2019).
+        min_p: drop tokens less likely than this fraction of the most likely one (Nguyen et al., 2024).
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen (CTRL; Keskar et al., 2019).
+        stop: strings that end the output and are left out of the text. Needs a tokenizer.
+        stop_token_ids: token ids that end the output, besides the model's EOS ids.
+        ignore_eos: generate past the model's EOS ids.
+        seed: makes this request's draws repeatable whatever shares its batch; None takes one from the engine's seed.
+        logprobs: report each token's log-probability and this many of the most likely alternatives; None: nothing.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+        check_number("temperature", self.temperature)
+        check_integer("top_k", self.top_k, 0)
+        check_number("top_p", self.top_p, 1e-9, 1.0)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_number("repetition_penalty", self.repetition_penalty, 1e-9)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise InputError(f"stop={stop!r} must be strings that are not empty")
+        for token in self.stop_token_ids:
+            check_integer("stop_token_ids", token, 0)
+        if self.seed is not None:
+            check_integer("seed", self.seed, 0, 2**63 - 1)
+        if self.logprobs is not None:
+            check_integer("logprobs", self.logprobs, 0, 100)
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise InputError unless `value` is an int (and no bool) from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise InputError(
+            f"{name}={value!r} must be a whole number of at least {low}{f', at most {high}' if high else ''}"
+        )
+
+
+def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf) -> None:
+    """Raise InputError unless `value` is a finite number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
+        bound = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+        raise InputError(f"{name}={value!r} must be a finite number {bound}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A chosen token's log-probability and the most likely alternatives (id, log-probability), best first.
+
+    Taken from the model's own logits, before penalties, temperature and filters.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What a request gave. `text` is None without a tokenizer; `error` says why, where the reason is "error"."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    error: str | None
+    logprobs: tuple[TokenLogprob, ...] | None
+    metrics: RequestMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """What one step added to one request; `output` is set on its last chunk."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    output: RequestOutput | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request's state: its tokens (prompt, then output) and how many of them are computed.
+
+    Prefill, decode, recomputation and a cache hit are one act, computing the next tokens, so no phase is kept.
+    """
+
+    id: str
+    prompt_len: int
+    params: SamplingParams
+    tokens: list[int]
+    stop_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    arrival: float = 0.0
+    on_chunk: Callable[[StreamChunk], object] | None = None
+    text: TextStream | None = None
+    computed: int = 0
+    prompt_tokens_cached: int = 0
+    preemptions: int = 0
+    scheduled: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    result: RequestOutput | None = None
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The output tokens so far."""
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def output_len(self) -> int:
+        """How many output tokens there are so far."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def max_len(self) -> int:
+        """The most tokens it can ever have."""
+        return self.prompt_len + self.params.max_new_tokens
+
+    def append(self, token: int, now: float) -> None:
+        """Take an output token that reached the host at `now` seconds; end on a stop token or the length limit."""
+        self.tokens.append(token)
+        self.token_times.append(now)
+        if token in self.stop_ids and self.output_len >= self.params.min_new_tokens:
+            self.finish(FinishReason.STOP, token)
+        elif len(self.tokens) >= self.max_len:
+            self.finish(FinishReason.LENGTH)
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        """Say why it ends; the last reason given holds (a stop string found in the last token allowed is a stop)."""
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
+
+    def close(self, text: str | None, finished: float) -> RequestOutput:
+        """Set and give `result`, for a request that has a reason and ended at `finished` seconds."""
+        assert self.finish_reason is not None
+        times, started = self.token_times, self.scheduled
+        first, gaps = times[0] if times else None, len(times) - 1
+        metrics = RequestMetrics(
+            request_id=self.id,
+            finish_reason=str(self.finish_reason),
+            prompt_tokens=self.prompt_len,
+            output_tokens=self.output_len,
+            prompt_tokens_cached=self.prompt_tokens_cached,
+            preemptions=self.preemptions,
+            arrival_s=self.arrival,
+            finished_s=finished,
+            queue_ms=None if started is None else (started - self.arrival) * 1e3,
+            ttft_ms=None if first is None else (first - self.arrival) * 1e3,
+            prefill_ms=None if first is None or started is None else (first - started) * 1e3,
+            decode_ms=None if first is None else (finished - first) * 1e3,
+            latency_ms=(finished - self.arrival) * 1e3,
+            tpot_ms=None if first is None or gaps < 1 else (finished - first) * 1e3 / gaps,
+            itl_ms=tuple((b - a) * 1e3 for a, b in pairwise(times)),
+        )
+        logprobs = tuple(self.logprobs) if self.params.logprobs is not None else None
+        prompt, output = tuple(self.tokens[: self.prompt_len]), tuple(self.output_ids)
+        reasons = (self.finish_reason, self.stop_reason, self.error)
+        self.result = RequestOutput(self.id, prompt, output, text, *reasons, logprobs, metrics)
+        return self.result

@@ -1,0 +1,231 @@
+"""The padded runner: Transformers' own cache, attention and masks, with as little padding as a rectangle allows.
+
+A batch is a rectangle of rows (requests) and columns (positions), left-padded so that every row ends in the same
+column: the last column holds each row's last real token, and one more column is one decode step. Rows are never in
+two batches at once. It works with every causal LM whose cache is keys and values, and is the baseline and the oracle.
+
+Three things keep the rectangle cheap without touching the model: keys and values are written in place into buffers
+allocated once a batch (Transformers' DynamicCache copies the whole cache at every step); rows that
+leave are filled from the end and columns that only they used are cut off, as views; and a prefill of uneven prompts
+runs as a staircase of passes, long rows first, where that costs less than the padding it avoids.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from engine.errors import InputError
+from engine.request import Request
+from engine.runner import StepResult
+from engine.sampler import sample
+from engine.scheduler import Step
+
+# What one more forward pass costs, in tokens of prefill: it reads all weights again. Measured on a CPU at about 20;
+# on a GPU a pass of a small model costs as much as some hundreds of tokens.
+PASS_TOKENS = {"cpu": 32, "cuda": 1024}
+
+
+class RowLayer(DynamicLayer):
+    """One layer's keys and values, [rows, K heads, columns, D], in place; `keys` and `values` are views of it.
+
+    Only `update` differs from Transformers' DynamicLayer, so masks and lengths are derived by Transformers itself.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.shape = rows, columns
+        self.origin = (0, 0, 0)
+
+    def window(self, rows: int, first: int, column: int) -> None:
+        """Show the model the first `rows` rows and the columns from `first` to before `column`."""
+        self.origin = rows, first, column
+        if self.is_initialized:
+            self.keys, self.values = (buffer[:rows, :, first:column] for buffer in self.buffers)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        rows, columns = self.shape
+        # Zeros, because what a mask hides is still multiplied: by zero, which does not hide a NaN.
+        self.buffers = [s.new_zeros(rows, s.shape[1], columns, s.shape[3]) for s in (key_states, value_states)]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, first, column = self.origin
+        end = column + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:rows, :, column:end] = states
+        self.window(rows, first, end)
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one row over another, in the columns in use."""
+        _, first, column = self.origin
+        for buffer in self.buffers:
+            buffer[target, :, first:column] = buffer[source, :, first:column]
+
+
+class PaddedRunner:
+    """Runs one batch at a time, from the prefill of all its rows to the end of the last.
+
+    Args:
+        model: a causal LM in eval mode whose cache layers are all full or sliding-window attention.
+        max_step_tokens: positions one forward pass computes at most (but at least one column).
+        pad_id: the token put where a row has none; it changes nothing but is computed.
+        pad_columns: columns of padding beyond need; changes nothing either (both are for tests).
+
+    Raises:
+        InputError: for an encoder-decoder or a model with state besides keys and values.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, max_step_tokens: int = 8192, *, pad_id: int = 0, pad_columns: int = 0
+    ) -> None:
+        refuse_unknown_cache(model)
+        self.model = model
+        self.max_step_tokens = max_step_tokens
+        self.pad_id = pad_id
+        self.pad_columns = pad_columns
+        self.pass_tokens = PASS_TOKENS.get(model.device.type, PASS_TOKENS["cuda"])
+        takes = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._rows: list[Request] = []
+        self._starts = np.zeros(0, dtype=np.int64)  # the column of each row's first token
+        self._column = 0  # columns computed
+        self._cache: Cache | None = None
+        self._layers: list[RowLayer] = []
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> StepResult:
+        """Compute a step. Its requests are either all in the present batch, or all new: then they start the next.
+
+        Raises:
+            ValueError: for a step that mixes the two, which the policies for this runner never plan.
+        """
+        requests = [request for request, _ in step]
+        known = {id(request) for request in self._rows}
+        fresh = sum(id(request) not in known for request in requests)
+        if fresh == len(step):
+            self._start(requests)
+            passes = self._staircase()
+        elif fresh == 0:
+            self._compact({id(request) for request in requests})
+            passes = [(len(self._rows), self._column, self._column + 1)]
+        else:
+            raise ValueError("the padded runner cannot add requests to a batch that has started")
+        positions, seconds = 0, 0.0
+        for rows, begin, end in passes:
+            inputs = self._inputs(rows, begin, end)
+            started = time.perf_counter()
+            logits_BTV = self.model(**inputs, past_key_values=self._cache, use_cache=True, **self._keep_last).logits
+            if end == passes[-1][2]:
+                choices = sample(logits_BTV[:, -1], self._rows)
+            seconds += time.perf_counter() - started
+            positions += rows * (end - begin)
+        self._column = end
+        useful = sum(count for _, count in step)
+        by_request = {id(request): choice for request, choice in zip(self._rows, choices, strict=True)}
+        return StepResult(
+            choices=[by_request[id(request)] for request in requests],
+            forward_passes=len(passes),
+            tokens_computed=useful,
+            padded_tokens=positions - useful,
+            model_s=seconds,
+            kv_bytes=sum(buffer.nbytes for layer in self._layers for buffer in getattr(layer, "buffers", ())),
+        )
+
+    def _start(self, requests: list[Request]) -> None:
+        """Lay out the next batch: longest row first, so that the rows of every pass are the first ones."""
+        self._cache, self._layers = None, []  # the last batch's memory goes before the next one's comes
+        self._rows = sorted(requests, key=lambda request: -len(request.tokens))
+        width = self.pad_columns + len(self._rows[0].tokens)
+        columns = width + max(request.max_len - len(request.tokens) for request in requests)
+        self._starts = np.array([width - len(request.tokens) for request in self._rows])
+        self._column = 0
+        self._cache = DynamicCache(config=self.model.config)
+        self._layers = [RowLayer(len(requests), columns) for _ in self._cache.layers]
+        self._cache.layers = list(self._layers)
+
+    def _staircase(self) -> list[tuple[int, int, int]]:
+        """The passes (rows, begin, end) of least cost that prefill the batch.
+
+        A pass over columns [begin, end) takes every row that has a token there, so boundaries lie where a row
+        starts. Dynamic programming over those starts: `cost[i]` is the least for all columns before `edges[i]`.
+        """
+        width = int(self._starts[0]) + len(self._rows[0].tokens)
+        edges = [0, *(int(start) for start in np.unique(self._starts) if start > self._starts[0]), width]
+        rows_before = [int(np.searchsorted(self._starts, edge)) for edge in edges]
+        cost, best = [0.0], [0]
+        for i in range(1, len(edges)):
+            options = [cost[j] + self.pass_tokens + rows_before[i] * (edges[i] - edges[j]) for j in range(i)]
+            best.append(int(np.argmin(options)))
+            cost.append(options[best[-1]])
+        cuts, i = [len(edges) - 1], len(edges) - 1
+        while i:
+            i = best[i]
+            cuts.append(i)
+        passes, bounds = [], [edges[cut] for cut in reversed(cuts)]
+        for begin, end in pairwise(bounds):
+            stride = max(1, self.max_step_tokens // int(np.searchsorted(self._starts, end)))
+            for at in range(begin, end, stride):
+                to = min(at + stride, end)
+                passes.append((max(1, int(np.searchsorted(self._starts, to))), at, to))
+        return passes
+
+    def _inputs(self, rows: int, begin: int, end: int) -> dict[str, torch.Tensor]:
+        """Token ids, position ids and attention mask of one pass, and the cache's window set to match."""
+        starts = self._starts[:rows, None]
+        first = min(begin, int(starts.min()))
+        ids = np.full((rows, end - begin), self.pad_id, dtype=np.int64)
+        for row, request in enumerate(self._rows[:rows]):
+            start = int(self._starts[row])
+            ids[row, max(0, start - begin) :] = request.tokens[max(0, begin - start) : end - start]
+        for layer in self._layers:
+            layer.window(rows, first, begin)
+        arrays = {"input_ids": ids}
+        if self._takes_positions:
+            arrays["position_ids"] = np.maximum(np.arange(begin, end) - starts, 0)
+        if starts.max() > first:
+            arrays["attention_mask"] = (np.arange(first, end) >= starts).astype(np.int64)
+        return {name: torch.from_numpy(array).to(self.model.device) for name, array in arrays.items()}
+
+    def _compact(self, staying: set[int]) -> None:
+        """Close the gaps of rows that have left with rows from the end."""
+        row = 0
+        while row < len(self._rows):
+            if id(self._rows[row]) in staying:
+                row += 1
+                continue
+            last = self._rows.pop()
+            if row < len(self._rows):
+                for layer in self._layers:
+                    layer.move(len(self._rows), row)
+                self._rows[row] = last
+                self._starts[row] = self._starts[len(self._rows)]
+        self._starts = self._starts[: len(self._rows)]
+
+
+def refuse_unknown_cache(model: PreTrainedModel) -> None:
+    """Raise InputError for models whose past is not plain keys and values, naming what they have instead."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if model.config.is_encoder_decoder:
+        kinds = {"an encoder"}
+    elif not kinds and getattr(model, "_is_stateful", False):
+        kinds = {"recurrent state"}
+    if kinds:
+        raise InputError(
+            f"{type(model).__name__} has {', '.join(sorted(kinds))}: only causal models with full or sliding-window "
+            "attention and a key-value cache can be batched here"
+        )

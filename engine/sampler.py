@@ -1,0 +1,117 @@
+"""Logits to tokens, on the logits' device, each row by its own request's parameters.
+
+R rows (requests), V vocabulary. A row's token depends on that row and its request alone: its draw is a counter-based
+random number keyed by (seed, output position), so neither batch-mates nor preemption can change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.request import Request, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A row's next token; or None and the reason why it has none."""
+
+    token: int | None
+    error: str | None = None
+    logprob: TokenLogprob | None = None
+
+
+def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]:
+    """Choose the next token of each request, with one transfer to the host (and one for each that wants logprobs).
+
+    Args:
+        logits_RV: the model's logits at each request's last token, any float dtype, [R, V]. Not modified.
+        requests: the R requests, in row order.
+
+    Returns:
+        One choice a row. A row with a NaN, or whose largest logit is infinite, gets an error and no token; its
+        neighbours are not affected.
+    """
+    scores_RV = _penalised(logits_RV, requests)
+    peak_R, tokens_R = scores_RV.max(-1)  # NaN counts as the largest, so the peak tells whether a row is sound
+    draws = [row for row, request in enumerate(requests) if request.params.temperature > 0]
+    if draws:
+        rows = torch.tensor(draws, device=logits_RV.device)
+        tokens_R[rows] = _draw(scores_RV[rows], [requests[row] for row in draws])
+    tokens, sound = torch.stack([tokens_R, torch.isfinite(peak_R).long()]).tolist()
+    return [
+        Choice(token, logprob=_logprob(logits_RV[row], token, requests[row].params.logprobs))
+        if sound[row]
+        else Choice(None, error="the model gave logits that are NaN or infinite")
+        for row, token in enumerate(tokens)
+    ]
+
+
+def _penalised(logits_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """Logits after min_new_tokens and the repetition penalty; the same tensor where no request asks for either."""
+    changes = [
+        (row, request)
+        for row, request in enumerate(requests)
+        if request.params.repetition_penalty != 1.0
+        or (request.output_len < request.params.min_new_tokens and request.stop_ids)
+    ]
+    if not changes:
+        return logits_RV
+    scores_RV = logits_RV.clone()
+    for row, request in changes:
+        penalty = request.params.repetition_penalty
+        if penalty != 1.0:
+            seen = torch.tensor(sorted(set(request.tokens)), device=scores_RV.device)
+            values = scores_RV[row, seen]
+            scores_RV[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if request.output_len < request.params.min_new_tokens and request.stop_ids:
+            scores_RV[row, torch.tensor(sorted(request.stop_ids), device=scores_RV.device)] = -torch.inf
+    return scores_RV
+
+
+def _draw(scores_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """Sample by inverse CDF in vocabulary order, after temperature, min_p, top_k and top_p (in that order).
+
+    Filters only decide which tokens stay (ties with the last one stay too); the draw itself always runs over the
+    whole vocabulary in its own order, so a row gives the same token whichever filters its neighbours use.
+    """
+    device, params = scores_RV.device, [request.params for request in requests]
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
+
+    scores_RV = scores_RV.double() / column([p.temperature for p in params])
+    if any(p.min_p > 0 for p in params):
+        floor_R1 = scores_RV.amax(-1, keepdim=True) + column([p.min_p for p in params]).log()
+        scores_RV = scores_RV.masked_fill(scores_RV < floor_R1, -torch.inf)
+    for row, p in enumerate(params):
+        if 0 < p.top_k < scores_RV.shape[1]:
+            least = scores_RV[row].topk(p.top_k).values[-1]
+            scores_RV[row].masked_fill_(scores_RV[row] < least, -torch.inf)
+        if p.top_p < 1.0:
+            ranked_V = scores_RV[row].sort(descending=True).values
+            before_V = ranked_V.softmax(-1).cumsum(-1).roll(1)
+            before_V[0] = 0.0
+            least = ranked_V[before_V < p.top_p].amin()
+            scores_RV[row].masked_fill_(scores_RV[row] < least, -torch.inf)
+    cdf_RV = scores_RV.softmax(-1).cumsum(-1)
+    uniform_R1 = column([_uniform(request.seed, request.output_len) for request in requests])
+    tokens_R1 = torch.searchsorted(cdf_RV, uniform_R1 * cdf_RV[:, -1:], right=True)
+    return tokens_R1.squeeze(1).clamp_(max=scores_RV.shape[1] - 1)
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that is a pure function of its arguments (Philox; Salmon et al., 2011)."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def _logprob(logits_V: torch.Tensor, token: int, alternatives: int | None) -> TokenLogprob | None:
+    if alternatives is None:
+        return None
+    logprobs_V = logits_V.double().log_softmax(-1)
+    top = logprobs_V.topk(min(alternatives, len(logprobs_V)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return TokenLogprob(token, float(logprobs_V[token]), tuple(pairs))

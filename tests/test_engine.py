@@ -1,0 +1,312 @@
+"""End to end: what the engine gives equals `model.generate`, whatever shares the batch and whatever goes wrong in it."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings, strategies as st
+
+from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParams
+from engine.request import StreamChunk
+from engine.workload import WorkItem, make
+from tests.conftest import TINY
+from tests.oracle import Oracle
+
+WAYS = [("sequential", 1), ("sequential", 32), ("dynamic", 1), ("dynamic", 3), ("dynamic", 8), ("dynamic", 32)]
+
+
+def prompts_of(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 256, size=rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def exactly(tokens: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("policy", "batch_size"), WAYS)
+def test_equals_generate_one_by_one(tiny, name, dtype, policy, batch_size):
+    oracle = tiny(name, dtype)
+    engine = Engine(oracle.loaded, EngineConfig(policy=policy, max_batch_size=batch_size))
+    limits = [4 + i % 17 for i in range(34)]
+    outputs = engine.generate(prompts_of(34), [exactly(limit) for limit in limits], progress=False)
+    for output, limit in zip(outputs, limits, strict=True):
+        oracle.check(output, limit)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1, max_size=12),
+    batch_size=st.integers(1, 12),
+    max_step_tokens=st.integers(1, 200),
+    pass_tokens=st.integers(0, 100),
+    name=st.sampled_from(TINY),
+    seed=st.integers(0, 3),
+)
+def test_any_lengths_any_passes(tiny, lengths, batch_size, max_step_tokens, pass_tokens, name, seed):
+    oracle: Oracle = tiny(name, "float64")
+    config = EngineConfig(policy="dynamic", max_batch_size=batch_size, max_step_tokens=max_step_tokens)
+    engine = Engine(oracle.loaded, config)
+    engine.runner.pass_tokens = pass_tokens
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, 256, size=length).tolist() for length, _ in lengths]
+    outputs = engine.generate(prompts, [exactly(limit) for _, limit in lengths], progress=False)
+    for output, (_, limit) in zip(outputs, lengths, strict=True):
+        oracle.check(output, limit)
+    counters = engine.metrics.counters
+    assert counters.tokens_computed == sum(length + limit - 1 for length, limit in lengths)
+    assert counters.output_tokens == sum(limit for _, limit in lengths)
+
+
+@pytest.mark.parametrize(("policy", "batch_size"), [("sequential", 1), ("dynamic", 3), ("dynamic", 8), ("dynamic", 32)])
+def test_equals_generate_on_a_real_model(smollm2_oracle, policy, batch_size):
+    oracle: Oracle = smollm2_oracle
+    work = make("chat-32", vocab_size=oracle.model.config.vocab_size, tokenizer=oracle.loaded.tokenizer)
+    engine = Engine(oracle.loaded, EngineConfig(policy=policy, max_batch_size=batch_size))
+    items = [WorkItem(item.prompt, exactly(4 + i % 9)) for i, item in enumerate(work.items)]
+    for item, output in zip(items, engine.replay(items, progress=False), strict=True):
+        oracle.check(output, item.params.max_new_tokens)
+
+
+@pytest.fixture(scope="session")
+def smollm2_oracle(smollm2):
+    return Oracle(smollm2)
+
+
+def test_ends_at_any_of_several_eos_ids_and_at_stop_token_ids(tiny):
+    oracle = tiny()
+    prompts = prompts_of(16)
+    free = [oracle.answer(prompt, 20) for prompt in prompts]
+    eos = (free[0][5], free[1][7])
+    engine = Engine(oracle.loaded, EngineConfig(max_batch_size=5))
+    engine.eos_ids = frozenset(eos[:1])
+    for output in engine.generate(prompts, SamplingParams(20, stop_token_ids=eos[1:]), progress=False):
+        oracle.check(output, 20, eos)
+        ended = output.token_ids[-1] in eos
+        assert output.finish_reason == (FinishReason.STOP if ended else FinishReason.LENGTH)
+        assert output.stop_reason == (output.token_ids[-1] if ended else None)
+
+
+def test_min_new_tokens_holds_off_eos(tiny):
+    oracle = tiny()
+    prompt = prompts_of(1)[0]
+    engine = Engine(oracle.loaded)
+    engine.eos_ids = frozenset(oracle.answer(prompt, 1))
+    (output,) = engine.generate([prompt], SamplingParams(20, min_new_tokens=6), progress=False)
+    assert len(output.token_ids) >= 6
+    assert not engine.eos_ids & set(output.token_ids[:5])
+
+
+def test_a_seeded_request_draws_the_same_alone_and_in_any_batch(tiny):
+    loaded = tiny("tiny-llama", "float64").loaded
+    own = SamplingParams(12, temperature=1.5, top_k=50, top_p=0.9, seed=7, ignore_eos=True)
+    prompts = prompts_of(9)
+    (alone,) = Engine(loaded).generate([prompts[0]], own, progress=False)
+    others = [SamplingParams(i + 3, temperature=i / 4, min_p=0.01 * i, ignore_eos=True) for i in range(8)]
+    for batch_size in (2, 9):
+        engine = Engine(loaded, EngineConfig(max_batch_size=batch_size))
+        mixed = engine.generate(prompts, [own, *others], progress=False)
+        assert mixed[0].token_ids == alone.token_ids
+    again = Engine(loaded).generate(prompts, [own, *others], progress=False)
+    assert [o.token_ids for o in again] == [o.token_ids for o in mixed], "seeds from the engine's seed repeat too"
+
+
+def test_streams_in_turn_give_the_text_of_generate(smollm2):
+    engine = Engine(smollm2)
+    prompts = [engine.chat("Name three colours."), engine.chat("Say 'naïve café 🙂' and nothing else.")]
+    params = SamplingParams(24)
+    expected = engine.generate(prompts, params, progress=False)
+    streams = [engine.stream(prompt, params) for prompt in prompts]
+    seen: list[list[StreamChunk]] = [[], []]
+    while any(streams):
+        for i, stream in enumerate(streams):
+            if stream and (chunk := next(stream, None)):
+                seen[i].append(chunk)
+            else:
+                streams[i] = None
+    for chunks, output in zip(seen, expected, strict=True):
+        assert "".join(chunk.text for chunk in chunks) == output.text == chunks[-1].output.text
+        assert tuple(token for chunk in chunks for token in chunk.token_ids) == output.token_ids
+    assert not engine.has_work
+
+
+def test_stop_strings_end_the_text_before_them(smollm2):
+    engine = Engine(smollm2)
+    prompt = engine.chat("Count from one to ten in words, separated by commas.")
+    (free,) = engine.generate([prompt], SamplingParams(40), progress=False)
+    stop = free.text[10:14]
+    (output,) = engine.generate([prompt], SamplingParams(40, stop=(stop, "never said")), progress=False)
+    assert output.text == free.text[: free.text.index(stop)]
+    assert (output.finish_reason, output.stop_reason) == (FinishReason.STOP, stop)
+
+
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_abort_at_any_moment_leaves_the_others_alone(tiny, when):
+    oracle = tiny("tiny-gemma3")
+    engine = Engine(oracle.loaded, EngineConfig(max_batch_size=4))
+    requests = [engine.add_request(prompt, exactly(8)) for prompt in prompts_of(6)]
+    for _ in range(when):
+        engine.step()
+    gone = [engine.abort(requests[i].id) for i in (1, 5)]  # one that runs, one that waits
+    assert [output.finish_reason for output in gone] == ["abort", "abort"]
+    assert [len(output.token_ids) for output in gone] == [when, 0]
+    assert engine.abort(requests[1].id) is None
+    while engine.has_work:
+        engine.step()
+    for i in (0, 2, 3, 4):
+        oracle.check(requests[i].result, 8)
+
+
+def test_leaving_a_stream_aborts_it(tiny):
+    engine = Engine(tiny().loaded)
+    stream = engine.stream([5, 6, 7], exactly(50))
+    next(stream)
+    stream.close()
+    assert not engine.has_work
+    assert engine.metrics.records[-1].finish_reason == "abort"
+
+
+def test_a_callback_may_abort_and_may_fail_without_harm_to_others(tiny):
+    oracle = tiny()
+    engine = Engine(oracle.loaded)
+    prompts = prompts_of(4)
+
+    def broken(chunk: StreamChunk) -> None:
+        if chunk.output is None:
+            raise KeyError("mine")
+
+    good = engine.add_request(prompts[0], exactly(9))
+    bad = engine.add_request(prompts[1], exactly(9), on_chunk=broken)
+    victim = engine.add_request(prompts[2], exactly(9))
+    killer = engine.add_request(prompts[3], exactly(9), on_chunk=lambda chunk: engine.abort(victim.id))
+    while engine.has_work:
+        engine.step()
+    assert (bad.result.finish_reason, bad.result.error) == ("error", "KeyError('mine')")
+    assert victim.result.finish_reason == "abort"
+    oracle.check(good.result, 9)
+    oracle.check(killer.result, 9)
+
+
+def test_nan_logits_fail_their_request_alone(tiny):
+    oracle = tiny()
+    engine = Engine(oracle.loaded)
+    prompts = [[7] * 9, [8] * 9, [9] * 9]
+
+    def poison(module, inputs, logits):
+        logits[1] = torch.nan
+        return logits
+
+    hook = oracle.model.lm_head.register_forward_hook(poison)
+    try:
+        requests = [engine.add_request(prompt, exactly(5)) for prompt in prompts]
+        engine.step()
+    finally:
+        hook.remove()
+    while engine.has_work:
+        engine.step()
+    assert requests[1].result.finish_reason == "error"
+    assert "NaN" in requests[1].result.error
+    oracle.check(requests[0].result, 5)
+    oracle.check(requests[2].result, 5)
+
+
+def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(tiny):
+    oracle = tiny()
+    engine = Engine(oracle.loaded, EngineConfig(max_batch_size=2))
+    requests = [engine.add_request(prompt, exactly(5)) for prompt in prompts_of(4)]
+
+    def fail(module, inputs):
+        raise RuntimeError("boom")
+
+    hook = oracle.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        engine.step()
+    hook.remove()
+    while engine.has_work:
+        engine.step()
+    assert [request.result.finish_reason for request in requests] == ["error", "error", "length", "length"]
+    oracle.check(requests[2].result, 5)
+
+
+def test_interrupt_gives_back_what_there_is(tiny, capsys):
+    oracle = tiny()
+    engine = Engine(oracle.loaded, EngineConfig(max_batch_size=3))
+    calls = iter(range(100))
+
+    def interrupt(module, inputs):
+        if next(calls) == 8:
+            raise KeyboardInterrupt
+
+    hook = oracle.model.register_forward_pre_hook(interrupt)
+    try:
+        outputs = engine.generate(prompts_of(7), [exactly(3)] * 3 + [exactly(9)] * 4, progress=False)
+    finally:
+        hook.remove()
+    assert [output.finish_reason for output in outputs] == ["length"] * 3 + ["abort"] * 4
+    assert not engine.has_work
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_requests_arrive_when_due_and_wait_in_line(tiny):
+    engine = Engine(tiny().loaded, EngineConfig(policy="sequential"))
+    items = [WorkItem((5, 6, 7), exactly(20), arrival_s=at) for at in (0.05, 0.0, 0.0501)]
+    start = time.perf_counter()
+    outputs = engine.replay(items, progress=False)
+    due = [output.metrics.arrival_s - start for output in outputs]
+    assert due == pytest.approx([0.05, 0.0, 0.0501], abs=0.02)
+    assert outputs[2].metrics.queue_ms >= outputs[0].metrics.latency_ms - 1
+
+
+def test_memory_bounds_the_batch(tiny):
+    oracle = tiny()
+    token_bytes = 768
+    engine = Engine(oracle.loaded, EngineConfig(max_batch_size=8, kv_memory=2 * 30 * token_bytes))
+    outputs = engine.generate([[7] * 10] * 5, exactly(20), progress=False)
+    assert engine.metrics.counters.kv_bytes_peak == 2 * 30 * token_bytes
+    assert max(engine.metrics.counters.batch_sizes) == 2
+    oracle.check(outputs[4], 20)
+
+
+BAD = [
+    (dict(prompts=[]), "prompts is empty"),
+    (dict(prompts=[[]]), r"prompts\[0\] is empty"),
+    (dict(prompts=[[3], [3, 256]]), r"prompts\[1\] has token id 256; .* 0 to 255"),
+    (dict(prompts=[[3], [-1]]), r"prompts\[1\] has token id -1"),
+    (dict(prompts=["text"]), "no tokenizer"),
+    (dict(prompts=[3, 4]), r"prompts\[0\]=3 must be text or a list"),
+    (dict(prompts=[[1.5]]), "must be text or a list"),
+    (dict(prompts=[[3] * 4000], params=SamplingParams(200)), "needs 4200 positions; random:tiny-qwen2 has 4096"),
+    (dict(prompts=[[3]] * 3, params=[SamplingParams()] * 2), "params has 2 entries for 3 prompts"),
+    (dict(prompts=[[3]], params=SamplingParams(stop="end")), "no tokenizer: use stop_token_ids"),
+    (dict(prompts=[[3]], params=SamplingParams(stop_token_ids=(999,))), "stop_token_ids has token id 999"),
+    (dict(prompts=[[3] * 900], params=SamplingParams(200)), "1100 positions of KV memory; it holds 1000"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input_is_refused_before_any_work(tiny, call, message):
+    engine = Engine(tiny().loaded, EngineConfig(kv_memory=1000 * 768))
+    if call["prompts"][:1] != [[3] * 900]:
+        engine = Engine(tiny().loaded)
+    with pytest.raises(InputError, match=message) as error:
+        engine.generate(**call, progress=False)
+    assert "\n" not in str(error.value)
+    assert not engine.has_work
+    assert engine.metrics.counters.steps == 0
+
+
+def test_ids_of_unfinished_requests_are_unique(tiny):
+    engine = Engine(tiny().loaded)
+    engine.add_request([1], request_id="mine")
+    with pytest.raises(InputError, match="'mine'"):
+        engine.add_request([1], request_id="mine")
+
+
+def test_too_little_memory_for_a_token_is_refused(tiny):
+    with pytest.raises(InputError, match="a token takes 768 bytes"):
+        Engine(tiny().loaded, EngineConfig(kv_memory=100))

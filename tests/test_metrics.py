@@ -1,0 +1,283 @@
+"""Metrics: every number has one definition, checked on timelines whose answers are known."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from engine.metrics import KEPT_RECORDS, LATENCIES, Counters, EngineMetrics, RequestMetrics
+from engine.request import FinishReason, Request, SamplingParams
+from engine.runner import StepResult
+from engine.sampler import Choice
+
+
+def record(
+    *, arrival: float, scheduled: float | None, times: tuple[float, ...], finished: float, reason: str = "length"
+) -> RequestMetrics:
+    """The metrics of a request that lived so; in seconds."""
+    request = Request("a", 2, SamplingParams(), [1, 2, *range(len(times))], arrival=arrival, scheduled=scheduled)
+    request.token_times = list(times)
+    request.finish(FinishReason(reason))
+    return request.close(None, finished).metrics
+
+
+def engine_metrics(*records: RequestMetrics) -> EngineMetrics:
+    metrics = EngineMetrics()
+    metrics.records.extend(records)
+    return metrics
+
+
+def step_result(
+    tokens: tuple[int | None, ...] = (1,),
+    passes: int = 1,
+    computed: int = 1,
+    padded: int = 0,
+    model_s: float = 0.5,
+    kv_bytes: int = 0,
+) -> StepResult:
+    return StepResult([Choice(token) for token in tokens], passes, computed, padded, model_s, kv_bytes)
+
+
+FULL: dict[str, Any] = {"arrival": 10.0, "scheduled": 10.25, "times": (10.75, 11.0, 11.5, 11.75), "finished": 12.0}
+SINGLE: dict[str, Any] = {"arrival": 10.5, "scheduled": 10.5, "times": (11.5,), "finished": 11.5}
+UNSEEN: dict[str, Any] = {"arrival": 11.0, "scheduled": None, "times": (), "finished": 13.0, "reason": "abort"}
+BEGUN: dict[str, Any] = {"arrival": 11.0, "scheduled": 12.0, "times": (), "finished": 12.5, "reason": "abort"}
+
+
+@pytest.mark.parametrize(
+    ("timeline", "wanted"),
+    [
+        pytest.param(FULL, (250.0, 750.0, 500.0, 1250.0, 2000.0, 1250.0 / 3, (250.0, 500.0, 250.0)), id="full"),
+        pytest.param(SINGLE, (0.0, 1000.0, 1000.0, 0.0, 1000.0, None, ()), id="single token"),
+        pytest.param(UNSEEN, (None, None, None, None, 2000.0, None, ()), id="aborted before it began"),
+        pytest.param(BEGUN, (1000.0, None, None, None, 1500.0, None, ()), id="aborted before the first token"),
+    ],
+)
+def test_latencies_of_a_request(timeline, wanted):
+    made = record(**timeline)
+    assert tuple(getattr(made, name) for name in LATENCIES) == wanted
+
+
+def test_a_record_carries_what_the_request_counted():
+    request = Request("name", 3, SamplingParams(), [1, 2, 3, 4], arrival=1.0, prompt_tokens_cached=2, preemptions=1)
+    request.finish(FinishReason.ERROR, error="broken")
+    made = request.close(None, 2.0).metrics
+    assert (made.request_id, made.finish_reason, type(made.finish_reason)) == ("name", "error", str)
+    assert (made.prompt_tokens, made.output_tokens, made.prompt_tokens_cached, made.preemptions) == (3, 1, 2, 1)
+    assert (made.arrival_s, made.finished_s) == (1.0, 2.0)
+
+
+def test_latencies_add_up():
+    made = record(**FULL)
+    assert made.queue_ms is not None
+    assert made.prefill_ms is not None
+    assert made.decode_ms is not None
+    assert made.queue_ms + made.prefill_ms == made.ttft_ms
+    assert made.queue_ms + made.prefill_ms + made.decode_ms == made.latency_ms
+
+
+def test_wall_runs_from_the_first_arrival_to_the_last_finish():
+    metrics = engine_metrics(record(**SINGLE), record(**UNSEEN), record(**FULL))
+    assert metrics.wall_s == 3.0
+
+
+def test_tokens_per_s_counts_every_token_delivered():
+    metrics = engine_metrics(record(**SINGLE), record(**UNSEEN), record(**FULL))
+    assert metrics.tokens_per_s == 5 / 3.0
+
+
+def test_no_requests_no_rates():
+    metrics = EngineMetrics()
+    assert (metrics.wall_s, metrics.tokens_per_s, metrics.host_pct, metrics.goodput(1e9, 1e9)) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("times", [(), (5.0,)], ids=["no token", "a token"])
+def test_a_run_that_took_no_time_has_a_rate_of_zero(times):
+    """A clock may be too coarse for a request that ends as it comes."""
+    metrics = engine_metrics(record(arrival=5.0, scheduled=5.0, times=times, finished=5.0))
+    assert metrics.wall_s == 0.0
+    assert metrics.goodput(1e9, 1e9) == 0.0
+    assert metrics.tokens_per_s == 0.0
+    assert metrics.flat()["tokens_per_s"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ttft_ms", "tpot_ms", "good"),
+    [(1000, 417, 2), (1000, 416, 1), (999, 417, 1), (750, 417, 1), (749, 1e9, 0), (1e9, 0, 1), (0, 0, 0)],
+)
+def test_goodput_counts_requests_within_both_limits(ttft_ms, tpot_ms, good):
+    """FULL: 750 and 416.7 ms; SINGLE: 1,000 ms and, with one token, no TPOT to miss. The wall is 3 s."""
+    metrics = engine_metrics(record(**FULL), record(**SINGLE), record(**UNSEEN))
+    assert metrics.goodput(ttft_ms, tpot_ms) == pytest.approx(good / 3)
+
+
+@pytest.mark.parametrize(("reason", "good"), [("stop", 1), ("length", 1), ("abort", 0), ("error", 0)])
+def test_goodput_counts_requests_that_ended_by_themselves(reason, good):
+    assert engine_metrics(record(**(FULL | {"reason": reason}))).goodput(1e9, 1e9) == good / 2.0
+
+
+def test_count_step_adds_up():
+    metrics = EngineMetrics()
+    metrics.count_step(2, step_result((1, None), passes=1, computed=20, padded=4, model_s=0.5, kv_bytes=70), 1.0)
+    metrics.count_step(2, step_result((1, 2), passes=3, computed=2, padded=0, model_s=0.25, kv_bytes=90), 0.5)
+    metrics.count_step(1, step_result((0,), passes=1, computed=1, padded=1, model_s=0.25, kv_bytes=80), 0.5)
+    counters = metrics.counters
+    assert (counters.steps, counters.forward_passes) == (3, 5)
+    assert (counters.tokens_computed, counters.padded_tokens, counters.output_tokens) == (23, 5, 4)
+    assert counters.kv_bytes_peak == 90
+    assert counters.batch_sizes == {2: 2, 1: 1}
+    assert (metrics.model_s, metrics.step_s) == (1.0, 2.0)
+    assert metrics.host_pct == 50.0
+
+
+@pytest.mark.parametrize(("computed", "padded", "ratio"), [(0, 0, 0.0), (7, 0, 0.0), (3, 1, 0.25), (1, 3, 0.75)])
+def test_padding_ratio_is_a_share_of_all_positions(computed, padded, ratio):
+    assert Counters(tokens_computed=computed, padded_tokens=padded).padding_ratio == ratio
+
+
+def test_frame_has_a_row_a_request_in_order_and_a_column_a_field():
+    frame = engine_metrics(*(record(**timeline) for timeline in (UNSEEN, FULL, SINGLE))).frame()
+    assert list(frame.columns) == [field.name for field in dataclasses.fields(RequestMetrics)]
+    assert frame["latency_ms"].tolist() == [2000.0, 2000.0, 1000.0]
+    assert frame["ttft_ms"].isna().tolist() == [True, False, False]
+
+
+def test_frame_of_nothing_has_its_columns():
+    frame = EngineMetrics().frame()
+    assert len(frame) == 0
+    assert list(frame.columns) == [field.name for field in dataclasses.fields(RequestMetrics)]
+
+
+def test_frame_is_a_copy():
+    metrics = engine_metrics(record(**FULL))
+    frame = metrics.frame()
+    frame.loc[0, "ttft_ms"] = -1.0
+    assert metrics.records[0].ttft_ms == 750.0
+
+
+@pytest.mark.parametrize("timelines", [(), (UNSEEN,), (FULL, UNSEEN, SINGLE)], ids=["empty", "none", "some"])
+def test_frame_survives_csv(timelines):
+    frame = engine_metrics(*(record(**timeline) for timeline in timelines)).frame()
+    back = pd.read_csv(io.StringIO(frame.to_csv(index=False)), converters={"itl_ms": ast.literal_eval})
+    pd.testing.assert_frame_equal(back.astype(frame.dtypes.to_dict()), frame)
+
+
+@pytest.mark.parametrize("name", LATENCIES[:-1])
+def test_latency_columns_are_floats(name):
+    assert engine_metrics(record(**UNSEEN)).frame()[name].dtype == np.float64
+
+
+seconds = st.floats(0.0, 10.0)
+
+
+@st.composite
+def timelines(draw):
+    arrival, scheduled, *rest = np.cumsum(draw(st.lists(seconds, min_size=3, max_size=8))).tolist()
+    return {"arrival": arrival, "scheduled": scheduled, "times": tuple(rest[:-1]), "finished": rest[-1]}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(timelines(), min_size=1, max_size=8))
+def test_statistics_are_those_of_numpy(many):
+    metrics = engine_metrics(*(record(**timeline) for timeline in many))
+    summary, columns = metrics.summary(), {}
+    for name in LATENCIES[:-1]:
+        columns[name] = [value for made in metrics.records if (value := getattr(made, name)) is not None]
+    columns["itl_ms"] = [gap for made in metrics.records for gap in made.itl_ms]
+    for name, values in columns.items():
+        assert summary[name]["count"] == len(values)
+        if values:
+            mean, low, high = (summary[name][row] for row in ("mean", "min", "max"))
+            assert (mean, low, high) == pytest.approx((np.mean(values), min(values), max(values)))
+            wanted = np.percentile(values, [50, 95, 99])
+            assert [summary[name][row] for row in ("50%", "95%", "99%")] == pytest.approx(wanted.tolist())
+        if len(values) > 1:
+            assert summary[name]["std"] == pytest.approx(np.std(values, ddof=1), abs=1e-9)
+
+
+def test_percentiles_interpolate():
+    metrics = engine_metrics(*(record(arrival=0.0, scheduled=0.0, times=(t,), finished=t) for t in (1.0, 2.0, 3.0)))
+    assert [metrics.summary()["ttft_ms"][row] for row in ("50%", "95%", "99%")] == pytest.approx([2000, 2900, 2980])
+
+
+def test_summary_has_every_latency_and_statistic_even_of_nothing():
+    summary = EngineMetrics().summary()
+    assert list(summary.columns) == LATENCIES
+    assert {"count", "mean", "std", "min", "50%", "95%", "99%", "max"} <= set(summary.index)
+    assert (summary.loc["count"] == 0).all()
+    assert summary.loc["mean"].isna().all()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [(), (UNSEEN,), (BEGUN,), (SINGLE,), (FULL,), (FULL, UNSEEN, SINGLE)],
+    ids=["empty", "unseen", "begun", "single", "full", "all"],
+)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_flat_is_plain_python(made, steps):
+    metrics = engine_metrics(*(record(**timeline) for timeline in made))
+    for _ in range(steps):
+        metrics.count_step(1, step_result(), 1.0)
+    flat = metrics.flat()
+    assert {type(key) for key in flat} == {str}
+    assert {type(value) for value in flat.values()} <= {int, float, type(None)}
+    assert json.loads(json.dumps(flat, allow_nan=False)) == flat
+
+
+def test_flat_has_the_same_names_whatever_happened():
+    assert list(EngineMetrics().flat()) == list(engine_metrics(record(**FULL), record(**UNSEEN)).flat())
+
+
+def test_flat_of_a_known_run():
+    metrics = engine_metrics(record(**FULL), record(**SINGLE), record(**UNSEEN))
+    metrics.count_step(2, step_result((1, 2), computed=6, padded=2, model_s=0.5, kv_bytes=9), 1.0)
+    metrics.count_step(1, step_result((1,), computed=1, padded=1, model_s=0.5, kv_bytes=8), 1.0)
+    flat = metrics.flat()
+    wanted = {
+        "requests": 3, "wall_s": 3.0, "tokens_per_s": 5 / 3, "host_pct": 50.0, "steps": 2, "forward_passes": 2,
+        "tokens_computed": 7, "padded_tokens": 3, "padding_ratio": 0.3, "output_tokens": 3, "kv_bytes_peak": 9,
+        "batch_size_mean": 1.5, "prompt_tokens_cached": 0, "preemptions": 0, "ttft_ms_mean": 875.0,
+        "ttft_ms_p50": 875.0, "ttft_ms_p95": 987.5, "ttft_ms_p99": 997.5, "latency_ms_p50": 2000.0,
+        "tpot_ms_p50": 1250 / 3, "itl_ms_mean": 1000 / 3, "itl_ms_p50": 250.0,
+    }  # fmt: skip
+    assert {name: flat[name] for name in wanted} == pytest.approx(wanted)
+
+
+def test_batch_size_mean_is_the_mean_of_the_histogram():
+    """A request in a step counts, whether the step gave it a token or not (a part of its prompt, a failed row)."""
+    metrics = EngineMetrics()
+    metrics.count_step(4, step_result((None, None, 1, None)), 1.0)
+    metrics.count_step(2, step_result((1, 1)), 1.0)
+    assert metrics.counters.batch_sizes == {4: 1, 2: 1}
+    assert metrics.flat()["batch_size_mean"] == 3.0
+
+
+def test_flat_says_none_where_nothing_was_measured():
+    flat = engine_metrics(record(**SINGLE)).flat()
+    assert [flat[f"tpot_ms_{label}"] for label in ("mean", "p50", "p95", "p99")] == [None] * 4
+    assert [flat[f"itl_ms_{label}"] for label in ("mean", "p50", "p95", "p99")] == [None] * 4
+    assert flat["ttft_ms_p99"] == 1000.0
+
+
+def test_only_the_last_records_are_kept():
+    old, new = record(**FULL), record(**SINGLE)
+    metrics = engine_metrics(old, *[new] * (KEPT_RECORDS - 1))
+    assert (len(metrics.records), metrics.records[0]) == (KEPT_RECORDS, old)
+    metrics.records.append(new)
+    assert (len(metrics.records), metrics.records[0]) == (KEPT_RECORDS, new)
+    assert KEPT_RECORDS == 100_000
+
+
+def test_engines_share_no_metrics():
+    one, other = EngineMetrics(), EngineMetrics()
+    one.count_step(1, step_result(), 1.0)
+    assert other.counters == Counters()
+    assert len(other.counters.batch_sizes) == 0

