@@ -21,8 +21,8 @@ from engine.engine import Engine
 from engine.errors import InputError
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel
-from engine.request import FinishReason, Request, RequestOutput
-from engine.workload import WorkItem, Workload
+from engine.request import FinishReason, Request, RequestOutput, SamplingParams, check_integer
+from engine.workload import Workload
 
 ALONE = ("generate", "sequential")
 
@@ -46,8 +46,7 @@ def ways(policies: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str,
         if policy not in (known := ("generate", *POLICIES)):
             raise InputError(f"policies has {policy!r}: choose from {', '.join(known)}")
     for size in batch_sizes:
-        if size < 1:
-            raise InputError(f"batch-sizes has {size}: each must be at least 1")
+        check_integer("batch-sizes", size, 1)
     pairs = [(p, size) for p in policies for size in ([1] if p in ALONE else batch_sizes) if size > 1 or p in ALONE]
     if not pairs:
         raise InputError("nothing to run: give policies, and a batch size above 1 for those that batch")
@@ -57,49 +56,52 @@ def ways(policies: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str,
 def bench(
     loaded: LoadedModel, workload: Workload, pairs: Sequence[tuple[str, int]], config: EngineConfig, rounds: int = 1
 ) -> Iterator[Run]:
-    """Run every (policy, batch size) pair, and again for each round, so that a drifting machine drifts for all."""
-    warm = Engine(loaded, config)
-    warm.generate([[1] * 8] * 2, progress=False)  # nobody pays for the first touch of weights and code
+    """Run every (policy, batch size) pair, and again for each round, so that a drifting machine drifts for all.
+
+    Raises KeyboardInterrupt when a run was interrupted, InputError when a request of it failed: neither is a result.
+    """
+    warm = Engine(loaded, config)  # nobody pays for the first touch of weights and code
+    warm.generate([[1] * 8] * 2, SamplingParams(max_new_tokens=4), progress=False)
     for _ in range(rounds):
         for policy, size in pairs:
             if policy == "generate":
                 yield Run(policy, size, *_generate_one_by_one(warm, workload))
             else:
                 engine = Engine(loaded, replace(config, policy=policy, max_batch_size=size))
-                yield Run(policy, size, engine.replay(workload.items, progress=False), engine.metrics)
+                outputs = engine.replay(workload.items, progress=False)
+                for output in outputs:
+                    if output.finish_reason is FinishReason.ABORT:
+                        raise KeyboardInterrupt
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise InputError(f"{policy} at batch size {size}: {output.request_id} failed: {output.error}")
+                yield Run(policy, size, outputs, engine.metrics)
 
 
 def _generate_one_by_one(engine: Engine, workload: Workload) -> tuple[list[RequestOutput], EngineMetrics]:
     metrics, outputs, start = EngineMetrics(), list[RequestOutput](), time.perf_counter()
     for index, item in enumerate(workload.items):
-        time.sleep(max(0.0, start + item.arrival_s - time.perf_counter()))
-        request = _generate_one(engine, f"request-{index}", item, start + item.arrival_s)
+        arrival = start + item.arrival_s
+        time.sleep(max(0.0, arrival - time.perf_counter()))
+        tokens, now = engine.encode(item.prompt), time.perf_counter()
+        stops = frozenset() if item.params.ignore_eos else engine.eos_ids
+        request = Request(f"request-{index}", len(tokens), item.params, tokens, stops, arrival=arrival, scheduled=now)
+        ids = torch.tensor([tokens], device=engine.model.device)
+        engine.model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=item.params.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,  # a model may bring its own, which the engine's greedy decoding does not apply
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=0,
+            streamer=_Clock(request),
+        )
         outputs.append(request.close(None, request.token_times[-1]))
         metrics.records.append(outputs[-1].metrics)
-        metrics.counters.output_tokens += request.output_len
-        metrics.counters.steps += request.output_len
-        metrics.counters.forward_passes += request.output_len
-        metrics.counters.tokens_computed += len(request.tokens) - 1
-        metrics.counters.batch_sizes[1] += request.output_len
+    counters, passes = metrics.counters, sum(len(output.token_ids) for output in outputs)
+    counters.output_tokens = counters.steps = counters.forward_passes = counters.batch_sizes[1] = passes
+    counters.tokens_computed = passes + sum(len(output.prompt_token_ids) - 1 for output in outputs)
     return outputs, metrics
-
-
-def _generate_one(engine: Engine, name: str, item: WorkItem, arrival: float) -> Request:
-    tokens = engine.encode(item.prompt)
-    stop_ids = frozenset() if item.params.ignore_eos else engine.eos_ids
-    request = Request(name, len(tokens), item.params, tokens, stop_ids, arrival=arrival, scheduled=time.perf_counter())
-    ids = torch.tensor([tokens], device=engine.model.device)
-    engine.model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=item.params.max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(stop_ids) or None,
-        pad_token_id=0,
-        streamer=_Clock(request),
-    )
-    request.finish(request.finish_reason or FinishReason.LENGTH)
-    return request
 
 
 class _Clock:
@@ -127,7 +129,7 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "weight_bytes": sum(p.nbytes for p in loaded.model.parameters()),

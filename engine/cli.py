@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,17 +12,15 @@ import typer
 from rich.console import Console
 
 from engine import __version__
-from engine.config import EngineConfig
+from engine.config import POLICIES, EngineConfig
 from engine.errors import InputError
 from engine.request import SamplingParams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 ERRORS = Console(stderr=True)
+PLOTS = (".png", ".svg", ".pdf")
 
-Model = Annotated[
-    str,
-    typer.Option(help="A hub id, a local folder, a .gguf file, 'smollm2', or 'random:NAME'; see the models command."),
-]
+Model = Annotated[str, typer.Option(help="A hub id, a folder, a .gguf file, 'smollm2' or 'random:NAME'; see models.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16 or float64.")]
 Seed = Annotated[int, typer.Option(help="Seeds the workload, random weights and sampling.")]
@@ -38,16 +37,10 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def bench(
     model: Model = "smollm2",
-    policies: Annotated[
-        str, typer.Option(help="Of sequential, dynamic, and generate (Transformers one by one); comma-separated.")
-    ] = "sequential,dynamic",
-    batch_sizes: Annotated[str, typer.Option(help="Batch sizes of the batching policies, comma-separated.")] = "1,4,16",
-    workload: Annotated[
-        str, typer.Option(help="chat-N (English), paper-N (128 in, 256 out), mixed-N, or shared-prefix-N; N requests.")
-    ] = "chat-32",
-    arrivals: Annotated[
-        str, typer.Option(help="When requests are due: all, poisson:RATE (a second) or burst:SIZE:GAP_SECONDS.")
-    ] = "all",
+    policies: Annotated[str, typer.Option(help="Comma-separated; also: generate.")] = ",".join(POLICIES),
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated, for the policies that batch.")] = "1,4,16",
+    workload: Annotated[str, typer.Option(help="N requests: chat-N, paper-N, mixed-N or shared-prefix-N.")] = "chat-32",
+    arrivals: Annotated[str, typer.Option(help="When they are due: all, poisson:RATE or burst:SIZE:GAP_S.")] = "all",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, interleaved; the median one is shown.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -58,33 +51,36 @@ def bench(
 ) -> None:
     """Run one workload through several ways of batching it and compare them in one table.
 
-    'sequential' is the batch=1 baseline. Tokens are compared between the ways. Ctrl-C shows what has finished.
+    'sequential' is the batch=1 baseline, 'generate' is Transformers one by one; tokens are compared with the former's.
+    Workloads: chat is English, paper 128 tokens in and 256 out, mixed log-normal. Ctrl-C shows what has finished.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress
 
     from engine import bench as bench_module, report
-    from engine.engine import resolve
+    from engine.engine import Engine, resolve
     from engine.models import load
     from engine.workload import make
 
-    pairs = bench_module.ways(_words(policies), _numbers("batch-sizes", batch_sizes))
-    for path in (csv, json, plot):
-        _check_writable(path)
-    if plot:
-        _need("matplotlib", "plot")
-    config = EngineConfig(device=device, dtype=dtype, seed=seed)
+    try:
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError:
+        raise InputError(f"batch-sizes={batch_sizes!r} must be whole numbers, comma-separated: 1,4,16") from None
+    pairs = bench_module.ways([policy.strip() for policy in policies.split(",")], sizes)
+    for option, path in (("csv", csv), ("json", json), ("plot", plot)):
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise InputError(f"{option}={str(path)!r} cannot be written: name a file in a folder that is there")
+    if plot and plot.suffix not in PLOTS:
+        raise InputError(f"plot={str(plot)!r} must end in one of {', '.join(PLOTS)}")
+    if plot and find_spec("matplotlib") is None:
+        raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
+    make(workload, vocab_size=2, seed=seed, arrivals=arrivals)  # bad names and numbers, before a model is loaded
+    config = _config(device, dtype, seed)
     loaded = load(model, **dict(zip(("device", "dtype"), resolve(config), strict=True)), seed=seed, progress=True)
-    work = make(
-        workload,
-        vocab_size=loaded.model.config.get_text_config(decoder=True).vocab_size,
-        tokenizer=loaded.tokenizer,
-        seed=seed,
-        arrivals=arrivals,
-        max_positions=loaded.model.config.get_text_config(decoder=True).max_position_embeddings,
-    )
+    engine = Engine(loaded, config)
+    limits = {"vocab_size": engine.vocab_size, "max_positions": engine.max_positions}
+    work = make(workload, tokenizer=loaded.tokenizer, seed=seed, arrivals=arrivals, **limits)
     runs: list[bench_module.Run] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=ERRORS, transient=True) as bar:
+    with Progress(console=ERRORS, transient=True) as bar:
         task = bar.add_task(f"{workload} on {model}", total=len(pairs) * rounds)
         try:
             for run in bench_module.bench(loaded, work, pairs, config, rounds):
@@ -94,15 +90,13 @@ def bench(
             ERRORS.print("interrupted: showing the runs that finished")
     if not runs:
         raise typer.Exit(130)
-    environment = bench_module.environment(loaded)
+    environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(loaded)}
     title = f"{workload}, arrivals {arrivals}, on {model} ({environment['dtype']}, {environment['device']})"
     summary = report.summarise(runs)
     Console(width=None if sys.stdout.isatty() else 180).print(report.table(summary, title))
-    mib = {name: environment[f"{name}_bytes"] >> 20 for name in ("weight", "peak_rss", "peak_cuda")}
-    kv = max(run.metrics.counters.kv_bytes_peak for run in runs) >> 20
-    typer.echo(
-        f"memory in MiB: weights {mib['weight']}, KV {kv}, peak RSS {mib['peak_rss']}, peak CUDA {mib['peak_cuda']}"
-    )
+    weights, rss, cuda = (environment[f"{name}_bytes"] / 2**20 for name in ("weight", "peak_rss", "peak_cuda"))
+    kv = summary["kv_bytes_peak"].max() / 2**20
+    typer.echo(f"memory in MiB: weights {weights:,.0f}, KV {kv:,.0f}, peak RSS {rss:,.0f}, peak CUDA {cuda:,.0f}")
     if model.startswith("random:"):
         typer.echo("weights are random: speed does not depend on their values, text would be noise")
     if csv:
@@ -111,6 +105,8 @@ def bench(
         report.write_json(json, runs, environment)
     if plot:
         report.write_plot(plot, summary, title)
+    if len(runs) < len(pairs) * rounds:
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -136,21 +132,21 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise InputError("prompt is empty: give at least one word")
+    config = _config(device, dtype, seed)
     from engine.engine import Engine
 
-    engine = Engine.from_pretrained(model, EngineConfig(device=device, dtype=dtype, seed=seed), progress=True)
+    engine = Engine.from_pretrained(model, config, progress=True)
     chat = not raw and engine.tokenizer is not None and engine.tokenizer.chat_template
-    metrics = None
     for chunk in engine.stream(engine.chat(text) if chat else text, params):
         typer.echo(chunk.text, nl=False)
-        metrics = chunk.output.metrics if chunk.output else None
     typer.echo()
-    if metrics is not None and metrics.ttft_ms is not None:
-        rate = f", {1e3 / metrics.tpot_ms:.1f} tok/s" if metrics.tpot_ms else ""
-        ERRORS.print(
-            f"[dim]{metrics.prompt_tokens} tokens in, {metrics.output_tokens} out ({metrics.finish_reason}), "
-            f"TTFT {metrics.ttft_ms:.0f} ms{rate}[/dim]"
-        )
+    assert chunk.output is not None
+    if chunk.output.error:
+        raise InputError(f"{model} failed: {chunk.output.error}")
+    m = chunk.output.metrics
+    rate = f", {1e3 / m.tpot_ms:.1f} tok/s" if m.tpot_ms else ""
+    tokens = f"{m.prompt_tokens} tokens in, {m.output_tokens} out ({m.finish_reason})"
+    typer.echo(f"{tokens}, TTFT {m.ttft_ms:.0f} ms{rate}", err=True)
 
 
 @app.command()
@@ -166,51 +162,28 @@ def models() -> None:
     for row in catalogue():
         sizes = (row["bytes_32bit"], row["bytes_16bit"])
         kv = (row["kv_bytes_per_token_32bit"], row["kv_bytes_per_token_16bit"])
-        out.add_row(
-            row["spec"],
-            row["architecture"],
-            f"{row['parameters']:,}",
-            *(f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e3:,.0f} kB" for size in sizes),
-            *(f"{size:,} B" for size in kv),
-            f"{row['positions']:,}",
-        )
+        cells = [row["spec"], row["architecture"], f"{row['parameters']:,}"]
+        cells += [f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e3:,.0f} kB" for size in sizes]
+        out.add_row(*cells, *(f"{size:,} B" for size in kv), f"{row['positions']:,}")
     Console(width=None if sys.stdout.isatty() else 140).print(out)
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _config(device: str, dtype: str, seed: int) -> EngineConfig:
+    """The options as a config, its device tried: that one is absent should not be learnt after a download."""
+    config = EngineConfig(device=device, dtype=dtype, seed=seed)
+    import torch
 
-
-def _numbers(name: str, text: str) -> list[int]:
     try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise InputError(f"{name}={text!r} must be whole numbers, comma-separated, such as 1,4,16") from None
-
-
-def _check_writable(path: Path | None) -> None:
-    if path and not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: the folder {path.absolute().parent} does not exist: make it first")
-
-
-def _need(module: str, extra: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(module) is None:
-        raise InputError(f"--{extra} needs {module}: pip install 'dynamic-batch[{extra}]'")
+        torch.empty(0, device=None if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={device!r} is not here ({str(error).splitlines()[0]}): give auto or cpu") from None
+    return config
 
 
 def main(args: Any = None) -> None:
     """Run the command line; what the user can mend ends in one line on standard error and exit code 2."""
     try:
         app(args)
-    except InputError as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        message = f"{error.filename}: {error.strerror}"
-    else:
-        return
-    ERRORS.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(2)
+    except (InputError, OSError) as error:
+        ERRORS.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)

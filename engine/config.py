@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from engine.errors import InputError
 from engine.request import check_integer, check_number
 
-POLICIES = ("sequential", "dynamic")
-RUNNERS = ("auto", "padded")
+POLICIES = ("sequential", "dynamic", "continuous")
+RUNNERS = ("auto", "packed", "padded")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -18,22 +18,31 @@ class EngineConfig:
 
     Args:
         policy: who is admitted when: "sequential" runs one request at a time (the baseline); "dynamic" fills a batch
-            in arrival order and runs it to completion.
-        runner: how keys and values are held: "padded" in Transformers' own cache, with masks; "auto" chooses.
+            in arrival order and runs it to completion; "continuous" admits at every step.
+        runner: how keys and values are held: "packed" in pages, without any padding; "padded" in Transformers' own
+            cache, with masks (not for "continuous"); "auto" is packed for "continuous" and padded for the other two,
+            and falls back to padded, with a warning, for a model that cannot run packed.
         device: "auto" (CUDA if there is one, else the CPU) or a torch device: "cpu", "cuda", "cuda:1".
         dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16.
         max_batch_size: requests that share a step at most.
-        max_step_tokens: positions one forward pass computes at most, padding included (but at least one a row).
+        max_step_tokens: tokens a step computes at most; longer prompts are computed in several. (Padded: positions of
+            one forward pass, padding included, but at least one a row.)
+        page_size: tokens of one page of KV memory (packed).
+        prefix_caching: keep what was computed and reuse it for prompts that begin the same (packed).
+        deterministic: bitwise the same logits for a request whatever shares its batch (packed); slower.
         kv_memory: for keys and values: bytes (an int), or a fraction (a float up to 1) of the memory free at start.
         seed: seeds `random:` weights, and the draws of requests that bring no seed.
     """
 
-    policy: str = "dynamic"
+    policy: str = "continuous"
     runner: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
     max_batch_size: int = 32
     max_step_tokens: int = 8192
+    page_size: int = 16
+    prefix_caching: bool = True
+    deterministic: bool = False
     kv_memory: int | float = 0.6
     seed: int = 0
 
@@ -43,8 +52,11 @@ class EngineConfig:
                 raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         check_integer("max_batch_size", self.max_batch_size, 1)
         check_integer("max_step_tokens", self.max_step_tokens, 1)
+        check_integer("page_size", self.page_size, 1)
         check_integer("seed", self.seed, 0)
         if isinstance(self.kv_memory, int):
             check_integer("kv_memory", self.kv_memory, 1)
         else:
             check_number("kv_memory", self.kv_memory, 1e-9, 1.0)
+        if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
+            raise InputError("runner='padded' can be neither continuous nor deterministic: use runner='packed'")

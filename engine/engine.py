@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,8 +24,9 @@ from engine.config import EngineConfig
 from engine.errors import InputError
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel, kv_bytes_per_token, load
-from engine.pages import RowPool
+from engine.pages import PagePool, RowPool
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk
+from engine.runner.packed import PackedRunner
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
 from engine.scheduler import Scheduler
@@ -50,22 +52,50 @@ class Engine:
         config = config or EngineConfig()
         model = self.model = loaded.model
         self.tokenizer, self.spec = loaded.tokenizer, loaded.spec
-        self.config = replace(config, device=str(model.device), dtype=str(model.dtype).removeprefix("torch."))
+        runner = config.runner
+        if runner == "auto":
+            runner = "packed" if config.policy == "continuous" or config.deterministic else "padded"
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.config = replace(config, device=str(model.device), dtype=dtype, runner=runner)
+        self._may_fall_back = config.runner == "auto" and not config.deterministic
         text_config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(text_config.vocab_size)
         self.max_positions = int(getattr(text_config, "max_position_embeddings", None) or sys.maxsize)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
-        self.runner = PaddedRunner(model, config.max_step_tokens)
+        self.runner: PaddedRunner | PackedRunner
         token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
         memory = config.kv_memory if isinstance(config.kv_memory, int) else int(config.kv_memory * _free(model.device))
-        if memory < token_bytes:
+        if memory < token_bytes * (config.page_size if self.config.runner == "packed" else 1):
             raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")
-        self.scheduler = Scheduler(config.policy, config.max_batch_size, RowPool(memory // token_bytes))
+        self._build(memory // token_bytes)
         self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
+
+    def _build(self, capacity: int) -> None:
+        """Make the runner, the memory's accounting for `capacity` tokens, and the scheduler."""
+        config = self.config
+        if config.runner == "packed":
+            useful = 2 * config.max_batch_size * -(-self.max_positions // config.page_size)
+            pages = min(capacity // config.page_size, useful)
+            pool = PagePool(pages, config.page_size, config.prefix_caching)
+            try:
+                self.runner = PackedRunner(self.model, pool, pages, config.deterministic)
+            except InputError as error:
+                if not self._may_fall_back:
+                    raise
+                lost = (
+                    "batches run to their end with padding, and nothing is shared (runner='padded', policy='dynamic')"
+                )
+                warnings.warn(f"{error}: {lost}", stacklevel=3)
+                self.config = replace(config, runner="padded", policy="dynamic")
+                return self._build(capacity)
+            self.scheduler = Scheduler(config.policy, config.max_batch_size, config.max_step_tokens, pool)
+        else:
+            self.runner = PaddedRunner(self.model, config.max_step_tokens)
+            self.scheduler = Scheduler(config.policy, config.max_batch_size, sys.maxsize, RowPool(capacity))
 
     @classmethod
     def from_pretrained(cls, spec: str, config: EngineConfig | None = None, *, progress: bool = True) -> Engine:
@@ -149,9 +179,13 @@ class Engine:
                 request.finish(reason, error=repr(error))
                 self._close(request)
             raise
-        self.scheduler.commit(step, [choice.token for choice in result.choices], time.perf_counter())
-        pairs = zip(step, result.choices, strict=True)
-        chunks = [self._publish(request, choice) for (request, _), choice in pairs if request.result is None]
+        choices = result.choices
+        self.metrics.count_memory(sum(self.scheduler.memory.unused(r, r.computed + n) for r, n in step), len(step))
+        self.scheduler.commit(
+            step, [None if choice is None else choice.token for choice in choices], time.perf_counter()
+        )
+        pairs = zip(step, choices, strict=True)
+        chunks = [self._publish(r, choice) for (r, _), choice in pairs if choice is not None and r.result is None]
         self.metrics.count_step(len(step), result, time.perf_counter() - started)
         return chunks
 
@@ -308,7 +342,7 @@ class Engine:
             whole = str(self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         output = request.close(whole, time.perf_counter())
         chunk = StreamChunk(request.id, ids, text, output)
-        self.metrics.records.append(output.metrics)
+        self.metrics.add(output.metrics)
         if request.on_chunk is not None:
             request.on_chunk(chunk)
         return chunk

@@ -56,7 +56,14 @@ class Counters:
     output_tokens: int = 0
     preemptions: int = 0
     kv_bytes_peak: int = 0
+    kv_unused_tokens: int = 0
+    kv_requests: int = 0
     batch_sizes: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def kv_unused_mean(self) -> float:
+        """Positions of KV memory that a running request held without need, on average over steps and requests."""
+        return self.kv_unused_tokens / max(1, self.kv_requests)
 
     @property
     def padding_ratio(self) -> float:
@@ -84,11 +91,22 @@ class EngineMetrics:
         counters.forward_passes += result.forward_passes
         counters.tokens_computed += result.tokens_computed
         counters.padded_tokens += result.padded_tokens
-        counters.output_tokens += sum(choice.token is not None for choice in result.choices)
+        counters.output_tokens += sum(choice is not None and choice.token is not None for choice in result.choices)
         counters.kv_bytes_peak = max(counters.kv_bytes_peak, result.kv_bytes)
         counters.batch_sizes[requests] += 1
         self.model_s += result.model_s
         self.step_s += step_s
+
+    def count_memory(self, unused: int, requests: int) -> None:
+        """Add a step whose `requests` requests together held `unused` positions of KV memory without need."""
+        self.counters.kv_unused_tokens += unused
+        self.counters.kv_requests += requests
+
+    def add(self, record: RequestMetrics) -> None:
+        """Add a request that has ended."""
+        self.records.append(record)
+        self.counters.preemptions += record.preemptions
+        self.counters.prompt_tokens_cached += record.prompt_tokens_cached
 
     @property
     def wall_s(self) -> float:
@@ -138,6 +156,7 @@ class EngineMetrics:
         own = ("wall_s", "tokens_per_s", "host_pct")
         flat = {"requests": len(self.records), **{name: getattr(self, name) for name in own}, **counters}
         flat["padding_ratio"] = self.counters.padding_ratio
+        flat["kv_unused_mean"] = self.counters.kv_unused_mean
         flat["batch_size_mean"] = self.counters.output_tokens / max(1, self.counters.steps)
         for name, column in self.summary().items():
             for row, label in (("mean", "mean"), ("50%", "p50"), ("95%", "p95"), ("99%", "p99")):

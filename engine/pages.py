@@ -1,16 +1,163 @@
-"""Who may hold KV memory: the accounting behind admission. Pure Python: it moves no data and knows no tensor."""
+"""Who may hold KV memory: pages and their owners, and what past requests left in them. Pure Python, no tensors.
+
+A `Memory` answers the scheduler: `check` (could it ever fit), `admit`, `reserve` (room for more of its tokens), `seal`
+(these tokens are computed) and `release`.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterable
+
 from engine.errors import InputError
-from engine.request import Request
+from engine.request import FinishReason, Request
+
+
+def _too_long(request: Request, capacity: int) -> InputError:
+    return InputError(
+        f"request {request.id}: a prompt of {request.prompt_len} tokens with max_new_tokens="
+        f"{request.params.max_new_tokens} needs {request.max_len} positions of KV memory; it holds {capacity}: raise "
+        "kv_memory or ask for less"
+    )
+
+
+class PagePool:
+    """Pages of `page_size` tokens, block tables, reference counts and the prefix cache.
+
+    A full page whose tokens are computed can be shared by every request with the same tokens up to its end: it is
+    found by the page before it and its own tokens, compared exactly, so no hash collision can give out another's.
+    Nobody writes to it again. A freed page keeps its tokens until it is needed, least recently freed first.
+
+    Args:
+        pages: how many there are.
+        page_size: tokens a page holds, >= 1.
+        prefix_caching: whether to find and keep computed pages at all.
+    """
+
+    def __init__(self, pages: int, page_size: int, prefix_caching: bool = True) -> None:
+        self.page_size = page_size
+        self.prefix_caching = prefix_caching
+        self.tables: dict[Request, list[int]] = {}
+        self.dirty: list[int] = []  # pages that may hold NaN: clear them before their next use
+        self._references = [0] * pages
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
+        self._cached: dict[tuple[int, tuple[int, ...]], int] = {}  # (serial of the page before, tokens) -> page
+        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}  # the reverse
+        self._serials: dict[int, int] = {}  # cached page -> a number that no other contents ever had
+        self._sealed: dict[Request, tuple[int, int]] = {}  # pages of a request seen by `seal`; serial of the last
+        self._serial = 0
+
+    def check(self, request: Request) -> None:
+        """Raise InputError if the request could not run even alone."""
+        capacity = len(self._references) * self.page_size
+        if request.max_len > capacity:
+            raise _too_long(request, capacity)
+
+    def admit(self, request: Request) -> bool:
+        """Give the request what is cached of it and pages for all of its tokens, or nothing; True if given.
+
+        Cached tokens are marked as computed, but never the last one: its logits are needed.
+        """
+        shared = list(self._match(request.tokens))
+        for page in shared:
+            self._acquire(page)
+        admitted_with = len(shared)
+        self.tables[request] = shared
+        self._sealed[request] = len(shared), self._serials[shared[-1]] if shared else 0
+        if not self.reserve(request, len(request.tokens)):
+            self.release(request)
+            return False
+        request.computed = admitted_with * self.page_size
+        return True
+
+    def reserve(self, request: Request, tokens: int) -> bool:
+        """Make the request's table hold its first `tokens` tokens; False, and nothing taken, if pages lack."""
+        table = self.tables[request]
+        need = -(-tokens // self.page_size) - len(table)
+        if need > len(self._free):
+            return False
+        for _ in range(need):
+            page = next(iter(self._free))
+            self._forget(page)
+            self._acquire(page)
+            table.append(page)
+        return True
+
+    def seal(self, request: Request) -> None:
+        """Let others find those of its pages that have become full of computed tokens."""
+        size, table, (done, serial) = self.page_size, self.tables[request], self._sealed[request]
+        full = request.computed // size
+        if not self.prefix_caching or done >= full:
+            return
+        for at in range(done, full):
+            key = (serial, tuple(request.tokens[at * size : (at + 1) * size]))
+            page = self._cached.setdefault(key, table[at])
+            if page == table[at]:
+                self._serial += 1
+                self._keys[page], self._serials[page] = key, self._serial
+            serial = self._serials[page]
+        self._sealed[request] = full, serial
+
+    def release(self, request: Request) -> None:
+        """Give back its pages; the last goes first, so that the beginning of a prompt is kept longest."""
+        failed = request.finish_reason is FinishReason.ERROR
+        del self._sealed[request]
+        for page in reversed(self.tables.pop(request)):
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                if failed:
+                    self._forget(page)
+                    self.dirty.append(page)
+                self._free[page] = None
+                if page not in self._keys:
+                    self._free.move_to_end(page, last=False)  # nothing worth keeping: reuse it first
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that some request holds."""
+        return len(self._references) - len(self._free)
+
+    def unused(self, request: Request, tokens: int) -> int:
+        """Positions of its pages beyond its first `tokens` tokens."""
+        return len(self.tables[request]) * self.page_size - tokens
+
+    def check_integrity(self) -> None:
+        """Assert that every page is free or owned as often as it is counted, and that the cache agrees with itself."""
+        counts = [0] * len(self._references)
+        for request, table in self.tables.items():
+            assert len(set(table)) == len(table), "a request holds a page twice"
+            assert len(table) * self.page_size >= request.computed, "computed tokens without a page"
+            for page in table:
+                counts[page] += 1
+        assert counts == self._references
+        assert set(self._free) == {page for page, count in enumerate(counts) if count == 0}
+        assert self._keys == {page: key for key, page in self._cached.items()}
+        assert self._serials.keys() == self._keys.keys()
+        assert all(page in self._keys for table in self.tables.values() for page in table if counts[page] > 1)
+
+    def _match(self, tokens: list[int]) -> Iterable[int]:
+        serial, size = 0, self.page_size
+        for at in range((len(tokens) - 1) // size if self.prefix_caching else 0):
+            page = self._cached.get((serial, tuple(tokens[at * size : (at + 1) * size])))
+            if page is None:
+                return
+            serial = self._serials[page]
+            yield page
+
+    def _acquire(self, page: int) -> None:
+        if self._references[page] == 0:
+            del self._free[page]
+        self._references[page] += 1
+
+    def _forget(self, page: int) -> None:
+        """Its contents are about to change: nobody may find it by them."""
+        key = self._keys.pop(page, None)
+        if key is not None:
+            del self._cached[key], self._serials[page]
 
 
 class RowPool:
-    """Accounts for the padded runner's rectangle: as many rows as requests, as many columns as the widest needs.
-
-    Rows are left-padded to the longest prompt and share their columns, so a batch needs
-    `rows x (longest prompt + longest output)` positions, known before it starts.
+    """The padded runner's rectangle: as many rows as requests, each as wide as the longest prompt and output need.
 
     Args:
         capacity: positions (tokens of one request) that fit in KV memory.
@@ -18,26 +165,33 @@ class RowPool:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._held: dict[str, Request] = {}
+        self._held: list[Request] = []
 
     def check(self, request: Request) -> None:
-        """Raise InputError if this request could not run even alone."""
+        """Raise InputError if the request could not run even alone."""
         if request.max_len > self.capacity:
-            raise InputError(
-                f"request {request.id}: a prompt of {request.prompt_len} tokens and max_new_tokens="
-                f"{request.params.max_new_tokens} need {request.max_len} positions of KV memory; it holds "
-                f"{self.capacity}: raise kv_memory or ask for less"
-            )
+            raise _too_long(request, self.capacity)
 
-    def reserve(self, request: Request) -> bool:
-        """Take a row for `request` if the batch still fits with it; True if it was taken."""
-        batch = [*self._held.values(), request]
+    def admit(self, request: Request) -> bool:
+        """Give the request a row for all it may become, if the batch still fits then."""
+        batch = [*self._held, request]
         width = max(r.prompt_len for r in batch) + max(r.params.max_new_tokens for r in batch)
-        if len(batch) * width > self.capacity:
-            return False
-        self._held[request.id] = request
+        if len(batch) * width <= self.capacity:
+            self._held = batch
+        return request in self._held
+
+    def reserve(self, request: Request, tokens: int) -> bool:
+        """A row is as wide as it will ever be."""
         return True
+
+    def seal(self, request: Request) -> None:
+        """Rows are not shared."""
 
     def release(self, request: Request) -> None:
         """Give the row back."""
-        del self._held[request.id]
+        self._held.remove(request)
+
+    def unused(self, request: Request, tokens: int) -> int:
+        """Positions of its row beyond its first `tokens` tokens."""
+        batch = self._held
+        return max(r.prompt_len for r in batch) + max(r.params.max_new_tokens for r in batch) - tokens

@@ -85,8 +85,7 @@ def write_plot(path: Path, summary: pd.DataFrame, title: str) -> None:
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    ways = zip(summary["policy"], summary["batch_size"], strict=True)
-    labels = [f"{policy}\nbatch {size}" for policy, size in ways]
+    labels = [f"{row.policy}\nbatch {row.batch_size}" for row in summary.itertuples()]
     throughput, *others = figure.subplots(1, 3)
     bars = throughput.bar(range(len(labels)), summary["tokens_per_s"], color="#2a6f97")
     throughput.bar_label(bars, [f"{value:.2f}x" for value in summary["speedup"]], fontsize=8)

@@ -1,47 +1,45 @@
 """Which tokens are computed next. Pure Python, no torch.
 
 A request is its tokens and how many of them are computed; a step is a list of `(request, n)`: compute the next n
-tokens of that request. Prefill, decode and recomputation are all the same act, so nothing here knows a phase.
-Policies differ only in when a waiting request is admitted.
+tokens of that request. Prefill, decode, recomputation and cache hits are one act, so nothing here knows a phase
+(after vLLM's V1 scheduler). Policies differ only in when a waiting request is admitted.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
+from engine.pages import PagePool, RowPool
 from engine.request import Request
 
 Step = list[tuple[Request, int]]
 
 
-class Memory(Protocol):
-    """The KV accounting a scheduler admits against."""
-
-    def check(self, request: Request) -> None: ...
-    def reserve(self, request: Request) -> bool: ...
-    def release(self, request: Request) -> None: ...
-
-
 class Scheduler:
-    """Plans steps for the requests it holds, first come first served.
+    """Plans steps, first come first served.
 
     Args:
-        policy: "sequential" admits one request when none runs; "dynamic" fills a batch when none runs.
+        policy: "sequential" admits one request when none runs, "dynamic" a batch when none runs, "continuous" at
+            every step.
         max_batch_size: requests that run together at most.
-        memory: the KV accounting; a request that does not fit now waits, and everyone behind it too.
+        max_step_tokens: tokens of a step at most. A request that needs one token (all that decode) goes before any
+            that need more, and these share what is left in order of arrival.
+        memory: the KV accounting. When a running request finds no room, the youngest is preempted: it loses its
+            pages, keeps its tokens and is computed again when there is room.
     """
 
-    def __init__(self, policy: str, max_batch_size: int, memory: Memory) -> None:
+    def __init__(self, policy: str, max_batch_size: int, max_step_tokens: int, memory: PagePool | RowPool) -> None:
+        self.continuous = policy == "continuous"
         self.max_running = 1 if policy == "sequential" else max_batch_size
+        self.max_step_tokens = max_step_tokens
         self.memory = memory
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # in the order admitted: the last is the youngest
 
     @property
     def has_work(self) -> bool:
-        """Whether any request still waits or runs."""
+        """Whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
@@ -49,13 +47,48 @@ class Scheduler:
         self.waiting.append(request)
 
     def plan(self, now: float) -> Step:
-        """The next step; `now` (seconds) becomes the `scheduled` time of requests it admits. Empty without work."""
-        if not self.running:
-            while self.waiting and len(self.running) < self.max_running and self.memory.reserve(self.waiting[0]):
-                request = self.waiting.popleft()
-                request.scheduled = now if request.scheduled is None else request.scheduled
-                self.running.append(request)
-        return [(request, len(request.tokens) - request.computed) for request in self.running]
+        """The next step; `now` (seconds) becomes the `scheduled` time of the requests it admits. Empty without work."""
+        fresh, preempted = not self.running, len(self.waiting)
+        step: Step = []
+        left = self.max_step_tokens
+        spare = max(0, left - sum(len(r.tokens) - r.computed == 1 for r in self.running))  # for more than one token
+        at = 0
+        # Whoever was preempted just now would only be preempted again, so nobody is admitted then.
+        while at < len(self.running) or (
+            (fresh or (self.continuous and spare and len(self.waiting) <= preempted)) and self._admit(now)
+        ):
+            request = self.running[at]
+            wanted = len(request.tokens) - request.computed
+            count = min(wanted, left, spare) if wanted > 1 else min(1, left)
+            if count and self._make_room(request, request.computed + count):
+                step.append((request, count))
+                left -= count
+                spare -= count if wanted > 1 else 0
+            at += 1
+        return step
+
+    def _admit(self, now: float) -> bool:
+        """Start the next waiting request, if there is one and the batch size and the memory allow it."""
+        if not self.waiting or len(self.running) >= self.max_running or not self.memory.admit(self.waiting[0]):
+            return False
+        request = self.waiting.popleft()
+        if request.scheduled is None:
+            request.scheduled = now
+            request.prompt_tokens_cached = request.computed
+        self.running.append(request)
+        return True
+
+    def _make_room(self, request: Request, tokens: int) -> bool:
+        """Reserve memory, preempting younger requests for it, and the request itself if it is the youngest."""
+        while not self.memory.reserve(request, tokens):
+            victim = self.running.pop()
+            self.memory.release(victim)
+            victim.computed = 0
+            victim.preemptions += 1
+            self.waiting.appendleft(victim)
+            if victim is request:
+                return False
+        return True
 
     def commit(self, step: Step, tokens: Sequence[int | None], now: float) -> None:
         """Advance the computed counts and hand each request its next token, which reached the host at `now` seconds.
@@ -66,6 +99,7 @@ class Scheduler:
         for (request, count), token in zip(step, tokens, strict=True):
             if request.finish_reason is None:
                 request.computed += count
+                self.memory.seal(request)
                 if token is not None:
                     request.append(token, now)
 

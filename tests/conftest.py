@@ -27,4 +27,4 @@ def tiny() -> Callable[..., Oracle]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[LoadedModel]:
-    yield load("smollm2")
+    return load("smollm2")

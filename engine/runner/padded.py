@@ -22,9 +22,8 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from engine.errors import InputError
 from engine.request import Request
-from engine.runner import StepResult
+from engine.runner import StepResult, refuse_unknown_cache
 from engine.sampler import sample
 from engine.scheduler import Step
 
@@ -214,18 +213,3 @@ class PaddedRunner:
                 self._rows[row] = last
                 self._starts[row] = self._starts[len(self._rows)]
         self._starts = self._starts[: len(self._rows)]
-
-
-def refuse_unknown_cache(model: PreTrainedModel) -> None:
-    """Raise InputError for models whose past is not plain keys and values, naming what they have instead."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if model.config.is_encoder_decoder:
-        kinds = {"an encoder"}
-    elif not kinds and getattr(model, "_is_stateful", False):
-        kinds = {"recurrent state"}
-    if kinds:
-        raise InputError(
-            f"{type(model).__name__} has {', '.join(sorted(kinds))}: only causal models with full or sliding-window "
-            "attention and a key-value cache can be batched here"
-        )

@@ -1,0 +1,237 @@
+"""The comparison itself: which ways run, which round is shown, against what, and that every way is given equal work."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engine import EngineConfig, FinishReason, InputError, SamplingParams
+from engine.bench import Run, bench, environment, ways
+from engine.config import POLICIES
+from engine.metrics import Counters, EngineMetrics, RequestMetrics
+from engine.report import COLUMNS, requests_frame, summarise, table
+from engine.request import Request
+from engine.workload import WorkItem, Workload
+
+BOTH = [("generate", 1), ("sequential", 1)]
+
+
+def made_up(policy: str, size: int, seconds: float, tokens: tuple[tuple[int, ...], ...] = ((5, 6), (7, 8))) -> Run:
+    """A run of a request for each of `tokens`, all ending after `seconds`."""
+    metrics, outputs = EngineMetrics(), []
+    for index, ids in enumerate(tokens):
+        request = Request(f"request-{index}", 1, SamplingParams(max_new_tokens=len(ids)), [3], arrival=10.0)
+        request.scheduled = 10.0
+        for token in ids:
+            request.append(token, 10.0 + seconds)
+        outputs.append(request.close(None, 10.0 + seconds))
+        metrics.records.append(outputs[-1].metrics)
+    return Run(policy, size, outputs, metrics)
+
+
+def work(prompts: list[list[int]], params: SamplingParams, gap: float = 0.0) -> Workload:
+    items = tuple(WorkItem(prompt, params, index * gap) for index, prompt in enumerate(prompts))
+    return Workload("made-up", 0, "all", items)
+
+
+def prompts_of(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(count)
+    return [rng.integers(10, 256, size).tolist() for size in rng.integers(1, 30, count)]
+
+
+# Ways
+
+
+def test_unbatched_policies_run_once_and_the_others_at_every_size_above_1():
+    assert ways(["sequential", "dynamic"], [1, 4, 16]) == [("sequential", 1), ("dynamic", 4), ("dynamic", 16)]
+    assert ways(["dynamic", "generate"], [8]) == [("dynamic", 8), ("generate", 1)]
+    assert ways(["sequential"], []) == [("sequential", 1)]
+    assert ways(["generate", "sequential", "generate"], [4, 4]) == BOTH
+    assert {policy for policy, _ in ways(("generate", *POLICIES), [2])} == {"generate", *POLICIES}
+
+
+@pytest.mark.parametrize(("policies", "sizes", "message"), [
+    (["nope"], [4], f"policies has 'nope': choose from generate, {', '.join(POLICIES)}"),
+    (["dynamic"], [4, 0], "batch-sizes=0 must be a whole number of at least 1"),
+    (["sequential"], [-1], "batch-sizes=-1 must be"),
+    (["dynamic"], [1], "nothing to run"), (["dynamic"], [], "nothing to run"), ([], [4], "nothing to run"),
+])  # fmt: skip
+def test_ways_that_are_none(policies, sizes, message):
+    with pytest.raises(InputError, match=message):
+        ways(policies, sizes)
+
+
+# What is shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [([2.0], 2.0), ([1.0, 3.0], 3.0), ([5.0, 1.0, 2.0], 2.0),
+                                                ([4.0, 1.0, 3.0, 2.0], 3.0), ([1.0] * 4, 1.0)])  # fmt: skip
+def test_the_round_shown_is_the_median_and_of_two_the_slower(seconds, shown):
+    summary = summarise([made_up("dynamic", 4, s) for s in seconds])
+    assert summary.rounds.tolist() == [len(seconds)]
+    assert summary.tokens_per_s.tolist() == pytest.approx([4 / shown])
+    assert summary.latency_ms_p50.tolist() == pytest.approx([shown * 1e3])  # all of a row is of one round
+
+
+def test_speedup_and_tokens_are_against_sequential_wherever_it_stands():
+    other, shorter = ((5, 6), (7, 9)), ((5, 6), (7,))
+    runs = [made_up("dynamic", 4, 1.0, other), made_up("sequential", 1, 4.0), made_up("dynamic", 8, 0.5, shorter)]
+    summary = summarise(runs)
+    assert list(zip(summary.policy, summary.batch_size, strict=True)) == [
+        ("dynamic", 4),
+        ("sequential", 1),
+        ("dynamic", 8),
+    ]
+    assert summary.speedup.tolist() == pytest.approx([4.0, 1.0, 6.0])
+    assert summary.same_tokens.tolist() == [1, 2, 1]
+
+
+def test_without_sequential_the_first_way_is_the_base():
+    summary = summarise([made_up("dynamic", 4, 2.0), made_up("dynamic", 8, 1.0)])
+    assert summary.speedup.tolist() == pytest.approx([1.0, 2.0])
+
+
+def test_every_column_of_the_table_is_in_the_summary_and_what_was_not_measured_is_a_dash():
+    summary = summarise([made_up("sequential", 1, 1.0, ((5,), (7,)))])
+    assert {name for name, _ in COLUMNS.values()} <= set(summary.columns)
+    shown = table(summary, "title")
+    cells = {column.header: next(iter(column.cells)) for column in shown.columns}
+    assert (cells["policy"], cells["speed-up"], cells["TPOT P50"], cells["same tokens"]) == (
+        "sequential",
+        "1.00x",
+        "-",
+        "2",
+    )
+    assert "over 2 requests" in str(shown.caption)
+
+
+def test_requests_frame_has_a_row_a_request_a_run():
+    runs = [made_up("sequential", 1, 1.0), made_up("dynamic", 4, 2.0), made_up("sequential", 1, 3.0)]
+    frame = requests_frame(runs)
+    assert frame.columns[:4].tolist() == ["policy", "batch_size", "run", "request_id"]
+    assert set(frame.columns[3:]) == set(RequestMetrics.__dataclass_fields__)
+    assert frame.run.tolist() == [0, 0, 1, 1, 2, 2]
+    assert frame.policy.tolist() == ["sequential"] * 2 + ["dynamic"] * 2 + ["sequential"] * 2
+    assert frame.latency_ms.tolist() == pytest.approx([1e3, 1e3, 2e3, 2e3, 3e3, 3e3])
+
+
+# Runs
+
+
+def test_generate_and_every_policy_give_the_same_tokens_for_the_same_work(tiny):
+    loaded = tiny("tiny-llama", "float64").loaded
+    workload = work(prompts_of(7), SamplingParams(max_new_tokens=9, ignore_eos=True))
+    pairs = ways(("generate", *POLICIES), [3])
+    runs = list(bench(loaded, workload, pairs, EngineConfig(), rounds=2))
+    assert [(run.policy, run.batch_size) for run in runs] == pairs * 2
+    for run in runs:
+        assert [output.prompt_token_ids for output in run.outputs] == [tuple(item.prompt) for item in workload.items]
+        assert [output.token_ids for output in run.outputs] == [output.token_ids for output in runs[0].outputs]
+        assert {output.finish_reason for output in run.outputs} == {FinishReason.LENGTH}
+        assert run.metrics.counters.output_tokens == 7 * 9
+        assert len(run.metrics.records) == 7
+    assert summarise(runs).same_tokens.tolist() == [7] * len(pairs)
+
+
+def test_generate_counts_what_sequential_counts(tiny):
+    loaded = tiny("tiny-llama", "float64").loaded
+    workload = work(prompts_of(5), SamplingParams(max_new_tokens=6, ignore_eos=True))
+    counted = [run.metrics.counters for run in bench(loaded, workload, BOTH, EngineConfig())]
+    for name in Counters.__dataclass_fields__.keys() - {"kv_bytes_peak"}:
+        assert getattr(counted[0], name) == getattr(counted[1], name), name
+
+
+@pytest.fixture
+def llama(tiny):
+    """tiny-llama with a generation config of this test's own."""
+    loaded = tiny("tiny-llama", "float64").loaded
+    before, loaded.model.generation_config = (
+        loaded.model.generation_config,
+        copy.deepcopy(loaded.model.generation_config),
+    )
+    yield loaded
+    loaded.model.generation_config = before
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_eos_ends_both_where_it_is_honoured_and_neither_where_not(llama, ignore):
+    prompts, free = prompts_of(4), SamplingParams(max_new_tokens=12, ignore_eos=True)
+    whole = [output.token_ids for output in next(bench(llama, work(prompts, free), BOTH, EngineConfig())).outputs]
+    eos = [whole[0][4], whole[1][0]]
+    llama.model.generation_config.eos_token_id = eos
+    ends = [next((i + 1 for i, token in enumerate(ids) if token in eos), 12) for ids in whole]
+    assert min(ends) == 1
+    assert 1 < ends[0] <= 5
+    expected = whole if ignore else [ids[:end] for ids, end in zip(whole, ends, strict=True)]
+    for run in bench(llama, work(prompts, replace(free, ignore_eos=ignore)), BOTH, EngineConfig()):
+        assert [output.token_ids for output in run.outputs] == expected
+        for output in run.outputs:
+            stopped = not ignore and output.token_ids[-1] in eos
+            assert output.finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+            assert output.stop_reason == (output.token_ids[-1] if stopped else None)
+
+
+def test_the_models_own_sampling_settings_change_neither(llama):
+    workload = work(prompts_of(3), SamplingParams(max_new_tokens=16, ignore_eos=True))
+    plain = [output.token_ids for output in next(bench(llama, workload, BOTH, EngineConfig())).outputs]
+    llama.model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=9.0, top_k=2)
+    for run in bench(llama, workload, BOTH, EngineConfig()):
+        assert [output.token_ids for output in run.outputs] == plain, run.policy
+
+
+@pytest.mark.parametrize("way", [("generate", 1), ("sequential", 1), ("dynamic", 2)])
+def test_requests_start_when_they_are_due_and_times_are_in_order(tiny, way):
+    workload = work(prompts_of(3), SamplingParams(max_new_tokens=2, ignore_eos=True), gap=0.1)
+    (run,) = bench(tiny("tiny-llama").loaded, workload, [way], EngineConfig())
+    arrivals = [output.metrics.arrival_s for output in run.outputs]
+    assert np.diff(arrivals) == pytest.approx([0.1, 0.1])
+    for metrics in (output.metrics for output in run.outputs):
+        assert 0 <= metrics.queue_ms <= metrics.ttft_ms <= metrics.latency_ms
+        assert metrics.prefill_ms > 0
+        assert metrics.decode_ms > 0
+    assert run.metrics.wall_s >= 0.2
+
+
+def test_a_run_that_was_interrupted_is_no_run_and_ends_the_rest(tiny, monkeypatch):
+    from engine.engine import Engine
+
+    step, steps = Engine.step, iter(range(10**6))
+
+    def interrupted(engine):
+        if next(steps) == 30:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    workload = work(prompts_of(4), SamplingParams(max_new_tokens=10, ignore_eos=True))
+    runs = bench(tiny().loaded, workload, ways(["dynamic", "sequential", "dynamic"], [4, 2]), EngineConfig())
+    assert next(runs).policy == "dynamic"
+    with pytest.raises(KeyboardInterrupt):
+        list(runs)
+    runs = bench(tiny().loaded, workload, ways(["dynamic"], [4]), EngineConfig())
+    assert [output.finish_reason for output in next(runs).outputs] == [FinishReason.LENGTH] * 4
+
+
+def test_a_run_with_a_request_that_failed_is_no_run(tiny, monkeypatch):
+    loaded = tiny().loaded
+    forward = type(loaded.model).forward
+
+    def broken(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = torch.full_like(output.logits, torch.nan)
+        return output
+
+    monkeypatch.setattr(type(loaded.model), "forward", broken)
+    with pytest.raises(InputError, match="dynamic at batch size 2: request-0 failed: "):
+        next(bench(loaded, work(prompts_of(2), SamplingParams()), [("dynamic", 2)], EngineConfig()))
+
+
+def test_the_environment_is_plain_and_says_what_ran(tiny):
+    found = environment(tiny("tiny-llama").loaded)
+    assert (found["model"], found["revision"], found["dtype"]) == ("random:tiny-llama", "random-seed-0", "float32")
+    assert {type(value) for value in found.values()} <= {str, int}
+    assert 0 < found["weight_bytes"] < found["peak_rss_bytes"]

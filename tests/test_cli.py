@@ -1,0 +1,308 @@
+"""The command line as its user meets it: help without torch, one line for what can be mended, tables, files, Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from engine import __version__, models
+from engine.cli import app, main
+from engine.config import POLICIES
+from engine.models import SPECS
+
+TINY = "random:tiny-qwen2"
+BENCH = ["bench", "--model", TINY, "--workload", "mixed-6"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every command runs in an empty folder, so that whatever it writes is seen."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capfd):
+    """`run(args)` gives the exit code, what was printed, and the errors."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main(args)
+        return (exit.value.code or 0, *capfd.readouterr())
+
+    return call
+
+
+def strict(path: Path) -> dict:
+    def refuse(word: str):
+        raise ValueError(f"{word} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["bench", "--help"], ["generate", "--help"], ["models", "--help"],
+                                  ["--version"], [], ["generate", ""], ["generate", "hi", "--top-p", "2"],
+                                  ["generate", "hi", "--dtype", "float8"], ["bench", "--rounds", "0"]])  # fmt: skip
+def test_what_needs_no_model_needs_no_torch(args):
+    code = (
+        "import sys; from engine.cli import main\ntry: main(sys.argv[1:])\n"
+        "finally: print('HEAVY', sorted({'torch', 'transformers', 'pandas', 'matplotlib'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []", done.stdout + done.stderr
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "engine", "--version"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"{__version__}\n", "")
+    done = subprocess.run([sys.executable, "-m", "engine", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in ("bench", "generate", "models"))
+
+
+def test_help_names_every_option_and_the_default_is_every_policy():
+    result = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    options = "model policies batch-sizes workload arrivals rounds device dtype seed csv json plot"
+    assert all(f"--{option}" in result.stdout for option in options.split())
+    assert ",".join(POLICIES) in result.stdout
+
+
+def test_models_lists_every_spec(run):
+    code, out, err = run("models")
+    assert (code, err) == (0, "")
+    assert [spec for spec in SPECS if f" {spec} " not in out] == []
+
+
+WRONG = {
+    "empty prompt": (["generate", ""], "prompt is empty"),
+    "blank prompt": (["generate", " \n\t"], "prompt is empty"),
+    "no tokens": (["generate", "hi", "--max-new-tokens", "0"], "max_new_tokens=0 must .* at least 1"),
+    "fewer tokens": (["generate", "hi", "--max-new-tokens", "-5"], "max_new_tokens=-5 must .* at least 1"),
+    "temperature": (["generate", "hi", "--temperature", "-0.5"], "temperature=-0.5 must .* at least 0"),
+    "not a number": (["generate", "hi", "--temperature", "nan"], "temperature=nan must be a finite number"),
+    "top_p": (["generate", "hi", "--top-p", "2"], "top_p=2.0 must .* to 1$"),
+    "top_k": (["generate", "hi", "--top-k", "-1"], "top_k=-1 must .* at least 0"),
+    "min_p": (["generate", "hi", "--min-p", "1.5"], "min_p=1.5 must .* to 1$"),
+    "penalty": (["generate", "hi", "--repetition-penalty", "0"], "repetition_penalty=0.0 must"),
+    "stop": (["generate", "hi", "--stop", ""], "stop=.* must be strings that are not empty"),
+    "seed": (["generate", "hi", "--seed", "-1"], "seed=-1 must .* at least 0"),
+    "dtype": (["generate", "hi", "--dtype", "float8"], "dtype='float8' must be one of auto, float64, "),
+    "device": (["generate", "hi", "--device", "gpu"], r"device='gpu' is not here \(.*\): give auto or cpu"),
+    "far device": (["generate", "hi", "--device", "cuda:99"], r"device='cuda:99' is not here \(.*\): give auto or cpu"),
+    "model": (["generate", "hi", "--model", "smolm2"], "model 'smolm2' is no folder, .* near: .*smollm2"),
+    "preset": (["bench", "--model", "random:nope"], "model 'random:nope' is no folder"),
+    "file": (["generate", "hi", "--model", "./nope.gguf"], "model './nope.gguf' is no folder, .gguf file"),
+    "no tokenizer": (["generate", "hi", "--model", TINY], f"{TINY} has no tokenizer"),
+    "policy": ([*BENCH, "--policies", "dynamic,nope"], "policies has 'nope': choose from generate, sequential, "),
+    "no policy": ([*BENCH, "--policies", ""], "policies has '': choose from"),
+    "size 0": ([*BENCH, "--batch-sizes", "4,0"], "batch-sizes=0 must .* at least 1"),
+    "size word": ([*BENCH, "--batch-sizes", "4,many"], "batch-sizes='4,many' must be whole numbers"),
+    "no size": ([*BENCH, "--batch-sizes", ""], "batch-sizes='' must be whole numbers"),
+    "nothing": ([*BENCH, "--policies", "dynamic", "--batch-sizes", "1"], "nothing to run: .* above 1"),
+    "workload": (["bench", "--workload", "chats-32"], "workload='chats-32' must be one of chat-N, "),
+    "workload N": (["bench", "--workload", "chat-0"], "workload='chat-0' must .* N from 1 to "),
+    "arrivals": (["bench", "--arrivals", "poisson:0"], "arrivals='poisson:0' must be all, poisson:RATE or burst:"),
+    "bench seed": (["bench", "--seed", "-1"], "seed=-1 must .* at least 0"),
+    "bench dtype": ([*BENCH, "--dtype", "int8"], "dtype='int8' must be one of "),
+    "bench device": ([*BENCH, "--device", "gpu"], "device='gpu' is not here"),
+    "csv": ([*BENCH, "--csv", "no/folder.csv"], "csv='no/folder.csv' cannot be written: name a file in a folder"),
+    "csv is a folder": ([*BENCH, "--csv", "."], "csv='.' cannot be written"),
+    "json": ([*BENCH, "--csv", "fine.csv", "--json", "no/f.json"], "json='no/f.json' cannot be written"),
+    "plot": ([*BENCH, "--json", "fine.json", "--plot", "no/f.png"], "plot='no/f.png' cannot be written"),
+    "plot ending": ([*BENCH, "--plot", "plot.txt"], "plot='plot.txt' must end in one of .png, .svg, .pdf"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), WRONG.values(), ids=WRONG)
+def test_bad_input_is_one_line_before_any_work(run, elsewhere, monkeypatch, args, message):
+    def work(*_, **__):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr("engine.engine.Engine.step", work)
+    monkeypatch.setattr("engine.models._smollm2", work)
+    code, out, err = run(*args)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert re.search(message, err.strip()), err
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [["bench", "--nope"], ["bench", "--rounds", "0"], ["bench", "--seed", "one"],
+                                  ["generate"], ["serve"]])  # fmt: skip
+def test_usage_errors_are_typers(run, args):
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert "Usage:" in err
+    assert "Traceback" not in err
+
+
+def test_cuda_where_there_is_none(run, monkeypatch):
+    def absent(*_, **__):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr("torch.empty", absent)
+    code, out, err = run(*BENCH, "--device", "cuda")
+    assert (code, out) == (2, "")
+    assert err == "error: device='cuda' is not here (Torch not compiled with CUDA enabled): give auto or cpu\n"
+
+
+def test_an_unknown_hub_id_without_a_network():
+    """A process of its own: the hub's client reads the setting when it is imported."""
+    command = [sys.executable, "-m", "engine", "generate", "hi", "--model", "nobody/nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "", "HF_HUB_OFFLINE": "1"})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("error: model 'nobody/nothing' did not load: ")
+    assert "other ways: a folder, a .gguf file, 'smollm2', 'random:NAME'" in done.stderr
+
+
+def test_a_gguf_file_cut_short(run, elsewhere):
+    pytest.importorskip("gguf")
+    (elsewhere / "cut.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(7))
+    code, out, err = run("generate", "hi", "--model", "cut.gguf")
+    assert (code, out, err) == (2, "", "error: cut.gguf is cut short or not a GGUF file; fetch it again\n")
+
+
+def test_a_disk_that_is_full_is_one_line_after_the_table(run, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "out.json")
+
+    monkeypatch.setattr("engine.report.write_json", full)
+    code, out, err = run(*BENCH, "--policies", "sequential", "--json", "out.json")
+    assert code == 2
+    assert "sequential" in out
+    assert err.strip() == "error: [Errno 28] No space left on device: 'out.json'"
+
+
+def test_generate_streams_an_answer_and_says_on_stderr_what_it_took(run, smollm2, monkeypatch):
+    monkeypatch.setattr("engine.engine.load", lambda *_, **__: smollm2)
+    code, out, err = run("generate", "What is the capital of France?", "--max-new-tokens", "24")
+    assert code == 0
+    assert "Paris" in out
+    assert "tokens in" not in out
+    counts, ttft = err.strip().split(", TTFT ")
+    assert re.fullmatch(r"\d+ tokens in, \d+ out \((stop|length)\)", counts), err
+    assert ttft.endswith(" tok/s")
+
+    code, out, err = run("generate", "word " * 9000)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert "max_new_tokens=256 needs" in err
+    assert "smollm2 has 8192: shorten one of the two" in err
+
+
+def test_generate_reads_standard_input_and_stops_at_a_stop_string(run, smollm2, monkeypatch):
+    monkeypatch.setattr("engine.engine.load", lambda *_, **__: smollm2)
+    monkeypatch.setattr("sys.stdin", io.StringIO("1, 2, 3, 4,"))
+    code, out, err = run("generate", "-", "--raw", "--stop", "7", "--max-new-tokens", "30")
+    assert (code, out.strip()) == (0, "5, 6,")
+    assert "(stop)" in err
+
+
+def test_generate_says_when_the_model_gives_no_numbers(run, smollm2, monkeypatch):
+    monkeypatch.setattr("engine.engine.load", lambda *_, **__: smollm2)
+    forward = type(smollm2.model).forward
+
+    def broken(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = torch.full_like(output.logits, math.nan)
+        return output
+
+    monkeypatch.setattr(type(smollm2.model), "forward", broken)
+    code, _, err = run("generate", "hi")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith("error: smollm2 failed: ")
+
+
+def test_bench_prints_a_table_and_writes_the_files(run, elsewhere):
+    matplotlib = pytest.importorskip("matplotlib.image")
+    files = ["--csv", "out.csv", "--json", "out.json", "--plot", "out.png"]
+    code, out, err = run(*BENCH, "--batch-sizes", "1,3", "--rounds", "2", "--dtype", "float64", *files)
+    assert (code, err.strip()) == (0, "")
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["out.csv", "out.json", "out.png"]
+    ways = [(policy, 1 if policy == "sequential" else 3) for policy in POLICIES]
+    for policy, size in ways:
+        assert re.search(rf"│ {policy} +│ +{size} │", out), out
+    assert "weights are random" in out
+    assert "memory in MiB: weights" in out
+
+    rows = pd.read_csv("out.csv")
+    assert len(rows) == 6 * 2 * len(ways)
+    assert list(rows.groupby("run").size()) == [6] * 2 * len(ways)
+    assert set(zip(rows.policy, rows.batch_size, strict=True)) == set(ways)
+    assert (rows.ttft_ms > 0).all()
+    assert (rows.latency_ms >= rows.ttft_ms).all()
+    assert (rows.groupby("run").output_tokens.sum().nunique(), rows.finish_reason.unique()) == (1, ["length"])
+
+    data = strict(elsewhere / "out.json")
+    assert set(data) == {"environment", "summary", "requests"}
+    assert {"workload": "mixed-6", "arrivals": "all", "seed": 0, "model": TINY}.items() <= data["environment"].items()
+    assert [(row["policy"], row["batch_size"], row["rounds"]) for row in data["summary"]] == [(*way, 2) for way in ways]
+    assert [row["same_tokens"] for row in data["summary"]] == [6] * len(ways)
+    assert len(data["requests"]) == len(rows)
+    assert matplotlib.imread("out.png").shape[2] == 4
+
+
+def test_bench_needs_room_for_the_longest_request(run):
+    code, out, err = run("bench", "--model", TINY, "--workload", "paper-2", "--policies", "sequential", "--seed", "3")
+    assert (code, "paper-2" in out) == (0, True), err
+    short = models.Preset("qwen2", (256, 64, 128, 1, 4, 2, 300), "short", {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.PRESETS, "tiny-qwen2", short)
+        code, out, err = run("bench", "--model", TINY, "--workload", "paper-2")
+    assert (code, out) == (2, "")
+    assert err == "error: max_positions=300 is too small: the longest request of paper-2 needs 384\n"
+
+
+@pytest.mark.parametrize("wait_for", ["a finished run", "nothing"])
+def test_ctrl_c_shows_what_finished(elsewhere, wait_for):
+    policies = "sequential,dynamic" if wait_for == "a finished run" else "dynamic,sequential"
+    work = ["--workload", "paper-40" if wait_for == "nothing" else "mixed-3", "--rounds", "100000", "--csv", "out.csv"]
+    command = [sys.executable, "-c", INTERRUPTIBLE, "bench", "--model", TINY, "--policies", policies, *work]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    runs = 1 if wait_for == "nothing" else 4
+    assert process.stderr is not None
+    for line in process.stderr:
+        runs -= line == "RUN\n"
+        if runs == 0:
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted: showing the runs that finished" in err
+    if wait_for == "nothing":
+        assert (out, list(elsewhere.iterdir())) == ("", [])
+        return
+    assert "│ sequential │" in out
+    assert "│ dynamic    │" in out
+    rows = pd.read_csv("out.csv")
+    assert (rows.groupby("run").size() == 3).all()
+    assert set(rows.finish_reason) == {"length"}
+
+
+INTERRUPTIBLE = """
+import sys
+from engine import Engine, cli
+replay = Engine.replay
+def told(self, items, **kwargs):
+    if len(items) > 2:  # not the warm-up
+        print("RUN", file=sys.stderr, flush=True)
+    return replay(self, items, **kwargs)
+Engine.replay = told
+cli.main()
+"""
