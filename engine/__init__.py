@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # "as" marks a re-export
+    from engine.aio import AsyncEngine as AsyncEngine
     from engine.config import EngineConfig as EngineConfig
     from engine.engine import Engine as Engine
     from engine.errors import InputError as InputError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # "as" marks a re-export
 
 __version__ = "0.1.0"
 _HOME = {
+    "engine.aio": ("AsyncEngine",),
     "engine.config": ("EngineConfig",),
     "engine.engine": ("Engine",),
     "engine.errors": ("InputError",),

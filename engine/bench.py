@@ -1,6 +1,7 @@
 """The main job: one workload through several ways of batching it, in one run, on one model.
 
-`generate` is Transformers' own `model.generate`, one prompt at a time; every other way is a policy of the engine.
+`generate` is Transformers' own `model.generate`, one prompt at a time at batch size 1 and on padded batches above;
+every other way is a policy of the engine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from engine.config import POLICIES, EngineConfig
 from engine.engine import Engine
@@ -23,8 +25,6 @@ from engine.metrics import EngineMetrics
 from engine.models import LoadedModel
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, check_integer
 from engine.workload import Workload
-
-ALONE = ("generate", "sequential")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Run:
 
 
 def ways(policies: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str, int]]:
-    """The (policy, batch size) pairs to compare: unbatched policies once, the others at every size above 1.
+    """The (policy, batch size) pairs to compare: sequential once, generate at every size, the others above 1.
 
     Raises InputError for an unknown policy, a batch size below 1, or nothing to run.
     """
@@ -47,7 +47,8 @@ def ways(policies: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str,
             raise InputError(f"policies has {policy!r}: choose from {', '.join(known)}")
     for size in batch_sizes:
         check_integer("batch-sizes", size, 1)
-    pairs = [(p, size) for p in policies for size in ([1] if p in ALONE else batch_sizes) if size > 1 or p in ALONE]
+    sizes = {p: [1] if p == "sequential" else [s for s in batch_sizes if s > 1 or p == "generate"] for p in policies}
+    pairs = [(policy, size) for policy in policies for size in sizes[policy]]
     if not pairs:
         raise InputError("nothing to run: give policies, and a batch size above 1 for those that batch")
     return list(dict.fromkeys(pairs))
@@ -65,7 +66,7 @@ def bench(
     for _ in range(rounds):
         for policy, size in pairs:
             if policy == "generate":
-                yield Run(policy, size, *_generate_one_by_one(warm, workload))
+                yield Run(policy, size, *_generate(warm, workload, size))
             else:
                 engine = Engine(loaded, replace(config, policy=policy, max_batch_size=size))
                 outputs = engine.replay(workload.items, progress=False)
@@ -77,46 +78,64 @@ def bench(
                 yield Run(policy, size, outputs, engine.metrics)
 
 
-def _generate_one_by_one(engine: Engine, workload: Workload) -> tuple[list[RequestOutput], EngineMetrics]:
-    metrics, outputs, start = EngineMetrics(), list[RequestOutput](), time.perf_counter()
+def _generate(engine: Engine, workload: Workload, size: int) -> tuple[list[RequestOutput], EngineMetrics]:
+    """Transformers' own `generate` on left-padded batches of up to `size` requests that are due, to their ends."""
+    metrics, start = EngineMetrics(), time.perf_counter()
+    requests = []
     for index, item in enumerate(workload.items):
-        arrival = start + item.arrival_s
-        time.sleep(max(0.0, arrival - time.perf_counter()))
-        tokens, now = engine.encode(item.prompt), time.perf_counter()
+        tokens = engine.encode(item.prompt)
         stops = frozenset() if item.params.ignore_eos else engine.eos_ids
-        request = Request(f"request-{index}", len(tokens), item.params, tokens, stops, arrival=arrival, scheduled=now)
-        ids = torch.tensor([tokens], device=engine.model.device)
-        engine.model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=item.params.max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,  # a model may bring its own, which the engine's greedy decoding does not apply
-            eos_token_id=sorted(stops) or None,
-            pad_token_id=0,
-            streamer=_Clock(request),
-        )
-        outputs.append(request.close(None, request.token_times[-1]))
-        metrics.records.append(outputs[-1].metrics)
-    counters, passes = metrics.counters, sum(len(output.token_ids) for output in outputs)
-    counters.output_tokens = counters.steps = counters.forward_passes = counters.batch_sizes[1] = passes
-    counters.tokens_computed = passes + sum(len(output.prompt_token_ids) - 1 for output in outputs)
-    return outputs, metrics
+        arrival = start + item.arrival_s
+        requests.append(Request(f"request-{index}", len(tokens), item.params, tokens, stops, arrival=arrival))
+    pending = requests
+    while pending:
+        time.sleep(max(0.0, pending[0].arrival - time.perf_counter()))
+        now = time.perf_counter()
+        batch = [request for request in pending[:size] if request.arrival <= now]
+        pending = pending[len(batch) :]
+        passes, padded = _generate_batch(engine.model, batch, now)
+        counters = metrics.counters
+        counters.steps += passes
+        counters.forward_passes += passes
+        counters.batch_sizes[len(batch)] += passes
+        counters.padded_tokens += padded
+        counters.output_tokens += sum(request.output_len for request in batch)
+        counters.tokens_computed += sum(len(request.tokens) - 1 for request in batch)
+        for request in batch:
+            metrics.add(request.close(None, request.token_times[-1]).metrics)
+    return [request.result for request in requests if request.result is not None], metrics
 
 
-class _Clock:
-    """A streamer: Transformers hands it the prompt, then each token once that is on the host."""
+def _generate_batch(model: PreTrainedModel, batch: list[Request], now: float) -> tuple[int, int]:
+    """Generate for one batch; gives the forward passes, and the positions computed that no request needed."""
+    width, steps = max(request.prompt_len for request in batch), 0
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, request in enumerate(batch):
+        request.scheduled = now
+        ids[row, width - request.prompt_len :] = torch.tensor(request.tokens)
+        mask[row, width - request.prompt_len :] = 1
 
-    def __init__(self, request: Request) -> None:
-        self.request, self.prompt_seen = request, False
+    def take(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """As a stopping criterion: Transformers calls it with each new token, and asks which rows are done."""
+        nonlocal steps
+        steps += 1
+        for request, token in zip(batch, input_ids[:, -1].tolist(), strict=True):
+            if request.finish_reason is None:
+                request.append(token, time.perf_counter())
+        return torch.tensor([request.finish_reason is not None for request in batch], device=input_ids.device)
 
-    def put(self, value: torch.Tensor) -> None:
-        if self.prompt_seen:
-            self.request.append(int(value.flatten()[0]), time.perf_counter())
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        """The last token has been handed over already."""
+    model.generate(  # type: ignore[operator]
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max(request.params.max_new_tokens for request in batch),
+        do_sample=False,
+        repetition_penalty=1.0,  # a model may bring its own, which the engine's greedy decoding does not apply
+        eos_token_id=None,
+        pad_token_id=0,
+        stopping_criteria=[take],
+    )
+    return steps, len(batch) * (width + steps - 1) - sum(len(request.tokens) - 1 for request in batch)
 
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:

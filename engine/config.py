@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import InputError
-from engine.request import check_integer, check_number
+from engine.request import check_bool, check_integer, check_number
 
 POLICIES = ("sequential", "dynamic", "continuous")
 RUNNERS = ("auto", "packed", "padded")
@@ -53,7 +53,11 @@ class EngineConfig:
         check_integer("max_batch_size", self.max_batch_size, 1)
         check_integer("max_step_tokens", self.max_step_tokens, 1)
         check_integer("page_size", self.page_size, 1)
-        check_integer("seed", self.seed, 0)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
+        check_bool("prefix_caching", self.prefix_caching)
+        check_bool("deterministic", self.deterministic)
+        if not isinstance(self.device, str) or not self.device:
+            raise InputError(f"device={self.device!r} must be auto, cpu, cuda or cuda:N")
         if isinstance(self.kv_memory, int):
             check_integer("kv_memory", self.kv_memory, 1)
         else:

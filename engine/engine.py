@@ -7,6 +7,7 @@ the runner's; here is what remains: checking input, text, timestamps and handing
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 import time
 import warnings
@@ -33,6 +34,7 @@ from engine.scheduler import Scheduler
 from engine.text import TextStream
 from engine.workload import WorkItem
 
+LOG = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 OnChunk = Callable[[StreamChunk], object]
 
@@ -174,6 +176,9 @@ class Engine:
         try:
             result = self.runner.run(step)
         except BaseException as error:
+            if _out_of_memory(error) and self.scheduler.shrink(step):
+                LOG.warning("out of memory: steps have at most %d tokens from now on", self.scheduler.max_step_tokens)
+                return self.step()
             reason = FinishReason.ERROR if isinstance(error, Exception) else FinishReason.ABORT
             for request, _ in step:
                 request.finish(reason, error=repr(error))
@@ -344,7 +349,10 @@ class Engine:
         chunk = StreamChunk(request.id, ids, text, output)
         self.metrics.add(output.metrics)
         if request.on_chunk is not None:
-            request.on_chunk(chunk)
+            try:
+                request.on_chunk(chunk)
+            except Exception:
+                LOG.exception("request %s: its callback failed on the last chunk; its result stands", request.id)
         return chunk
 
 
@@ -356,6 +364,13 @@ def resolve(config: EngineConfig) -> tuple[str, str]:
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
     return device, dtype
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether torch had no memory for a tensor; on the CPU that is a RuntimeError that says so."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
 
 
 def _free(device: torch.device) -> int:

@@ -118,7 +118,8 @@ class EngineMetrics:
     @property
     def tokens_per_s(self) -> float:
         """Output tokens delivered per second of `wall_s`; padding and whatever follows a stop never count."""
-        return sum(r.output_tokens for r in self.records) / self.wall_s if self.records else 0.0
+        wall_s = self.wall_s
+        return sum(r.output_tokens for r in self.records) / wall_s if wall_s else 0.0
 
     @property
     def host_pct(self) -> float:
@@ -129,7 +130,7 @@ class EngineMetrics:
         """Requests per second that ended by themselves within both limits."""
         ended = (r for r in self.records if r.finish_reason in ("stop", "length") and r.ttft_ms is not None)
         good = sum((r.ttft_ms or 0.0) <= ttft_ms and (r.tpot_ms or 0.0) <= tpot_ms for r in ended)
-        return good / self.wall_s if good else 0.0
+        return good / self.wall_s if self.wall_s else 0.0
 
     def frame(self) -> pd.DataFrame:
         """One row a request, in the order they ended; columns are the fields of RequestMetrics."""
@@ -157,7 +158,7 @@ class EngineMetrics:
         flat = {"requests": len(self.records), **{name: getattr(self, name) for name in own}, **counters}
         flat["padding_ratio"] = self.counters.padding_ratio
         flat["kv_unused_mean"] = self.counters.kv_unused_mean
-        flat["batch_size_mean"] = self.counters.output_tokens / max(1, self.counters.steps)
+        flat["batch_size_mean"] = sum(self.counters.batch_sizes.elements()) / max(1, self.counters.steps)
         for name, column in self.summary().items():
             for row, label in (("mean", "mean"), ("50%", "p50"), ("95%", "p95"), ("99%", "p99")):
                 flat[f"{name}_{label}"] = None if column.isna()[row] else float(column[row])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -58,9 +57,11 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | Sequence | Set):
+                raise InputError(f"{name}={value!r} must be a list")
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         check_integer("max_new_tokens", self.max_new_tokens, 1)
         check_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
         check_number("temperature", self.temperature)
@@ -68,10 +69,11 @@ class SamplingParams:
         check_number("top_p", self.top_p, 1e-9, 1.0)
         check_number("min_p", self.min_p, 0.0, 1.0)
         check_number("repetition_penalty", self.repetition_penalty, 1e-9)
-        if not all(isinstance(text, str) and text for text in stop):
-            raise InputError(f"stop={stop!r} must be strings that are not empty")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError(f"stop={self.stop!r} must be strings that are not empty")
         for token in self.stop_token_ids:
             check_integer("stop_token_ids", token, 0)
+        check_bool("ignore_eos", self.ignore_eos)
         if self.seed is not None:
             check_integer("seed", self.seed, 0, 2**63 - 1)
         if self.logprobs is not None:
@@ -81,16 +83,21 @@ class SamplingParams:
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise InputError unless `value` is an int (and no bool) from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise InputError(
-            f"{name}={value!r} must be a whole number of at least {low}{f', at most {high}' if high else ''}"
-        )
+        bound = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise InputError(f"{name}={value!r} must be a whole number {bound}")
 
 
-def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf) -> None:
-    """Raise InputError unless `value` is a finite number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
-        bound = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+def check_number(name: str, value: object, low: float = 0.0, high: float = 1e300) -> None:
+    """Raise InputError unless `value` is a number (and no bool) from `low` to `high`; NaN is not."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        bound = f"from {low:g} to {high:g}" if high < 1e300 else f"of at least {low:g}"
         raise InputError(f"{name}={value!r} must be a finite number {bound}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise InputError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}={value!r} must be True or False")
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,9 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]
         neighbours are not affected.
     """
     scores_RV = _penalised(logits_RV, requests)
-    peak_R, tokens_R = scores_RV.max(-1)  # NaN counts as the largest, so the peak tells whether a row is sound
+    peak_R, tokens_R = scores_RV.max(-1)
+    if scores_RV is not logits_RV:
+        peak_R = logits_RV.amax(-1)  # NaN counts as the largest, so the peak tells whether a row is sound
     draws = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     if draws:
         rows = torch.tensor(draws, device=logits_RV.device)
@@ -60,7 +62,7 @@ def _penalised(logits_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Te
     ]
     if not changes:
         return logits_RV
-    scores_RV = logits_RV.clone()
+    scores_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32), copy=True)
     for row, request in changes:
         penalty = request.params.repetition_penalty
         if penalty != 1.0:
@@ -83,7 +85,8 @@ def _draw(scores_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
 
-    scores_RV = scores_RV.double() / column([p.temperature for p in params])
+    scores_RV = scores_RV.double()
+    scores_RV = (scores_RV - scores_RV.amax(-1, keepdim=True)) / column([p.temperature for p in params])
     if any(p.min_p > 0 for p in params):
         floor_R1 = scores_RV.amax(-1, keepdim=True) + column([p.min_p for p in params]).log()
         scores_RV = scores_RV.masked_fill(scores_RV < floor_R1, -torch.inf)

@@ -90,6 +90,14 @@ class Scheduler:
                 return False
         return True
 
+    def shrink(self, step: Step) -> bool:
+        """After this step ran out of memory: plan half as many tokens from now on; False if that cannot be."""
+        tokens = sum(count for _, count in step)
+        if tokens < 2 or not isinstance(self.memory, PagePool):  # rows are laid out as a whole, and cannot be fewer
+            return False
+        self.max_step_tokens = tokens // 2
+        return True
+
     def commit(self, step: Step, tokens: Sequence[int | None], now: float) -> None:
         """Advance the computed counts and hand each request its next token, which reached the host at `now` seconds.
 

@@ -31,7 +31,8 @@ def record(
 
 def engine_metrics(*records: RequestMetrics) -> EngineMetrics:
     metrics = EngineMetrics()
-    metrics.records.extend(records)
+    for made in records:
+        metrics.add(made)
     return metrics
 
 
@@ -43,7 +44,8 @@ def step_result(
     model_s: float = 0.5,
     kv_bytes: int = 0,
 ) -> StepResult:
-    return StepResult([Choice(token) for token in tokens], passes, computed, padded, model_s, kv_bytes)
+    choices = [None if token is None else Choice(token) for token in tokens]
+    return StepResult(choices, passes, computed, padded, model_s, kv_bytes)
 
 
 FULL: dict[str, Any] = {"arrival": 10.0, "scheduled": 10.25, "times": (10.75, 11.0, 11.5, 11.75), "finished": 12.0}
@@ -136,6 +138,28 @@ def test_count_step_adds_up():
     assert counters.batch_sizes == {2: 2, 1: 1}
     assert (metrics.model_s, metrics.step_s) == (1.0, 2.0)
     assert metrics.host_pct == 50.0
+
+
+def test_a_failed_row_is_no_output_token():
+    metrics = EngineMetrics()
+    metrics.count_step(2, StepResult([Choice(None, error="broken"), Choice(0)], 1, 2, 0, 0.5, 0), 1.0)
+    assert metrics.counters.output_tokens == 1
+
+
+def test_add_counts_preemptions_and_cached_prompt_tokens():
+    made = dataclasses.replace(record(**FULL), preemptions=2, prompt_tokens_cached=5)
+    metrics = engine_metrics(made, made, record(**SINGLE))
+    assert (metrics.counters.preemptions, metrics.counters.prompt_tokens_cached) == (4, 10)
+    assert list(metrics.records) == [made, made, record(**SINGLE)]
+
+
+def test_unused_memory_is_a_mean_over_requests_and_steps():
+    metrics = EngineMetrics()
+    assert metrics.counters.kv_unused_mean == 0.0
+    metrics.count_memory(12, 1)
+    metrics.count_memory(8, 3)
+    assert metrics.counters.kv_unused_mean == 5.0
+    assert metrics.flat()["kv_unused_mean"] == 5.0
 
 
 @pytest.mark.parametrize(("computed", "padded", "ratio"), [(0, 0, 0.0), (7, 0, 0.0), (3, 1, 0.25), (1, 3, 0.75)])
@@ -252,7 +276,7 @@ def test_flat_of_a_known_run():
 
 
 def test_batch_size_mean_is_the_mean_of_the_histogram():
-    """A request in a step counts, whether the step gave it a token or not (a part of its prompt, a failed row)."""
+    """A request in a step counts, whether the step gave it a token or not (a part of a prompt, a failed row)."""
     metrics = EngineMetrics()
     metrics.count_step(4, step_result((None, None, 1, None)), 1.0)
     metrics.count_step(2, step_result((1, 1)), 1.0)
@@ -271,7 +295,7 @@ def test_only_the_last_records_are_kept():
     old, new = record(**FULL), record(**SINGLE)
     metrics = engine_metrics(old, *[new] * (KEPT_RECORDS - 1))
     assert (len(metrics.records), metrics.records[0]) == (KEPT_RECORDS, old)
-    metrics.records.append(new)
+    metrics.add(new)
     assert (len(metrics.records), metrics.records[0]) == (KEPT_RECORDS, new)
     assert KEPT_RECORDS == 100_000
 

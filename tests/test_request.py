@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,9 @@ GOOD_CONFIG = {
     "dtype": ("auto", *DTYPES),
     "max_batch_size": (1, 2, 10**6),
     "max_step_tokens": (1, 2, 10**9),
+    "page_size": (1, 2, 1000),
+    "prefix_caching": (True, False),
+    "deterministic": (True, False),
     "kv_memory": (1, 2**40, 1e-9, 0.5, 1.0),
     "seed": (0, 1, 2**63 - 1),
 }
@@ -61,6 +65,9 @@ BAD_CONFIG = {
     "dtype": ("", "float8", "torch.float32", "int8", None, 16, True),
     "max_batch_size": (0, -1, None, *NO_INTEGERS),
     "max_step_tokens": (0, -1, None, *NO_INTEGERS),
+    "page_size": (0, -1, None, *NO_INTEGERS),
+    "prefix_caching": (None, "no"),
+    "deterministic": (None, "no"),
     "kv_memory": (0, -1, 0.0, -0.5, 1.0000001, 2.0, True, False, NAN, INF, -INF, "1", "1GiB", None, [1]),
     "seed": (-1, 2**64, None, *NO_INTEGERS),
 }
@@ -93,7 +100,8 @@ def test_params_refuse_by_name(field, value):
 
 @pytest.mark.parametrize(("field", "value"), cases(GOOD_CONFIG))
 def test_config_takes_every_value_within_bounds(field, value):
-    assert getattr(EngineConfig(**{field: value}), field) == value
+    others: dict[str, Any] = {"policy": "dynamic"} if value == "padded" else {}
+    assert getattr(EngineConfig(**{field: value}, **others), field) == value
 
 
 @pytest.mark.parametrize(("field", "value"), cases(BAD_CONFIG))
@@ -108,14 +116,14 @@ def test_config_refuses_by_name_and_value(field, value):
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at least 1"),
         (
             {"max_new_tokens": 4, "min_new_tokens": 5},
-            "min_new_tokens=5 must be a whole number of at least 0, at most 4",
+            "min_new_tokens=5 must be a whole number from 0 to 4",
         ),
         ({"temperature": -1.0}, "temperature=-1.0 must be a finite number of at least 0"),
         ({"temperature": "hot"}, "temperature='hot' must be a finite number of at least 0"),
         ({"min_p": 1.5}, "min_p=1.5 must be a finite number from 0 to 1"),
         ({"top_p": 0.0}, "top_p=0.0 must be a finite number from 1e-09 to 1"),
         ({"stop_token_ids": (4, -2)}, "stop_token_ids=-2 must be a whole number of at least 0"),
-        ({"logprobs": 101}, "logprobs=101 must be a whole number of at least 0, at most 100"),
+        ({"logprobs": 101}, "logprobs=101 must be a whole number from 0 to 100"),
     ],
     ids=str,
 )
@@ -130,8 +138,15 @@ def test_message_of_a_bad_choice_lists_the_good_ones():
 
 
 def test_message_keeps_an_upper_bound_of_zero():
-    with pytest.raises(InputError, match="at most 0"):
+    with pytest.raises(InputError, match="from 0 to 0"):
         check_integer("count", 1, 0, 0)
+
+
+@pytest.mark.parametrize("fixed", [{"policy": "continuous"}, {"policy": "dynamic", "deterministic": True}], ids=str)
+def test_what_the_padded_runner_cannot_do_is_refused(fixed):
+    EngineConfig(**fixed)
+    with pytest.raises(InputError, match=r"^runner='padded' .*use runner='packed'$"):
+        EngineConfig(runner="padded", **fixed)
 
 
 def test_number_bounds_are_inclusive():

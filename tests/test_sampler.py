@@ -271,6 +271,14 @@ def test_other_positions_and_other_seeds_give_other_draws(vary):
     assert np.corrcoef(tokens[1:], tokens[:-1])[0, 1] == pytest.approx(0.0, abs=0.4)
 
 
+def test_neighbouring_seeds_do_not_draw_each_others_sequences():
+    """Seed and position are two keys, not one sum."""
+    one = [request(seed=8, tokens=(1, 2) + (4,) * position, temperature=1.0) for position in range(1, 9)]
+    other = [request(seed=9, tokens=(1, 2) + (4,) * position, temperature=1.0) for position in range(8)]
+    tokens = [tokens_of(sample(torch.zeros(8, 100_000), requests)) for requests in (one, other)]
+    assert not set(tokens[0]) & set(tokens[1])
+
+
 def test_draws_along_a_sequence_follow_the_distribution():
     logits_V = random_logits(1, seed=6)[0]
     requests = [request(tokens=(1, 2) + (4,) * position, temperature=1.0) for position in range(DRAWS // 2)]

@@ -93,7 +93,8 @@ class PackedStep:
         values[self.pages_T, :, self.offsets_T] = v_KTD.transpose(0, 1)
         out_THD = q_HTD.new_empty(q_HTD.shape[1], q_HTD.shape[0], v_KTD.shape[2])
         if self.rows:
-            out_RHD = self._attend_rows(keys, values, q_HTD[:, self.tokens_R], scale, window, softcap, sink_H)
+            q_HRD = q_HTD[:, self.tokens_R] if self.chunks else q_HTD
+            out_RHD = self._attend_rows(keys, values, q_HRD, scale, window, softcap, sink_H)
             if not self.chunks:
                 return out_RHD
             out_THD[self.tokens_R] = out_RHD

@@ -8,6 +8,7 @@ the joined ones, so nothing is held twice.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+ELEMENTWISE = SIBLINGS[1]  # what reads these outputs works one by one and does not mind how they lie in memory
 LEFT_ROWS = 64  # up to this many rows the weight goes on the left (CPU)
 TILE = 16  # rows of every product when results may not depend on how many rows there are
 
@@ -26,11 +28,15 @@ class Joined:
     Args:
         weight: [N, M], the layers' weights one below the other; bias: [N] or None.
         sizes: output features of each layer.
+        elementwise: outputs may be strided.
         tiled: multiply exactly TILE rows at a time, so that a row's result does not depend on its neighbours.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: list[int], tiled: bool) -> None:
-        self.weight, self.bias, self.sizes, self.tiled = weight, bias, sizes, tiled
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: list[int], elementwise: bool, tiled: bool
+    ) -> None:
+        self.weight, self.bias, self.sizes = weight, bias, sizes
+        self.elementwise, self.tiled = elementwise, tiled
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
@@ -56,7 +62,8 @@ class Joined:
         if rows == 1:
             x = x.expand(2, -1)  # a product with two columns is three times as fast as with one
         out = (self.weight @ x.t()).t()[:rows]
-        return out.contiguous() if self.bias is None else out + self.bias
+        out = out if self.bias is None else out + self.bias
+        return out if self.elementwise else out.contiguous()
 
 
 class Part(nn.Module):
@@ -82,7 +89,7 @@ def twin(model: PreTrainedModel, tiled: bool = False) -> PreTrainedModel:
         alone = [(name,) for name in children if type(children[name]) is nn.Linear and name not in chain(*joined)]
         for names in (*joined, *alone):
             layers: list[nn.Linear] = [children[name] for name in names]  # type: ignore[misc]
-            product = _join(layers, tiled)
+            product = Joined(*_join(layers), [layer.out_features for layer in layers], names == ELEMENTWISE, tiled)
             for index, name in enumerate(names):
                 setattr(module, name, Part(product, index))
     return copied
@@ -94,28 +101,23 @@ def _joinable(layers: list[nn.Module | None]) -> bool:
     return len(plain) == len(layers) and len({(layer.in_features, layer.bias is None) for layer in plain}) == 1
 
 
-def _join(layers: list[nn.Linear], tiled: bool) -> Joined:
-    """One product of all; where there are several, the layers' own weights become views of the joined one."""
+def _join(layers: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of all; where there are several, the layers' own become views of the joined ones."""
     sizes = [layer.out_features for layer in layers]
-    if len(layers) == 1:
-        return Joined(layers[0].weight, layers[0].bias, sizes, tiled)
-    parts: list[torch.Tensor | None] = []
-    for name in ("weight", "bias"):
-        tensors = [getattr(layer, name) for layer in layers]
-        if tensors[0] is None:
-            parts.append(None)
-            continue
-        whole = _already_joined(tensors)
+
+    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        whole = tensors[0] if len(tensors) == 1 else _already_joined(tensors)
         if whole is None:
             whole = torch.cat([tensor.data for tensor in tensors])
             for tensor, view in zip(tensors, whole.split(sizes), strict=True):
                 tensor.data = view
-        parts.append(whole)
-    assert parts[0] is not None
-    return Joined(parts[0], parts[1], sizes, tiled)
+        return whole
+
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return joined([layer.weight for layer in layers]), joined(biases) if biases else None
 
 
-def _already_joined(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+def _already_joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The tensor that these are consecutive rows of, if an earlier engine has joined them."""
     base = tensors[0].data
     shape = (sum(len(tensor) for tensor in tensors), *base.shape[1:])

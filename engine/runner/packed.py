@@ -6,8 +6,10 @@ function registered under `engine.attention.NAME`. Any mix of prompts, parts of 
 
 from __future__ import annotations
 
+import math
 import time
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -58,10 +60,15 @@ class PackedRunner:
         self.keys, self.values = self._store(pages), self._store(pages)
 
     def _store(self, pages: int) -> list[torch.Tensor]:
-        # Zeros, because what a mask hides is still multiplied: by zero, which does not hide a NaN.
-        layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        """A tensor [L, K, P, D] a layer, of zeros: what a mask hides is still multiplied, and zero hides no NaN."""
         like = next(self.model.parameters())
-        return [torch.zeros(pages, *self._shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
+        shape = (pages, *self._shape)
+        layers = range(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+        if like.device.type != "cpu":
+            return [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in layers]
+        # numpy's zeros, unlike torch's, take no memory before they are written.
+        count = math.prod(shape) * like.dtype.itemsize
+        return [torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(shape) for _ in layers]
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
