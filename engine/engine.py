@@ -88,10 +88,8 @@ class Engine:
             except InputError as error:
                 if not self._may_fall_back:
                     raise
-                lost = (
-                    "batches run to their end with padding, and nothing is shared (runner='padded', policy='dynamic')"
-                )
-                warnings.warn(f"{error}: {lost}", stacklevel=3)
+                lost = "requests cannot join a running batch, and nothing is shared"
+                warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=3)
                 self.config = replace(config, runner="padded", policy="dynamic")
                 return self._build(capacity)
             self.scheduler = Scheduler(config.policy, config.max_batch_size, config.max_step_tokens, pool)
@@ -240,6 +238,7 @@ class Engine:
                     bar.update(sum(chunk.output is not None for chunk in self.step()))
             except KeyboardInterrupt:
                 bar.write("interrupted: unfinished requests end with reason 'abort'", file=sys.stderr)
+            finally:
                 for request in requests:
                     self._abort(request)
         return [request.result for request in requests if request.result is not None]

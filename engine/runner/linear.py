@@ -43,10 +43,8 @@ class Joined:
     def take(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Output `index` for input x, [..., M] -> [..., sizes[index]]."""
         if self._input is not x:
-            self._input, self._outputs = (
-                x,
-                self._product(x.flatten(0, -2)).unflatten(0, x.shape[:-1]).split(self.sizes, -1),
-            )
+            out = self._product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+            self._input, self._outputs = x, out.split(self.sizes, -1)
         output = self._outputs[index]
         if index == len(self.sizes) - 1:
             self._input, self._outputs = None, ()
