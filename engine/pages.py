@@ -38,7 +38,8 @@ class PagePool:
         self.page_size = page_size
         self.prefix_caching = prefix_caching
         self.tables: dict[Request, list[int]] = {}
-        self.dirty: list[int] = []  # pages that may hold NaN: clear them before their next use
+        self.dirty: list[int] = []  # free pages that may hold NaN: clear them before their next use
+        self._tainted: set[int] = set()  # pages that a failed request wrote or read, and somebody still holds
         self._references = [0] * pages
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
         self._cached: dict[tuple[int, tuple[int, ...]], int] = {}  # (serial of the page before, tokens) -> page
@@ -92,7 +93,7 @@ class PagePool:
         for at in range(done, full):
             key = (serial, tuple(request.tokens[at * size : (at + 1) * size]))
             page = self._cached.setdefault(key, table[at])
-            if page == table[at]:
+            if page == table[at]:  # the first with these tokens
                 self._serial += 1
                 self._keys[page], self._serials[page] = key, self._serial
             serial = self._serials[page]
@@ -100,17 +101,21 @@ class PagePool:
 
     def release(self, request: Request) -> None:
         """Give back its pages; the last goes first, so that the beginning of a prompt is kept longest."""
-        failed = request.finish_reason is FinishReason.ERROR
         del self._sealed[request]
-        for page in reversed(self.tables.pop(request)):
+        table = self.tables.pop(request)
+        if request.finish_reason is FinishReason.ERROR:
+            self._tainted.update(table)
+            for page in table:
+                self._forget(page)
+        for page in reversed(table):
             self._references[page] -= 1
             if self._references[page] == 0:
-                if failed:
-                    self._forget(page)
-                    self.dirty.append(page)
                 self._free[page] = None
                 if page not in self._keys:
                     self._free.move_to_end(page, last=False)  # nothing worth keeping: reuse it first
+                if page in self._tainted:
+                    self._tainted.remove(page)
+                    self.dirty.append(page)
 
     @property
     def pages_used(self) -> int:
@@ -133,7 +138,8 @@ class PagePool:
         assert set(self._free) == {page for page, count in enumerate(counts) if count == 0}
         assert self._keys == {page: key for key, page in self._cached.items()}
         assert self._serials.keys() == self._keys.keys()
-        assert all(page in self._keys for table in self.tables.values() for page in table if counts[page] > 1)
+        shared = {page for page, count in enumerate(counts) if count > 1}
+        assert shared <= self._keys.keys() | self._tainted
 
     def _match(self, tokens: list[int]) -> Iterable[int]:
         serial, size = 0, self.page_size

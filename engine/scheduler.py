@@ -47,7 +47,10 @@ class Scheduler:
         self.waiting.append(request)
 
     def plan(self, now: float) -> Step:
-        """The next step; `now` (seconds) becomes the `scheduled` time of the requests it admits. Empty without work."""
+        """The next step; `now` (seconds) becomes the `scheduled` time of the requests it admits.
+
+        Empty without work, and when a lone request has just been preempted.
+        """
         fresh, preempted = not self.running, len(self.waiting)
         step: Step = []
         left = self.max_step_tokens

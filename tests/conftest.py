@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from engine.models import LoadedModel, load
 from tests.oracle import Oracle
 
 TINY = ("tiny-qwen2", "tiny-llama", "tiny-gemma3")
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread for tiny models: dividing their products among several takes longer than computing them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if any("smollm2" in name for name in request.fixturenames) else 1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -26,5 +36,5 @@ def tiny() -> Callable[..., Oracle]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Iterator[LoadedModel]:
+def smollm2() -> LoadedModel:
     return load("smollm2")

@@ -114,10 +114,7 @@ def test_config_refuses_by_name_and_value(field, value):
     ("params", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at least 1"),
-        (
-            {"max_new_tokens": 4, "min_new_tokens": 5},
-            "min_new_tokens=5 must be a whole number from 0 to 4",
-        ),
+        ({"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens=5 must be a whole number from 0 to 4"),
         ({"temperature": -1.0}, "temperature=-1.0 must be a finite number of at least 0"),
         ({"temperature": "hot"}, "temperature='hot' must be a finite number of at least 0"),
         ({"min_p": 1.5}, "min_p=1.5 must be a finite number from 0 to 1"),

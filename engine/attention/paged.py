@@ -4,8 +4,8 @@ T tokens of the step, H query heads, K KV heads, G = H / K, D head size, L pages
 N pages that these rows read, C context of a chunk.
 
 Rows of one token are batched page by page: one matrix product over all pages in use, in place when they lie close
-together; then the scores, which are small, are laid side by side for the softmax; then one product with the values
-(flash-decoding's split, with a page as the split). Longer chunks go through the fused kernel one by one.
+together, and one with the values; each row's softmax is put together from its pages (flash-decoding's split, with a
+page as the split). Longer chunks go through the fused kernel one by one.
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ class Piece:
     pages: list[int]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
-    """How rows of one token read pages, for one sliding window; see `PackedStep._rows`."""
+    """How rows of one token read pages, for one sliding window."""
 
-    source: slice | torch.Tensor  # pages read: a range of the store, or page ids
-    owner_N: torch.Tensor
-    column_N: torch.Tensor
-    target_N: torch.Tensor  # the owner; R, which is thrown away, for a page nobody owns
-    place_RX: torch.Tensor  # X: pages of the longest row
-    bias_RS: torch.Tensor  # S = X * P: 0 where a position counts, -inf elsewhere
+    source: slice | torch.Tensor  # the N pages read: a range of the store, or page ids
+    owner_N: torch.Tensor  # the row that each belongs to
+    bias_NP: torch.Tensor  # 0 where a position counts for its row, -inf elsewhere
+    place_RX: torch.Tensor  # each row's pages among the N; N itself after its last
 
 
 class PackedStep:
@@ -122,51 +120,52 @@ class PackedStep:
         rows = self._by_window[window]
         k_NKPD, v_NKPD = keys_LKPD[rows.source], values_LKPD[rows.source]
         n, kv_heads, size, dim = k_NKPD.shape
-        r, x = rows.place_RX.shape
-        groups = q_HRD.shape[0] // kv_heads
-        q_NKGD = (q_HRD * scale).transpose(0, 1).reshape(r, kv_heads, groups, dim)[rows.owner_N]
-        scores = torch.bmm(q_NKGD.flatten(0, 1), k_NKPD.flatten(0, 1).transpose(1, 2)).view(n, kv_heads, groups, size)
-        scores_RKGS = scores[rows.place_RX].permute(0, 2, 3, 1, 4).reshape(r, kv_heads, groups, x * size)
-        weights_RKGS = _softmax(scores_RKGS, rows.bias_RS[:, None, None], softcap, sink_H)
-        weights_RXKGP = weights_RKGS.view(r, kv_heads, groups, x, size).permute(0, 3, 1, 2, 4)
-        weights_NKGP = weights_RXKGP[rows.owner_N, rows.column_N]
-        out_NC = torch.bmm(weights_NKGP.flatten(0, 1), v_NKPD.flatten(0, 1)).view(n, -1)
-        out_RC = out_NC.new_zeros(r + 1, out_NC.shape[1]).index_add_(0, rows.target_N, out_NC)
-        return out_RC[:r].view(r, kv_heads * groups, -1)
+        count, groups = len(rows.place_RX), q_HRD.shape[0] // kv_heads
+        wide = torch.promote_types(q_HRD.dtype, torch.float32)
+        q_NKGD = (q_HRD * scale).transpose(0, 1).reshape(count, kv_heads, groups, dim)[rows.owner_N]
+        scores_NKGP = torch.bmm(q_NKGD.flatten(0, 1), k_NKPD.flatten(0, 1).transpose(1, 2)).to(wide)
+        scores_NKGP = _capped(scores_NKGP.view(n, kv_heads, groups, size), softcap) + rows.bias_NP[:, None, None]
+        peak_RKG = F.pad(scores_NKGP.amax(-1), (0, 0, 0, 0, 0, 1), value=-torch.inf)[rows.place_RX].amax(1)
+        if sink_H is not None:
+            peak_RKG = torch.maximum(peak_RKG, sink_H.to(wide).view(kv_heads, groups))
+        weights_NKGP = (scores_NKGP - peak_RKG[rows.owner_N][..., None]).exp_()
+        total_RKG = torch.zeros_like(peak_RKG).index_add_(0, rows.owner_N, weights_NKGP.sum(-1))
+        if sink_H is not None:  # it takes its share of the weight and gives no value
+            total_RKG += (sink_H.to(wide).view(kv_heads, groups) - peak_RKG).exp()
+        out_NKGD = torch.bmm(weights_NKGP.to(v_NKPD.dtype).flatten(0, 1), v_NKPD.flatten(0, 1))
+        out_NKGD = out_NKGD.view(n, kv_heads, groups, -1).to(wide)
+        out_RKGD = out_NKGD.new_zeros(count, *out_NKGD.shape[1:]).index_add_(0, rows.owner_N, out_NKGD)
+        return (out_RKGD / total_RKG[..., None]).to(q_HRD.dtype).flatten(1, 2)
 
     def _rows(self, window: int | None) -> Rows:
-        """Which pages each row reads, and where its positions among them begin and end."""
+        """Which pages each row reads, and which of their positions count for it."""
         size, count = self.page_size, len(self.rows)
-        firsts = [max(0, length - window) // size if window else 0 for _, length in self.rows]
-        lasts = [-(-length // size) for _, length in self.rows]
-        per_row = np.array([last - first for first, last in zip(firsts, lasts, strict=True)])
-        owner_N = np.repeat(np.arange(count), per_row)
-        column_N = np.arange(len(owner_N)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-        page_N = np.concatenate(
-            [np.asarray(pages[a:b]) for (pages, _), a, b in zip(self.rows, firsts, lasts, strict=True)]
-        )
-        length_R1 = np.array([length for _, length in self.rows])[:, None]
-        at_RS = np.array(firsts)[:, None] * size + np.arange(int(per_row.max()) * size)
-        counts_RS = (at_RS < length_R1) & (at_RS >= (length_R1 - window if window else 0))
+        length_R = np.array([length for _, length in self.rows])
+        first_R = np.maximum(0, length_R - window) // size if window else np.zeros_like(length_R)
+        pages_R = -(-length_R // size) - first_R
+        owner_N = np.repeat(np.arange(count), pages_R)
+        column_N = np.arange(len(owner_N)) - np.repeat(np.cumsum(pages_R) - pages_R, pages_R)
+        tables = zip(self.rows, first_R, first_R + pages_R, strict=True)
+        page_N = np.concatenate([np.asarray(pages[a:b]) for (pages, _), a, b in tables])
+        at_NP = ((first_R[owner_N] + column_N) * size)[:, None] + np.arange(size)
+        length_N1 = length_R[owner_N][:, None]
+        hidden_NP = (at_NP >= length_N1) | (at_NP < (length_N1 - window if window else 0))
         low, high = int(page_N.min()), int(page_N.max()) + 1
-        place_RX = np.zeros((count, int(per_row.max())), dtype=np.int64)
-        device, dtype = self.keys[0].device, self.keys[0].dtype
+        device = self.keys[0].device
+        source: slice | torch.Tensor = torch.from_numpy(page_N).to(device)
+        place_N, place_RX = np.arange(len(page_N)), np.empty((count, int(pages_R.max())), dtype=np.int64)
+        owners, hidden_LP = owner_N, hidden_NP
         shared = len(np.unique(page_N)) < len(page_N)
-        if self.one_by_one or shared or len(page_N) < DENSE * (high - low):
-            source: slice | torch.Tensor = torch.from_numpy(page_N).to(device)
-            place_RX[owner_N, column_N] = np.arange(len(page_N))
-            target_N = owner_N
-        else:
-            source = slice(low, high)
-            place_RX[owner_N, column_N] = page_N - low
-            target_N, columns = np.full(high - low, count), np.zeros(high - low, dtype=np.int64)
-            target_N[page_N - low], columns[page_N - low] = owner_N, column_N
-            owner_N, column_N = target_N % count, columns
-        bias_RS = torch.zeros(counts_RS.shape, dtype=dtype).masked_fill_(torch.from_numpy(~counts_RS), -torch.inf)
-        owner, column, target, place = (
-            torch.from_numpy(array).to(device) for array in (owner_N, column_N, target_N, place_RX)
-        )
-        return Rows(source, owner, column, target, place, bias_RS.to(device))
+        if not (self.one_by_one or shared or len(page_N) < DENSE * (high - low)):
+            source, place_N = slice(low, high), page_N - low
+            owners, hidden_LP = np.zeros(high - low, dtype=np.int64), np.ones((high - low, size), dtype=bool)
+            owners[place_N], hidden_LP[place_N] = owner_N, hidden_NP  # what nobody reads is hidden from the first row
+        place_RX.fill(len(owners))
+        place_RX[owner_N, column_N] = place_N
+        bias_NP = torch.zeros(hidden_LP.shape, dtype=torch.promote_types(self.keys[0].dtype, torch.float32))
+        bias_NP.masked_fill_(torch.from_numpy(hidden_LP), -torch.inf)
+        owner, place = (torch.from_numpy(array).to(device) for array in (owners, place_RX))
+        return Rows(source, owner, bias_NP.to(device), place)
 
 
 def _context(store_LKPD: torch.Tensor, piece: Piece, size: int) -> torch.Tensor:
@@ -196,23 +195,16 @@ def _attend_chunk(
     seen_TC = (key_at <= query_at) & (key_at > (query_at - window if window else -1))
     if plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TC, scale=scale, enable_gqa=groups > 1)[0]
-    bias_TC = torch.zeros_like(seen_TC, dtype=q.dtype).masked_fill_(~seen_TC, -torch.inf)
-    q_KGTD = (q_HTD * scale).unflatten(0, (-1, groups))
-    scores_TKGC = (q_KGTD @ k_KCD[:, None].transpose(2, 3)).permute(2, 0, 1, 3)
-    weights = _softmax(scores_TKGC, bias_TC[:, None, None], softcap, sink_H).permute(1, 2, 0, 3)
-    return (weights @ v_KCD[:, None]).flatten(0, 1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores_KGTC = (q_HTD * scale).unflatten(0, (-1, groups)) @ k_KCD[:, None].transpose(2, 3)
+    scores_KGTC = _capped(scores_KGTC.to(wide), softcap).masked_fill(~seen_TC, -torch.inf)
+    if sink_H is not None:
+        sink_KGT1 = sink_H.to(wide).view(-1, groups, 1, 1).expand(-1, -1, tokens, 1)
+        scores_KGTC = torch.cat([scores_KGTC, sink_KGT1], -1)
+    weights_KGTC = scores_KGTC.softmax(-1)[..., :context].to(v.dtype)
+    return (weights_KGTC @ v_KCD[:, None]).flatten(0, 1)
 
 
-def _softmax(
-    scores_RKGS: torch.Tensor, bias: torch.Tensor, softcap: float | None, sink_H: torch.Tensor | None
-) -> torch.Tensor:
-    """Softmax over S, at least in float32; a sink takes its share of the weight and gives no value."""
-    if softcap is not None:
-        scores_RKGS = torch.tanh(scores_RKGS / softcap) * softcap
-    scores_RKGS = scores_RKGS + bias
-    wide = torch.promote_types(scores_RKGS.dtype, torch.float32)
-    if sink_H is None:
-        return scores_RKGS.softmax(-1, dtype=wide).to(scores_RKGS.dtype)
-    r, kv_heads, groups, _ = scores_RKGS.shape
-    sink = sink_H.view(1, kv_heads, groups, 1).expand(r, -1, -1, 1).to(scores_RKGS.dtype)
-    return torch.cat([scores_RKGS, sink], -1).softmax(-1, dtype=wide)[..., :-1].to(scores_RKGS.dtype)
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Scores squashed to within +-softcap (Gemma 2)."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap

@@ -1,0 +1,183 @@
+"""Packed attention against the textbook: each token's softmax over its own past, alone, in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings, strategies as st
+
+from engine import InputError
+from engine.attention import attend
+from engine.attention.paged import PackedStep, Piece
+
+KV_HEADS, DIM = 2, 4
+
+
+def reference(q_HD, k_KCD, v_KCD, scale, window, softcap, sink_H) -> torch.Tensor:
+    """Attention of the last of C positions, [H, D]."""
+    groups = len(q_HD) // len(k_KCD)
+    first = max(0, k_KCD.shape[1] - window) if window else 0
+    out = []
+    for h, q_D in enumerate(q_HD):
+        scores_C = k_KCD[h // groups, first:] @ q_D * scale
+        if softcap is not None:
+            scores_C = softcap * torch.tanh(scores_C / softcap)
+        total = scores_C.exp().sum() + (sink_H[h].exp() if sink_H is not None else 0)
+        out.append((scores_C.exp() / total) @ v_KCD[h // groups, first:])
+    return torch.stack(out)
+
+
+def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False, spread=1, share=0, one_by_one=False):
+    """Attend one step of `requests` (computed, new) and compare; what no request owns is huge, never NaN.
+
+    spread: how many times more pages there are than needed. share: whole pages all requests have in common, at most.
+    """
+    layers, layer = 2, 1
+    heads = KV_HEADS * groups
+
+    def draw(*shape):
+        return torch.from_numpy(rng.normal(size=shape))
+
+    common = min(share, *(computed // size for computed, _ in requests))
+    own = [-(-(computed + new) // size) - common for computed, new in requests]
+    pages = (common + sum(own)) * spread
+    ids = rng.permutation(pages)[: common + sum(own)].tolist()
+    if spread == 1 and rng.integers(2):
+        ids.sort()
+    keys, values = ([torch.full((pages, KV_HEADS, size, DIM), 1e3, dtype=torch.float64)] * layers for _ in range(2))
+    keys, values = ([store.clone() for store in stores] for stores in (keys, values))
+    first_k, first_v = draw(KV_HEADS, common * size, DIM), draw(KV_HEADS, common * size, DIM)
+    pieces, everything, at, begin = [], [], common, 0
+    for (computed, new), count in zip(requests, own, strict=True):
+        k, v = (draw(KV_HEADS, computed + new, DIM) for _ in range(2))
+        k[:, : common * size], v[:, : common * size] = first_k, first_v
+        table = ids[:common] + ids[at : at + count]
+        for position in range(computed):
+            keys[layer][table[position // size], :, position % size] = k[:, position]
+            values[layer][table[position // size], :, position % size] = v[:, position]
+        spare = [ids[0]] * int(rng.integers(2))  # a table may be longer than what is computed
+        pieces.append(Piece(begin, begin + new, computed, table + spare))
+        everything.append((k, v))
+        at, begin = at + count, begin + new
+    q = draw(heads, begin, DIM)
+    sink_H = draw(heads) if sinks else None
+    parts = [(k[:, c:], v[:, c:]) for (c, _), (k, v) in zip(requests, everything, strict=True)]
+    k_new, v_new = (torch.cat([part[i] for part in parts], 1) for i in range(2))
+    step = PackedStep(keys, values, pieces, one_by_one)
+    out = step.attend(layer, q, k_new, v_new, 0.7, window, softcap, sink_H)
+    assert step.positions_T.tolist() == [c + i for c, n in requests for i in range(n)]
+    assert bool((keys[0] == 1e3).all()), "another layer's pages stay as they were"
+    for piece, (k, v) in zip(pieces, everything, strict=True):
+        for t in range(piece.begin, piece.end):
+            past = piece.computed + t - piece.begin + 1
+            expected = reference(q[:, t], k[:, :past], v[:, :past], 0.7, window, softcap, sink_H)
+            torch.testing.assert_close(out[t], expected, rtol=1e-10, atol=1e-10)
+        table = torch.tensor(piece.pages)[torch.arange(k.shape[1]) // size]
+        found = keys[layer][table, :, torch.arange(k.shape[1]) % size].transpose(0, 1)
+        assert torch.equal(found, k), "keys lie where the table says"
+    return out
+
+
+MIXED = [(0, 1), (0, 9), (7, 1), (5, 6), (12, 1), (3, 1)]
+SINGLE = [(0, 1), (7, 1), (12, 1), (3, 1), (15, 1)]
+CHUNKS = [(0, 5), (4, 3), (9, 8)]
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("spread", [1, 5])
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("groups", [1, 3, 4])
+@pytest.mark.parametrize("requests", [MIXED, SINGLE, CHUNKS], ids=["mixed", "single", "chunks"])
+def test_equals_the_textbook(requests, groups, size, spread, one_by_one):
+    check(requests, size, groups, np.random.default_rng(0), spread=spread, one_by_one=one_by_one)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("options", [
+    dict(window=1), dict(window=4), dict(window=7), dict(window=100), dict(softcap=0.8), dict(sinks=True),
+    dict(window=5, softcap=1.3, sinks=True),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_windows_softcaps_and_sinks_are_honoured(size, options, one_by_one):
+    for requests in (MIXED, SINGLE, CHUNKS):
+        check(requests, size, 3, np.random.default_rng(1), one_by_one=one_by_one, **options)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("size", [1, 4])
+def test_requests_may_share_pages(size, one_by_one):
+    requests = [(8, 1), (9, 4), (12, 1), (8, 6)]
+    check(requests, size, 3, np.random.default_rng(2), share=2, one_by_one=one_by_one)
+    check([(8, 1)] * 5, size, 4, np.random.default_rng(2), share=2, spread=3, window=6, one_by_one=one_by_one)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150, phases=[Phase.generate])
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 20), st.sampled_from([1, 1, 2, 5])), min_size=1, max_size=7),
+    size=st.sampled_from([1, 2, 4, 16]),
+    groups=st.sampled_from([1, 3, 4]),
+    window=st.none() | st.integers(1, 24),
+    softcap=st.none() | st.floats(0.2, 5),
+    sinks=st.booleans(),
+    spread=st.integers(1, 4),
+    share=st.integers(0, 3),
+    one_by_one=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_any_step_equals_the_textbook(requests, size, groups, seed, **options):
+    check(requests, size, groups, np.random.default_rng(seed), **options)
+
+
+def test_one_by_one_gives_the_same_bits_in_any_company():
+    rng = np.random.default_rng(3)
+    q, k, v = (torch.from_numpy(rng.normal(size=(2, 30, DIM))).float() for _ in range(3))
+
+    def run(cuts, company):
+        keys, values = ([torch.zeros(40, 2, 4, DIM)] for _ in range(2))
+        out = []
+        for begin, end in cuts:
+            pieces, rows = [Piece(0, end - begin, begin, list(range(8)))], list(range(begin, end))
+            for i in range(company):
+                at = len(rows)
+                pieces.append(Piece(at, at + 2, 0, [10 + i]))
+                rows += [i, i + 1]
+            step = PackedStep(keys, values, pieces, True)
+            out.append(step.attend(0, q[:, rows], k[:, rows], v[:, rows], 0.5, None, None, None)[: end - begin])
+        return torch.cat(out)
+
+    alone = run([(0, 30)], 0)
+    for cuts in ([(0, 30)], [(0, 7), (7, 8), (8, 30)], [(i, i + 1) for i in range(30)]):
+        for company in (0, 1, 9):
+            assert torch.equal(run(cuts, company), alone)
+
+
+def call(**options):
+    rows = torch.randn(1, 2, 3, DIM)
+    stores = [torch.zeros(2, 2, 4, DIM)]
+    packed = options.pop("packed", PackedStep(stores, list(stores), [Piece(0, 3, 0, [0])]))
+    module = SimpleNamespace(layer_idx=0)
+    return attend(module, rows, rows, rows, options.pop("attention_mask", None), packed=packed, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(alibi=torch.ones(1)), "uses alibi"),
+        (dict(position_bias=1.0, head_mask=2), "uses head_mask, position_bias"),
+        (dict(attention_mask=torch.ones(1, 1, 3, 3)), "uses a mask"),
+        (dict(packed=None), "does not pass the packed step on"),
+    ],
+    ids=str,
+)
+def test_what_would_have_to_be_ignored_is_refused(options, message):
+    with pytest.raises(InputError, match=f"{message}: use runner='padded'"):
+        call(**options)
+
+
+def test_harmless_keywords_and_absent_options_are_taken():
+    out, weights = call(dropout=0.0, is_causal=True, position_ids=torch.arange(3), alibi=None, head_mask=None)
+    assert out.shape == (1, 3, 2, DIM)
+    assert weights is None

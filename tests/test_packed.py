@@ -1,0 +1,337 @@
+"""The packed runner: the oracle's tokens whatever the pages, chunks, neighbours, preemptions and cache hits."""
+
+from __future__ import annotations
+
+import gc
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings, strategies as st
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from engine import Engine, EngineConfig, InputError, SamplingParams
+from engine.models import kv_bytes_per_token, load
+from engine.runner.linear import twin
+from engine.workload import WorkItem, make
+from tests.oracle import Oracle
+
+NAMES = ("tiny-qwen2", "tiny-llama", "tiny-gemma3", "tiny-mistral", "tiny-qwen3")
+DTYPES = ("float32", "float64")
+
+
+def exactly(tokens: int, **more) -> SamplingParams:
+    return SamplingParams(max_new_tokens=tokens, ignore_eos=True, **more)
+
+
+def work_of(count: int, seed: int = 0) -> list[tuple[list[int], int]]:
+    """Prompts with their limits. Some begin as another, some are another; the oracle answers each once."""
+    rng = np.random.default_rng(seed)
+    work: list[tuple[list[int], int]] = []
+    for i in range(min(count, 16)):
+        prompt = rng.integers(3, 256, size=rng.integers(1, 31)).tolist()
+        work.append(((work[i // 2][0] + prompt)[:40] if i % 3 == 2 else prompt, 2 + i % 5))
+    return [work[i % 16] for i in range(count)]
+
+
+def packed(oracle: Oracle, kv_tokens: int | None = None, **config) -> Engine:
+    model = oracle.model
+    token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
+    return Engine(oracle.loaded, EngineConfig(runner="packed", kv_memory=(kv_tokens or 20_000) * token_bytes, **config))
+
+
+def drive(engine: Engine, work, order=None, every=1) -> list:
+    """Requests in `order`, a few between any two steps; their outputs in the order of the work."""
+    order = list(range(len(work))) if order is None else order
+    requests, steps = {}, 0
+    while len(requests) < len(work) or engine.has_work:
+        for i in order[len(requests) : len(requests) + every]:
+            requests[i] = engine.add_request(work[i][0], exactly(work[i][1]))
+        engine.step()
+        engine.scheduler.memory.check_integrity()
+        steps += 1
+        assert steps < 10_000
+    assert engine.scheduler.memory.pages_used == 0
+    return [requests[i].result for i in range(len(work))]
+
+
+# (batch, step tokens, page, caching, tokens of KV memory): every value of each, small memory with every page size.
+WAYS = [
+    (1, 8192, 16, True, None),
+    (8, 7, 1, True, 120),
+    (8, 64, 16, True, 112),
+    (64, 64, 16, False, 160),
+    (64, 8192, 256, True, None),
+    (64, 7, 16, True, None),
+    (8, 1, 256, False, 512),
+    (64, 64, 1, False, 200),
+]
+
+
+# Each way on two models, each model in three ways or more, in both dtypes.
+COVER = [
+    (name, DTYPES[(i + j) % 2], *way)
+    for i, way in enumerate(WAYS)
+    for j, name in enumerate(NAMES)
+    if (j - 2 * i) % 5 < 2
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "batch", "chunk", "page", "caching", "kv_tokens"), COVER)
+def test_equals_generate_one_by_one(tiny, name, dtype, batch, chunk, page, caching, kv_tokens):
+    oracle: Oracle = tiny(name, dtype)
+    options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
+    engine = packed(oracle, kv_tokens, policy="continuous", **options)
+    work = work_of(64 if batch == 64 else 16)
+    order = list(range(len(work)))
+    random.Random(batch * chunk).shuffle(order)
+    for output, (_, limit) in zip(drive(engine, work, order, every=1 + batch // 4), work, strict=True):
+        oracle.check(output, limit)
+    counters = engine.metrics.counters
+    assert counters.padded_tokens == 0
+    if (batch, page, kv_tokens) == (64, 1, 200):
+        assert counters.preemptions > 0
+    if not caching:
+        assert counters.prompt_tokens_cached == 0
+    elif page <= 16 and kv_tokens is None and batch > 1:
+        assert counters.prompt_tokens_cached > 0
+
+
+@pytest.mark.parametrize("policy", ["sequential", "dynamic"])
+@pytest.mark.parametrize("name", NAMES)
+def test_other_policies_run_packed_too(tiny, name, policy):
+    oracle: Oracle = tiny(name)
+    options = dict(max_batch_size=5, max_step_tokens=30, page_size=4, kv_tokens=140)
+    engine = packed(oracle, policy=policy, **options)
+    work = work_of(16)
+    for output, (_, limit) in zip(drive(engine, work, every=16), work, strict=True):
+        oracle.check(output, limit)
+
+
+LENGTHS = [1, 2, 15, 16, 17, 40]
+
+
+@settings(deadline=None, derandomize=True, max_examples=30, phases=[Phase.generate])
+@given(
+    picks=st.lists(st.tuples(st.integers(0, 17), st.integers(1, 8)), min_size=1, max_size=14),
+    policy=st.sampled_from(["continuous", "continuous", "dynamic"]),
+    batch=st.integers(1, 9),
+    chunk=st.integers(1, 60),
+    page=st.sampled_from([1, 2, 3, 8, 16, 50]),
+    extra=st.integers(0, 120),
+    caching=st.booleans(),
+    every=st.integers(1, 4),
+    aborts=st.sets(st.integers(0, 13), max_size=3),
+    name=st.sampled_from(NAMES),
+)
+def test_any_lengths_any_pages(tiny, picks, policy, batch, chunk, page, extra, caching, every, aborts, name):
+    oracle: Oracle = tiny(name, "float64")
+    rng = np.random.default_rng(5)
+    bodies = [rng.integers(3, 256, size=LENGTHS[i % 6]).tolist() for i in range(6)]
+    prompts = bodies + [bodies[4][:i] + bodies[i] for i in range(6)] + [bodies[5] + bodies[i] for i in range(6)]
+    work = [(prompts[i], limit) for i, limit in picks]
+    most = max(len(prompt) + limit for prompt, limit in work)
+    kv_tokens = -(-most // page) * page + extra
+    options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
+    engine = packed(oracle, kv_tokens, policy=policy, **options)
+    requests = []
+    steps = 0
+    while len(requests) < len(work) or engine.has_work:
+        for prompt, limit in work[len(requests) : len(requests) + every]:
+            requests.append(engine.add_request(prompt, exactly(limit)))
+        engine.step()
+        steps += 1
+        assert steps < 5000
+        if steps % 3 == 0 and steps // 3 in aborts and steps // 3 < len(requests):
+            engine.abort(requests[steps // 3].id)
+        engine.scheduler.memory.check_integrity()
+    assert engine.scheduler.memory.pages_used == 0
+    for request, (prompt, limit) in zip(requests, work, strict=True):
+        if request.result.finish_reason == "abort":
+            assert request.result.token_ids == oracle.answer(prompt, 8)[: len(request.result.token_ids)]
+        else:
+            assert request.result.token_ids == oracle.answer(prompt, 8)[:limit]
+
+
+def test_a_shared_prefix_is_computed_once(tiny):
+    oracle: Oracle = tiny("tiny-llama")
+    items = make("shared-prefix-64", vocab_size=256).items
+    engine = packed(oracle, 30_000, max_batch_size=16)
+    plain = packed(oracle, 30_000, max_batch_size=16, prefix_caching=False)
+    expected = [output.token_ids for output in plain.replay(items, progress=False)]
+    prompt_tokens = sum(len(item.prompt) for item in items)
+    computed = []
+    for _ in range(2):
+        before = engine.metrics.counters.tokens_computed
+        outputs = engine.replay(items, progress=False)
+        assert [output.token_ids for output in outputs] == expected
+        decodes = sum(len(output.token_ids) - 1 for output in outputs)
+        computed.append(engine.metrics.counters.tokens_computed - before - decodes)
+        cached = sum(output.metrics.prompt_tokens_cached for output in outputs)
+        assert computed[-1] == prompt_tokens - cached
+    assert computed[1] < 0.4 * prompt_tokens, "the second time"
+    for output in outputs[::16]:
+        oracle.check(output, len(output.token_ids))
+
+
+def test_little_memory_is_held_without_need(tiny):
+    engine = packed(tiny("tiny-llama"), 30_000, page_size=16)
+    engine.replay(make("mixed-64", vocab_size=256).items, progress=False)
+    assert engine.metrics.counters.kv_unused_mean <= 8
+
+
+def test_equals_generate_on_a_real_model(smollm2):
+    oracle = Oracle(smollm2)
+    work = make("chat-12", vocab_size=oracle.model.config.vocab_size, tokenizer=smollm2.tokenizer)
+    engine = packed(oracle, 4_000, max_batch_size=8, max_step_tokens=128)
+    items = [WorkItem(item.prompt, exactly(8)) for item in work.items]
+    for output in engine.replay(items, progress=False):
+        oracle.check(output, 8)
+
+
+@pytest.mark.parametrize("page", [16, 4])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3", "tiny-qwen2"])
+def test_deterministic_means_the_same_bits_in_any_company(tiny, name, page):
+    """Alone, cut into chunks, after a cache hit, preempted, in large and small batches: the logits are equal."""
+    oracle: Oracle = tiny(name)
+    work = work_of(12, seed=3)
+
+    def run(chosen, kv_tokens=None, twice=False, **options):
+        engine = packed(oracle, kv_tokens, deterministic=True, page_size=page, **options)
+        for _ in range(1 + twice):
+            prompts, params = [work[i][0] for i in chosen], [exactly(work[i][1], logprobs=5) for i in chosen]
+            outputs = engine.generate(prompts, params, progress=False)
+        return {i: (o.token_ids, o.logprobs) for i, o in zip(chosen, outputs, strict=True)}, engine.metrics.counters
+
+    alone = {i: run([i])[0][i] for i in range(len(work))}
+    everyone = list(range(len(work)))
+    for options in (
+        dict(max_batch_size=12),
+        dict(max_batch_size=3, max_step_tokens=5, prefix_caching=False),
+        dict(max_batch_size=12, max_step_tokens=33, twice=True),
+        dict(max_batch_size=12, max_step_tokens=40, kv_tokens=112),
+        dict(max_batch_size=5, policy="dynamic", max_step_tokens=1000),
+    ):
+        found, counters = run(everyone, **options)
+        assert found == alone, options
+        if options.get("kv_tokens") and page == 4:
+            assert counters.preemptions > 0
+        if options.get("twice"):
+            assert counters.prompt_tokens_cached > 0
+    assert run([5, 2, 9], max_step_tokens=17)[0] == {i: alone[i] for i in (5, 2, 9)}
+
+
+def test_a_model_without_the_interface_falls_back_with_a_warning(tiny, monkeypatch):
+    oracle: Oracle = tiny("tiny-llama")
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_attention_backend", False)
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM .*runner='padded' and policy='dynamic': .*"):
+        engine = Engine(oracle.loaded)
+    assert (engine.config.runner, engine.config.policy) == ("padded", "dynamic")
+    (output,) = engine.generate([[5, 6, 7]], exactly(6), progress=False)
+    oracle.check(output, 6)
+    for config in (dict(runner="packed"), dict(deterministic=True)):
+        with pytest.raises(InputError, match="LlamaForCausalLM"):
+            Engine(oracle.loaded, EngineConfig(**config))
+
+
+def test_a_model_that_runs_packed_gives_no_warning(tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Engine(tiny().loaded).config.runner == "packed"
+
+
+def test_padded_cannot_be_continuous():
+    with pytest.raises(InputError, match="runner='padded' can be neither continuous"):
+        EngineConfig(runner="padded", policy="continuous")
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
+def test_nan_fails_its_request_alone_and_its_pages_poison_nobody(tiny, name):
+    oracle: Oracle = tiny(name)
+    engine = packed(oracle, 160, max_batch_size=3)
+    prompts = [prompt for prompt, _ in work_of(3)]
+    poisoned: list[int] = []
+
+    def poison(module, inputs, output):
+        output[:, len(prompts[0]) : len(prompts[0]) + len(prompts[1])] = torch.nan  # the second request's hidden states
+        poisoned.append(1)
+        return output
+
+    layer = engine.runner.model.get_input_embeddings()
+    hook = layer.register_forward_hook(poison)
+    requests = [engine.add_request(prompt, exactly(6)) for prompt in prompts]
+    try:
+        engine.step()
+    finally:
+        hook.remove()
+    while engine.has_work:
+        engine.step()
+    assert poisoned == [1]
+    assert requests[1].result.finish_reason == "error"
+    assert "NaN" in requests[1].result.error
+    for i in (0, 2):
+        oracle.check(requests[i].result, 6)
+    again = [(prompts[1], 6), *work_of(16)]  # the same prompt again, and enough others to use every page
+    for output, (_, limit) in zip(drive(engine, again), again, strict=True):
+        oracle.check(output, limit)
+
+
+def test_nan_logits_fail_their_request_alone(tiny):
+    oracle: Oracle = tiny("tiny-llama")
+    engine = packed(oracle, 160)
+    work = work_of(4)
+
+    def poison(module, inputs, logits):
+        logits = logits.clone()
+        logits[0, 2] = torch.nan
+        return logits
+
+    hook = engine.runner.model.lm_head.register_forward_hook(poison)
+    requests = [engine.add_request(prompt, exactly(5)) for prompt, _ in work]
+    try:
+        engine.step()
+    finally:
+        hook.remove()
+    while engine.has_work:
+        engine.step()
+    assert [request.result.finish_reason for request in requests] == ["length", "length", "error", "length"]
+    for i in (0, 1, 3):
+        oracle.check(requests[i].result, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_twin_shares_every_weight_and_changes_nothing(name):
+    model = load(f"random:{name}").model
+    ids = torch.tensor([[5, 9, 100, 7]])
+    with torch.inference_mode():
+        before = model(ids).logits
+    first = twin(model)
+    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    second = twin(model, tiled=True)
+    assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, "copied again"
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for copy in (first, second):
+        held = list(copy.parameters())
+        parts = [module.joined.weight for module in copy.modules() if hasattr(module, "joined")]
+        assert parts
+        assert {tensor.untyped_storage().data_ptr() for tensor in (*held, *parts)} <= storages
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+        torch.testing.assert_close(first(ids).logits, before, rtol=1e-4, atol=1e-4)
+    assert first.config._attn_implementation == model.config._attn_implementation
+
+
+def test_two_engines_on_one_model_hold_its_weights_once(tiny):
+    oracle: Oracle = tiny("tiny-llama")
+    kept = oracle.model.config._attn_implementation
+    engines = [packed(oracle), packed(oracle)]
+    first, second = (
+        [m.joined.weight.data_ptr() for m in e.runner.model.modules() if hasattr(m, "joined")] for e in engines
+    )
+    assert first == second
+    assert oracle.model.config._attn_implementation == kept, "the original still runs as it did"
+    gc.collect()
+    (output,) = engines[0].generate([[5, 6, 7]], exactly(5), progress=False)
+    oracle.check(output, 5)

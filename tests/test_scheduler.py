@@ -1,0 +1,317 @@
+"""The scheduler over real page accounting and a fake runner: no token lost, no page leaked, nobody starves."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine import InputError, SamplingParams
+from engine.pages import PagePool
+from engine.request import FinishReason, Request
+from engine.scheduler import Scheduler, Step
+
+POLICIES = ("sequential", "dynamic", "continuous")
+
+
+def request_of(name: object, prompt: list[int], max_new_tokens: int = 4, stop: frozenset[int] = frozenset()) -> Request:
+    return Request(str(name), len(prompt), SamplingParams(max_new_tokens=max_new_tokens), list(prompt), stop)
+
+
+def next_token(tokens: list[int]) -> int:
+    """What the fake model says after these tokens: 0 to 3."""
+    value = 17
+    for token in tokens:
+        value = (value * 31 + token + 1) % 1009
+    return value % 4
+
+
+class FakeRunner:
+    """Writes each token's whole prefix where its key and value would go, and reads the past back from there."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.store: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def run(self, step: Step) -> list[int | None]:
+        size = self.pool.page_size
+        for request, count in step:
+            table = self.pool.tables[request]
+            assert len(table) * size >= request.computed + count, "a planned request lacks pages"
+            for at in range(request.computed, request.computed + count):
+                self.store[table[at // size], at % size] = tuple(request.tokens[: at + 1])
+        for request, count in step:
+            table = self.pool.tables[request]
+            for at in range(request.computed + count):
+                assert self.store[table[at // size], at % size] == tuple(request.tokens[: at + 1]), "not its own past"
+        return [next_token(r.tokens) if r.computed + n == len(r.tokens) else None for r, n in step]
+
+
+def alone(request: Request) -> list[int]:
+    """The output tokens of this request without any scheduler."""
+    tokens = list(request.tokens[: request.prompt_len])
+    while len(tokens) < request.max_len:
+        tokens.append(next_token(tokens))
+        if tokens[-1] in request.stop_ids:
+            break
+    return tokens[request.prompt_len :]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random requests, steps and aborts over a pool so small that pages run out."""
+
+    @initialize(
+        policy=st.sampled_from(POLICIES),
+        caching=st.booleans(),
+        pages=st.integers(2, 10),
+        page_size=st.integers(1, 4),
+        batch_size=st.integers(1, 5),
+        step_tokens=st.integers(1, 12),
+    )
+    def start(self, policy, caching, pages, page_size, batch_size, step_tokens):
+        self.pool = PagePool(pages, page_size, caching)
+        self.scheduler = Scheduler(policy, batch_size, step_tokens, self.pool)
+        self.runner = FakeRunner(self.pool)
+        self.alive: list[Request] = []
+        self.count = 0
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=10),
+        limit=st.integers(1, 6),
+        stop=st.sampled_from([frozenset(), frozenset({3}), frozenset({0, 2})]),
+    )
+    def add(self, prompt, limit, stop):
+        request = request_of(self.count, prompt, limit, stop)
+        self.count += 1
+        try:
+            self.pool.check(request)
+        except InputError:
+            assert request.max_len > self.pool.page_size * len(self.pool._references)
+        else:
+            self.scheduler.add(request)
+            self.alive.append(request)
+
+    @rule(times=st.integers(1, 3))
+    def step(self, times):
+        for _ in range(times):
+            self._step()
+
+    def _step(self) -> None:
+        scheduler = self.scheduler
+        waiting, preemptions = list(scheduler.waiting), sum(r.preemptions for r in self.alive)
+        step = scheduler.plan(1.0)
+        assert all(count >= 1 for _, count in step)
+        assert sum(count for _, count in step) <= scheduler.max_step_tokens
+        assert len({id(request) for request, _ in step}) == len(step)
+        assert all(request in scheduler.running for request, _ in step)
+        assert bool(step) <= bool(self.alive)
+        assert step or not self.alive or sum(r.preemptions for r in self.alive) > preemptions
+        admitted = [request for request in waiting if request in scheduler.running]
+        assert admitted == waiting[: len(admitted)], "first come, first admitted"
+        scheduler.commit(step, self.runner.run(step), 2.0)
+        for request, _ in step:
+            if request.finish_reason is not None:
+                scheduler.release(request)
+                self.alive.remove(request)
+                assert request.output_ids == alone(request)
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def abort(self, data):
+        request = self.alive.pop(data.draw(st.integers(0, len(self.alive) - 1)))
+        request.finish(FinishReason.ABORT)
+        self.scheduler.release(request)
+        assert request.output_ids == alone(request)[: request.output_len]
+
+    @invariant()
+    def nothing_leaks(self):
+        if not hasattr(self, "pool"):
+            return
+        pool, scheduler = self.pool, self.scheduler
+        pool.check_integrity()
+        assert len(scheduler.running) <= scheduler.max_running
+        assert set(pool.tables) == set(scheduler.running)
+        assert all(request.computed == 0 for request in scheduler.waiting)
+        assert sorted(map(id, self.alive)) == sorted(map(id, [*scheduler.running, *scheduler.waiting]))
+        owners = Counter(page for table in pool.tables.values() for page in table)
+        for request, table in pool.tables.items():
+            whole = table[: request.computed // pool.page_size] if pool.prefix_caching else []
+            assert all(owners[page] == 1 for page in table if page not in whole), "an unfinished page is shared"
+
+    def teardown(self):
+        if not hasattr(self, "pool"):
+            return
+        for _ in range(4 * sum(request.max_len for request in self.alive) + 1):
+            if not self.scheduler.has_work:
+                break
+            self._step()
+        assert not self.scheduler.has_work, "somebody starves"
+        assert not self.alive
+        assert self.pool.pages_used == 0
+        self.pool.check_integrity()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    deadline=None, derandomize=True, max_examples=2000, stateful_step_count=25, suppress_health_check=list(HealthCheck)
+)
+
+
+def scheduler_of(policy="continuous", batch_size=8, step_tokens=16, pages=64, page_size=4, caching=True) -> Scheduler:
+    return Scheduler(policy, batch_size, step_tokens, PagePool(pages, page_size, caching))
+
+
+def advance(scheduler: Scheduler, step: Step) -> None:
+    tokens = [5 if r.computed + n == len(r.tokens) else None for r, n in step]
+    scheduler.commit(step, tokens, 0.0)
+    for request, _ in step:
+        if request.finish_reason is not None:
+            scheduler.release(request)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_admits_in_order_of_arrival(policy):
+    scheduler = scheduler_of(policy, batch_size=2)
+    requests = [request_of(i, [i] * 3, 1 + i % 3) for i in range(7)]
+    for request in requests:
+        scheduler.add(request)
+    order = []
+    while scheduler.has_work:
+        step = scheduler.plan(float(len(order)))
+        order += [request for request, _ in step if request not in order]
+        advance(scheduler, step)
+    assert order == requests
+    assert [r.scheduled for r in requests] == sorted(r.scheduled for r in requests)
+
+
+def test_the_oldest_that_finds_no_room_is_not_overtaken():
+    scheduler = scheduler_of(pages=5, caching=False)
+    for request in (request_of("a", [1] * 12, 3), request_of("big", [2] * 12), request_of("small", [3])):
+        scheduler.add(request)
+    assert [r.id for r, _ in scheduler.plan(0.0)] == ["a"]
+
+
+def test_policies_differ_in_who_joins_a_running_batch():
+    joined = {}
+    for policy in POLICIES:
+        scheduler = scheduler_of(policy)
+        scheduler.add(request_of("first", [1]))
+        scheduler.add(request_of("second", [2]))
+        advance(scheduler, scheduler.plan(0.0))
+        scheduler.add(request_of("late", [3]))
+        joined[policy] = [r.id for r, _ in scheduler.plan(0.0)]
+    assert joined == {
+        "sequential": ["first"],
+        "dynamic": ["first", "second"],
+        "continuous": ["first", "second", "late"],
+    }
+
+
+def test_decodes_go_before_prompts_and_prompts_share_what_is_left():
+    scheduler = scheduler_of(step_tokens=10)
+    decoding = [request_of(i, [i]) for i in range(3)]
+    scheduler.add(long := request_of("long", [9] * 30))
+    advance(scheduler, scheduler.plan(0.0))  # the long one is older, and yet they go first once they decode
+    for request in decoding:
+        scheduler.add(request)
+    for _ in range(2):
+        advance(scheduler, scheduler.plan(0.0))
+    assert long.computed == 30
+    scheduler.add(request_of("p", [7] * 8))
+    scheduler.add(request_of("q", [8] * 8))
+    step = [(r.id, n) for r, n in scheduler.plan(0.0)]
+    advancing = 1 + sum(r in scheduler.running for r in decoding)
+    assert step[:advancing] == [("long", 1), *[(r.id, 1) for r in decoding if r in scheduler.running]]
+    assert sum(n for _, n in step) == 10
+
+
+def test_a_long_prompt_does_not_stop_decodes_nor_do_short_ones_stop_it():
+    scheduler = scheduler_of(batch_size=6, step_tokens=8, pages=200)
+    scheduler.add(short := request_of("decodes", [1], 60))
+    advance(scheduler, scheduler.plan(0.0))
+    scheduler.add(long := request_of("long", list(range(100)), 2))
+    for i in range(60):
+        scheduler.add(request_of(i, [50 + i], 3))  # one more arrives at every step
+        before = short.output_len, long.computed
+        step = scheduler.plan(0.0)
+        advance(scheduler, step)
+        if short.finish_reason is None:
+            assert short.output_len == before[0] + 1
+        assert long.finish_reason is not None or long.computed > before[1]
+    assert long.finish_reason is FinishReason.LENGTH
+
+
+def test_the_youngest_is_preempted_keeps_its_tokens_and_resumes_later():
+    scheduler = scheduler_of(pages=4, page_size=2, caching=False)
+    requests = [request_of("old", [1, 1, 1], 4), request_of("young", [2, 2, 2], 4)]
+    for request in requests:
+        scheduler.add(request)
+    old, young = requests
+    while young.preemptions == 0:
+        assert len(young.tokens) < young.max_len
+        kept = list(young.tokens)
+        step = scheduler.plan(0.0)
+        advance(scheduler, step)
+    assert [r for r, _ in step] == [old], "not admitted by the plan that preempted it"
+    assert (young.tokens, young.computed, old.preemptions) == (kept, 0, 0)
+    assert scheduler.waiting[0] is young
+    while scheduler.has_work:
+        advance(scheduler, scheduler.plan(0.0))
+        scheduler.memory.check_integrity()
+    assert [r.output_len for r in requests] == [4, 4]
+    assert young.scheduled == 0.0
+
+
+def test_a_preempted_request_goes_before_those_that_came_later():
+    scheduler = scheduler_of(pages=4, page_size=2, caching=False)
+    for name in ("a", "b"):
+        scheduler.add(request_of(name, [1, 1, 1], 4))
+    scheduler.add(request_of("late", [3], 1))
+    finished = []
+    while scheduler.has_work:
+        step = scheduler.plan(0.0)
+        advance(scheduler, step)
+        finished += [r.id for r, _ in step if r.finish_reason is not None]
+    assert finished[0] == "a"
+    assert set(finished) == {"a", "b", "late"}
+
+
+@pytest.mark.parametrize("limit", [6, 5])
+def test_what_can_never_fit_is_refused(limit):
+    scheduler = scheduler_of(pages=2, page_size=5)
+    request = request_of("huge", [1] * 5, limit)
+    if limit == 5:
+        scheduler.memory.check(request)
+    else:
+        with pytest.raises(InputError, match=r"request huge: a prompt of 5 tokens .* needs 11 positions .* holds 10"):
+            scheduler.memory.check(request)
+
+
+def test_a_request_that_ended_since_the_plan_is_passed_over():
+    scheduler = scheduler_of()
+    scheduler.add(gone := request_of("gone", [1, 2]))
+    scheduler.add(stays := request_of("stays", [3, 4]))
+    step = scheduler.plan(0.0)
+    gone.finish(FinishReason.ABORT)
+    scheduler.release(gone)
+    scheduler.commit(step, [7, 8], 0.0)
+    assert (gone.output_ids, stays.output_ids) == ([], [8])
+
+
+def test_a_hundred_thousand_steps_keep_memory_flat():
+    scheduler = scheduler_of(batch_size=2, pages=12, page_size=4)
+    blocks = []
+    for i in range(100_001):
+        if len(scheduler.waiting) + len(scheduler.running) < 3:
+            scheduler.add(request_of(i, [i % 7, i % 5, i % 11, i % 3, i % 13], 12))
+        advance(scheduler, scheduler.plan(0.0))
+        if i % 50_000 == 20_000:
+            gc.collect()
+            blocks.append(sys.getallocatedblocks())
+    gc.collect()
+    blocks.append(sys.getallocatedblocks())
+    assert max(blocks) - blocks[0] < 2_000, blocks
