@@ -61,7 +61,7 @@ def bench(
 
     Raises KeyboardInterrupt when a run was interrupted, InputError when a request of it failed: neither is a result.
     """
-    warm = Engine(loaded, config)  # nobody pays for the first touch of weights and code
+    warm = Engine(loaded, replace(config, policy="sequential"))  # nobody pays for the first touch of weights and code
     warm.generate([[1] * 8] * 2, SamplingParams(max_new_tokens=4), progress=False)
     for _ in range(rounds):
         for policy, size in pairs:

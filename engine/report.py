@@ -80,23 +80,25 @@ def write_json(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> 
 
 
 def write_plot(path: Path, summary: pd.DataFrame, title: str) -> None:
-    """Throughput, TTFT and latency, a bar a way; the file's ending chooses the format."""
+    """Throughput, TTFT and latency, a row of bars a way; the file's ending chooses the format."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    labels = [f"{policy}, {size}" for policy, size in zip(summary["policy"], summary["batch_size"], strict=True)]
+    figure = Figure(figsize=(11, 1.2 + 0.36 * len(labels)), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    labels = [f"{row.policy}\nbatch {row.batch_size}" for row in summary.itertuples()]
-    throughput, *others = figure.subplots(1, 3)
-    bars = throughput.bar(range(len(labels)), summary["tokens_per_s"], color="#2a6f97")
-    throughput.bar_label(bars, [f"{value:.2f}x" for value in summary["speedup"]], fontsize=8)
+    throughput, *others = axes = figure.subplots(1, 3, sharey=True)
+    bars = throughput.barh(range(len(labels)), summary["tokens_per_s"], color="#2a6f97")
+    throughput.bar_label(bars, [f" {value:.2f}x" for value in summary["speedup"]], fontsize=8)
     throughput.set_title("output tokens / s", fontsize=10)
+    throughput.margins(x=0.15)
+    throughput.set_yticks(range(len(labels)), labels, fontsize=9)
+    throughput.invert_yaxis()
     for axis, metric, heading in zip(others, ("ttft_ms", "latency_ms"), ("TTFT, s", "latency, s"), strict=True):
         for shift, statistic, colour in ((-0.2, "p50", "#61a5c2"), (0.2, "p95", "#013a63")):
             places = [place + shift for place in range(len(labels))]
-            axis.bar(places, summary[f"{metric}_{statistic}"] / 1e3, 0.4, label=statistic.upper(), color=colour)
+            axis.barh(places, summary[f"{metric}_{statistic}"] / 1e3, 0.4, label=statistic.upper(), color=colour)
         axis.set_title(heading, fontsize=10)
         axis.legend(fontsize=8)
-    for axis in (throughput, *others):
-        axis.set_xticks(range(len(labels)), labels, fontsize=8)
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
