@@ -120,11 +120,12 @@ def test_models_with_other_state_are_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", TINY)
-def test_equals_generate_on_cuda(name, dtype):
+@pytest.mark.parametrize("policy", ["dynamic", "continuous"])
+def test_equals_generate_on_cuda(policy, name, dtype):
     from engine.models import load
     from tests.oracle import Oracle
 
     oracle = Oracle(load(f"random:{name}", device="cuda", dtype=dtype))
-    engine = Engine(oracle.loaded, EngineConfig(policy="dynamic", max_batch_size=8))
+    engine = Engine(oracle.loaded, EngineConfig(policy=policy, max_batch_size=8))
     for output in engine.generate(prompts_of(20), exactly(16), progress=False):
         oracle.check(output, 16)
