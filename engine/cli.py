@@ -52,7 +52,7 @@ def bench(
 ) -> None:
     """Run one workload through several ways of batching it and compare them in one table.
 
-    'sequential' is the batch=1 baseline, 'generate' is Transformers one by one; tokens are compared with the former's.
+    'sequential' is the batch=1 baseline, whose tokens the others' are compared with; 'generate' is Transformers' own.
     Workloads: chat is English, paper 128 tokens in and 256 out, mixed log-normal. Ctrl-C shows what has finished.
     """
     from rich.progress import Progress

@@ -84,7 +84,7 @@ class Engine:
             pages = min(capacity // config.page_size, useful)
             pool = PagePool(pages, config.page_size, config.prefix_caching)
             try:
-                self.runner = PackedRunner(self.model, pool, pages, config.deterministic)
+                self.runner = PackedRunner(self.model, pool, config.deterministic)
             except InputError as error:
                 if not self._may_fall_back:
                     raise

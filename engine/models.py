@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -134,12 +135,17 @@ def catalogue() -> list[dict]:
     return rows
 
 
-def kv_bytes_per_token(config: PreTrainedConfig, element_bytes: int) -> int:
-    """Bytes of one token's keys and values in all layers; a sliding window bounds the tokens, not this."""
+def kv_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Layers, KV heads and head size: what keys and values are made of."""
     text = config.get_text_config()
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * kv_heads * head_dim * element_bytes
+    return text.num_hidden_layers, kv_heads, head_dim
+
+
+def kv_bytes_per_token(config: PreTrainedConfig, element_bytes: int) -> int:
+    """Bytes of one token's keys and values in all layers; a sliding window bounds how many tokens, not this."""
+    return 2 * math.prod(kv_shape(config)) * element_bytes
 
 
 def cache_dir() -> Path:

@@ -35,6 +35,7 @@ class PagePool:
     """
 
     def __init__(self, pages: int, page_size: int, prefix_caching: bool = True) -> None:
+        self.pages = pages
         self.page_size = page_size
         self.prefix_caching = prefix_caching
         self.tables: dict[Request, list[int]] = {}
@@ -50,7 +51,7 @@ class PagePool:
 
     def check(self, request: Request) -> None:
         """Raise InputError if the request could not run even alone."""
-        capacity = len(self._references) * self.page_size
+        capacity = self.pages * self.page_size
         if request.max_len > capacity:
             raise _too_long(request, capacity)
 
@@ -120,7 +121,7 @@ class PagePool:
     @property
     def pages_used(self) -> int:
         """Pages that some request holds."""
-        return len(self._references) - len(self._free)
+        return self.pages - len(self._free)
 
     def unused(self, request: Request, tokens: int) -> int:
         """Positions of its pages beyond its first `tokens` tokens."""
@@ -128,7 +129,7 @@ class PagePool:
 
     def check_integrity(self) -> None:
         """Assert that every page is free or owned as often as it is counted, and that the cache agrees with itself."""
-        counts = [0] * len(self._references)
+        counts = [0] * self.pages
         for request, table in self.tables.items():
             assert len(set(table)) == len(table), "a request holds a page twice"
             assert len(table) * self.page_size >= request.computed, "computed tokens without a page"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from engine.attention import NAME
 from engine.attention.paged import PackedStep, Piece
 from engine.errors import InputError
+from engine.models import kv_shape
 from engine.pages import PagePool
 from engine.request import Request
 from engine.runner import StepResult, refuse_unknown_cache
@@ -40,7 +41,7 @@ class PackedRunner:
         InputError: for a model that cannot run packed, saying why; found out by running it.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, pages: int, deterministic: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False) -> None:
         refuse_unknown_cache(model)
         if not model._supports_attention_backend:
             raise InputError(
@@ -50,25 +51,19 @@ class PackedRunner:
         self.model.set_attn_implementation(NAME)
         self.pool = pool
         self.deterministic = deterministic
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-        config = model.config.get_text_config(decoder=True)
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._shape = (kv_heads, pool.page_size, head_dim)
         self._prove_equal(model)
-        self.keys, self.values = self._store(pages), self._store(pages)
+        self.keys, self.values = self._store(pool.pages), self._store(pool.pages)
 
     def _store(self, pages: int) -> list[torch.Tensor]:
         """A tensor [L, K, P, D] a layer, of zeros: what a mask hides is still multiplied, and zero hides no NaN."""
         like = next(self.model.parameters())
-        shape = (pages, *self._shape)
-        layers = range(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+        layers, kv_heads, head_dim = kv_shape(self.model.config)
+        shape = (pages, kv_heads, self.pool.page_size, head_dim)
         if like.device.type != "cpu":
-            return [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in layers]
+            return [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
         # numpy's zeros, unlike torch's, take no memory before they are written.
         count = math.prod(shape) * like.dtype.itemsize
-        return [torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(shape) for _ in layers]
+        return [torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(shape) for _ in range(layers)]
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
