@@ -24,7 +24,7 @@ from engine.errors import InputError
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, check_integer
-from engine.workload import Workload
+from engine.workload import WorkItem, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def bench(
     for _ in range(rounds):
         for policy, size in pairs:
             if policy == "generate":
-                yield Run(policy, size, *_generate(warm, workload, size))
+                yield Run(policy, size, *transformers_generate(warm, workload.items, size))
             else:
                 engine = Engine(loaded, replace(config, policy=policy, max_batch_size=size))
                 outputs = engine.replay(workload.items, progress=False)
@@ -78,11 +78,16 @@ def bench(
                 yield Run(policy, size, outputs, engine.metrics)
 
 
-def _generate(engine: Engine, workload: Workload, size: int) -> tuple[list[RequestOutput], EngineMetrics]:
-    """Transformers' own `generate` on left-padded batches of up to `size` requests that are due, to their ends."""
+def transformers_generate(
+    engine: Engine, items: Sequence[WorkItem], size: int
+) -> tuple[list[RequestOutput], EngineMetrics]:
+    """Transformers' own greedy `generate` on left-padded batches of up to `size` requests that are due, to their ends.
+
+    The engine checks the prompts and knows the model; it runs nothing. Outputs are in the order of `items`.
+    """
     metrics, start = EngineMetrics(), time.perf_counter()
     requests = []
-    for index, item in enumerate(workload.items):
+    for index, item in enumerate(items):
         tokens = engine.encode(item.prompt)
         stops = frozenset() if item.params.ignore_eos else engine.eos_ids
         arrival = start + item.arrival_s

@@ -183,13 +183,13 @@ class Engine:
                 self._close(request)
             raise
         choices = result.choices
-        self.metrics.count_memory(sum(self.scheduler.memory.unused(r, r.computed + n) for r, n in step), len(step))
+        unused = sum(self.scheduler.memory.unused(r, r.computed + n) for r, n in step)
         self.scheduler.commit(
             step, [None if choice is None else choice.token for choice in choices], time.perf_counter()
         )
         pairs = zip(step, choices, strict=True)
         chunks = [self._publish(r, choice) for (r, _), choice in pairs if choice is not None and r.result is None]
-        self.metrics.count_step(len(step), result, time.perf_counter() - started)
+        self.metrics.count_step(len(step), result, time.perf_counter() - started, unused)
         return chunks
 
     def generate(

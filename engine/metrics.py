@@ -57,13 +57,12 @@ class Counters:
     preemptions: int = 0
     kv_bytes_peak: int = 0
     kv_unused_tokens: int = 0
-    kv_requests: int = 0
     batch_sizes: Counter[int] = field(default_factory=Counter)
 
     @property
     def kv_unused_mean(self) -> float:
         """Positions of KV memory that a running request held without need, on average over steps and requests."""
-        return self.kv_unused_tokens / max(1, self.kv_requests)
+        return self.kv_unused_tokens / max(1, sum(self.batch_sizes.elements()))
 
     @property
     def padding_ratio(self) -> float:
@@ -84,8 +83,8 @@ class EngineMetrics:
         self.step_s = 0.0
         self.model_s = 0.0
 
-    def count_step(self, requests: int, result: StepResult, step_s: float) -> None:
-        """Add a step of `requests` requests that took `step_s` seconds in all."""
+    def count_step(self, requests: int, result: StepResult, step_s: float, unused: int = 0) -> None:
+        """Add a step of `requests` requests that took `step_s` seconds; they held `unused` positions without need."""
         counters = self.counters
         counters.steps += 1
         counters.forward_passes += result.forward_passes
@@ -94,13 +93,9 @@ class EngineMetrics:
         counters.output_tokens += sum(choice is not None and choice.token is not None for choice in result.choices)
         counters.kv_bytes_peak = max(counters.kv_bytes_peak, result.kv_bytes)
         counters.batch_sizes[requests] += 1
+        counters.kv_unused_tokens += unused
         self.model_s += result.model_s
         self.step_s += step_s
-
-    def count_memory(self, unused: int, requests: int) -> None:
-        """Add a step whose `requests` requests together held `unused` positions of KV memory without need."""
-        self.counters.kv_unused_tokens += unused
-        self.counters.kv_requests += requests
 
     def add(self, record: RequestMetrics) -> None:
         """Add a request that has ended."""
@@ -149,7 +144,7 @@ class EngineMetrics:
         return type(frame)({name: c.describe(percentiles=[0.5, 0.95, 0.99]) for name, c in columns.items()})
 
     def flat(self) -> dict[str, float | int | None]:
-        """The run as plain numbers by flat names (`ttft_ms_p95`, `tokens_per_s`, `forward_passes`, ...), for JSON.
+        """The run as plain numbers by flat names (`ttft_p95_ms`, `tokens_per_s`, `forward_passes`, ...), for JSON.
 
         No numpy scalars, and None where nothing was measured.
         """
@@ -161,5 +156,5 @@ class EngineMetrics:
         flat["batch_size_mean"] = sum(self.counters.batch_sizes.elements()) / max(1, self.counters.steps)
         for name, column in self.summary().items():
             for row, label in (("mean", "mean"), ("50%", "p50"), ("95%", "p95"), ("99%", "p99")):
-                flat[f"{name}_{label}"] = None if column.isna()[row] else float(column[row])
+                flat[f"{name.removesuffix('_ms')}_{label}_ms"] = None if column.isna()[row] else float(column[row])
         return flat

@@ -17,14 +17,14 @@ COLUMNS = {  # heading -> name in the summary, format
     "batch": ("batch_size", "{}"),
     "tok/s": ("tokens_per_s", "{:,.1f}"),
     "speed-up": ("speedup", "{:.2f}x"),
-    "TTFT P50": ("ttft_ms_p50", "{:,.0f}"),
-    "P95": ("ttft_ms_p95", "{:,.0f}"),
-    "TPOT P50": ("tpot_ms_p50", "{:,.1f}"),
-    "P95 ": ("tpot_ms_p95", "{:,.1f}"),
-    "latency P50": ("latency_ms_p50", "{:,.0f}"),
-    "P95  ": ("latency_ms_p95", "{:,.0f}"),
-    "prefill_ms": ("prefill_ms_mean", "{:,.0f}"),
-    "decode_ms": ("decode_ms_mean", "{:,.0f}"),
+    "TTFT P50": ("ttft_p50_ms", "{:,.0f}"),
+    "P95": ("ttft_p95_ms", "{:,.0f}"),
+    "TPOT P50": ("tpot_p50_ms", "{:,.1f}"),
+    "P95 ": ("tpot_p95_ms", "{:,.1f}"),
+    "latency P50": ("latency_p50_ms", "{:,.0f}"),
+    "P95  ": ("latency_p95_ms", "{:,.0f}"),
+    "prefill_ms": ("prefill_mean_ms", "{:,.0f}"),
+    "decode_ms": ("decode_mean_ms", "{:,.0f}"),
     "padding": ("padding_ratio", "{:.1%}"),
     "passes": ("forward_passes", "{:,}"),
     "host %": ("host_pct", "{:.1f}"),
@@ -93,10 +93,10 @@ def write_plot(path: Path, summary: pd.DataFrame, title: str) -> None:
     throughput.margins(x=0.15)
     throughput.set_yticks(range(len(labels)), labels, fontsize=9)
     throughput.invert_yaxis()
-    for axis, metric, heading in zip(others, ("ttft_ms", "latency_ms"), ("TTFT, s", "latency, s"), strict=True):
+    for axis, metric, heading in zip(others, ("ttft", "latency"), ("TTFT, s", "latency, s"), strict=True):
         for shift, statistic, colour in ((-0.2, "p50", "#61a5c2"), (0.2, "p95", "#013a63")):
             places = [place + shift for place in range(len(labels))]
-            axis.barh(places, summary[f"{metric}_{statistic}"] / 1e3, 0.4, label=statistic.upper(), color=colour)
+            axis.barh(places, summary[f"{metric}_{statistic}_ms"] / 1e3, 0.4, label=statistic.upper(), color=colour)
         axis.set_title(heading, fontsize=10)
         axis.legend(fontsize=8)
     for axis in axes:

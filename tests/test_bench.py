@@ -78,7 +78,7 @@ def test_the_round_shown_is_the_median_and_of_two_the_slower(seconds, shown):
     summary = summarise([made_up("dynamic", 4, s) for s in seconds])
     assert summary.rounds.tolist() == [len(seconds)]
     assert summary.tokens_per_s.tolist() == pytest.approx([4 / shown])
-    assert summary.latency_ms_p50.tolist() == pytest.approx([shown * 1e3])  # all of a row is of one round
+    assert summary.latency_p50_ms.tolist() == pytest.approx([shown * 1e3])  # all of a row is of one round
 
 
 def test_speedup_and_tokens_are_against_sequential_wherever_it_stands():

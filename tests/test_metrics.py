@@ -268,9 +268,9 @@ def test_flat_of_a_known_run():
     wanted = {
         "requests": 3, "wall_s": 3.0, "tokens_per_s": 5 / 3, "host_pct": 50.0, "steps": 2, "forward_passes": 2,
         "tokens_computed": 7, "padded_tokens": 3, "padding_ratio": 0.3, "output_tokens": 3, "kv_bytes_peak": 9,
-        "batch_size_mean": 1.5, "prompt_tokens_cached": 0, "preemptions": 0, "ttft_ms_mean": 875.0,
-        "ttft_ms_p50": 875.0, "ttft_ms_p95": 987.5, "ttft_ms_p99": 997.5, "latency_ms_p50": 2000.0,
-        "tpot_ms_p50": 1250 / 3, "itl_ms_mean": 1000 / 3, "itl_ms_p50": 250.0,
+        "batch_size_mean": 1.5, "prompt_tokens_cached": 0, "preemptions": 0, "ttft_mean_ms": 875.0,
+        "ttft_p50_ms": 875.0, "ttft_p95_ms": 987.5, "ttft_p99_ms": 997.5, "latency_p50_ms": 2000.0,
+        "tpot_p50_ms": 1250 / 3, "itl_mean_ms": 1000 / 3, "itl_p50_ms": 250.0,
     }  # fmt: skip
     assert {name: flat[name] for name in wanted} == pytest.approx(wanted)
 
@@ -286,9 +286,9 @@ def test_batch_size_mean_is_the_mean_of_the_histogram():
 
 def test_flat_says_none_where_nothing_was_measured():
     flat = engine_metrics(record(**SINGLE)).flat()
-    assert [flat[f"tpot_ms_{label}"] for label in ("mean", "p50", "p95", "p99")] == [None] * 4
-    assert [flat[f"itl_ms_{label}"] for label in ("mean", "p50", "p95", "p99")] == [None] * 4
-    assert flat["ttft_ms_p99"] == 1000.0
+    assert [flat[f"tpot_{label}_ms"] for label in ("mean", "p50", "p95", "p99")] == [None] * 4
+    assert [flat[f"itl_{label}_ms"] for label in ("mean", "p50", "p95", "p99")] == [None] * 4
+    assert flat["ttft_p99_ms"] == 1000.0
 
 
 def test_only_the_last_records_are_kept():
