@@ -1,0 +1,122 @@
+"""Triton kernels for what lies between a layer's matrix products: norms, activations, and the choice of a token.
+
+Each does in one pass over memory what the model's own modules do in several, and rounds where they round. Attention and
+pages are in engine/attention/kernels.py, which says how kernels are written here.
+
+T tokens, C hidden size, I intermediate size, B rows, V vocabulary, S parts of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+PART = 4096  # logits that one program looks at: 38 programs a row for a vocabulary of 152k
+
+
+def add_rms_norm(
+    x_TC: torch.Tensor, residual_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float, plus_one: bool = False
+) -> torch.Tensor:
+    """RMSNorm of x, or of residual + x, which then becomes the new residual, in place.
+
+    Args:
+        x_TC, residual_TC: contiguous rows; the sum is rounded to their dtype before it is normed, as a model does.
+        plus_one: scale by 1 + weight (Gemma).
+
+    Returns:
+        [T, C] in the dtype of x; computed in float32 (Zhang and Sennrich, 2019).
+    """
+    tokens, size = x_TC.shape
+    out_TC = torch.empty_like(x_TC)
+    block = triton.next_power_of_2(size)
+    _norm[(tokens,)](
+        x_TC, x_TC if residual_TC is None else residual_TC, weight_C, out_TC, eps,
+        SIZE=size, ADD=residual_TC is not None, PLUS_ONE=plus_one, BLOCK=block, num_warps=min(16, max(4, block // 512)),
+    )  # fmt: skip
+    return out_TC
+
+
+@triton.jit
+def _norm(
+    x, residual, weight, out, eps,
+    SIZE: tl.constexpr, ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    c_C = tl.arange(0, BLOCK)
+    at_C = tl.program_id(0).to(tl.int64) * SIZE + c_C
+    x_C = tl.load(x + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+    if ADD:
+        x_C += tl.load(residual + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+        x_C = x_C.to(residual.dtype.element_ty)
+        tl.store(residual + at_C, x_C, mask=c_C < SIZE)
+        x_C = x_C.to(tl.float32)
+    weight_C = tl.load(weight + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        weight_C += 1.0
+    out_C = x_C * (1.0 / tl.sqrt(tl.sum(x_C * x_C, 0) / SIZE + eps)) * weight_C
+    tl.store(out + at_C, out_C.to(out.dtype.element_ty), mask=c_C < SIZE)
+
+
+def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up, contiguous [T, I]; gate and up may be halves of one joined product.
+
+    `activation` is one of ACTIVATIONS: x * sigmoid(x), or GELU by its tanh approximation (Hendrycks and Gimpel, 2016).
+    """
+    tokens, size = gate_TI.shape
+    out_TI = torch.empty(tokens, size, dtype=gate_TI.dtype, device=gate_TI.device)
+    _gated[tokens, triton.cdiv(size, 1024)](
+        gate_TI, up_TI, out_TI, gate_TI.stride(0), up_TI.stride(0),
+        SIZE=size, GELU=activation == "gelu_tanh", BLOCK=1024,
+    )  # fmt: skip
+    return out_TI
+
+
+@triton.jit
+def _gated(gate, up, out, gate_row, up_row, SIZE: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x_I = tl.load(gate + row * gate_row + i_I, mask=i_I < SIZE, other=0.0).to(tl.float32)
+    up_I = tl.load(up + row * up_row + i_I, mask=i_I < SIZE, other=0.0).to(tl.float32)
+    twice_I = x_I
+    if GELU:  # (1 + tanh(y)) / 2 is the sigmoid of 2 y
+        twice_I = 1.5957691216057308 * (x_I + 0.044715 * x_I * x_I * x_I)
+    active_I = (x_I / (1.0 + tl.exp(-twice_I))).to(gate.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * SIZE + i_I, (active_I * up_I).to(out.dtype.element_ty), mask=i_I < SIZE)
+
+
+def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
+    """The largest logit's token of each row, int64 [B], without a softmax; the first among equals.
+
+    -1 for a row with a NaN, or whose largest logit is infinite: the sampler's own measure of a sound row.
+    """
+    rows, vocabulary = logits_BV.shape
+    parts = triton.cdiv(vocabulary, PART)
+    peaks_BS = torch.empty(rows, parts, dtype=torch.float32, device=logits_BV.device)
+    tokens_BS = torch.empty(rows, parts, dtype=torch.int32, device=logits_BV.device)
+    tokens_B = torch.empty(rows, dtype=torch.int64, device=logits_BV.device)
+    _best_of_part[rows, parts](logits_BV, peaks_BS, tokens_BS, logits_BV.stride(0), VOCABULARY=vocabulary, PART=PART)
+    _best_of_row[(rows,)](peaks_BS, tokens_BS, tokens_B, PARTS=parts, BLOCK=triton.next_power_of_2(parts), num_warps=1)
+    return tokens_B
+
+
+@triton.jit
+def _best_of_part(logits, peaks, tokens, logits_row, VOCABULARY: tl.constexpr, PART: tl.constexpr):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v_V = part * PART + tl.arange(0, PART)
+    x_V = tl.load(logits + row * logits_row + v_V, mask=v_V < VOCABULARY, other=float("-inf")).to(tl.float32)
+    x_V = tl.where(x_V != x_V, float("inf"), x_V)  # NaN must not vanish in a maximum
+    peak, at = tl.max(x_V, 0, return_indices=True)
+    tl.store(peaks + row * tl.num_programs(1) + part, peak)
+    tl.store(tokens + row * tl.num_programs(1) + part, part * PART + at)
+
+
+@triton.jit
+def _best_of_row(peaks, tokens, out, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    s_S = tl.arange(0, BLOCK)
+    peak_S = tl.load(peaks + row * PARTS + s_S, mask=s_S < PARTS, other=float("-inf"))
+    peak, at = tl.max(peak_S, 0, return_indices=True)
+    token = tl.load(tokens + row * PARTS + at)
+    sound = (peak < float("inf")) & (peak > float("-inf"))
+    tl.store(out + row, tl.where(sound, token, -1).to(tl.int64))

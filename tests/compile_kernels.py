@@ -1,0 +1,104 @@
+"""Compile every kernel for an H100 or H200 on a machine that need not have one, as a program of its own.
+
+The interpreter runs what the compiler would refuse, so each launch is caught, compiled for its very arguments, and its
+registers and shared memory looked at. Prints a line a kernel; exits with 1 where one spills or does not fit.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from engine.attention import kernels
+from engine.runner import fused
+
+SHARED = 227 * 1024
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+problems: list[str] = []
+known: set[str] = set()
+
+
+def compile_instead(function: JITFunction, *args, grid, warmup=False, **named) -> None:
+    """Stands for JITFunction.run."""
+    options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+    values = dict(zip([parameter.name for parameter in function.params], args, strict=False)) | named
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(function.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[i,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{TYPES[value.dtype]}"
+            attributes[i,] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[i,] = [["tt.divisibility", 16]]
+    key = f"{function.fn.__name__} {signature} {constants} {options}"
+    if key in known:
+        return
+    known.add(key)
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+    shape = {name: values[name] for name in ("DIM", "GROUPS", "SIZE") if name in values}
+    line = f"{function.fn.__name__} {shape} {options}: {registers} registers, {compiled.metadata.shared} bytes shared"
+    print(line, flush=True)
+    if stack or compiled.metadata.shared > SHARED:
+        problems.append(f"{line}, {stack} bytes of stack")
+    halves = "*fp32" not in (signature.get("q"), signature.get("keys"))
+    if function.fn.__name__ == "_chunks" and halves and "wgmma" not in compiled.asm["ptx"]:
+        problems.append(f"{line}: not by the warpgroup's matrix instructions")
+
+
+def launch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, window=None, softcap=None, sinks=False):
+    """Every launch over one attention shape."""
+    ints, tables = torch.zeros(64, dtype=torch.int32), torch.zeros(8, 64, dtype=torch.int32)
+    store = torch.empty(9, kv_heads, page, dim, dtype=dtype)
+    for tokens in (32, 600):
+        joined = torch.empty(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+        q, k, v = joined.split([heads, kv_heads, kv_heads], 1)
+        angles, slots = torch.empty(tokens, dim, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
+        kernels.write_pages(k, v, slots, store, store)
+        kernels.write_pages(k, v, slots, store, store, (q, angles, angles))
+    options = (window, softcap, torch.zeros(heads) if sinks else None)
+    kernels.attend_chunks(
+        q, store, store, tables, ints, ints, ints, torch.zeros(8, 2, dtype=torch.int32), 0.1, *options
+    )
+    kernels.attend_rows(q, store, store, tables, ints, 4096, 0.1, *options, split=256)
+    kernels.attend_rows(q, store, store, tables, ints, 4096, 0.1, *options, owners_B=ints)
+
+
+def main() -> None:
+    JITFunction.run = compile_instead
+    launch(14, 2, 64, torch.float16)
+    launch(32, 8, 128, torch.bfloat16, window=4096)
+    launch(4, 1, 256, torch.bfloat16, window=512, softcap=50.0)
+    launch(12, 4, 80, torch.float16, sinks=True)
+    launch(14, 2, 64, torch.float32)
+    launch(4, 1, 256, torch.float32)
+    for dtype, size in ((torch.float16, 896), (torch.bfloat16, 4096), (torch.float32, 1152)):
+        x = torch.empty(4, 2 * size, dtype=dtype)
+        fused.add_rms_norm(x[:, :size], x[:, size:], x[0], 1e-5, plus_one=size == 1152)
+        fused.gated(x[:, :size], x[:, size:], fused.ACTIVATIONS[size == 1152])
+        fused.best_tokens(torch.empty(4, 151936, dtype=dtype))
+    sys.exit("\n".join(problems) or 0)
+
+
+if __name__ == "__main__":
+    main()
