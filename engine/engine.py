@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,28 @@ from engine.metrics import EngineMetrics
 from engine.models import LoadedModel, kv_bytes_per_token, load
 from engine.pages import PagePool, RowPool
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk
+from engine.runner import Ticket
+from engine.runner.graphs import packed_runner
 from engine.runner.packed import PackedRunner
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
-from engine.scheduler import Scheduler
+from engine.scheduler import Scheduler, Step
 from engine.text import TextStream
 from engine.workload import WorkItem
 
 LOG = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 OnChunk = Callable[[StreamChunk], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step whose tokens the host has not read: when it began (seconds), and the KV positions it holds without need."""
+
+    step: Step
+    ticket: Ticket
+    started: float
+    unused: int
 
 
 class Engine:
@@ -73,6 +85,8 @@ class Engine:
         self._build(memory // token_bytes)
         self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}
+        self._launched: deque[Launched] = deque()  # two at most, and only while the second is being launched
+        self._collected = 0.0  # when the last one was read
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
 
@@ -84,7 +98,7 @@ class Engine:
             pages = min(capacity // config.page_size, useful)
             pool = PagePool(pages, config.page_size, config.prefix_caching)
             try:
-                self.runner = PackedRunner(self.model, pool, config.deterministic)
+                self.runner = packed_runner(self.model, pool, config.deterministic, config.max_batch_size)
             except InputError as error:
                 if not self._may_fall_back:
                     raise
@@ -110,8 +124,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request waits or runs, so that `step` would do something."""
-        return self.scheduler.has_work
+        """Whether a request waits or runs, or a step is under way, so that `step` would do something."""
+        return self.scheduler.has_work or bool(self._launched)
 
     def encode(self, prompt: Prompt, *, name: str = "prompt") -> list[int]:
         """A prompt's token ids, checked; `name` is what errors call it."""
@@ -163,34 +177,67 @@ class Engine:
     def step(self) -> list[StreamChunk]:
         """Compute one step; gives what it added to each request.
 
+        Where the runner need not wait for tokens, this launches a step and gives what the one before it added.
+
         Raises:
             Exception: what the model raises. The step's requests then have ended with reason "error" (on Ctrl-C,
                 "abort"), the others are as they were, and the engine can go on.
         """
         started = time.perf_counter()
+        chunks: list[StreamChunk] = []
+        if self._launched and self.scheduler.may_preempt:  # a request with a pending token cannot be computed again
+            chunks += self._collect()
         step = self.scheduler.plan(started)
-        if not step:
-            return []
+        if step and not self._launch(step, started):
+            return chunks + self.step()
+        while len(self._launched) > bool(step and self._launched[-1].ticket.late):
+            chunks += self._collect()
+        return chunks
+
+    def _launch(self, step: Step, started: float) -> bool:
+        """Start a step; False if memory ran out and steps are smaller from now on."""
         try:
-            result = self.runner.run(step)
+            ticket = self.runner.launch(step)
         except BaseException as error:
             if _out_of_memory(error) and self.scheduler.shrink(step):
                 LOG.warning("out of memory: steps have at most %d tokens from now on", self.scheduler.max_step_tokens)
-                return self.step()
-            reason = FinishReason.ERROR if isinstance(error, Exception) else FinishReason.ABORT
-            for request, _ in step:
-                request.finish(reason, error=repr(error))
-                self._close(request)
+                return False
+            while self._launched:
+                self._collect()
+            self._fail(step, error)
             raise
-        choices = result.choices
         unused = sum(self.scheduler.memory.unused(r, r.computed + n) for r, n in step)
-        self.scheduler.commit(
-            step, [None if choice is None else choice.token for choice in choices], time.perf_counter()
-        )
+        self.scheduler.advance(step)
+        self._launched.append(Launched(step, ticket, started, unused))
+        return True
+
+    def _collect(self) -> list[StreamChunk]:
+        """Read the tokens of the step launched first, commit and publish it."""
+        launched = self._launched.popleft()
+        step = launched.step
+        try:
+            result = launched.ticket.collect()
+        except BaseException as error:
+            self._fail(step, error)
+            raise
+        # What a request computed after its end, before the host could know, is thrown away.
+        choices = [c if r.finish_reason is None else None for (r, _), c in zip(step, result.choices, strict=True)]
+        self.scheduler.commit(step, [None if c is None else c.token for c in choices], time.perf_counter())
         pairs = zip(step, choices, strict=True)
         chunks = [self._publish(r, choice) for (r, _), choice in pairs if choice is not None and r.result is None]
-        self.metrics.count_step(len(step), result, time.perf_counter() - started, unused)
+        now = time.perf_counter()
+        seconds = now - max(launched.started, self._collected)
+        self._collected = now
+        self.metrics.count_step(len(step), replace(result, choices=choices), seconds, launched.unused)
         return chunks
+
+    def _fail(self, step: Step, error: BaseException) -> None:
+        """End every request of a step that could not be computed."""
+        reason = FinishReason.ERROR if isinstance(error, Exception) else FinishReason.ABORT
+        for request, _ in step:
+            if request.result is None:
+                request.finish(reason, error=repr(error))
+                self._close(request)
 
     def generate(
         self,

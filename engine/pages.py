@@ -88,7 +88,7 @@ class PagePool:
     def seal(self, request: Request) -> None:
         """Let others find those of its pages that have become full of computed tokens."""
         size, table, (done, serial) = self.page_size, self.tables[request], self._sealed[request]
-        full = request.computed // size
+        full = min(request.computed, len(request.tokens)) // size  # the last computed token may be pending
         if not self.prefix_caching or done >= full:
             return
         for at in range(done, full):

@@ -154,6 +154,7 @@ class Request:
     on_chunk: Callable[[StreamChunk], object] | None = None
     text: TextStream | None = None
     computed: int = 0
+    pending: int = 0  # tokens that are chosen, by a step under way, and not yet here
     prompt_tokens_cached: int = 0
     preemptions: int = 0
     scheduled: float | None = None

@@ -54,15 +54,15 @@ class Scheduler:
         fresh, preempted = not self.running, len(self.waiting)
         step: Step = []
         left = self.max_step_tokens
-        spare = max(0, left - sum(len(r.tokens) - r.computed == 1 for r in self.running))  # for more than one token
+        spare = max(0, left - sum(_wanted(r) == 1 for r in self.running))  # for more than one token
         at = 0
         # Whoever was preempted just now would only be preempted again, so nobody is admitted then.
         while at < len(self.running) or (
             (fresh or (self.continuous and spare and len(self.waiting) <= preempted)) and self._admit(now)
         ):
             request = self.running[at]
-            wanted = len(request.tokens) - request.computed
-            count = min(wanted, left, spare) if wanted > 1 else min(1, left)
+            wanted = _wanted(request)
+            count = min(wanted, left, spare) if wanted > 1 else min(wanted, left)
             if count and self._make_room(request, request.computed + count):
                 step.append((request, count))
                 left -= count
@@ -101,18 +101,30 @@ class Scheduler:
         self.max_step_tokens = tokens // 2
         return True
 
+    @property
+    def may_preempt(self) -> bool:
+        """Whether the next plan might have to: each running request may need a page more than it has."""
+        memory = self.memory
+        return isinstance(memory, PagePool) and memory.pages - memory.pages_used < len(self.running)
+
+    def advance(self, step: Step) -> None:
+        """Take a step that is under way as computed; the tokens it chooses are pending until `commit`."""
+        for request, count in step:
+            request.computed += count
+            request.pending += request.computed == len(request.tokens) + request.pending
+
     def commit(self, step: Step, tokens: Sequence[int | None], now: float) -> None:
-        """Advance the computed counts and hand each request its next token, which reached the host at `now` seconds.
+        """Hand each request of a step that has been computed its next token, which reached the host at `now` seconds.
 
         `tokens` has one entry a request of the step, None where it has no token. A request that ended since the plan
         is passed over; one that ends by this token has its `finish_reason` set, and is let go by `release`.
         """
-        for (request, count), token in zip(step, tokens, strict=True):
+        for (request, _), token in zip(step, tokens, strict=True):
             if request.finish_reason is None:
-                request.computed += count
-                self.memory.seal(request)
                 if token is not None:
+                    request.pending -= 1
                     request.append(token, now)
+                self.memory.seal(request)
 
     def release(self, request: Request) -> None:
         """Let a request go, wherever it is: its place and its memory are free for the next plan."""
@@ -121,3 +133,9 @@ class Scheduler:
             self.memory.release(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+
+
+def _wanted(request: Request) -> int:
+    """Tokens to compute, pending ones included; none where all it may ever have are chosen."""
+    known = len(request.tokens) + request.pending
+    return 0 if request.pending and known >= request.max_len else known - request.computed

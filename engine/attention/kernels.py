@@ -9,6 +9,7 @@ T tokens of the step, R requests, B rows of one token, H query heads, K KV heads
 P page size, N page ids of a block table, S splits of a row. In kernels: M query rows and C positions of a block.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import torch
@@ -265,6 +266,7 @@ def attend_rows(
     sink_H: torch.Tensor | None = None,
     owners_B: torch.Tensor | None = None,
     split: int = 64,
+    out_BHD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of rows of one token, each context cut into splits that run side by side (Flash-Decoding; Dao, 2023).
 
@@ -278,9 +280,10 @@ def attend_rows(
         max_length: no length is larger. It bounds the grid and nothing else.
         split: positions of a split, at least; more where there would be more than MAX_SPLITS. Small ones fill the GPU
             when there are few rows, large ones leave less to put together when there are many.
+        out_BHD: where to write, contiguous. Made if None.
 
     Returns:
-        [B, H, D], contiguous.
+        out_BHD.
     """
     rows, heads, dim = q_BHD.shape
     kv_heads, page = keys_LKPD.shape[1:3]
@@ -291,7 +294,7 @@ def attend_rows(
     splits = max(1, min(MAX_SPLITS, triton.cdiv(seen, split)))
     parts_BHSD = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q_BHD.device)
     peaks_BHS = torch.empty(rows, heads, splits, dtype=torch.float32, device=q_BHD.device)
-    out_BHD = q_BHD.new_empty(q_BHD.shape)
+    out_BHD = q_BHD.new_empty(q_BHD.shape) if out_BHD is None else out_BHD
     shape = dict(
         DIM=dim, WINDOW=window or 0, BLOCK_C=block, BLOCK_D=max(16, triton.next_power_of_2(dim)), SPLIT=split,
         MAX_SPLITS=MAX_SPLITS,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import InputError
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from engine.sampler import Choice
+    from engine.scheduler import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,39 @@ class StepResult:
     padded_tokens: int
     model_s: float
     kv_bytes: int
+
+
+class Ticket(Protocol):
+    """A step that has been launched; if `late`, the next may be launched before `collect`, which waits for this one."""
+
+    @property
+    def late(self) -> bool: ...
+
+    def collect(self) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The ticket of a step that is computed already."""
+
+    result: StepResult
+    late: bool = False
+
+    def collect(self) -> StepResult:
+        """The result, at once."""
+        return self.result
+
+
+class Runner(ABC):
+    """From steps to tokens; a runner that need not wait for them launches in its own way."""
+
+    @abstractmethod
+    def run(self, step: Step) -> StepResult:
+        """Compute a step."""
+
+    def launch(self, step: Step) -> Ticket:
+        """Start a step."""
+        return Done(self.run(step))
 
 
 def refuse_unknown_cache(model: PreTrainedModel) -> None:

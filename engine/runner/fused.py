@@ -6,6 +6,7 @@ pages are in engine/attention/kernels.py, which says how kernels are written her
 T tokens, C hidden size, I intermediate size, B rows, V vocabulary, S parts of a row.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import torch

@@ -19,7 +19,7 @@ from engine.errors import InputError
 from engine.models import kv_shape
 from engine.pages import PagePool
 from engine.request import Request
-from engine.runner import StepResult, refuse_unknown_cache
+from engine.runner import Runner, StepResult, refuse_unknown_cache
 from engine.runner.linear import twin
 from engine.sampler import Choice, sample
 from engine.scheduler import Step
@@ -28,7 +28,7 @@ from engine.scheduler import Step
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-class PackedRunner:
+class PackedRunner(Runner):
     """Runs packed steps over the pages of a pool.
 
     Args:

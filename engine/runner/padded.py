@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from engine.request import Request
-from engine.runner import StepResult, refuse_unknown_cache
+from engine.runner import Runner, StepResult, refuse_unknown_cache
 from engine.sampler import sample
 from engine.scheduler import Step
 
@@ -74,7 +74,7 @@ class RowLayer(DynamicLayer):
             buffer[target, :, first:column] = buffer[source, :, first:column]
 
 
-class PaddedRunner:
+class PaddedRunner(Runner):
     """Runs one batch at a time, from the prefill of all its rows to the end of the last.
 
     Args:

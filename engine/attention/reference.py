@@ -1,0 +1,115 @@
+"""What the kernels of a device step compute, in plain torch with the same arguments: how it runs without Triton.
+
+Written to be read, not to be fast: the packed runner's own attention (paged.py) is what serves a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def write_pages(
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    slots_T: torch.Tensor,
+    keys_LKPD: torch.Tensor,
+    values_LKPD: torch.Tensor,
+) -> None:
+    """As kernels.write_pages without its rotation."""
+    kept_T = (slots_T >= 0).nonzero()[:, 0]
+    page_T, place_T = slots_T[kept_T] // keys_LKPD.shape[2], slots_T[kept_T] % keys_LKPD.shape[2]
+    keys_LKPD[page_T, :, place_T] = k_TKD[kept_T]
+    values_LKPD[page_T, :, place_T] = v_TKD[kept_T]
+
+
+def chunk_tokens(groups: int, dim: int, element_bytes: int) -> int:
+    """As kernels.chunk_tokens; a small number, so that a test sees several tiles."""
+    return 8
+
+
+def attend_chunks(
+    q_THD: torch.Tensor,
+    keys_LKPD: torch.Tensor,
+    values_LKPD: torch.Tensor,
+    tables_RN: torch.Tensor,
+    begins_R: torch.Tensor,
+    ends_R: torch.Tensor,
+    computed_R: torch.Tensor,
+    tiles_X2: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_H: torch.Tensor | None = None,
+    out_THD: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As kernels.attend_chunks."""
+    out_THD = q_THD.new_empty(q_THD.shape) if out_THD is None else out_THD
+    step = chunk_tokens(1, 1, 1)
+    begins, ends, past = begins_R.tolist(), ends_R.tolist(), computed_R.tolist()
+    for request, first in tiles_X2.tolist():
+        for t in range(first, min(first + step, ends[request])) if request >= 0 else ():
+            length = past[request] + t - begins[request] + 1
+            out_THD[t] = _attend(
+                q_THD[t], keys_LKPD, values_LKPD, tables_RN[request], length, scale, window, softcap, sink_H
+            )
+    return out_THD
+
+
+def attend_rows(
+    q_BHD: torch.Tensor,
+    keys_LKPD: torch.Tensor,
+    values_LKPD: torch.Tensor,
+    tables_RN: torch.Tensor,
+    lengths_B: torch.Tensor,
+    max_length: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_H: torch.Tensor | None = None,
+    owners_B: torch.Tensor | None = None,
+    split: int = 64,
+    out_BHD: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As kernels.attend_rows."""
+    out_BHD = q_BHD.new_empty(q_BHD.shape) if out_BHD is None else out_BHD
+    owners = range(len(q_BHD)) if owners_B is None else owners_B.tolist()
+    for row, (owner, length) in enumerate(zip(owners, lengths_B.tolist(), strict=True)):
+        assert length <= max_length, "the bound of the grid is too low"
+        out_BHD[row] = _attend(
+            q_BHD[row], keys_LKPD, values_LKPD, tables_RN[owner], length, scale, window, softcap, sink_H
+        )
+    return out_BHD
+
+
+def _attend(
+    q_HD: torch.Tensor,
+    keys_LKPD: torch.Tensor,
+    values_LKPD: torch.Tensor,
+    table_N: torch.Tensor,
+    length: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sink_H: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of the last of `length` positions, [H, D]; zeros where there are none."""
+    if length == 0:
+        return torch.zeros_like(q_HD)
+    kv_heads, page = keys_LKPD.shape[1:3]
+    pages_N = table_N[: -(-length // page)].long()
+    first = max(0, length - window) if window else 0
+    k_KCD, v_KCD = (x[pages_N].transpose(0, 1).flatten(1, 2)[:, first:length] for x in (keys_LKPD, values_LKPD))
+    scores_KGC = (q_HD.unflatten(0, (kv_heads, -1)) @ k_KCD.transpose(1, 2)) * scale
+    scores_KGC = scores_KGC.to(torch.promote_types(q_HD.dtype, torch.float32))
+    if softcap is not None:
+        scores_KGC = softcap * torch.tanh(scores_KGC / softcap)
+    if sink_H is not None:
+        scores_KGC = torch.cat([scores_KGC, sink_H.to(scores_KGC).view(kv_heads, -1, 1)], -1)
+    weights_KGC = scores_KGC.softmax(-1)[..., : length - first].to(v_KCD.dtype)
+    return (weights_KGC @ v_KCD).flatten(0, 1)
+
+
+def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
+    """As fused.best_tokens."""
+    peak_B, token_B = logits_BV.max(-1)
+    return torch.where(torch.isfinite(peak_B), token_B, -1)

@@ -1,0 +1,356 @@
+"""Steps whose tokens stay on the device, so that the next step is launched before the host has read this one's.
+
+A token that the device has chosen and the host has not seen is *pending*: the next step's input names it by where it
+lies, and everything else that a step needs (positions, pages, who runs) the host knows without it. Steps in which
+every request computes one token are CUDA graphs. All of it but the capture also runs on a CPU.
+
+T tokens of the step, B rows of one token (they come first), R requests with chunks, X tiles or page ids, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from engine.attention import reference
+from engine.pages import PagePool
+from engine.request import Request
+from engine.runner import Done, StepResult, Ticket
+from engine.runner.packed import PackedRunner
+from engine.sampler import Choice, sample
+from engine.scheduler import Step
+
+LOG = logging.getLogger(__name__)
+BOUND = 1024  # least context that a graph's grid is made for; more in powers of four
+FEW_ROWS = 32  # up to so many rows, short splits are needed to fill a GPU
+
+
+def bucket(rows: int) -> int:
+    """How many rows the graph for `rows` rows has: the next power of two, of 8, or (beyond 128) of 16."""
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length()
+    unit = 8 if rows <= 128 else 16
+    return -(-rows // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The requests of a step that compute several tokens each, as `attend_chunks` wants them."""
+
+    tables_RN: torch.Tensor
+    begins_R: torch.Tensor
+    ends_R: torch.Tensor
+    computed_R: torch.Tensor
+    tiles_X2: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """What a layer's attention needs to know of a step, all of it on the device; the model hands it on.
+
+    `max_length` bounds lengths_B, and `split` is how finely a row is cut, as in `attend_rows`.
+    """
+
+    keys_LKPD: list[torch.Tensor]
+    values_LKPD: list[torch.Tensor]
+    kernels: Any
+    slots_T: torch.Tensor
+    tables_RN: torch.Tensor
+    lengths_B: torch.Tensor
+    lines_B: torch.Tensor
+    max_length: int
+    split: int
+    chunks: Chunks | None
+
+    def attend(
+        self,
+        layer: int,
+        q_HTD: torch.Tensor,
+        k_KTD: torch.Tensor,
+        v_KTD: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sink_H: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Write the step's keys and values into their pages and attend; gives [T, H, D]."""
+        store = self.keys_LKPD[layer], self.values_LKPD[layer]
+        options = (scale, window, softcap, sink_H)
+        q_THD, rows = q_HTD.transpose(0, 1), len(self.lengths_B)
+        self.kernels.write_pages(k_KTD.transpose(0, 1), v_KTD.transpose(0, 1), self.slots_T, *store)
+        out_THD = q_THD.new_empty(q_THD.shape)
+        if rows:
+            self.kernels.attend_rows(
+                q_THD[:rows], *store, self.tables_RN, self.lengths_B, self.max_length, *options, self.lines_B, self.split,
+                out_THD[:rows],
+            )  # fmt: skip
+        if self.chunks is not None:
+            c = self.chunks
+            self.kernels.attend_chunks(
+                q_THD, *store, c.tables_RN, c.begins_R, c.ends_R, c.computed_R, c.tiles_X2, *options, out_THD
+            )
+        return out_THD
+
+
+class InFlight:
+    """A step under way whose tokens are still on the device.
+
+    Args:
+        tokens_B: of every output row, on their way to the host; -1 for a row that is not sound. `done` says when.
+        rows: the output row of each request of the step, None where more of its tokens must be computed first.
+        result: everything else about the step.
+    """
+
+    late = True  # the next step may be launched before `collect`
+
+    def __init__(
+        self, tokens_B: torch.Tensor, done: torch.cuda.Event | None, rows: list[int | None], result: Callable[[list], StepResult]
+    ) -> None:
+        self._tokens_B, self._done, self._rows, self._result = tokens_B, done, rows, result
+
+    def collect(self) -> StepResult:
+        """Wait for the step and give its tokens."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens = self._tokens_B.tolist()
+        return self._result([None if row is None else _choice(tokens[row]) for row in self._rows])
+
+
+def _choice(token: int) -> Choice:
+    return Choice(token) if token >= 0 else Choice(None, error="the model gave logits that are NaN or infinite")
+
+
+class DeviceRunner(PackedRunner):
+    """The packed runner for a GPU: kernels over pages, CUDA graphs, tokens that need not come to the host.
+
+    Args:
+        model, pool, deterministic: as for PackedRunner. Deterministic steps attend every token as a row of its own,
+            cut by its own length alone.
+        rows: requests that share a step, at most.
+        kernels: where `write_pages`, `attend_rows`, `attend_chunks`, `chunk_tokens` and `best_tokens` come from; the
+            Triton kernels on CUDA, `engine.attention.reference` elsewhere.
+
+    Raises:
+        InputError: for a model that cannot run packed.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False, rows: int = 32, kernels: Any = None
+    ) -> None:
+        super().__init__(model, pool, deterministic)
+        self.device = model.device
+        self.kernels = kernels or (_triton() if self.device.type == "cuda" else reference)
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._columns = min(pool.pages, -(-(positions or pool.pages * pool.page_size) // pool.page_size))
+        self._tables_RN = torch.zeros(rows, self._columns, dtype=torch.int32, device=self.device)
+        most = bucket(rows)
+        self._inputs = torch.zeros(3 * most, dtype=torch.int32, device=self.device)
+        self._last_B = torch.zeros(most, dtype=torch.int64, device=self.device)  # the tokens of the step before
+        self._sources: dict[Request, int] = {}  # whose they are
+        self._lines: dict[Request, tuple[int, list[int], int]] = {}  # line of the tables, its pages, how many are there
+        self._free_lines = list(range(rows))[::-1]
+        self._graphs: dict[tuple[int, int, bool], Callable[[], torch.Tensor | None]] = {}
+        self._memory: Any = None
+
+    def run(self, step: Step) -> StepResult:
+        """Compute a step and wait for it."""
+        return self.launch(step).collect()
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Ticket:
+        """Start a step; the ticket's `collect` gives its result.
+
+        Of a request's tokens the last may be pending, chosen by the step launched just before. Where all requests of
+        the step take the likeliest token, nothing is waited for; else the ticket holds tokens that are here already.
+        """
+        started = time.perf_counter()
+        self.pool.dirty.clear()  # no kernel reads beyond what its request has written
+        rows_first = sorted(step, key=lambda item: item[1] > 1)
+        ids: list[int] = []
+        ends: dict[Request, int] = {}
+        for request, count in rows_first:
+            begin, end = request.computed, request.computed + count
+            ids += request.tokens[begin:end] if end <= len(request.tokens) else [-1 - self._sources[request]]
+            ends[request] = len(ids)
+        lines_R = self._place([request for request, _ in rows_first])
+        counts_R = np.array([count for _, count in rows_first])
+        computed_R = np.array([request.computed for request, _ in rows_first])
+        ends_R = counts_R.cumsum()
+        within_T = np.arange(len(ids)) - np.repeat(ends_R - counts_R, counts_R)
+        positions_T, lines_T = np.repeat(computed_R, counts_R) + within_T, np.repeat(lines_R, counts_R)
+        ready = [r for r, n in step if r.computed + n == len(r.tokens) + r.pending]
+        greedy = all(_greedy(request) for request in ready)
+        inputs_3T = np.stack([np.array(ids), positions_T, lines_T])
+        if len(ids) == len(step):
+            at = {request: ends[request] - 1 for request in ready}
+            logits_BV = self._replay(inputs_3T, int(positions_T.max()) + 1, greedy)
+            logits_RV = logits_BV if greedy or logits_BV is None else logits_BV[[at[request] for request in ready]]
+        else:
+            at = {request: row for row, request in enumerate(ready)}
+            spans_3R = np.stack([ends_R - counts_R, ends_R, computed_R])
+            logits_RV = self._mixed(inputs_3T, spans_3R, lines_R, [ends[request] - 1 for request in ready])
+            if greedy and ready:
+                self._last_B[: len(ready)] = self.kernels.best_tokens(logits_RV)
+        self._sources = at if greedy else {}
+
+        def result(choices: list[Choice | None]) -> StepResult:
+            return StepResult(
+                choices=choices,
+                forward_passes=1,
+                tokens_computed=len(ids),
+                padded_tokens=0,
+                model_s=time.perf_counter() - started,
+                kv_bytes=self.pool.pages_used * sum(store[0].nbytes for store in (*self.keys, *self.values)),
+            )
+
+        if greedy:
+            tokens_B = self._last_B.to("cpu", non_blocking=True, copy=True)
+            done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+            return InFlight(tokens_B, done, [at.get(request) for request, _ in step], result)
+        assert logits_RV is not None
+        by_request = dict(zip(ready, sample(logits_RV, ready), strict=True))
+        return Done(result([by_request.get(request) for request, _ in step]))
+
+    def _place(self, requests: list[Request]) -> np.ndarray:
+        """Each request's line of the block tables, brought up to date on the device with one copy."""
+        tables = self.pool.tables
+        if sum(request not in self._lines for request in requests) > len(self._free_lines):
+            for request in [r for r, (_, pages, _) in self._lines.items() if tables.get(r) is not pages]:
+                self._free_lines.append(self._lines.pop(request)[0])
+        lines, fresh = [], []
+        for request in requests:
+            pages = tables[request]
+            line, old, known = self._lines.get(request) or (self._free_lines.pop(), pages, 0)
+            if old is not pages:  # preempted and admitted again: other pages
+                known = 0
+            fresh += [(line, column, pages[column]) for column in range(known, len(pages))]
+            self._lines[request] = line, pages, len(pages)
+            lines.append(line)
+        if fresh:
+            line_X, column_X, page_X = self._upload(np.array(fresh).T)
+            self._tables_RN[line_X, column_X] = page_X
+        return np.array(lines)
+
+    def _upload(self, array: np.ndarray) -> torch.Tensor:
+        """An array of integers on the device as int32, without waiting for it."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _replay(self, inputs_3T: np.ndarray, length: int, greedy: bool) -> torch.Tensor | None:
+        """Compute rows of one token; their tokens are in `_last_B` then, or if not greedy, gives logits [B, V]."""
+        rows = bucket(inputs_3T.shape[1])
+        bound, most = BOUND, self._columns * self.pool.page_size
+        while bound < min(length, most):
+            bound *= 4
+        key = (rows, min(bound, most), greedy)
+        if key not in self._graphs:
+            self._graphs[key] = self._captured(*key)
+        padded_3B = np.tile(np.array([[0], [-1], [0]]), rows)  # a row of no length, which writes no key and no value
+        padded_3B[:, : inputs_3T.shape[1]] = inputs_3T
+        self._inputs[: 3 * rows].copy_(self._upload(padded_3B).view(-1), non_blocking=True)
+        return self._graphs[key]()
+
+    def _captured(self, rows: int, max_length: int, greedy: bool) -> Callable[[], torch.Tensor | None]:
+        """A call that computes `rows` rows from `_inputs`: on CUDA a graph, in one memory pool with all others."""
+
+        def compute() -> torch.Tensor | None:
+            logits_BV = self._logits(self._inputs[: 3 * rows].view(3, rows), rows, max_length, None, 0)
+            if not greedy:
+                return logits_BV
+            self._last_B[:rows] = self.kernels.best_tokens(logits_BV)
+            return None
+
+        if self.device.type != "cuda":
+            return compute
+        started, kept_B = time.perf_counter(), self._last_B.clone()
+        self._inputs.fill_(-1)
+        self._inputs[2 * rows : 3 * rows] = 0
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # compiles kernels and fills libraries' workspaces, which a capture may not
+            compute()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        self._last_B.copy_(kept_B)
+        graph = torch.cuda.CUDAGraph()
+        self._memory = self._memory or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._memory):
+            logits_BV = compute()
+        LOG.info("captured %d rows of up to %d tokens in %.2f s", rows, max_length, time.perf_counter() - started)
+
+        def replay() -> torch.Tensor | None:
+            graph.replay()
+            return logits_BV
+
+        return replay
+
+    def _mixed(self, inputs_3T: np.ndarray, spans_3R: np.ndarray, lines_R: np.ndarray, keep: list[int]) -> torch.Tensor:
+        """Logits [len(keep), V] of the tokens at `keep`, where at least one request computes several."""
+        inputs = self._upload(inputs_3T)
+        if self.deterministic:
+            rows, chunks = inputs_3T.shape[1], None
+        else:
+            single = int((spans_3R[1] - spans_3R[0] == 1).sum())  # they come first
+            rows, several_3R = single, spans_3R[:, single:]
+            size = self.keys[0].shape
+            groups = self.model.config.get_text_config(decoder=True).num_attention_heads // size[1]
+            tile = self.kernels.chunk_tokens(groups, size[3], self.keys[0].element_size())
+            tiles = [(r, t) for r, (begin, end, _) in enumerate(several_3R.T) for t in range(begin, end, tile)]
+            tiles.sort(key=lambda at: several_3R[0, at[0]] - several_3R[2, at[0]] - at[1])  # longest context first
+            tables = self._tables_RN[self._upload(lines_R[single:])]
+            chunks = Chunks(tables, *self._upload(several_3R), self._upload(np.array(tiles)))
+        length = int(inputs_3T[1, :rows].max()) + 1 if rows else 1
+        return self._logits(inputs, rows, length, chunks, self._upload(np.array(keep)).long())
+
+    def _logits(
+        self, inputs_3T: torch.Tensor, rows: int, max_length: int, chunks: Chunks | None, keep: torch.Tensor | int
+    ) -> torch.Tensor:
+        """The model's logits for tokens given by id (or where a pending one lies), position and line of the tables."""
+        given_T, positions_T, lines_T = inputs_3T
+        pending_T = self._last_B[(-1 - given_T).clamp(min=0)]
+        ids_T = torch.where(given_T < 0, pending_T, given_T).clamp(min=0)  # one that is not sound has no successor
+        at_T = positions_T.clamp(min=0)
+        size = self.pool.page_size
+        slots_T = self._tables_RN[lines_T, at_T // size].long() * size + at_T % size
+        step = DeviceStep(
+            self.keys, self.values, self.kernels, torch.where(positions_T < 0, -1, slots_T), self._tables_RN,
+            (positions_T + 1)[:rows], lines_T[:rows], max_length,
+            64 if self.deterministic or rows <= FEW_ROWS else 256, chunks,
+        )  # fmt: skip
+        return self.model(
+            input_ids=ids_T[None], position_ids=at_T[None].long(), use_cache=False, logits_to_keep=keep, packed=step
+        ).logits[0]
+
+
+def _greedy(request: Request) -> bool:
+    """Whether its next token is the likeliest, with nothing else asked for."""
+    params = request.params
+    known = request.output_len + request.pending
+    plain = params.temperature == 0 and params.repetition_penalty == 1.0 and params.logprobs is None
+    return plain and (known >= params.min_new_tokens or not request.stop_ids)
+
+
+def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int) -> PackedRunner:
+    """The packed runner for the model's device; `rows` requests share a step at most.
+
+    Raises:
+        InputError: for a model that cannot run packed.
+    """
+    if model.device.type == "cuda":
+        return DeviceRunner(model, pool, deterministic, rows)
+    return PackedRunner(model, pool, deterministic)
+
+
+def _triton() -> Any:
+    from engine.attention import kernels
+    from engine.runner import fused
+
+    names = ("write_pages", "attend_rows", "attend_chunks", "chunk_tokens")
+    return SimpleNamespace(**{name: getattr(kernels, name) for name in names}, best_tokens=fused.best_tokens)
