@@ -190,7 +190,8 @@ class Engine:
         step = self.scheduler.plan(started)
         if step and not self._launch(step, started):
             return chunks + self.step()
-        while len(self._launched) > bool(step and self._launched[-1].ticket.late):
+        ahead = 1 if step and self._launched[-1].ticket.late else 0
+        while len(self._launched) > ahead:
             chunks += self._collect()
         return chunks
 

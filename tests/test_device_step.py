@@ -14,6 +14,7 @@ import engine.engine
 from engine import Engine, EngineConfig, SamplingParams
 from engine.models import kv_bytes_per_token
 from engine.runner.graphs import DeviceRunner, bucket
+from engine.runner.packed import PackedRunner
 from tests.oracle import Oracle
 from tests.test_packed import NAMES, WAYS, drive, exactly, work_of
 
@@ -36,10 +37,235 @@ def test_equals_generate_one_by_one(tiny, name, batch, chunk, page, caching, kv_
     oracle: Oracle = tiny(name, "float64")
     options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
     server = build(oracle, kv_tokens, policy="continuous", **options)
-    work = work_of(24 if batch == 64 else 12)
+    work = work_of(64 if batch == 64 else 16)
     order = list(range(len(work)))
     random.Random(batch * chunk).shuffle(order)
     for output, (_, limit) in zip(drive(server, work, order, every=1 + batch // 4), work, strict=True):
         oracle.check(output, limit)
     if (batch, page, kv_tokens) == (64, 1, 200):
         assert server.metrics.counters.preemptions > 0
+
+
+def test_steps_are_launched_before_the_one_before_is_read(tiny, monkeypatch):
+    oracle: Oracle = tiny()
+    server = build(oracle, max_batch_size=8)
+    events = []
+    launch = server.runner.launch
+
+    def watched(step):
+        number, ticket = len([e for e in events if e[0] == "launch"]), launch(step)
+        events.append(("launch", number))
+
+        def collect():
+            events.append(("collect", number))
+            return ticket.collect()
+
+        return SimpleNamespace(late=ticket.late, collect=collect)
+
+    monkeypatch.setattr(server.runner, "launch", watched)
+    outputs = server.generate([prompt for prompt, _ in work_of(5)], exactly(6), progress=False)
+    for output in outputs:
+        oracle.check(output, 6)
+    assert events == [("launch", 0)] + [e for i in range(1, 6) for e in (("launch", i), ("collect", i - 1))] + [("collect", 5)]
+    assert server.metrics.counters.forward_passes == 6, "an end by length is known ahead: nothing is computed in vain"
+    assert not server.has_work
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eos_ends_a_request_one_step_late_without_a_token_more(tiny, name):
+    oracle: Oracle = tiny(name, "float64")
+    work = work_of(16)
+    common = [oracle.answer(prompt, 12) for prompt, _ in work]
+    eos = tuple({answer[i % 7] for i, answer in enumerate(common)})[:4]
+    server = build(oracle, 400, max_batch_size=6, page_size=4)
+    params = SamplingParams(max_new_tokens=12, stop_token_ids=eos, ignore_eos=True)
+    for _ in range(2):  # the second time with pages that the first left behind
+        outputs = server.generate([prompt for prompt, _ in work], params, progress=False)
+        reasons = set()
+        for output in outputs:
+            oracle.check(output, 12, eos)
+            reasons.add(str(output.finish_reason))
+        assert "stop" in reasons
+        while server.has_work:
+            server.step()
+        server.scheduler.memory.check_integrity()
+        assert server.scheduler.memory.pages_used == 0
+    assert server.metrics.counters.output_tokens == 2 * sum(len(output.token_ids) for output in outputs)
+
+
+def test_sampled_requests_wait_for_their_tokens_and_keep_them(tiny):
+    """Among greedy ones, in any mix, each draws what it draws alone on the runner of the CPU."""
+    oracle: Oracle = tiny("tiny-llama", "float64")
+    work = work_of(12)
+    params = [
+        [
+            exactly(limit + 3),
+            exactly(limit + 4, temperature=0.8, seed=i, top_k=20),
+            exactly(limit + 2, repetition_penalty=1.3),
+            SamplingParams(max_new_tokens=limit + 5, min_new_tokens=limit + 1, stop_token_ids=tuple(range(0, 256, 2))),
+            exactly(limit + 1, logprobs=3),
+        ][i % 5]
+        for i, (_, limit) in enumerate(work)
+    ]
+    prompts = [prompt for prompt, _ in work]
+    found = build(oracle, max_batch_size=5).generate(prompts, params, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.engine, "packed_runner", lambda model, pool, deterministic, rows: PackedRunner(model, pool))
+        expected = build(oracle, max_batch_size=1).generate(prompts, params, progress=False)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+        for a, b in zip(one.logprobs or (), other.logprobs or (), strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-9)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40, phases=[Phase.generate])
+@given(
+    picks=st.lists(st.tuples(st.integers(0, 15), st.integers(1, 8)), min_size=1, max_size=14),
+    policy=st.sampled_from(["continuous", "continuous", "dynamic", "sequential"]),
+    batch=st.integers(1, 9),
+    chunk=st.integers(1, 60),
+    page=st.sampled_from([1, 2, 3, 8, 16, 50]),
+    extra=st.integers(0, 120),
+    caching=st.booleans(),
+    every=st.integers(1, 4),
+    aborts=st.sets(st.integers(0, 13), max_size=3),
+    stop=st.sets(st.integers(0, 255), max_size=40),
+    name=st.sampled_from(NAMES),
+)
+def test_any_joins_leaves_preemptions_and_aborts(
+    tiny, picks, policy, batch, chunk, page, extra, caching, every, aborts, stop, name
+):
+    oracle: Oracle = tiny(name, "float64")
+    work = [(work_of(16)[i][0], limit) for i, limit in picks]
+    kv_tokens = -(-max(len(prompt) + limit for prompt, limit in work) // page) * page + extra
+    options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.engine, "packed_runner", DeviceRunner)
+        server = build(oracle, kv_tokens, policy=policy, **options)
+    requests, steps = [], 0
+    while len(requests) < len(work) or server.has_work:
+        for prompt, limit in work[len(requests) : len(requests) + every]:
+            params = SamplingParams(max_new_tokens=limit, stop_token_ids=tuple(stop), ignore_eos=True)
+            requests.append(server.add_request(prompt, params))
+        server.step()
+        steps += 1
+        assert steps < 5000
+        if steps % 3 == 0 and steps // 3 in aborts and steps // 3 < len(requests):
+            server.abort(requests[steps // 3].id)
+        server.scheduler.memory.check_integrity()
+    assert server.scheduler.memory.pages_used == 0
+    for request, (prompt, limit) in zip(requests, work, strict=True):
+        answer = oracle.answer(prompt, 8)[:limit]
+        ends = [i for i, token in enumerate(answer) if token in stop]
+        answer = answer[: ends[0] + 1] if ends else answer
+        found = request.result.token_ids
+        assert found == (answer[: len(found)] if request.result.finish_reason == "abort" else answer)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
+def test_nan_fails_its_request_alone_while_the_next_step_is_under_way(tiny, name):
+    oracle: Oracle = tiny(name)
+    server = build(oracle, 200, max_batch_size=3, page_size=4)
+    work = work_of(3)
+    requests = [server.add_request(prompt, exactly(8)) for prompt, _ in work]
+    server.step()
+    server.step()
+    poisoned = []
+
+    def poison(module, inputs, output):
+        output = output.clone()
+        output[:, 1] = torch.nan
+        poisoned.append(1)
+        return output
+
+    hook = server.runner.model.get_input_embeddings().register_forward_hook(poison)
+    try:
+        server.step()
+    finally:
+        hook.remove()
+    while server.has_work:
+        server.step()
+    assert poisoned == [1]
+    assert requests[1].result.finish_reason == "error"
+    assert "NaN" in requests[1].result.error
+    for i in (0, 2):
+        oracle.check(requests[i].result, 8)
+    for output, (_, limit) in zip(drive(server, work_of(16)), work_of(16), strict=True):
+        oracle.check(output, limit)
+
+
+def test_a_step_that_fails_takes_its_requests_alone_and_loses_no_token_read_late(tiny, monkeypatch):
+    oracle: Oracle = tiny()
+    server = build(oracle, max_batch_size=2)
+    work = work_of(4)
+    requests = [server.add_request(prompt, exactly(6)) for prompt, _ in work]
+    for _ in range(3):
+        server.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(server.runner, "_logits", lambda *args: (_ for _ in ()).throw(RuntimeError("boom")))
+        with pytest.raises(RuntimeError, match="boom"):
+            server.step()
+    for request in requests[:2]:
+        assert "boom" in request.result.error
+        assert request.result.token_ids == oracle.answer(request.tokens[: request.prompt_len], 6)[:3]
+    while server.has_work:
+        server.step()
+    for request in requests[2:]:
+        oracle.check(request.result, 6)
+
+
+def test_out_of_memory_makes_steps_smaller(tiny, monkeypatch):
+    oracle: Oracle = tiny()
+    server = build(oracle, max_batch_size=8)
+    logits = DeviceRunner._logits
+
+    def little_memory(self, inputs, *rest):
+        if inputs.shape[1] > 40:
+            raise torch.OutOfMemoryError("planted")
+        return logits(self, inputs, *rest)
+
+    monkeypatch.setattr(DeviceRunner, "_logits", little_memory)
+    for output, (_, limit) in zip(drive(server, work_of(16), every=8), work_of(16), strict=True):
+        oracle.check(output, limit)
+    assert server.scheduler.max_step_tokens <= 80
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
+def test_deterministic_means_the_same_bits_in_any_company(tiny, name):
+    oracle: Oracle = tiny(name)
+    work = work_of(8, seed=3)
+
+    def run(chosen, **options):
+        server = build(oracle, deterministic=True, page_size=4, **options)
+        params = [exactly(work[i][1], logprobs=5) for i in chosen]
+        outputs = server.generate([work[i][0] for i in chosen], params, progress=False)
+        return {i: (o.token_ids, o.logprobs) for i, o in zip(chosen, outputs, strict=True)}
+
+    alone = {i: run([i])[i] for i in range(len(work))}
+    for options in (dict(max_batch_size=8), dict(max_batch_size=3, max_step_tokens=5), dict(max_batch_size=2)):
+        assert run(list(range(len(work))), **options) == alone
+
+
+def test_the_kernels_serve_a_model(tiny):
+    """The same steps through the Triton kernels, in the interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("tests/test_gpu.py serves whole models with the real kernels")
+    from engine.runner.graphs import triton_kernels
+
+    for name in ("tiny-llama", "tiny-gemma3"):
+        oracle: Oracle = tiny(name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args, triton_kernels()))
+            server = build(oracle, max_batch_size=3, max_step_tokens=30, page_size=4)
+        work = work_of(5)
+        for output, (_, limit) in zip(drive(server, work), work, strict=True):
+            oracle.check(output, limit)
+
+
+def test_buckets_waste_little():
+    for rows in range(1, 600):
+        assert rows <= bucket(rows) <= max(rows + 15, 2 * rows - 1)
+        assert rows < 80 or bucket(rows) < 1.1 * rows
+    assert len({bucket(rows) for rows in range(1, 513)}) == 45
+    assert np.all(np.diff([bucket(rows) for rows in range(1, 600)]) >= 0)

@@ -112,7 +112,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert step or not self.alive or sum(r.preemptions for r in self.alive) > preemptions
         admitted = [request for request in waiting if request in scheduler.running]
         assert admitted == waiting[: len(admitted)], "first come, first admitted"
-        scheduler.commit(step, self.runner.run(step), 2.0)
+        tokens = self.runner.run(step)
+        scheduler.advance(step)
+        scheduler.commit(step, tokens, 2.0)
         for request, _ in step:
             if request.finish_reason is not None:
                 scheduler.release(request)
@@ -167,6 +169,7 @@ def scheduler_of(policy="continuous", batch_size=8, step_tokens=16, pages=64, pa
 
 def advance(scheduler: Scheduler, step: Step) -> None:
     tokens = [5 if r.computed + n == len(r.tokens) else None for r, n in step]
+    scheduler.advance(step)
     scheduler.commit(step, tokens, 0.0)
     for request, _ in step:
         if request.finish_reason is not None:
@@ -296,6 +299,7 @@ def test_a_request_that_ended_since_the_plan_is_passed_over():
     scheduler.add(gone := request_of("gone", [1, 2]))
     scheduler.add(stays := request_of("stays", [3, 4]))
     step = scheduler.plan(0.0)
+    scheduler.advance(step)
     gone.finish(FinishReason.ABORT)
     scheduler.release(gone)
     scheduler.commit(step, [7, 8], 0.0)

@@ -34,10 +34,10 @@ FEW_ROWS = 32  # up to so many rows, short splits are needed to fill a GPU
 
 
 def bucket(rows: int) -> int:
-    """How many rows the graph for `rows` rows has: the next power of two, of 8, or (beyond 128) of 16."""
+    """How many rows the graph for `rows` rows has: the next power of two, multiple of 8, or (beyond 160) of 16."""
     if rows <= 8:
         return 1 << (rows - 1).bit_length()
-    unit = 8 if rows <= 128 else 16
+    unit = 8 if rows <= 160 else 16
     return -(-rows // unit) * unit
 
 
@@ -147,7 +147,7 @@ class DeviceRunner(PackedRunner):
     ) -> None:
         super().__init__(model, pool, deterministic)
         self.device = model.device
-        self.kernels = kernels or (_triton() if self.device.type == "cuda" else reference)
+        self.kernels = kernels or (triton_kernels() if self.device.type == "cuda" else reference)
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._columns = min(pool.pages, -(-(positions or pool.pages * pool.page_size) // pool.page_size))
         self._tables_RN = torch.zeros(rows, self._columns, dtype=torch.int32, device=self.device)
@@ -348,7 +348,8 @@ def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, r
     return PackedRunner(model, pool, deterministic)
 
 
-def _triton() -> Any:
+def triton_kernels() -> Any:
+    """What a device step calls, as Triton kernels; imported when needed, since a CPU can do without Triton."""
     from engine.attention import kernels
     from engine.runner import fused
 
