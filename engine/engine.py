@@ -28,7 +28,7 @@ from engine.models import LoadedModel, kv_bytes_per_token, load
 from engine.pages import PagePool, RowPool
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Ticket
-from engine.runner.graphs import packed_runner
+from engine.runner.graphs import packed_runner, step_bytes
 from engine.runner.packed import PackedRunner
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
@@ -43,7 +43,7 @@ OnChunk = Callable[[StreamChunk], object]
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step whose tokens the host has not read: when it began (seconds), and the KV positions it holds without need."""
+    """A step whose tokens the host has not read, when it began (seconds), and the KV positions it holds for nothing."""
 
     step: Step
     ticket: Ticket
@@ -79,7 +79,7 @@ class Engine:
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
         self.runner: PaddedRunner | PackedRunner
         token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
-        memory = config.kv_memory if isinstance(config.kv_memory, int) else int(config.kv_memory * _free(model.device))
+        memory = self._kv_memory(config)
         if memory < token_bytes * (config.page_size if self.config.runner == "packed" else 1):
             raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")
         self._build(memory // token_bytes)
@@ -89,6 +89,26 @@ class Engine:
         self._collected = 0.0  # when the last one was read
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
+
+    def _kv_memory(self, config: EngineConfig) -> int:
+        """Bytes for keys and values: of what is free beside a step, which is measured by running one.
+
+        Raises:
+            InputError: if more is asked for than there is.
+        """
+        tokens, rows = min(config.max_step_tokens, self.max_positions), config.max_batch_size
+        free = _free(self.model.device)
+        taken = step_bytes(self.model, tokens, rows) + step_bytes(
+            self.model, rows, rows
+        )  # a prefill's, and the graphs'
+        if not isinstance(config.kv_memory, int):
+            return int(config.kv_memory * max(0, free - taken))
+        if config.kv_memory > free - taken:
+            raise InputError(
+                f"kv_memory={config.kv_memory} is too large: {free} bytes are free, and a step of {tokens} tokens "
+                f"takes {taken} of them: lower kv_memory, max_step_tokens or max_batch_size"
+            )
+        return config.kv_memory
 
     def _build(self, capacity: int) -> None:
         """Make the runner, the memory's accounting for `capacity` tokens, and the scheduler."""

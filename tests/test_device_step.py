@@ -1,4 +1,4 @@
-"""Steps whose tokens stay on the device, one step ahead of the host, without a GPU: the oracle's tokens all the same."""
+"""Steps whose tokens stay on the device, a step ahead of the host, without a GPU: the oracle's tokens all the same."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 
 import engine.engine
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.models import kv_bytes_per_token
-from engine.runner.graphs import DeviceRunner, bucket
+from engine.runner.fused_layer import FusedLayer, FusedNorm, LastNorm
+from engine.runner.graphs import DeviceRunner, bucket, triton_kernels
 from engine.runner.packed import PackedRunner
 from tests.oracle import Oracle
 from tests.test_packed import NAMES, WAYS, drive, exactly, work_of
@@ -66,7 +67,8 @@ def test_steps_are_launched_before_the_one_before_is_read(tiny, monkeypatch):
     outputs = server.generate([prompt for prompt, _ in work_of(5)], exactly(6), progress=False)
     for output in outputs:
         oracle.check(output, 6)
-    assert events == [("launch", 0)] + [e for i in range(1, 6) for e in (("launch", i), ("collect", i - 1))] + [("collect", 5)]
+    steady = [event for i in range(1, 6) for event in (("launch", i), ("collect", i - 1))]
+    assert events == [("launch", 0), *steady, ("collect", 5)]
     assert server.metrics.counters.forward_passes == 6, "an end by length is known ahead: nothing is computed in vain"
     assert not server.has_work
 
@@ -110,7 +112,7 @@ def test_sampled_requests_wait_for_their_tokens_and_keep_them(tiny):
     prompts = [prompt for prompt, _ in work]
     found = build(oracle, max_batch_size=5).generate(prompts, params, progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.engine, "packed_runner", lambda model, pool, deterministic, rows: PackedRunner(model, pool))
+        patch.setattr(engine.engine, "packed_runner", lambda model, pool, *rest: PackedRunner(model, pool))
         expected = build(oracle, max_batch_size=1).generate(prompts, params, progress=False)
     for one, other in zip(found, expected, strict=True):
         assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
@@ -251,8 +253,6 @@ def test_the_kernels_serve_a_model(tiny):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py serves whole models with the real kernels")
-    from engine.runner.graphs import triton_kernels
-
     for name in ("tiny-llama", "tiny-gemma3"):
         oracle: Oracle = tiny(name)
         with pytest.MonkeyPatch.context() as patch:
@@ -269,3 +269,44 @@ def test_buckets_waste_little():
         assert rows < 80 or bucket(rows) < 1.1 * rows
     assert len({bucket(rows) for rows in range(1, 513)}) == 45
     assert np.all(np.diff([bucket(rows) for rows in range(1, 600)]) >= 0)
+
+
+def test_layers_like_llamas_are_fused_and_others_keep_their_own_code(tiny):
+    for name in NAMES:
+        model = build(tiny(name)).runner.model.base_model
+        plain = name != "tiny-gemma3"
+        assert all(isinstance(layer, FusedLayer) == plain for layer in model.layers)
+        assert isinstance(model.norm, LastNorm if plain else FusedNorm)
+        assert not any("RMSNorm" in type(module).__name__ for module in model.modules())
+
+
+def test_layers_that_only_look_like_llamas_run_as_they_are(tiny, monkeypatch, caplog):
+    oracle: Oracle = tiny("tiny-llama")
+    forward = FusedLayer.forward
+    monkeypatch.setattr(FusedLayer, "forward", lambda self, *args, **kwargs: 1.2 * forward(self, *args, **kwargs))
+    server = build(oracle)
+    assert "gives other logits on the device" in caplog.text
+    assert not any(isinstance(module, FusedLayer | FusedNorm) for module in server.runner.model.modules())
+    for output, (_, limit) in zip(drive(server, work_of(5)), work_of(5), strict=True):
+        oracle.check(output, limit)
+
+
+def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
+    oracle: Oracle = tiny()
+    asked = []
+
+    def step_bytes(model, tokens, rows):
+        asked.append((tokens, rows))
+        return 1000
+
+    monkeypatch.setattr(engine.engine, "step_bytes", step_bytes)
+    monkeypatch.setattr(engine.engine, "_free", lambda device: 1_012_000)
+    token_bytes = kv_bytes_per_token(oracle.model.config, 4)
+    for share in (0.5, 1.0):
+        server = Engine(
+            oracle.loaded, EngineConfig(kv_memory=share, max_batch_size=3, max_step_tokens=5000, page_size=1)
+        )
+        assert server.scheduler.memory.pages == int(share * 1_010_000) // token_bytes
+    assert asked[-2:] == [(4096, 3), (3, 3)], "no request is longer than the model's positions"
+    with pytest.raises(InputError, match=r"kv_memory=2000000 .* 1012000 bytes are free, and a step .* takes 2000"):
+        Engine(oracle.loaded, EngineConfig(kv_memory=2_000_000))

@@ -6,6 +6,7 @@ Written to be read, not to be fast: the packed runner's own attention (paged.py)
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 def write_pages(
@@ -14,12 +15,25 @@ def write_pages(
     slots_T: torch.Tensor,
     keys_LKPD: torch.Tensor,
     values_LKPD: torch.Tensor,
-) -> None:
-    """As kernels.write_pages without its rotation."""
+    rope: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor | None:
+    """As kernels.write_pages."""
+    q_THD = None
+    if rope is not None:
+        q_THD, cos_TE, sin_TE = rope
+        q_THD, k_TKD = (_rotated(x, cos_TE[:, None], sin_TE[:, None]) for x in (q_THD, k_TKD))
     kept_T = (slots_T >= 0).nonzero()[:, 0]
     page_T, place_T = slots_T[kept_T] // keys_LKPD.shape[2], slots_T[kept_T] % keys_LKPD.shape[2]
     keys_LKPD[page_T, :, place_T] = k_TKD[kept_T]
     values_LKPD[page_T, :, place_T] = v_TKD[kept_T]
+    return q_THD
+
+
+def _rotated(x_THD: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
+    """The first E elements turned by pairs that lie E / 2 apart."""
+    x, rest = x_THD[..., : cos_T1E.shape[-1]], x_THD[..., cos_T1E.shape[-1] :]
+    first, second = x.chunk(2, -1)
+    return torch.cat([x * cos_T1E + torch.cat([-second, first], -1) * sin_T1E, rest], -1)
 
 
 def chunk_tokens(groups: int, dim: int, element_bytes: int) -> int:
@@ -113,3 +127,19 @@ def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
     """As fused.best_tokens."""
     peak_B, token_B = logits_BV.max(-1)
     return torch.where(torch.isfinite(peak_B), token_B, -1)
+
+
+def add_rms_norm(
+    x_TC: torch.Tensor, residual_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float, plus_one: bool = False
+) -> torch.Tensor:
+    """As fused.add_rms_norm."""
+    if residual_TC is not None:
+        x_TC = residual_TC.add_(x_TC)
+    wide = x_TC.to(torch.promote_types(x_TC.dtype, torch.float32))
+    scale_C = weight_C.to(wide.dtype) + plus_one
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * scale_C).to(x_TC.dtype)
+
+
+def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
+    """As fused.gated."""
+    return (F.silu(gate_TI) if activation == "silu" else F.gelu(gate_TI, approximate="tanh")) * up_TI

@@ -9,6 +9,7 @@ T tokens of the step, B rows of one token (they come first), R requests with chu
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -21,10 +22,12 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.attention import reference
+from engine.errors import InputError
 from engine.pages import PagePool
 from engine.request import Request
 from engine.runner import Done, StepResult, Ticket
-from engine.runner.packed import PackedRunner
+from engine.runner.fused_layer import fuse
+from engine.runner.packed import TOLERANCE, PackedRunner
 from engine.sampler import Choice, sample
 from engine.scheduler import Step
 
@@ -69,6 +72,7 @@ class DeviceStep:
     max_length: int
     split: int
     chunks: Chunks | None
+    options: dict[int, tuple]  # gets those of each layer's attention, as the model passes them
 
     def attend(
         self,
@@ -82,21 +86,39 @@ class DeviceStep:
         sink_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """Write the step's keys and values into their pages and attend; gives [T, H, D]."""
+        options = self.options[layer] = (scale, window, softcap, sink_H)
+        k_TKD, v_TKD = k_KTD.transpose(0, 1), v_KTD.transpose(0, 1)
+        self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, self.keys_LKPD[layer], self.values_LKPD[layer])
+        return self._attend(layer, q_HTD.transpose(0, 1), *options)
+
+    def attend_rotating(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        angles_2TE: tuple[torch.Tensor, torch.Tensor],
+        *options: Any,
+    ) -> torch.Tensor:
+        """As `attend`, but queries and keys are not rotated yet; `options` are scale, window, softcap and sinks."""
         store = self.keys_LKPD[layer], self.values_LKPD[layer]
-        options = (scale, window, softcap, sink_H)
-        q_THD, rows = q_HTD.transpose(0, 1), len(self.lengths_B)
-        self.kernels.write_pages(k_KTD.transpose(0, 1), v_KTD.transpose(0, 1), self.slots_T, *store)
+        q_THD = self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, *store, (q_THD, *angles_2TE))
+        return self._attend(layer, q_THD, *options)
+
+    def _attend(self, layer: int, q_THD: torch.Tensor, *options: Any) -> torch.Tensor:
+        store = self.keys_LKPD[layer], self.values_LKPD[layer]
+        rows, chunks = len(self.lengths_B), self.chunks
         out_THD = q_THD.new_empty(q_THD.shape)
         if rows:
             self.kernels.attend_rows(
-                q_THD[:rows], *store, self.tables_RN, self.lengths_B, self.max_length, *options, self.lines_B, self.split,
-                out_THD[:rows],
+                q_THD[:rows], *store, self.tables_RN, self.lengths_B, self.max_length, *options, self.lines_B,
+                self.split, out_THD[:rows],
             )  # fmt: skip
-        if self.chunks is not None:
-            c = self.chunks
+        if chunks is not None:
             self.kernels.attend_chunks(
-                q_THD, *store, c.tables_RN, c.begins_R, c.ends_R, c.computed_R, c.tiles_X2, *options, out_THD
-            )
+                q_THD, *store, chunks.tables_RN, chunks.begins_R, chunks.ends_R, chunks.computed_R, chunks.tiles_X2,
+                *options, out_THD,
+            )  # fmt: skip
         return out_THD
 
 
@@ -112,7 +134,11 @@ class InFlight:
     late = True  # the next step may be launched before `collect`
 
     def __init__(
-        self, tokens_B: torch.Tensor, done: torch.cuda.Event | None, rows: list[int | None], result: Callable[[list], StepResult]
+        self,
+        tokens_B: torch.Tensor,
+        done: torch.cuda.Event | None,
+        rows: list[int | None],
+        result: Callable[[list], StepResult],
     ) -> None:
         self._tokens_B, self._done, self._rows, self._result = tokens_B, done, rows, result
 
@@ -135,8 +161,7 @@ class DeviceRunner(PackedRunner):
         model, pool, deterministic: as for PackedRunner. Deterministic steps attend every token as a row of its own,
             cut by its own length alone.
         rows: requests that share a step, at most.
-        kernels: where `write_pages`, `attend_rows`, `attend_chunks`, `chunk_tokens` and `best_tokens` come from; the
-            Triton kernels on CUDA, `engine.attention.reference` elsewhere.
+        kernels: what computes it: the Triton kernels on CUDA, `engine.attention.reference` elsewhere.
 
     Raises:
         InputError: for a model that cannot run packed.
@@ -158,7 +183,44 @@ class DeviceRunner(PackedRunner):
         self._lines: dict[Request, tuple[int, list[int], int]] = {}  # line of the tables, its pages, how many are there
         self._free_lines = list(range(rows))[::-1]
         self._graphs: dict[tuple[int, int, bool], Callable[[], torch.Tensor | None]] = {}
-        self._memory: Any = None
+        self._page_bytes = sum(store[0].nbytes for store in (*self.keys, *self.values))
+        self._memory: Any = None  # of the graphs
+        self._fuse(model)
+
+    @torch.inference_mode()
+    def _fuse(self, model: PreTrainedModel) -> None:
+        """Replace what fused kernels equal, and prove on a few tokens that the model still computes the same.
+
+        Raises:
+            InputError: if steps on the device give other logits than `model` even without that.
+        """
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        tokens = min(24, self.pool.pages * self.pool.page_size)
+        ids_T = (7 * np.arange(tokens) + 3) % vocab
+        expected_TV = model(torch.tensor(ids_T[None], device=self.device), use_cache=False).logits[0].double()
+        options = self._prove(ids_T, expected_TV)
+        undo = fuse(self.model, options, self.kernels)
+        try:
+            self._prove(ids_T, expected_TV)
+        except (InputError, TypeError, AttributeError, IndexError) as error:
+            LOG.warning("%s; its layers run as they are", error)
+            undo()
+
+    def _prove(self, ids_T: np.ndarray, expected_TV: torch.Tensor) -> dict[int, tuple]:
+        """Compute tokens as a chunk, a chunk with a past and one alone; gives the options of each layer's attention."""
+        tokens, found = len(ids_T), []
+        self._tables_RN[0, : -(-tokens // self.pool.page_size)] = torch.arange(-(-tokens // self.pool.page_size))
+        options: dict[int, tuple] = {}
+        for begin, end in itertools.pairwise(sorted({0, tokens // 2, tokens - 1, tokens})):
+            inputs_3T = np.stack([ids_T[begin:end], np.arange(begin, end), np.zeros(end - begin, dtype=int)])
+            spans_3R = np.array([[0], [end - begin], [begin]])
+            found.append(self._mixed(inputs_3T, spans_3R, np.zeros(1), list(range(end - begin)), options))
+        off = float((torch.cat(found).double() - expected_TV).abs().max() / expected_TV.abs().max())
+        if not off <= TOLERANCE[self.model.dtype]:
+            raise InputError(
+                f"{type(self.model).__name__} gives other logits on the device (off by {off:.1e} of the largest)"
+            )
+        return options
 
     def run(self, step: Step) -> StepResult:
         """Compute a step and wait for it."""
@@ -208,7 +270,7 @@ class DeviceRunner(PackedRunner):
                 tokens_computed=len(ids),
                 padded_tokens=0,
                 model_s=time.perf_counter() - started,
-                kv_bytes=self.pool.pages_used * sum(store[0].nbytes for store in (*self.keys, *self.values)),
+                kv_bytes=self.pool.pages_used * self._page_bytes,
             )
 
         if greedy:
@@ -281,7 +343,7 @@ class DeviceRunner(PackedRunner):
         self._last_B.copy_(kept_B)
         graph = torch.cuda.CUDAGraph()
         self._memory = self._memory or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             logits_BV = compute()
         LOG.info("captured %d rows of up to %d tokens in %.2f s", rows, max_length, time.perf_counter() - started)
 
@@ -291,12 +353,21 @@ class DeviceRunner(PackedRunner):
 
         return replay
 
-    def _mixed(self, inputs_3T: np.ndarray, spans_3R: np.ndarray, lines_R: np.ndarray, keep: list[int]) -> torch.Tensor:
-        """Logits [len(keep), V] of the tokens at `keep`, where at least one request computes several."""
+    def _mixed(
+        self,
+        inputs_3T: np.ndarray,
+        spans_3R: np.ndarray,
+        lines_R: np.ndarray,
+        keep: list[int],
+        options: dict[int, tuple] | None = None,
+    ) -> torch.Tensor:
+        """Logits [len(keep), V] of the tokens at `keep`, where requests may compute several; those of one come first.
+
+        spans_3R: where in the step each request's tokens begin and end, and how many precede them.
+        """
         inputs = self._upload(inputs_3T)
-        if self.deterministic:
-            rows, chunks = inputs_3T.shape[1], None
-        else:
+        rows, chunks = inputs_3T.shape[1], None
+        if not self.deterministic:
             single = int((spans_3R[1] - spans_3R[0] == 1).sum())  # they come first
             rows, several_3R = single, spans_3R[:, single:]
             size = self.keys[0].shape
@@ -304,13 +375,21 @@ class DeviceRunner(PackedRunner):
             tile = self.kernels.chunk_tokens(groups, size[3], self.keys[0].element_size())
             tiles = [(r, t) for r, (begin, end, _) in enumerate(several_3R.T) for t in range(begin, end, tile)]
             tiles.sort(key=lambda at: several_3R[0, at[0]] - several_3R[2, at[0]] - at[1])  # longest context first
-            tables = self._tables_RN[self._upload(lines_R[single:])]
-            chunks = Chunks(tables, *self._upload(several_3R), self._upload(np.array(tiles)))
+            if tiles:
+                tables_RN = self._tables_RN[self._upload(lines_R[single:])]
+                begins_R, ends_R, computed_R = self._upload(several_3R)
+                chunks = Chunks(tables_RN, begins_R, ends_R, computed_R, self._upload(np.array(tiles)))
         length = int(inputs_3T[1, :rows].max()) + 1 if rows else 1
-        return self._logits(inputs, rows, length, chunks, self._upload(np.array(keep)).long())
+        return self._logits(inputs, rows, length, chunks, self._upload(np.array(keep)).long(), options)
 
     def _logits(
-        self, inputs_3T: torch.Tensor, rows: int, max_length: int, chunks: Chunks | None, keep: torch.Tensor | int
+        self,
+        inputs_3T: torch.Tensor,
+        rows: int,
+        max_length: int,
+        chunks: Chunks | None,
+        keep: torch.Tensor | int,
+        options: dict[int, tuple] | None = None,
     ) -> torch.Tensor:
         """The model's logits for tokens given by id (or where a pending one lies), position and line of the tables."""
         given_T, positions_T, lines_T = inputs_3T
@@ -322,7 +401,7 @@ class DeviceRunner(PackedRunner):
         step = DeviceStep(
             self.keys, self.values, self.kernels, torch.where(positions_T < 0, -1, slots_T), self._tables_RN,
             (positions_T + 1)[:rows], lines_T[:rows], max_length,
-            64 if self.deterministic or rows <= FEW_ROWS else 256, chunks,
+            64 if self.deterministic or rows <= FEW_ROWS else 256, chunks, {} if options is None else options,
         )  # fmt: skip
         return self.model(
             input_ids=ids_T[None], position_ids=at_T[None].long(), use_cache=False, logits_to_keep=keep, packed=step
@@ -343,9 +422,32 @@ def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, r
     Raises:
         InputError: for a model that cannot run packed.
     """
-    if model.device.type == "cuda":
+    if model.device.type == "cuda" and model.dtype.itemsize <= 4:  # no kernel computes in float64
         return DeviceRunner(model, pool, deterministic, rows)
     return PackedRunner(model, pool, deterministic)
+
+
+@torch.inference_mode()
+def step_bytes(model: PreTrainedModel, tokens: int, rows: int) -> int:
+    """Device memory that a step of so many tokens, `rows` of them sampled, takes beside weights, keys and values.
+
+    Measured by running the model, whose own layers take no less than fused ones; 0 on a CPU, which can swap.
+
+    Raises:
+        InputError: if it does not fit.
+    """
+    if model.device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    try:
+        model(ids, use_cache=False, logits_to_keep=min(rows, tokens))
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"max_step_tokens={tokens}: a step does not fit the device's memory: lower it") from error
+    peak = torch.cuda.max_memory_allocated(model.device) - before
+    torch.cuda.empty_cache()
+    return peak
 
 
 def triton_kernels() -> Any:
@@ -353,5 +455,4 @@ def triton_kernels() -> Any:
     from engine.attention import kernels
     from engine.runner import fused
 
-    names = ("write_pages", "attend_rows", "attend_chunks", "chunk_tokens")
-    return SimpleNamespace(**{name: getattr(kernels, name) for name in names}, best_tokens=fused.best_tokens)
+    return SimpleNamespace(**{name: value for room in (kernels, fused) for name, value in vars(room).items()})

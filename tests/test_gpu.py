@@ -1,0 +1,202 @@
+"""Whole models on a GPU: the equalities of the CPU, graphs against eager steps, half precision by logit margin."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from engine import Engine, EngineConfig, InputError, SamplingParams
+from engine.models import kv_bytes_per_token, load
+from engine.runner.fused_layer import FusedLayer
+from engine.runner.graphs import DeviceRunner
+from tests.oracle import Oracle
+from tests.test_packed import NAMES, WAYS, drive, exactly, work_of
+
+pytestmark = pytest.mark.gpu
+# How far below the float32 model's best logit a chosen token's may be, relative to the spread of its logits.
+MARGIN = {"float16": 2e-2, "bfloat16": 1e-1}
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> Callable[..., Oracle]:
+    """`on_gpu(name, dtype)` gives a random-weights model on the GPU with its oracle."""
+    known: dict[tuple[str, str], Oracle] = {}
+
+    def get(name: str = "tiny-qwen2", dtype: str = "float32") -> Oracle:
+        if (name, dtype) not in known:
+            known[name, dtype] = Oracle(load(f"random:{name}", device="cuda", dtype=dtype))
+        return known[name, dtype]
+
+    return get
+
+
+def build(oracle: Oracle, kv_tokens: int = 20_000, **config) -> Engine:
+    token_bytes = kv_bytes_per_token(oracle.model.config, oracle.model.dtype.itemsize)
+    server = Engine(oracle.loaded, EngineConfig(runner="packed", kv_memory=kv_tokens * token_bytes, **config))
+    assert isinstance(server.runner, DeviceRunner)
+    return server
+
+
+@pytest.mark.parametrize(("batch", "chunk", "page", "caching", "kv_tokens"), WAYS)
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_generate_one_by_one(on_gpu, name, batch, chunk, page, caching, kv_tokens):
+    oracle = on_gpu(name)
+    options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
+    server = build(oracle, kv_tokens or 20_000, **options)
+    work = work_of(64 if batch == 64 else 16)
+    order = list(range(len(work)))
+    random.Random(batch * chunk).shuffle(order)
+    for output, (_, limit) in zip(drive(server, work, order, every=1 + batch // 4), work, strict=True):
+        oracle.check(output, limit)
+    if (batch, page, kv_tokens) == (64, 1, 200):
+        assert server.metrics.counters.preemptions > 0
+
+
+@pytest.mark.parametrize("policy", ["sequential", "dynamic"])
+def test_other_policies_and_stops(on_gpu, policy):
+    oracle = on_gpu("tiny-llama")
+    work = work_of(16)
+    eos = tuple({oracle.answer(prompt, 12)[i % 7] for i, (prompt, _) in enumerate(work)})[:4]
+    params = SamplingParams(max_new_tokens=12, stop_token_ids=eos, ignore_eos=True)
+    server = build(oracle, 400, policy=policy, max_batch_size=6, page_size=4)
+    for output in server.generate([prompt for prompt, _ in work], params, progress=False):
+        oracle.check(output, 12, eos)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [*NAMES, "qwen2.5-0.5b"])
+def test_half_precision_by_the_margin_of_float32(on_gpu, name, dtype):
+    """Every chosen token is, up to rounding, the best by a float32 model with the same weights and the same past."""
+    oracle = on_gpu(name, dtype)
+    wide = load(f"random:{name}", device="cuda", dtype="float32").model
+    wide.load_state_dict(oracle.model.state_dict())
+    server = build(oracle, max_batch_size=8)
+    outputs = server.generate([prompt for prompt, _ in work_of(8)], exactly(32), progress=False)
+    for output in outputs:
+        ids = torch.tensor([[*output.prompt_token_ids, *output.token_ids]], device="cuda")
+        with torch.inference_mode():
+            logits_TV = wide(ids).logits[0, len(output.prompt_token_ids) - 1 : -1]
+        chosen_T = logits_TV.gather(1, torch.tensor(output.token_ids, device="cuda")[:, None])[:, 0]
+        gap_T = (logits_TV.amax(-1) - chosen_T) / logits_TV.std(-1)
+        assert float(gap_T.max()) <= MARGIN[dtype], gap_T
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3"])
+def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype):
+    """At contexts shorter and longer than at the capture, and with padding rows."""
+    server = build(on_gpu(name, dtype), max_batch_size=16, page_size=4)
+    runner = server.runner
+    requests = [server.add_request(prompt, exactly(40)) for prompt, _ in work_of(11)]
+    checked = 0
+    for _ in range(30):
+        server.step()
+        while server._launched:
+            server._collect()
+        step = [(r, 1) for r in server.scheduler.running if len(r.tokens) - r.computed == 1]
+        if len(step) < len(requests):
+            continue
+        for request, _ in step:
+            assert server.scheduler.memory.reserve(request, request.computed + 1)
+        with torch.inference_mode():
+            lines = runner._place(requests)
+            inputs = np.stack([[r.tokens[-1] for r in requests], [r.computed for r in requests], lines])
+            eager = runner._logits(runner._upload(inputs), len(requests), 4096, None, 0)
+            replayed = runner._replay(inputs, int(inputs[1].max()) + 1, greedy=False)[: len(requests)]
+        torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=5e-2 if dtype == "float16" else 1e-3)
+        checked += 1
+    assert checked > 20
+
+
+def test_contexts_that_outgrow_a_graphs_bound_get_another(on_gpu):
+    oracle = on_gpu("tiny-llama")
+    server = build(oracle, max_batch_size=2)
+    prompts = [[5 + i % 200 for i in range(1000)], [7, 8, 9]]
+    for output in server.generate(prompts, exactly(60), progress=False):
+        oracle.check(output, 60)
+    assert len({bound for _, bound, _ in server.runner._graphs}) == 2
+
+
+def test_launching_a_steady_decode_step_waits_for_nothing(on_gpu):
+    server = build(on_gpu("tiny-qwen2", "float16"), max_batch_size=8)
+    for prompt, _ in work_of(8):
+        server.add_request(prompt, exactly(40))
+    for _ in range(4):
+        server.step()
+    launch = server.runner.launch
+
+    def strict(step):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    server.runner.launch = strict
+    for _ in range(20):
+        server.step()
+        assert len(server._launched) == 1, "a step is under way while the host goes on"
+
+
+def test_a_long_run_with_joins_leaves_and_preemption(on_gpu):
+    oracle = on_gpu("tiny-mistral")
+    server = build(oracle, 900, max_batch_size=24, page_size=4)
+    rng = np.random.default_rng(0)
+    base = work_of(16)
+    work = [(base[i % 16][0], int(rng.integers(1, 60))) for i in range(300)]
+    for output, (prompt, limit) in zip(drive(server, work, every=2), work, strict=True):
+        answer = oracle.answer(prompt, 60)[:limit]
+        if output.token_ids != answer:
+            oracle.check(output, limit)
+    assert server.metrics.counters.preemptions > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3", "qwen2.5-0.5b"])
+def test_deterministic_means_the_same_bits_in_any_company(on_gpu, name, dtype):
+    oracle = on_gpu(name, dtype)
+    work = work_of(12, seed=3)
+
+    def run(chosen, kv_tokens=20_000, **options):
+        server = build(oracle, kv_tokens, deterministic=True, **options)
+        params = [exactly(work[i][1] + 4, logprobs=5) for i in chosen]
+        outputs = server.generate([work[i][0] for i in chosen], params, progress=False)
+        return {i: (o.token_ids, o.logprobs) for i, o in zip(chosen, outputs, strict=True)}
+
+    alone = {i: run([i])[i] for i in range(len(work))}
+    for options in (
+        dict(max_batch_size=12),
+        dict(max_batch_size=3, max_step_tokens=5, prefix_caching=False),
+        dict(max_batch_size=12, max_step_tokens=40, kv_tokens=160, page_size=4),
+    ):
+        assert run(list(range(len(work))), **options) == alone, options
+
+
+def test_qwen_is_fused(on_gpu):
+    server = build(on_gpu("qwen2.5-0.5b", "float16"))
+    assert all(isinstance(layer, FusedLayer) for layer in server.runner.model.base_model.layers)
+
+
+def test_memory_is_asked_for_within_bounds(on_gpu):
+    oracle = on_gpu()
+    with pytest.raises(InputError, match=r"is too large: .* bytes are free"):
+        Engine(oracle.loaded, EngineConfig(kv_memory=10**15))
+
+
+def test_out_of_memory_makes_steps_smaller_and_corrupts_nothing(on_gpu, monkeypatch):
+    oracle = on_gpu("tiny-llama")
+    server = build(oracle, max_batch_size=8)
+    logits = DeviceRunner._logits
+
+    def little_memory(self, inputs, *rest):
+        if inputs.shape[1] > 40:
+            raise torch.OutOfMemoryError("planted")
+        return logits(self, inputs, *rest)
+
+    monkeypatch.setattr(DeviceRunner, "_logits", little_memory)
+    for output, (_, limit) in zip(drive(server, work_of(16), every=8), work_of(16), strict=True):
+        oracle.check(output, limit)
