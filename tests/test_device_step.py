@@ -14,16 +14,21 @@ import engine.engine
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.models import kv_bytes_per_token
 from engine.runner.fused_layer import FusedLayer, FusedNorm, LastNorm
-from engine.runner.graphs import DeviceRunner, bucket, triton_kernels
+from engine.runner.graphs import DeviceRunner, bucket
 from engine.runner.packed import PackedRunner
+from tests import reference
 from tests.oracle import Oracle
 from tests.test_packed import NAMES, WAYS, drive, exactly, work_of
+
+
+def on_reference(model, pool, deterministic, rows) -> DeviceRunner:
+    return DeviceRunner(model, pool, deterministic, rows, reference)
 
 
 @pytest.fixture(autouse=True)
 def _device_runner(monkeypatch):
     """The runner for a GPU, on the CPU by way of the reference functions."""
-    monkeypatch.setattr(engine.engine, "packed_runner", DeviceRunner)
+    monkeypatch.setattr(engine.engine, "packed_runner", on_reference)
 
 
 def build(oracle: Oracle, kv_tokens: int | None = None, **config) -> Engine:
@@ -142,7 +147,7 @@ def test_any_joins_leaves_preemptions_and_aborts(
     kv_tokens = -(-max(len(prompt) + limit for prompt, limit in work) // page) * page + extra
     options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.engine, "packed_runner", DeviceRunner)
+        patch.setattr(engine.engine, "packed_runner", on_reference)
         server = build(oracle, kv_tokens, policy=policy, **options)
     requests, steps = [], 0
     while len(requests) < len(work) or server.has_work:
@@ -256,7 +261,7 @@ def test_the_kernels_serve_a_model(tiny):
     for name in ("tiny-llama", "tiny-gemma3"):
         oracle: Oracle = tiny(name)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args, triton_kernels()))
+            patch.setattr(engine.engine, "packed_runner", DeviceRunner)
             server = build(oracle, max_batch_size=3, max_step_tokens=30, page_size=4)
         work = work_of(5)
         for output, (_, limit) in zip(drive(server, work), work, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 from hypothesis import HealthCheck, settings, strategies as st
@@ -36,6 +36,10 @@ class FakeRunner:
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
         self.store: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.pending: dict[Request, list[int]] = {}  # tokens that are chosen and not committed
+
+    def tokens(self, request: Request) -> tuple[int, ...]:
+        return (*request.tokens, *self.pending.get(request, ()))
 
     def run(self, step: Step) -> list[int | None]:
         size = self.pool.page_size
@@ -43,12 +47,17 @@ class FakeRunner:
             table = self.pool.tables[request]
             assert len(table) * size >= request.computed + count, "a planned request lacks pages"
             for at in range(request.computed, request.computed + count):
-                self.store[table[at // size], at % size] = tuple(request.tokens[: at + 1])
+                self.store[table[at // size], at % size] = self.tokens(request)[: at + 1]
         for request, count in step:
             table = self.pool.tables[request]
             for at in range(request.computed + count):
-                assert self.store[table[at // size], at % size] == tuple(request.tokens[: at + 1]), "not its own past"
-        return [next_token(r.tokens) if r.computed + n == len(r.tokens) else None for r, n in step]
+                assert self.store[table[at // size], at % size] == self.tokens(request)[: at + 1], "not its own past"
+        known = [(r, self.tokens(r), n) for r, n in step]
+        chosen = [next_token(tokens) if r.computed + n == len(tokens) else None for r, tokens, n in known]
+        for (request, _), token in zip(step, chosen, strict=True):
+            if token is not None:
+                self.pending.setdefault(request, []).append(token)
+        return chosen
 
 
 def alone(request: Request) -> list[int]:
@@ -64,6 +73,8 @@ def alone(request: Request) -> list[int]:
 class SchedulerMachine(RuleBasedStateMachine):
     """Random requests, steps and aborts over a pool so small that pages run out."""
 
+    late = False  # whether a step is planned before the tokens of the one before are known
+
     @initialize(
         policy=st.sampled_from(POLICIES),
         caching=st.booleans(),
@@ -77,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(policy, batch_size, step_tokens, self.pool)
         self.runner = FakeRunner(self.pool)
         self.alive: list[Request] = []
+        self.under_way: deque[tuple[Step, list[int | None]]] = deque()
         self.count = 0
 
     @rule(
@@ -102,6 +114,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _step(self) -> None:
         scheduler = self.scheduler
+        if scheduler.may_preempt and self.under_way:
+            self._read()
         waiting, preemptions = list(scheduler.waiting), sum(r.preemptions for r in self.alive)
         step = scheduler.plan(1.0)
         assert all(count >= 1 for _, count in step)
@@ -109,14 +123,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len({id(request) for request, _ in step}) == len(step)
         assert all(request in scheduler.running for request, _ in step)
         assert bool(step) <= bool(self.alive)
-        assert step or not self.alive or sum(r.preemptions for r in self.alive) > preemptions
+        assert step or self.under_way or not self.alive or sum(r.preemptions for r in self.alive) > preemptions
         admitted = [request for request in waiting if request in scheduler.running]
         assert admitted == waiting[: len(admitted)], "first come, first admitted"
-        tokens = self.runner.run(step)
-        scheduler.advance(step)
+        if step:
+            self.under_way.append((step, self.runner.run(step)))
+            scheduler.advance(step)
+        while len(self.under_way) > bool(self.late and step):
+            self._read()
+
+    def _read(self) -> None:
+        scheduler = self.scheduler
+        step, tokens = self.under_way.popleft()
         scheduler.commit(step, tokens, 2.0)
-        for request, _ in step:
-            if request.finish_reason is not None:
+        for (request, _), token in zip(step, tokens, strict=True):
+            if token is not None:
+                self.runner.pending[request].pop(0)
+            if request.finish_reason is not None and request in self.alive:
                 scheduler.release(request)
                 self.alive.remove(request)
                 assert request.output_ids == alone(request)
@@ -148,7 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return
         for _ in range(4 * sum(request.max_len for request in self.alive) + 1):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.under_way:
                 break
             self._step()
         assert not self.scheduler.has_work, "somebody starves"
@@ -157,6 +180,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.pool.check_integrity()
 
 
+class LateMachine(SchedulerMachine):
+    """The same, with tokens that arrive while the next step is under way."""
+
+    late = True
+
+
+TestLateMachine = LateMachine.TestCase
+TestLateMachine.settings = settings(
+    deadline=None, derandomize=True, max_examples=1000, stateful_step_count=25, suppress_health_check=list(HealthCheck)
+)
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
     deadline=None, derandomize=True, max_examples=2000, stateful_step_count=25, suppress_health_check=list(HealthCheck)

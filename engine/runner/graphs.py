@@ -4,7 +4,7 @@ A token that the device has chosen and the host has not seen is *pending*: the n
 lies, and everything else that a step needs (positions, pages, who runs) the host knows without it. Steps in which
 every request computes one token are CUDA graphs. All of it but the capture also runs on a CPU.
 
-T tokens of the step, B rows of one token (they come first), R requests with chunks, X tiles or page ids, V vocabulary.
+T tokens of the step, B rows of one token (they come first), R requests, X table entries, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from engine.attention import reference
+from engine.attention.device import Chunks, DeviceStep
 from engine.errors import InputError
 from engine.pages import PagePool
 from engine.request import Request
@@ -42,84 +41,6 @@ def bucket(rows: int) -> int:
         return 1 << (rows - 1).bit_length()
     unit = 8 if rows <= 160 else 16
     return -(-rows // unit) * unit
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """The requests of a step that compute several tokens each, as `attend_chunks` wants them."""
-
-    tables_RN: torch.Tensor
-    begins_R: torch.Tensor
-    ends_R: torch.Tensor
-    computed_R: torch.Tensor
-    tiles_X2: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStep:
-    """What a layer's attention needs to know of a step, all of it on the device; the model hands it on.
-
-    `max_length` bounds lengths_B, and `split` is how finely a row is cut, as in `attend_rows`.
-    """
-
-    keys_LKPD: list[torch.Tensor]
-    values_LKPD: list[torch.Tensor]
-    kernels: Any
-    slots_T: torch.Tensor
-    tables_RN: torch.Tensor
-    lengths_B: torch.Tensor
-    lines_B: torch.Tensor
-    max_length: int
-    split: int
-    chunks: Chunks | None
-    options: dict[int, tuple]  # gets those of each layer's attention, as the model passes them
-
-    def attend(
-        self,
-        layer: int,
-        q_HTD: torch.Tensor,
-        k_KTD: torch.Tensor,
-        v_KTD: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sink_H: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Write the step's keys and values into their pages and attend; gives [T, H, D]."""
-        options = self.options[layer] = (scale, window, softcap, sink_H)
-        k_TKD, v_TKD = k_KTD.transpose(0, 1), v_KTD.transpose(0, 1)
-        self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, self.keys_LKPD[layer], self.values_LKPD[layer])
-        return self._attend(layer, q_HTD.transpose(0, 1), *options)
-
-    def attend_rotating(
-        self,
-        layer: int,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        angles_2TE: tuple[torch.Tensor, torch.Tensor],
-        *options: Any,
-    ) -> torch.Tensor:
-        """As `attend`, but queries and keys are not rotated yet; `options` are scale, window, softcap and sinks."""
-        store = self.keys_LKPD[layer], self.values_LKPD[layer]
-        q_THD = self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, *store, (q_THD, *angles_2TE))
-        return self._attend(layer, q_THD, *options)
-
-    def _attend(self, layer: int, q_THD: torch.Tensor, *options: Any) -> torch.Tensor:
-        store = self.keys_LKPD[layer], self.values_LKPD[layer]
-        rows, chunks = len(self.lengths_B), self.chunks
-        out_THD = q_THD.new_empty(q_THD.shape)
-        if rows:
-            self.kernels.attend_rows(
-                q_THD[:rows], *store, self.tables_RN, self.lengths_B, self.max_length, *options, self.lines_B,
-                self.split, out_THD[:rows],
-            )  # fmt: skip
-        if chunks is not None:
-            self.kernels.attend_chunks(
-                q_THD, *store, chunks.tables_RN, chunks.begins_R, chunks.ends_R, chunks.computed_R, chunks.tiles_X2,
-                *options, out_THD,
-            )  # fmt: skip
-        return out_THD
 
 
 class InFlight:
@@ -161,7 +82,8 @@ class DeviceRunner(PackedRunner):
         model, pool, deterministic: as for PackedRunner. Deterministic steps attend every token as a row of its own,
             cut by its own length alone.
         rows: requests that share a step, at most.
-        kernels: what computes it: the Triton kernels on CUDA, `engine.attention.reference` elsewhere.
+        kernels: what else has the functions of engine/attention/kernels.py and engine/runner/fused.py and shall
+            compute instead of them; on a CPU these run in Triton's interpreter only.
 
     Raises:
         InputError: for a model that cannot run packed.
@@ -172,7 +94,7 @@ class DeviceRunner(PackedRunner):
     ) -> None:
         super().__init__(model, pool, deterministic)
         self.device = model.device
-        self.kernels = kernels or (triton_kernels() if self.device.type == "cuda" else reference)
+        self.kernels = kernels or triton_kernels()
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._columns = min(pool.pages, -(-(positions or pool.pages * pool.page_size) // pool.page_size))
         self._tables_RN = torch.zeros(rows, self._columns, dtype=torch.int32, device=self.device)

@@ -1,6 +1,6 @@
-"""What the kernels of a device step compute, in plain torch with the same arguments: how it runs without Triton.
+"""What the kernels of a device step compute, in plain torch with the same arguments: its tests run on any machine.
 
-Written to be read, not to be fast: the packed runner's own attention (paged.py) is what serves a CPU.
+Written to be read: each token by itself over its own past.
 """
 
 from __future__ import annotations
