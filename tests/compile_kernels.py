@@ -75,13 +75,11 @@ def launch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, win
         joined = torch.empty(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
         q, k, v = joined.split([heads, kv_heads, kv_heads], 1)
         angles, slots = torch.empty(tokens, dim, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
-        kernels.write_pages(k, v, slots, store, store)
         kernels.write_pages(k, v, slots, store, store, (q, angles, angles))
     options = (window, softcap, torch.zeros(heads) if sinks else None)
     kernels.attend_chunks(
         q, store, store, tables, ints, ints, ints, torch.zeros(8, 2, dtype=torch.int32), 0.1, *options
     )
-    kernels.attend_rows(q, store, store, tables, ints, 4096, 0.1, *options, split=256)
     kernels.attend_rows(q, store, store, tables, ints, 4096, 0.1, *options, owners_B=ints)
 
 
@@ -93,6 +91,7 @@ def main() -> None:
     launch(12, 4, 80, torch.float16, sinks=True)
     launch(14, 2, 64, torch.float32)
     launch(4, 1, 256, torch.float32)
+    fused.step_inputs(*(torch.zeros(3, 8, dtype=dtype) for dtype in (torch.int32, torch.int64, torch.int32)), 16)
     for dtype, size in ((torch.float16, 896), (torch.bfloat16, 4096), (torch.float32, 1152)):
         x = torch.empty(4, 2 * size, dtype=dtype)
         fused.add_rms_norm(x[:, :size], x[:, size:], x[0], 1e-5, plus_one=size == 1152)

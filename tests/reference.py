@@ -129,6 +129,17 @@ def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(peak_B), token_B, -1)
 
 
+def step_inputs(
+    inputs_3T: torch.Tensor, last_B: torch.Tensor, tables_RN: torch.Tensor, page: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As fused.step_inputs."""
+    given_T, at_T, line_T = inputs_3T.long()
+    ids_T = torch.where(given_T < 0, last_B[(-1 - given_T).clamp(min=0)], given_T).clamp(min=0)
+    place_T = at_T.clamp(min=0)
+    slots_T = tables_RN[line_T, place_T // page].long() * page + place_T % page
+    return ids_T, place_T, torch.where(at_T < 0, -1, slots_T), (at_T + 1).int()
+
+
 def add_rms_norm(
     x_TC: torch.Tensor, residual_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float, plus_one: bool = False
 ) -> torch.Tensor:

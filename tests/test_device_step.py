@@ -262,8 +262,8 @@ def test_the_kernels_serve_a_model(tiny):
         oracle: Oracle = tiny(name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine.engine, "packed_runner", DeviceRunner)
-            server = build(oracle, max_batch_size=3, max_step_tokens=30, page_size=4)
-        work = work_of(5)
+            server = build(oracle, max_batch_size=2, max_step_tokens=30, page_size=4)
+        work = work_of(3)
         for output, (_, limit) in zip(drive(server, work), work, strict=True):
             oracle.check(output, limit)
 

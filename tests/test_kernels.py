@@ -316,11 +316,34 @@ def test_best_tokens_are_the_first_largest_and_unsound_rows_have_none(dtype):
     assert found.dtype == torch.int64
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_inputs_of_a_step(tokens):
+    rng = np.random.default_rng(tokens)
+    last, tables = torch.from_numpy(rng.integers(-1, 99, 40)), torch.from_numpy(rng.integers(0, 50, (6, 7))).int()
+    at = rng.integers(-1, 7 * 16, tokens)
+    inputs = torch.from_numpy(np.stack([rng.integers(-40, 99, tokens), at, rng.integers(0, 6, tokens)])).int()
+    found = fused.step_inputs(inputs.to(DEVICE), last.to(DEVICE), tables.to(DEVICE), 16)
+    for t, (said, position, line) in enumerate(inputs.T.tolist()):
+        token = max(0, int(last[-1 - said]) if said < 0 else said)
+        slot = int(tables[line, position // 16]) * 16 + position % 16 if position >= 0 else -1
+        assert [int(x[t]) for x in found] == [token, max(0, position), slot, position + 1]
+
+
 def test_the_compiler_takes_every_kernel_and_none_spills(tmp_path):
     """For sm_90, with or without a GPU: the interpreter runs what the compiler refuses."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.compile_kernels"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("_write", "_chunks", "_rows", "_combine", "_norm", "_gated", "_best_of_part", "_best_of_row"):
+    for name in (
+        "_write",
+        "_chunks",
+        "_rows",
+        "_combine",
+        "_inputs",
+        "_norm",
+        "_gated",
+        "_best_of_part",
+        "_best_of_row",
+    ):
         assert f"{name} " in done.stdout

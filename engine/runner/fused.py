@@ -17,6 +17,48 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 PART = 4096  # logits that one program looks at: 38 programs a row for a vocabulary of 152k
 
 
+def step_inputs(
+    inputs_3T: torch.Tensor, last_B: torch.Tensor, tables_RN: torch.Tensor, page: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a model and its attention want to know of each token, from the little that the host has to say.
+
+    Args:
+        inputs_3T: int32; token ids, or -1 - b for the one that lies at last_B[b]; positions, -1 for no token; and
+            lines of the block tables.
+
+    Returns:
+        Token ids (0 where there is none, or for one that is not sound), positions, slots (`write_pages`), int64 [T],
+        and the length of each token's context, itself included, int32 [T].
+    """
+    tokens = inputs_3T.shape[1]
+    ids_T, positions_T, slots_T = torch.empty(3, tokens, dtype=torch.int64, device=inputs_3T.device)
+    lengths_T = torch.empty(tokens, dtype=torch.int32, device=inputs_3T.device)
+    _inputs[triton.cdiv(tokens, 128),](
+        inputs_3T, last_B, tables_RN, ids_T, positions_T, slots_T, lengths_T, tokens, tables_RN.stride(0),
+        PAGE=page, BLOCK=128,
+    )  # fmt: skip
+    return ids_T, positions_T, slots_T, lengths_T
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _inputs(
+    inputs, last, tables, ids, positions, slots, lengths, tokens, table_row, PAGE: tl.constexpr, BLOCK: tl.constexpr
+):
+    t_T = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here_T = t_T < tokens
+    given_T = tl.load(inputs + t_T, mask=here_T, other=0)
+    at_T = tl.load(inputs + tokens + t_T, mask=here_T, other=-1)
+    line_T = tl.load(inputs + 2 * tokens + t_T, mask=here_T, other=0).to(tl.int64)
+    pending_T = tl.load(last + (-1 - given_T), mask=here_T & (given_T < 0), other=0)
+    id_T = tl.where(given_T < 0, pending_T, given_T.to(tl.int64))
+    place_T = tl.maximum(at_T, 0)
+    page_T = tl.load(tables + line_T * table_row + place_T // PAGE, mask=here_T, other=0).to(tl.int64)
+    tl.store(ids + t_T, tl.maximum(id_T, 0), mask=here_T)
+    tl.store(positions + t_T, place_T.to(tl.int64), mask=here_T)
+    tl.store(slots + t_T, tl.where(at_T < 0, -1, page_T * PAGE + place_T % PAGE), mask=here_T)
+    tl.store(lengths + t_T, at_T + 1, mask=here_T)
+
+
 def add_rms_norm(
     x_TC: torch.Tensor, residual_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float, plus_one: bool = False
 ) -> torch.Tensor:

@@ -225,8 +225,12 @@ class DeviceRunner(PackedRunner):
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         """An array of integers on the device as int32, without waiting for it."""
+        return self._pinned(array).to(self.device, non_blocking=True)
+
+    def _pinned(self, array: np.ndarray) -> torch.Tensor:
+        """An array of integers as int32, in memory that a GPU reads by itself; torch keeps it until that is done."""
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _replay(self, inputs_3T: np.ndarray, length: int, greedy: bool) -> torch.Tensor | None:
         """Compute rows of one token; their tokens are in `_last_B` then, or if not greedy, gives logits [B, V]."""
@@ -239,7 +243,7 @@ class DeviceRunner(PackedRunner):
             self._graphs[key] = self._captured(*key)
         padded_3B = np.tile(np.array([[0], [-1], [0]]), rows)  # a row of no length, which writes no key and no value
         padded_3B[:, : inputs_3T.shape[1]] = inputs_3T
-        self._inputs[: 3 * rows].copy_(self._upload(padded_3B).view(-1), non_blocking=True)
+        self._inputs[: 3 * rows].copy_(self._pinned(padded_3B).view(-1), non_blocking=True)
         return self._graphs[key]()
 
     def _captured(self, rows: int, max_length: int, greedy: bool) -> Callable[[], torch.Tensor | None]:
@@ -314,19 +318,17 @@ class DeviceRunner(PackedRunner):
         options: dict[int, tuple] | None = None,
     ) -> torch.Tensor:
         """The model's logits for tokens given by id (or where a pending one lies), position and line of the tables."""
-        given_T, positions_T, lines_T = inputs_3T
-        pending_T = self._last_B[(-1 - given_T).clamp(min=0)]
-        ids_T = torch.where(given_T < 0, pending_T, given_T).clamp(min=0)  # one that is not sound has no successor
-        at_T = positions_T.clamp(min=0)
         size = self.pool.page_size
-        slots_T = self._tables_RN[lines_T, at_T // size].long() * size + at_T % size
+        ids_T, positions_T, slots_T, lengths_T = self.kernels.step_inputs(
+            inputs_3T, self._last_B, self._tables_RN, size
+        )
         step = DeviceStep(
-            self.keys, self.values, self.kernels, torch.where(positions_T < 0, -1, slots_T), self._tables_RN,
-            (positions_T + 1)[:rows], lines_T[:rows], max_length,
-            64 if self.deterministic or rows <= FEW_ROWS else 256, chunks, {} if options is None else options,
+            self.keys, self.values, self.kernels, slots_T, self._tables_RN, lengths_T[:rows], inputs_3T[2, :rows],
+            max_length, 64 if self.deterministic or rows <= FEW_ROWS else 256, chunks,
+            {} if options is None else options,
         )  # fmt: skip
         return self.model(
-            input_ids=ids_T[None], position_ids=at_T[None].long(), use_cache=False, logits_to_keep=keep, packed=step
+            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, logits_to_keep=keep, packed=step
         ).logits[0]
 
 
