@@ -5,11 +5,13 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OUT=${OUT:-gpu-check}
 mkdir -p "$OUT"
-python3 -m pytest -q -m gpu --require-gpu -p no:cacheprovider --maxfail=25 tests/test_kernels.py tests/test_gpu.py \
-    > "$OUT/gpu_tests.log" 2>&1
+workers=()
+python3 -c 'import xdist' 2> /dev/null && workers=(-n 6)  # most of the time is compilation
+timeout 260 python3 -m pytest -q -m gpu --require-gpu -p no:cacheprovider --maxfail=25 "${workers[@]}" \
+    tests/test_kernels.py tests/test_gpu.py > "$OUT/gpu_tests.log" 2>&1
 tests=$?
 grep -E '^(FAILED|ERROR)|^E  ' "$OUT/gpu_tests.log" | head -60
-python3 -m perf.gpu_table --budget "${BUDGET:-330}" --json "$OUT/gpu_table.json" --trace "$OUT/gpu_trace.json"
+python3 -m perf.gpu_table --budget "${BUDGET:-270}" --json "$OUT/gpu_table.json" --trace "$OUT/gpu_trace.json"
 table=$?
 echo "tests: $(tail -n 1 "$OUT/gpu_tests.log")"
 exit $((tests ? tests : table))
