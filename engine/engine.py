@@ -249,7 +249,8 @@ class Engine:
         now = time.perf_counter()
         seconds = now - max(launched.started, self._collected)
         self._collected = now
-        self.metrics.count_step(len(step), replace(result, choices=choices), seconds, launched.unused)
+        result = replace(result, choices=choices, model_s=min(result.model_s, seconds))  # steps may overlap
+        self.metrics.count_step(len(step), result, seconds, launched.unused)
         return chunks
 
     def _fail(self, step: Step, error: BaseException) -> None:
