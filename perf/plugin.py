@@ -1,0 +1,152 @@
+"""The pytest plugin: the suite's options, the `perf_case` fixture, which points a test runs at, and the gate at the end.
+
+Loaded by the root conftest, or by `-p perf.plugin` in a project of your own. It imports no torch by itself: plain unit
+tests must not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from perf.record import Bench, PerfCase
+
+MARKERS = (
+    "gpu: needs a CUDA device",
+    "perf_gate(metric, rel=None, abs=None): this test's own tolerance for one metric; may be repeated",
+    "points(name, cpu=[...], cuda=[...], quick=[...]): values of a parameter on each device; quick ones for --quick",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dynamic-batch performance")
+    group.addoption(
+        "--require-gpu", action="store_true", help="fail, rather than skip, gpu tests without a CUDA device"
+    )
+    group.addoption("--model", help="model spec of the benchmarks (default: random:tiny-llama, on CUDA qwen2.5-0.5b)")
+    group.addoption("--dtype", help="dtype of the benchmarks (default: float32, on CUDA float16)")
+    group.addoption("--batch-sizes", type=_integers, metavar="N,N", help="batch sizes of the sweep")
+    group.addoption("--rounds", type=int, metavar="N", help="timed rounds of each benchmark")
+    group.addoption("--quick", action="store_true", help="fewer points and rounds: 2 minutes on a GPU, not 8")
+    group.addoption("--peers", type=_names, metavar="A,B", help="what the peers benchmark compares, in this order")
+    group.addoption("--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable")
+    group.addoption("--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate")
+    group.addoption("--perf-plant", type=float, default=0.0, metavar="FRACTION",
+                    help="slow the engine down by this much, to test the gate itself")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize over (device, NAME) for each `points` mark, and over the device alone without one."""
+    if "device" not in metafunc.fixturenames or "perf_case" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("points")
+    sizes = metafunc.config.getoption("--batch-sizes")
+    quick = metafunc.config.getoption("--quick")
+    rows = []
+    for device in ("cpu", "cuda"):
+        marks = (pytest.mark.gpu,) if device == "cuda" else ()
+        if mark is None:
+            rows.append(pytest.param(device, id=device, marks=marks))
+            continue
+        values = mark.kwargs[device]
+        if quick and device == "cuda":
+            values = mark.kwargs.get("quick", values)
+        if mark.args[0] == "batch_size" and sizes:
+            values = sizes
+        rows += [pytest.param(device, value, id=f"{device}-{value}", marks=marks) for value in values]
+    names = ["device"] if mark is None else ["device", mark.args[0]]
+    metafunc.parametrize(names, rows)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu and not config.getoption("--require-gpu"):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if config.getoption("--require-gpu"):
+        raise pytest.UsageError("--require-gpu: torch finds no CUDA device here, so no gpu test can run")
+    for item in gpu:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch finds none"))
+
+
+@pytest.fixture(scope="session")
+def perf_bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """The options and the model that the session's benchmarks share."""
+    from perf.record import Bench
+
+    names = ("model", "dtype", "rounds", "quick")
+    bench = Bench(
+        **{name: request.config.getoption(f"--{name}") for name in names},
+        plant=request.config.getoption("--perf-plant"),
+    )
+    yield bench
+    bench.drop()
+
+
+@pytest.fixture
+def perf_case(request: pytest.FixtureRequest, perf_bench: Bench, benchmark: Any) -> Iterator[PerfCase]:
+    """Measures one thing: `perf_case.measure(group, backend, workload, device=..., max_batch_size=...)`."""
+    import torch
+
+    from perf.record import PerfCase
+
+    threads = torch.get_num_threads()
+    if "tiny" in perf_bench.spec(request.getfixturevalue("device")):
+        torch.set_num_threads(1)  # dividing their products among several takes longer than computing them
+    yield PerfCase(perf_bench, benchmark, gate_json(request.node))
+    torch.set_num_threads(threads)
+
+
+def gate_json(item: pytest.Item) -> str | None:
+    """The tolerances of a test's `perf_gate` marks as the JSON text that is recorded; None without any.
+
+    Raises:
+        pytest.UsageError: for an unknown metric, or a bound that is no number of at least 0.
+    """
+    from perf.metrics import GATED
+
+    bounds: dict[str, dict[str, float]] = {}
+    for mark in reversed(list(item.iter_markers("perf_gate"))):
+        name = mark.args[0] if len(mark.args) == 1 else None
+        if name not in GATED or not mark.kwargs or not set(mark.kwargs) <= {"rel", "abs"}:
+            raise pytest.UsageError(
+                f"{item.nodeid}: perf_gate takes one of {', '.join(GATED)}, and rel= or abs= or both; "
+                f"it has {mark.args}, {mark.kwargs}"
+            )
+        for key, value in mark.kwargs.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
+                raise pytest.UsageError(f"{item.nodeid}: perf_gate {name} {key}={value!r} must be a number from 0")
+        bounds[name] = {**bounds.get(name, {}), **mark.kwargs}
+    return json.dumps(bounds) if bounds else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """What failed is not saved: pytest-benchmark by itself would keep the time of a test that failed after it."""
+    fixture = getattr(item, "funcargs", {}).get("benchmark")
+    if fixture is not None and call.excinfo is not None:
+        fixture.has_error = True
+    return (yield)
+
+
+def _integers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if any(value < 1 for value in values):
+        raise ValueError(text)
+    return values
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
