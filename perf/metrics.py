@@ -74,7 +74,7 @@ _GATED = (
     _count("kv_bytes_peak", "peak KV", "bytes"),
 )
 _SHOWN = (
-    *(_shown(f"ttft_{p}_ms", f"TTFT {p.upper()}", "ms") for p in ("p99",)),
+    _shown("ttft_p99_ms", "TTFT P99", "ms"),
     *(_shown(f"tpot_{p}_ms", f"TPOT {p.upper()}", "ms") for p in ("p95", "p99")),
     *(_shown(f"itl_{p}_ms", f"ITL {p.upper()}", "ms") for p in ("p50", "p95", "p99")),
     *(_shown(f"latency_{p}_ms", f"latency {p.upper()}", "ms") for p in ("p50", "p99")),
@@ -88,6 +88,10 @@ _SHOWN = (
     _shown("offered_rate", "offered load", "req/s", "higher"),
     _shown("gpu_util_pct", "GPU utilisation", "%", "higher"),
     _shown("gpu_energy_j", "GPU energy", "J"),
+    _shown("useful_flops_pct", "useful FLOPs", "%", "higher"),
+    _shown("same_tokens", "requests with the very same tokens", "", "higher"),
+    _shown("near_ties", "requests that part at a near-tie", ""),
+    _shown("checked_requests", "requests checked", "", "higher"),
     _shown("canary_matmul_gflops", "canary matmul", "GFLOP/s", "higher"),
     _shown("canary_copy_gbps", "canary copy", "GB/s", "higher"),
 )
