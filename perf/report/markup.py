@@ -50,5 +50,5 @@ def number(value: float | int | str | bool | None) -> str:
 
 
 def signed(ratio: float | None) -> str:
-    """A relative change as a percentage with its sign: 0.031 is +3.1 %."""
-    return "-" if ratio is None else f"{100 * ratio:+.1f} %"
+    """A relative change as a percentage with its sign: 0.031 is +3.1%."""
+    return "-" if ratio is None else f"{ratio:+.1%}"

@@ -17,7 +17,7 @@ from perf.report.text import figures
 from perf.report.verdicts import COLUMNS, day, headline, named, parts, shorten, title
 from perf.runs import Run
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 CLASSES = {Outcome.FAIL: "bad", Outcome.ERROR: "bad", Outcome.INCONCLUSIVE: "unsure", Outcome.PASS: "good"}
 PRINTS = ("gpu", "cpu", "threads", "dtype", "torch", "transformers", "triton", "cuda", "driver", "python")
 
@@ -98,7 +98,7 @@ def _verdict(comparison: Comparison) -> list[Markup]:
     for part in parts(comparison):
         rows = table([list(COLUMNS), *map(list, part.rows)], "stack")
         if part.folded:
-            out.append(tag("details", tag("summary", f"{part.heading} ({len(part.rows)})"), rows))
+            out.append(tag("details", tag("summary", f"{part.heading} ({part.count})"), rows))
         else:
             out += [tag("h3", part.heading), rows]
     return [*out, tag("ul", [tag("li", note) for note in comparison.notes])] if comparison.notes else out

@@ -10,38 +10,33 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from perf.gate import Comparison, Outcome
 from perf.metrics import METRICS
-from perf.report.markup import clean, number
-from perf.report.verdicts import COLUMNS, RIGHT, day, headline, named, parts, shorten, title
+from perf.report.markup import clean
+from perf.report.verdicts import COLUMNS, RIGHT, day, headline, named, parts, shorten, title, value
 from perf.runs import Run
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TIMED = ("tokens_per_s", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms", "latency_p95_ms", "goodput")
-FIGURES = (*TIMED, "decode_bandwidth_pct", "prefill_mfu_pct", "startup_s", "forward_passes", "padded_tokens")
+FIGURES = (*TIMED, "decode_bandwidth_pct", "prefill_mfu_pct", "startup_s", "round_s", "forward_passes", "padded_tokens")
 COLOURS = {Outcome.FAIL: "red", Outcome.ERROR: "red", Outcome.INCONCLUSIVE: "yellow", Outcome.PASS: "green"}
 MARKS = {Outcome.FAIL: "❌", Outcome.ERROR: "❌", Outcome.INCONCLUSIVE: "❔", Outcome.PASS: "✅"}
 
 
 def figures(run: Run) -> list[list[str]]:
     """A row a benchmark with its main figures, the heading first; figures that no benchmark has are left out."""
-    benchmarks = list(run.benchmarks.values())
-    names = [name for name in FIGURES if any(b.info.get(name, b.rounds.get(name)) is not None for b in benchmarks)]
-    short, rows = shorten(run.benchmarks), [["benchmark", *(named(METRICS[name]) for name in names)]]
-    for b in benchmarks:
-        values = [b.info.get(name) for name in names]
-        cells = [
-            number(v) if isinstance(v, (str, bool)) else METRICS[n].format(v)
-            for n, v in zip(names, values, strict=True)
-        ]
-        rows.append([short[b.fullname], *cells])
-    return rows
+    short, metrics = shorten(run.benchmarks), [METRICS[name] for name in FIGURES]
+    grid = {name: [metric.format(value(b, metric.name)) for metric in metrics] for name, b in run.benchmarks.items()}
+    kept = [i for i in range(len(metrics)) if any(cells[i] != "-" for cells in grid.values())]
+    rows = [[short[name], *(cells[i] for i in kept)] for name, cells in grid.items()]
+    return [["benchmark", *(named(metrics[i]) for i in kept)], *rows]
 
 
 def runs_table(runs: Sequence[Run]) -> RenderableType:
@@ -60,9 +55,9 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], name: str) -> Table:
-    table = Table(title=Text(clean(name)), title_justify="left")
-    for column in heading:
-        table.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
+    table = Table(title=Text(clean(name)), title_justify="left", box=SIMPLE)
+    for i, column in enumerate(heading):
+        table.add_column(Text(column), justify="right" if column in right else "left", overflow="fold", no_wrap=not i)
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
     return table
@@ -92,7 +87,7 @@ def markdown(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
         for part in parts(comparison):
             grid = _grid(COLUMNS, part.rows, RIGHT)
             lines += (
-                _fold(f"{part.heading} ({len(part.rows)})", grid) if part.folded else [f"### {part.heading}", "", *grid]
+                _fold(f"{part.heading} ({part.count})", grid) if part.folded else [f"### {part.heading}", "", *grid]
             )
         lines += [*(f"- {_prose(note)}" for note in comparison.notes), ""]
     heading, *rows = figures(runs[-1])
