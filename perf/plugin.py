@@ -1,4 +1,4 @@
-"""The pytest plugin: the suite's options, the `perf_case` fixture, which points a test runs at, and the gate at the end.
+"""The pytest plugin: the suite's options, the `perf_case` fixture, the points a test runs at, the gate at the end.
 
 Loaded by the root conftest, or by `-p perf.plugin` in a project of your own. It imports no torch by itself: plain unit
 tests must not wait for it.
@@ -7,14 +7,15 @@ tests must not wait for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from perf.record import Bench, PerfCase
+    from perf.record import Bench, PerfCase, Trial
 
+RECORDED = pytest.StashKey[list[dict[str, Any]]]()
 MARKERS = (
     "gpu: needs a CUDA device",
     "perf_gate(metric, rel=None, abs=None): this test's own tolerance for one metric; may be repeated",
@@ -62,6 +63,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             values = mark.kwargs.get("quick", values)
         if mark.args[0] == "batch_size" and sizes:
             values = sizes
+        if mark.args[0] == "peer":
+            values = [*(metafunc.config.getoption("--peers") or values), *metafunc.config.getoption("--backend")]
         rows += [pytest.param(device, value, id=f"{device}-{value}", marks=marks) for value in values]
     names = ["device"] if mark is None else ["device", mark.args[0]]
     metafunc.parametrize(names, rows)
@@ -91,8 +94,27 @@ def perf_bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         **{name: request.config.getoption(f"--{name}") for name in names},
         plant=request.config.getoption("--perf-plant"),
     )
+    request.config.stash[RECORDED] = bench.recorded
     yield bench
     bench.drop()
+
+
+@pytest.fixture(scope="session")
+def peer_rounds(request: pytest.FixtureRequest, perf_bench: Bench) -> Callable[..., dict[str, Trial | Exception]]:
+    """`peer_rounds(device, workload, batch_size, rounds)`: every peer that this session selected for the device, run in
+    turns; a finished trial each, or why there is none. Run at the first call."""
+    from perf.record import run_peers
+
+    known: dict[str, dict[str, Trial | Exception]] = {}
+
+    def get(device: str, workload: str, batch_size: int, rounds: int) -> dict[str, Trial | Exception]:
+        if device not in known:
+            chosen = [item.callspec.params for item in request.session.items if "peer_rounds" in _fixtures(item)]
+            names = [params["peer"] for params in chosen if params["device"] == device]
+            known[device] = run_peers(perf_bench, names, workload, device, batch_size, rounds)
+        return known[device]
+
+    return get
 
 
 @pytest.fixture
@@ -139,6 +161,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if fixture is not None and call.excinfo is not None:
         fixture.has_error = True
     return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if RECORDED not in config.stash:
+        return
+    from perf.summary import tables
+
+    for title, lines in tables(config.stash[RECORDED]):
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
 
 
 def _integers(text: str) -> list[int]:

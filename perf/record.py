@@ -7,20 +7,19 @@ whatever fails on the way marks the benchmark as failed, so that nothing of it i
 from __future__ import annotations
 
 import gc
-import json
 import math
-import statistics
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from engine import InputError, LoadedModel, Workload, load, make
+from engine import LoadedModel, Workload, load, make
 from perf import canary, metrics
-from perf.backends import Backend, Outcome, Setup, find
+from perf.backends import Backend, Outcome, Setup, Unavailable, find
 from perf.correct import Reference, WrongTokens
 from perf.fingerprint import fingerprint
 from perf.gpu import GpuReading, Monitor
@@ -29,6 +28,12 @@ from perf.roofline import Costs, costs
 SCHEMA = 1
 CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are
 TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")  # what a backend that tells only the end can't have
+# Peers are open at the same time and share the memory, so none may take most of it. Speed does not depend on it.
+PEER_OPTIONS: dict[str, dict[str, Any]] = {
+    **{policy: {"kv_memory": 0.2} for policy in ("sequential", "dynamic", "continuous")},
+    "transformers-cb": {"max_memory_percent": 0.1},
+    "vllm": {"gpu_memory_utilization": 0.3},
+}
 Flat = dict[str, Any]
 Derive = Callable[[Flat], Flat]
 
@@ -47,6 +52,7 @@ class Bench:
 
     def __init__(self, *, model: str | None, dtype: str | None, rounds: int | None, quick: bool, plant: float) -> None:
         self.model, self.dtype, self.rounds, self.quick, self.plant = model, dtype, rounds, quick, plant
+        self.recorded: list[Flat] = []
         self._key: tuple[str, str, str] | None = None
         self._held: tuple[LoadedModel, Reference, Costs] | None = None
 
@@ -97,8 +103,8 @@ class Trial:
     ) -> None:
         self.bench, self.group, self.device, self.derive = bench, group, device, derive
         self.backend = find(backend) if isinstance(backend, str) else backend
-        if reason := self.backend.missing():
-            raise InputError(f"{self.backend.name} cannot run here: {reason}")
+        if reason := self.backend.missing(device):
+            raise Unavailable(f"{self.backend.name}: {reason}")
         self.loaded, self.reference, self.costs = bench.hold(device, spec)
         config = self.loaded.model.config.get_text_config(decoder=True)
         limits = {"vocab_size": config.vocab_size, "max_positions": config.max_position_embeddings}
@@ -136,8 +142,8 @@ class Trial:
         for index, verdict in verdicts:
             if verdict.wrong_at is not None and getattr(self.backend, "exact", True):
                 raise WrongTokens(
-                    f"{self.backend.name}: token {verdict.wrong_at} of requests[{index}] is not the model's choice: its "
-                    f"logit is {verdict.gap:.3g} below the best"
+                    f"{self.backend.name}: token {verdict.wrong_at} of requests[{index}] is not the model's choice: "
+                    f"its logit is {verdict.gap:.3g} below the best"
                 )
         self.same_tokens = sum(verdict.same for _, verdict in verdicts)
         self.near_ties = sum(verdict.ties > 0 and verdict.wrong_at is None for _, verdict in verdicts)
@@ -231,11 +237,33 @@ class Trial:
         free()
 
 
+class ReplayClock:
+    """A clock that stands still but for what it is told: rounds timed elsewhere become pytest-benchmark's own.
+
+    Benchmarks that must take turns (A B C, C B A, ...) cannot each be timed while their own test runs.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def advance(self, seconds: float) -> None:
+        """Let this much time pass."""
+        self._seconds += seconds
+
+    def now(self) -> float:
+        """Seconds since its making; what pytest-benchmark calls."""
+        return self._seconds
+
+
 class PerfCase:
     """The `perf_case` fixture: measures one thing and records it on pytest-benchmark's fixture."""
 
     def __init__(self, bench: Bench, benchmark: Any, gate: str | None) -> None:
         self.bench, self.benchmark, self.gate = bench, benchmark, gate
+
+    def rounds(self, rounds: int | None) -> int:
+        """How many rounds to time: `--rounds`, else what the test asks for, else enough for a verdict."""
+        return self.bench.rounds or rounds or (5 if self.bench.quick else 7)
 
     def measure(
         self,
@@ -252,9 +280,9 @@ class PerfCase:
 
         Raises:
             WrongTokens: before timing, if the tokens are not the model's own.
-            InputError: if the backend cannot run here.
+            Unavailable: if the backend cannot run here.
         """
-        try:
+        with self.unsaved_if_it_fails():
             if how["device"] == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             trial = Trial(self.bench, group, backend, workload, **how)
@@ -262,28 +290,81 @@ class PerfCase:
                 trial.prove()
                 with self.bench.planted():
                     self.benchmark.pedantic(
-                        trial.run,
-                        setup=trial.before,
-                        teardown=trial.after,
-                        rounds=self.bench.rounds or rounds or (3 if self.bench.quick else 5),
-                        warmup_rounds=warmup,
-                        iterations=1,
-                    )
-                if self.benchmark.disabled:  # run once, to see that it works: there is no teardown then
+                        trial.run, setup=trial.before, teardown=trial.after, rounds=self.rounds(rounds),
+                        warmup_rounds=warmup, iterations=1,
+                    )  # fmt: skip
+                if self.benchmark.disabled:  # run once, to see that it works: pytest-benchmark skips the teardown
                     trial.after()
-                del trial.rounds[: 0 if self.benchmark.disabled else warmup]
-                return self.record(group, {**trial.info(self.gate), **plain(extra or {})})
+                else:
+                    del trial.rounds[:warmup]
+                return self.record({**trial.info(self.gate), **plain(extra or {})})
             finally:
                 trial.close()
+
+    def replay(self, trial: Trial, clock: ReplayClock, extra: Flat | None = None) -> Flat:
+        """Record a trial whose rounds were timed before; the test's `benchmark` mark must name `clock.now` as timer."""
+        with self.unsaved_if_it_fails():
+            seconds = iter([round_.seconds for round_ in trial.rounds])
+            self.benchmark.pedantic(lambda: clock.advance(next(seconds)), rounds=len(trial.rounds), iterations=1)
+            return self.record({**trial.info(self.gate), **plain(extra or {})})
+
+    @contextmanager
+    def unsaved_if_it_fails(self) -> Iterator[None]:
+        """pytest-benchmark keeps a time once it is taken, whatever fails later, unless it is told of the failure."""
+        try:
+            yield
         except BaseException:
             self.benchmark.has_error = True
             raise
 
-    def record(self, group: str, info: Flat) -> Flat:
+    def record(self, info: Flat) -> Flat:
         """Put what was recorded where pytest-benchmark saves it from."""
-        self.benchmark.group = group
+        self.benchmark.group = info["group"]
         self.benchmark.extra_info.update(info)
+        self.bench.recorded.append(info)
         return info
+
+
+def take_turns(trials: Sequence[Trial], rounds: int) -> dict[str, Exception]:
+    """Time every trial once a round, in an order that turns round each time, so that a drifting machine drifts for all.
+
+    What fails is left out of the following rounds; gives its error by the backend's name.
+    """
+    failed: dict[str, Exception] = {}
+    for number in range(rounds):
+        for trial in trials if number % 2 == 0 else reversed(trials):
+            if trial.backend.name in failed:
+                continue
+            try:
+                trial.before()
+                started = time.perf_counter()
+                trial.run()
+                trial.after(time.perf_counter() - started)
+            except Exception as error:
+                failed[trial.backend.name] = error
+    return failed
+
+
+def run_peers(
+    bench: Bench, names: Sequence[str], workload: str, device: str, batch_size: int, rounds: int
+) -> dict[str, Trial | Exception]:
+    """Open all, prove all, then time all in turns and close them; a trial for each name, or why there is none."""
+    found: dict[str, Trial | Exception] = {}
+    for name in names:
+        try:
+            how: dict[str, Any] = {"max_batch_size": batch_size, "options": PEER_OPTIONS.get(name, {})}
+            trial = Trial(bench, "peers", name, workload, device=device, **how)
+            found[name] = trial
+            trial.prove()
+        except Exception as error:
+            found[name] = error
+    trials = {name: trial for name, trial in found.items() if isinstance(trial, Trial)}
+    with bench.planted():
+        failed = take_turns(list(trials.values()), rounds)
+    for name, trial in trials.items():
+        trial.close()
+        found[name] = failed.get(trial.backend.name, trial)
+    return found
 
 
 def plain(info: Mapping[str, Any]) -> Flat:
@@ -292,20 +373,21 @@ def plain(info: Mapping[str, Any]) -> Flat:
     Raises:
         ValueError: for NaN and infinity, or any other type, naming the key.
     """
-    out: Flat = {}
-    for key, value in info.items():
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, Mapping):
-            value = plain(value)
-        elif isinstance(value, list | tuple):
-            value = [plain({key: entry})[key] for entry in value]
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} is {value}: it was not measured, and must be left out or None")
-        elif not isinstance(value, str | int | float | bool | None):
-            raise ValueError(f"{key} is {type(value).__name__}, which JSON has no word for")
-        out[str(key)] = value
-    return out
+    return {str(key): _plain(str(key), value) for key, value in info.items()}
+
+
+def _plain(key: str, value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return plain(value)
+    if isinstance(value, list | tuple):
+        return [_plain(key, entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} is {value}: it was not measured, and must be left out or None")
+    if not isinstance(value, str | int | float | bool | None):
+        raise ValueError(f"{key} is {type(value).__name__}, which JSON has no word for")
+    return value
 
 
 def free() -> None:

@@ -8,7 +8,7 @@ or in the entry point group `dynamic_batch.backends`:
 
     class MyBackend:
         name = "mine"
-        def missing(self): return None                       # or one line that says how to get it
+        def missing(self, device): return None               # or one line that says what it lacks and how to get it
         def open(self, setup): return MySession(setup)       # load setup.folder() or use setup.loaded.model
 
     class MySession:
@@ -45,6 +45,10 @@ BUILT_IN = {
     "ctranslate2": "perf.backends.peers:CTranslate2",
     "vllm": "perf.backends.peers:VLLM",
 }
+
+
+class Unavailable(InputError):
+    """This backend cannot run this model on this machine: a reason to skip it by name, not a failure."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,19 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A way to run a model. `name` is how results are labelled."""
+    """A way to run a model. `name` is how results are labelled.
+
+    An attribute `exact = False` says that its tokens may differ from the model's own (a quantised model, a program of
+    others); they are then counted and recorded rather than failing the test.
+    """
 
     name: str
 
-    def missing(self) -> str | None:
-        """None if it can run on this machine, else what it lacks and how to get it, in one line."""
+    def missing(self, device: str) -> str | None:
+        """None if it can run here on "cpu" or "cuda", else what it lacks and how to get it, in one line."""
 
     def open(self, setup: Setup) -> Session:
-        """Load the model and warm up; what a server does before it takes requests."""
+        """Load the model and warm up; what a server does before it takes requests. Raises Unavailable if it cannot."""
 
 
 def find(name: str) -> Backend:

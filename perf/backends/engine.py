@@ -17,6 +17,7 @@ class EngineSession:
         options = {"prefix_caching": False, **setup.options}
         config = EngineConfig(policy=policy, max_batch_size=setup.max_batch_size, seed=setup.seed, **options)
         self.engine = Engine(setup.loaded, config)
+        self.runner = self.engine.config.runner
         self.engine.generate([[1] * 8] * 2, SamplingParams(max_new_tokens=4, ignore_eos=True), progress=False)
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
@@ -40,7 +41,7 @@ class Continuous:
 
     name = policy = "continuous"
 
-    def missing(self) -> str | None:
+    def missing(self, device: str) -> str | None:
         """Always here."""
         return None
 
