@@ -25,7 +25,7 @@ TRIM = 0.2
 MIN_ROUNDS = 5
 MIN_PAIRS = 4
 MAX_ROUNDS = 1000
-_POWER_Z = 0.84  # one-sided normal quantile of 80 %: "probably"
+POWER_Z = 0.84  # one-sided normal quantile of 80 %: "probably"
 _MAX_CORRELATION = 0.75
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
@@ -58,7 +58,7 @@ class Estimate:
         n = float(rounds)
         while n <= MAX_ROUNDS:
             error, df = self.error * math.sqrt(rounds / n), max(1.0, self.df * n / rounds)
-            if (t_quantile(1 - tail, df) + _POWER_Z) * error <= gap:
+            if (t_quantile(1 - tail, df) + POWER_Z) * error <= gap:
                 return math.ceil(n)
             n = max(n + 1, n * 1.05)
         return None
