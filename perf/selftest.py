@@ -110,6 +110,21 @@ class Report:
     rates: tuple[Rate, ...]
     visible: dict[str, float]
 
+    def plain(self) -> dict[str, Any]:
+        """All of it as plain Python, for JSON."""
+        rates = [
+            {
+                "effect": rate.effect,
+                "trials": len(rate.outcomes),
+                "regressions": rate.regressions,
+                "bounds": list(rate.bounds),
+                "outcomes": [str(outcome) for outcome in rate.outcomes],
+                "failed": rate.failed,
+            }
+            for rate in self.rates
+        ]
+        return {"pairs": self.pairs, "rates": rates, "visible": self.visible}
+
 
 def selftest(
     effects: Sequence[float] = (0.0, 0.03, 0.05, 0.10),
