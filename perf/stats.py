@@ -3,8 +3,8 @@
 The typical value is the 20 % trimmed mean of logarithms, its interval Yuen's (1974): Welch's t with winsorised
 variance. Why not the mean: one disturbed round in ten makes it useless. Why not the median: of five rounds it is one of
 them, and it does not see what happens to a third of the rounds. Why no bootstrap: below ten rounds the percentile
-bootstrap calls identical code slower two to four times as often as it says (tests/perf/test_stats.py shows both), and
-the studentised one agrees with Yuen but wants a seed. Here the same data give the same answer.
+bootstrap calls identical code slower about twice as often as it says (tests/perf/test_stats.py shows it), and the
+studentised one agrees with Yuen but wants a seed. Here the same data give the same answer.
 
 Rounds of one process follow one another, and a slow spell covers several. So the variance is inflated by
 (1 + r) / (1 - r), r being the lag-1 autocorrelation with its small-sample bias (Kendall 1954) removed.
