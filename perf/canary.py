@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-REPEATS = 5
+REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def measure(device: str, dtype: str, size: int | None = None, copy_bytes: int | 
         size, copy_bytes: default to work of about a tenth of a second on the CPU and less on a GPU.
     """
     cuda = device.startswith("cuda")
-    size = size or (8192 if cuda else 1024)
-    copy_bytes = copy_bytes or (1 << 30 if cuda else 1 << 27)
+    size = size or (8192 if cuda else 768)
+    copy_bytes = copy_bytes or (1 << 30 if cuda else 1 << 26)
     kind: torch.dtype = getattr(torch, dtype)
     rows = size if cuda else 2 * size
     left = torch.ones(rows, size, dtype=kind, device=device)

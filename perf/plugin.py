@@ -7,15 +7,22 @@ tests must not wait for it.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from perf.gate import Comparison
     from perf.record import Bench, PerfCase, Trial
+    from perf.runs import Run
 
 RECORDED = pytest.StashKey[list[dict[str, Any]]]()
+XDIST, DISABLE, SKIP = "-n (xdist)", "--benchmark-disable", "--benchmark-skip"
+SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
 MARKERS = (
     "gpu: needs a CUDA device",
     "perf_gate(metric, rel=None, abs=None): this test's own tolerance for one metric; may be repeated",
@@ -43,6 +50,99 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
+    baseline, off = config.getoption("--perf-baseline"), _benchmarks_off(config)
+    saving = next((o for o in SAVING if config.getoption(o)), None)
+    if saving and off and not hasattr(config, "workerinput"):
+        pytest.exit(f"error: {saving} with {off} would save nothing: leave one of the two out", returncode=2)
+    if not baseline or hasattr(config, "workerinput"):
+        return
+    from perf import gate
+    from perf.runs import GateError
+
+    try:
+        base = gate.check_session(
+            baseline, _storage(config), xdist=off == XDIST, disabled=off == DISABLE, skipped=off == SKIP
+        )
+    except GateError as error:
+        pytest.exit(f"error: {error}", returncode=int(error.code))
+    config.pluginmanager.register(Gate(base), "dynamic-batch-gate")
+
+
+def _benchmarks_off(config: pytest.Config) -> str | None:
+    """The option that keeps pytest-benchmark from timing anything, if there is one."""
+    if config.getoption("numprocesses", None) or config.getoption("dist", "no") != "no":
+        return XDIST
+    if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
+        return DISABLE
+    return SKIP if config.getoption("benchmark_skip") else None
+
+
+def _storage(config: pytest.Config) -> Path:
+    """The folder of `--benchmark-storage`, which pytest-benchmark takes as a path or as file://PATH."""
+    return Path(str(config.getoption("benchmark_storage")).removeprefix("file://"))
+
+
+class Gate:
+    """Compares the session with a baseline at its end, and sets the exit code; there only with `--perf-baseline`."""
+
+    def __init__(self, base: Run) -> None:
+        self.base = base
+        self.deselected: set[str] = set()
+        self.comparison: Comparison | None = None
+        self.error: str | None = None
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.deselected |= {item.nodeid for item in items}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        from perf import gate
+        from perf.runs import Exit, GateError, parse
+
+        code = Exit.NOT_COMPARABLE
+        try:
+            head = parse(self._measured(session.config), "this session")
+            self.comparison = gate.compare(self.base, head, deselected=self._left_out(session))
+            code = self.comparison.exit
+        except GateError as error:
+            self.error, code = f"{error}", error.code
+        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = int(code)
+
+    def _measured(self, config: pytest.Config) -> dict[str, Any]:
+        """What pytest-benchmark saves, or would save, of this session."""
+        found: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+        return {
+            "machine_info": found.get_machine_info(),
+            "benchmarks": [each.as_dict(include_data=True) for each in found.benchmarks if not each.has_error],
+        }
+
+    def _left_out(self, session: pytest.Session) -> set[str]:
+        """Benchmarks of the baseline that nobody asked for: deselected by -k or -m, or outside the paths given."""
+        if session.config.args_source is not pytest.Config.ArgsSource.ARGS:
+            return self.deselected
+        root, here = session.config.rootpath, session.config.invocation_params.dir
+        asked = []
+        for argument in session.config.args:
+            path, *inside = argument.split("::")
+            asked.append("::".join([Path(os.path.relpath(here / path, root)).as_posix(), *inside]))
+        outside = {
+            name for name in self.base.benchmarks
+            if not any(part in (".", name) or name.startswith((f"{part}/", f"{part}::", f"{part}[")) for part in asked)
+        }  # fmt: skip
+        return self.deselected | outside
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        terminalreporter.section(f"against {self.base.name}")
+        if self.error:
+            terminalreporter.write_line(f"error: {self.error}")
+        if self.comparison is not None:
+            from rich.console import Console
+
+            from perf.report import comparison_table
+
+            console = Console(width=None if sys.stdout.isatty() else 160, file=terminalreporter._tw._file)
+            console.print(comparison_table(self.comparison))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -58,14 +158,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if mark is None:
             rows.append(pytest.param(device, id=device, marks=marks))
             continue
-        values = mark.kwargs[device]
+        values, left_out = mark.kwargs[device], []
         if quick and device == "cuda":
-            values = mark.kwargs.get("quick", values)
+            left_out = [value for value in values if value not in mark.kwargs.get("quick", values)]
         if mark.args[0] == "batch_size" and sizes:
             values = sizes
         if mark.args[0] == "peer":
             values = [*(metafunc.config.getoption("--peers") or values), *metafunc.config.getoption("--backend")]
-        rows += [pytest.param(device, value, id=f"{device}-{value}", marks=marks) for value in values]
+        for value in values:
+            skip = (pytest.mark.skip(reason="left out by --quick"),) if value in left_out else ()
+            rows.append(pytest.param(device, value, id=f"{device}-{_label(value)}", marks=(*marks, *skip)))
     names = ["device"] if mark is None else ["device", mark.args[0]]
     metafunc.parametrize(names, rows)
 
@@ -135,22 +237,19 @@ def gate_json(item: pytest.Item) -> str | None:
     """The tolerances of a test's `perf_gate` marks as the JSON text that is recorded; None without any.
 
     Raises:
-        pytest.UsageError: for an unknown metric, or a bound that is no number of at least 0.
+        pytest.UsageError: for an unknown metric, or a bound that the gate could not use.
     """
-    from perf.metrics import GATED
+    from perf.runs import GateError, check_tolerance
 
     bounds: dict[str, dict[str, float]] = {}
-    for mark in reversed(list(item.iter_markers("perf_gate"))):
-        name = mark.args[0] if len(mark.args) == 1 else None
-        if name not in GATED or not mark.kwargs or not set(mark.kwargs) <= {"rel", "abs"}:
-            raise pytest.UsageError(
-                f"{item.nodeid}: perf_gate takes one of {', '.join(GATED)}, and rel= or abs= or both; "
-                f"it has {mark.args}, {mark.kwargs}"
-            )
-        for key, value in mark.kwargs.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:
-                raise pytest.UsageError(f"{item.nodeid}: perf_gate {name} {key}={value!r} must be a number from 0")
-        bounds[name] = {**bounds.get(name, {}), **mark.kwargs}
+    for mark in reversed(list(item.iter_markers("perf_gate"))):  # the closest mark has the last word
+        if len(mark.args) != 1 or not mark.kwargs or not set(mark.kwargs) <= {"rel", "abs"}:
+            raise pytest.UsageError(f"{item.nodeid}: perf_gate takes a metric, and rel= or abs= or both")
+        try:
+            check_tolerance(mark.args[0], **{"rel": None, "abs": None, **mark.kwargs})
+        except GateError as error:
+            raise pytest.UsageError(f"{item.nodeid}: {error}") from error
+        bounds[mark.args[0]] = {**bounds.get(mark.args[0], {}), **mark.kwargs}
     return json.dumps(bounds) if bounds else None
 
 
@@ -172,6 +271,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(title)
         for line in lines:
             terminalreporter.write_line(line)
+
+
+def _label(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _fixtures(item: pytest.Item) -> list[str]:

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import LoadedModel, Workload, load, make
+from engine import EngineMetrics, LoadedModel, Workload, load, make
 from perf import canary, metrics
 from perf.backends import Backend, Outcome, Setup, Unavailable, find
+from perf.canary import Canary
 from perf.correct import Reference, WrongTokens
 from perf.fingerprint import fingerprint
 from perf.gpu import GpuReading, Monitor
 from perf.roofline import Costs, costs
 
 SCHEMA = 1
+ROUNDS = 5
 CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are
 TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")  # what a backend that tells only the end can't have
 # Peers are open at the same time and share the memory, so none may take most of it. Speed does not depend on it.
@@ -35,7 +37,7 @@ PEER_OPTIONS: dict[str, dict[str, Any]] = {
     "vllm": {"gpu_memory_utilization": 0.3},
 }
 Flat = dict[str, Any]
-Derive = Callable[[Flat], Flat]
+Derive = Callable[[Flat, EngineMetrics], Flat]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Bench:
     def __init__(self, *, model: str | None, dtype: str | None, rounds: int | None, quick: bool, plant: float) -> None:
         self.model, self.dtype, self.rounds, self.quick, self.plant = model, dtype, rounds, quick, plant
         self.recorded: list[Flat] = []
+        self._canaries: dict[str, Canary] = {}
         self._key: tuple[str, str, str] | None = None
         self._held: tuple[LoadedModel, Reference, Costs] | None = None
 
@@ -69,6 +72,17 @@ class Bench:
             loaded = load(key[0], device=device, dtype=dtype)
             self._held, self._key = (loaded, Reference(loaded), costs(loaded.model)), key
         return self._held
+
+    def canary(self, device: str) -> Canary:
+        """The device's rates, measured once a session: what percentages of the roofline are of."""
+        if device not in self._canaries:
+            dtype = str(self.hold(device)[0].model.dtype).removeprefix("torch.")
+            self._canaries[device] = canary.measure(device, dtype)
+        return self._canaries[device]
+
+    def real(self, device: str) -> bool:
+        """Whether the model is worth a full workload: one that was asked for, or any on CUDA."""
+        return self.model is not None or device == "cuda"
 
     def drop(self) -> None:
         """Forget the model."""
@@ -125,6 +139,7 @@ class Trial:
 
     def prove(self) -> None:
         """Run once, untimed, and check the tokens. It also warms up."""
+        self._reset()
         self.check(self.session.run(self.workload.items))
         canary.sync(self.device)
 
@@ -151,9 +166,14 @@ class Trial:
 
     def before(self) -> None:
         """What precedes a round and is not timed."""
+        self._reset()
         gc.collect()
         canary.sync(self.device)
         self._monitor.__enter__()
+
+    def _reset(self) -> None:
+        if hasattr(self.session, "reset"):
+            self.session.reset()
 
     def run(self) -> None:
         """The timed part: the whole workload, to the last token on the host."""
@@ -169,10 +189,11 @@ class Trial:
         flat = outcome.metrics.flat()
         if not outcome.keeps_times:
             flat |= {name: None for name in flat if name.split("_")[0] in TIMES}
-        flat |= self.derive(flat) if self.derive else {}
+        flat |= outcome.extra
+        flat |= self.derive(flat, outcome.metrics) if self.derive else {}
         lengths = [(len(item.prompt), item.params.max_new_tokens) for item in self.workload.items]
         if self.workload.arrivals == "all":
-            rate = self.before_canary.matmul_gflops
+            rate = self.bench.canary(self.device).matmul_gflops
             flat["useful_flops_pct"] = self.costs.useful_flops_pct(lengths, flat["wall_s"], rate)
         if self.device == "cuda":
             flat["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -262,8 +283,8 @@ class PerfCase:
         self.bench, self.benchmark, self.gate = bench, benchmark, gate
 
     def rounds(self, rounds: int | None) -> int:
-        """How many rounds to time: `--rounds`, else what the test asks for, else enough for a verdict."""
-        return self.bench.rounds or rounds or (5 if self.bench.quick else 7)
+        """How many rounds to time: `--rounds`, else what the test asks for, else the least that allows a verdict."""
+        return self.bench.rounds or rounds or ROUNDS
 
     def measure(
         self,

@@ -78,16 +78,21 @@ class Setup:
 class Outcome:
     """One run: output tokens in the order of the requests, and what was measured.
 
-    `keeps_times` is False for a backend that tells only when requests end: it has no TTFT and no TPOT.
+    `keeps_times` is False for a backend that tells only when requests end: it has no TTFT and no TPOT. `extra` is
+    whatever else it knows of the run, by the names it is to be recorded under.
     """
 
     tokens: list[tuple[int, ...]]
     metrics: EngineMetrics
     keeps_times: bool = True
+    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 class Session(Protocol):
-    """A loaded model, ready to run workloads one after the other; nothing of one run may speed up the next."""
+    """A loaded model, ready to run workloads one after the other; nothing of one run may speed up the next.
+
+    A session that remembers (a prefix cache) has a method `reset()` besides, called before every run, untimed.
+    """
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
         """Serve every request greedily to its max_new_tokens, EOS or not, none before it is due."""

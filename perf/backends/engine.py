@@ -10,15 +10,22 @@ from perf.backends import Outcome, Setup
 
 
 class EngineSession:
-    """One engine, kept for all runs. Prefix caching is off unless asked for: a second run would find the first one's
-    prompts computed."""
+    """One engine, kept for all runs. Prefix caching is off unless asked for; then each run has an engine of its own, or
+    it would find the prompts of the one before computed."""
 
     def __init__(self, policy: str, setup: Setup) -> None:
         options = {"prefix_caching": False, **setup.options}
-        config = EngineConfig(policy=policy, max_batch_size=setup.max_batch_size, seed=setup.seed, **options)
-        self.engine = Engine(setup.loaded, config)
+        self.loaded = setup.loaded
+        self.config = EngineConfig(policy=policy, max_batch_size=setup.max_batch_size, seed=setup.seed, **options)
+        self.engine = Engine(self.loaded, self.config)
         self.runner = self.engine.config.runner
         self.engine.generate([[1] * 8] * 2, SamplingParams(max_new_tokens=4, ignore_eos=True), progress=False)
+
+    def reset(self) -> None:
+        """Forget the prompts of earlier runs."""
+        if self.config.prefix_caching:
+            del self.engine  # its memory first
+            self.engine = Engine(self.loaded, self.config)
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
         """Serve the requests; an engine error or an interrupt is raised, never measured."""
