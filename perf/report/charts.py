@@ -57,13 +57,15 @@ def draw(chart: Chart, key: str) -> Markup:
     picture, rows = (_bars if chart.bars else _lines)(chart)
     svg = _svg(chart, key, *picture)
     heading = tag("figcaption", tag("strong", chart.title), " ", tag("span", chart.says))
-    return tag("figure", heading, _legend(chart), svg, tag("details", tag("summary", "Numbers"), table(rows)))
+    return tag(
+        "figure", heading, _legend(chart), svg, tag("details", tag("summary", "Numbers"), table(rows, stack=False))
+    )
 
 
-def table(rows: list[list[str]], css: str = "") -> Markup:
+def table(rows: list[list[str]], stack: bool = True) -> Markup:
     """Rows as a table that scrolls by itself where it is wide; the first row is the heading, a "why" column wraps.
 
-    With `css="stack"` a row becomes a small card on a narrow screen, each cell under its column's name.
+    With `stack` a row becomes a small card on a narrow screen, each cell under its column's name.
     """
     names = rows[0]
     wraps = ["why" if name == "why" else None for name in names]
@@ -72,7 +74,7 @@ def table(rows: list[list[str]], css: str = "") -> Markup:
     for first, *others in rows[1:]:
         cells = zip(others, names[1:], wraps[1:], strict=True)
         body.append(tag("tr", tag("th", first, scope="row"), [tag("td", c, data_is=n, class_=w) for c, n, w in cells]))
-    grid = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), class_=css or None)
+    grid = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), class_="stack" if stack else None)
     return tag("div", grid, class_="scroll", tabindex=0, role="group", aria_label="table")
 
 

@@ -96,7 +96,7 @@ def _verdict(comparison: Comparison) -> list[Markup]:
     pair = tag("p", f"{title(comparison.base)} → {title(comparison.head)}", class_="soft")
     out = [tag("div", tag("strong", headline(comparison)), pair, class_=f"verdict {CLASSES[comparison.outcome]}")]
     for part in parts(comparison):
-        rows = table([list(COLUMNS), *map(list, part.rows)], "stack")
+        rows = table([list(COLUMNS), *map(list, part.rows)])
         if part.folded:
             out.append(tag("details", tag("summary", f"{part.heading} ({part.count})"), rows))
         else:
@@ -116,7 +116,7 @@ def _history(runs: Sequence[Run]) -> Markup | None:
     if not series:
         return None
     short = shorten(runs[-1].benchmarks)
-    heading = ["benchmark", "metric", "", "first", "last", "change"]
+    heading = ["benchmark", "metric", "trend", "first", "last", "change"]
     first_of: dict[str, list[str]] = {}
     others = []
     for benchmark, name, values in series:
