@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from perf import stats
 
 LEVEL = 0.025  # one-sided, of a 95 % interval
-RUNS = 1500
+RUNS = 1000
 
 
 def normal(rng, n):
@@ -88,7 +88,7 @@ def test_identical_code_is_called_slower_no_more_often_than_stated(noise, n):
     assert covered >= 1 - at_most(2 * LEVEL)
 
 
-@pytest.mark.parametrize(("n", "times_too_often"), [(4, 2.5), (5, 2.0), (7, 1.5)])
+@pytest.mark.parametrize(("n", "times_too_often"), [(4, 2.5), (5, 1.7), (7, 1.4)])
 def test_the_percentile_bootstrap_would_cry_wolf_twice_as_often(n, times_too_often):
     """Why it is not used: same data, same level."""
 
