@@ -13,18 +13,24 @@ from perf.report.markup import number
 from perf.report.verdicts import value
 from perf.runs import Benchmark, Run
 
-NAMED = ("backend", "model", "policy", "runner", "dtype", "device", "workload")  # what tells lines apart
-SIZED = ("batch_size", "prompt_tokens", "context_tokens", "offered_rate")  # and, among bars, these too
+NAMED = ("policy", "backend", "model", "device", "dtype", "runner", "workload")  # what tells lines apart
+SIZED = ("batch_size", "prompt_tokens", "context", "prefix_caching")  # and, among bars, these too
 PERCENTILES = ("p50", "p95", "p99")
 TIMES = {"ttft": "time to first token", "tpot": "time per output token", "latency": "from due to finished"}
-BARS = {  # group -> metric, title, what it says, value of a full bar, what the others are compared with
+BARS = {  # group -> metric, title, what it says, value of a full bar, what else: a metric, or a policy to divide by
     "policy": ("tokens_per_s", "Policies", "output tokens/s on one workload", None, "sequential"),
-    "peers": ("tokens_per_s", "Peers", "output tokens/s: same model, tokens in and tokens out", None, "generate"),
-    "scale": ("tokens_per_s", "Model scale", "output tokens/s", None, None),
+    "peers": (
+        "tokens_per_s",
+        "Peers",
+        "output tokens/s, same tokens in and out (and of ours)",
+        None,
+        "ratio_to_engine",
+    ),
+    "scale": ("tokens_per_s", "Model scale", "output tokens/s (and over one at a time)", None, "speedup"),
     "decode": ("decode_bandwidth_pct", "Decode roofline", "% of the measured copy bandwidth", 100.0, None),
     "prefill": ("prefill_mfu_pct", "Prefill roofline", "% of the measured matmul rate", 100.0, None),
     "prefix": ("ttft_p50_ms", "Prefix reuse", "TTFT P50; less is better", None, None),
-    "memory": ("kv_bytes_peak", "KV memory", "most of it in use at once; less is better", None, None),
+    "memory": ("batch_size_max", "KV memory", "most requests at once in the same memory", None, None),
     "startup": ("startup_s", "Start-up", "to load, warm up and capture; less is better", None, None),
 }
 
@@ -59,13 +65,16 @@ def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]
 
 
 def labels(benchmarks: Iterable[Benchmark], keys: Sequence[str]) -> Callable[[Benchmark], str]:
-    """How to call each of these: by those of `keys` in which they differ, else by policy or test."""
-    known = list(benchmarks)
-    differ = [key for key in keys if len({b.info.get(key) for b in known}) > 1]
+    """How to call each of these: by the fewest of `keys`, taken in order, that tell apart what they can tell apart."""
+    known, chosen = list(benchmarks), list[str]()
+    for key in keys:
+        kinds = [len({tuple(b.info.get(k) for k in some) for b in known}) for some in (chosen, [*chosen, key])]
+        if kinds[1] > kinds[0]:
+            chosen.append(key)
 
     def label(b: Benchmark) -> str:
-        parts = [(key, number(b.info[key])) for key in differ if b.info.get(key) is not None]
-        words = dict.fromkeys(name if key in NAMED else f"{key.split('_')[0]} {name}" for key, name in parts)
+        parts = [(key, number(b.info[key])) for key in chosen if b.info.get(key) is not None]
+        words = [name if key in NAMED else f"{key.replace('_', ' ')} {name}" for key, name in parts]
         return ", ".join(words) or number(b.info.get("policy") or b.fullname.split("::")[-1])
 
     return label
@@ -134,18 +143,19 @@ def _open_load(run: Run) -> list[Chart]:
 def _bars(head: Run, base: Run | None, *groups: str) -> list[Chart]:
     charts = []
     for group in groups:
-        metric, title, says, full, against = BARS[group]
+        metric, title, says, full, beside = BARS[group]
         shown = _group(head, group, metric)
         label = labels(shown, NAMED + SIZED)
         before = {b.fullname: value(b, metric) for b in _group(base, group, metric)}
-        first = [value(b, metric) for b in shown if against in (b.info.get("policy"), b.info.get("backend"))]
+        one = [value(b, metric) for b in shown if b.info.get("policy") == beside]
         bars = []
         for b in shown:
             now = value(b, metric) or 0.0
-            note = f"({now / first[0]:.2f}x)" if first and first[0] else ""
-            bars.append(Bar(label(b), now, before.get(b.fullname), note))
+            ratio = now / one[0] if one and one[0] else value(b, beside or "")
+            bars.append(Bar(label(b), now, before.get(b.fullname), f"({ratio:.2f}x)" if ratio is not None else ""))
         if bars:
-            charts.append(Chart(title, says, says, bars=tuple(bars), full=full, form=_with_unit(METRICS[metric])))
+            form = _with_unit(METRICS[metric]) if metric in METRICS else number
+            charts.append(Chart(title, says, says, bars=tuple(bars), full=full, form=form))
     return charts
 
 

@@ -43,8 +43,10 @@ def clean(text: Any) -> str:
 
 
 def number(value: float | int | str | bool | None) -> str:
-    """A value as people read it: four digits are enough, thousands have commas, None is a dash."""
-    if value is None or isinstance(value, (str, bool)):
+    """A value as people read it: four digits are enough, thousands have commas; None is a dash, true is on."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None or isinstance(value, str):
         return "-" if value is None else clean(value)
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 

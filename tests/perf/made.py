@@ -54,7 +54,7 @@ def benchmarks(seed: int = 0, speed: float = 1.0) -> list[dict[str, Any]]:
         found.append(entry(str(tokens), "prefill", noise, prompt_tokens=tokens, batch_size=1, prefill_mfu_pct=mfu))
     for batch, context in ((1, 512), (32, 512), (32, 4096), (256, 1024)):
         share = speed * (58 if batch == 1 else 71)
-        sizes = {"batch_size": batch, "context_tokens": context, "decode_bandwidth_pct": share}
+        sizes = {"batch_size": batch, "context": context, "decode_bandwidth_pct": share}
         found.append(entry(f"{batch}-{context}", "decode", noise, **sizes))
     for rate in (4.0, 8.0, 16.0, 24.0, 32.0):
         load = rate / 32

@@ -239,7 +239,7 @@ def test_charts_show_what_was_recorded(head: Run, tmp_path: Path) -> None:
         ("continuous", 61000.0, 30500.0, "(21.03x)"),
     ]
     decode, prefill = sections(head)["How far from the limit"]
-    assert [bar.name for bar in decode.bars][:2] == ["batch 1, context 512", "batch 32, context 512"]
+    assert [bar.name for bar in decode.bars][:2] == ["batch size 1, context 512", "batch size 32, context 512"]
     assert decode.full == prefill.full == 100.0
 
 
@@ -343,7 +343,7 @@ def test_markup_lets_no_text_out(text: str) -> None:
 def test_numbers_as_people_read_them() -> None:
     values = [0, 3.0, 0.123456, 12.345, 999.96, 1234.5, 1e6, None, True, "text"]
     assert [number(value) for value in values] == [
-        "0", "3", "0.1235", "12.35", "1000", "1,234", "1,000,000", "-", "True", "text",
+        "0", "3", "0.1235", "12.35", "1000", "1,234", "1,000,000", "-", "on", "text",
     ]  # fmt: skip
 
 
