@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "continuous-shared": {"policy": "continuous", "max_batch_size": 4, "max_step_tokens": 128},
     "continuous-tight": {"policy": "continuous", "max_batch_size": 4, "max_step_tokens": 128},
 }
-TIGHT = 352  # tokens that the memory of "-tight" holds
+TIGHT = 384  # tokens that the memory of "-tight" holds
 Table = dict[str, dict[str, int]]
 
 

@@ -173,6 +173,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("perf_gate"):
+            from perf.runs import GateError
+
+            try:
+                gate_json(item)
+            except GateError as error:
+                pytest.exit(f"error: {item.nodeid}: {error}", returncode=int(error.code))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu and not config.getoption("--require-gpu"):
         return
@@ -237,18 +245,15 @@ def gate_json(item: pytest.Item) -> str | None:
     """The tolerances of a test's `perf_gate` marks as the JSON text that is recorded; None without any.
 
     Raises:
-        pytest.UsageError: for an unknown metric, or a bound that the gate could not use.
+        GateError: for an unknown metric, or a bound that the gate could not use.
     """
-    from perf.runs import GateError, check_tolerance
+    from perf.runs import Exit, GateError, check_tolerance
 
     bounds: dict[str, dict[str, float]] = {}
     for mark in reversed(list(item.iter_markers("perf_gate"))):  # the closest mark has the last word
         if len(mark.args) != 1 or not mark.kwargs or not set(mark.kwargs) <= {"rel", "abs"}:
-            raise pytest.UsageError(f"{item.nodeid}: perf_gate takes a metric, and rel= or abs= or both")
-        try:
-            check_tolerance(mark.args[0], **{"rel": None, "abs": None, **mark.kwargs})
-        except GateError as error:
-            raise pytest.UsageError(f"{item.nodeid}: {error}") from error
+            raise GateError("perf_gate takes a metric, and rel= or abs= or both", Exit.USAGE)
+        check_tolerance(mark.args[0], **mark.kwargs)
         bounds[mark.args[0]] = {**bounds.get(mark.args[0], {}), **mark.kwargs}
     return json.dumps(bounds) if bounds else None
 
