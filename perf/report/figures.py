@@ -13,8 +13,8 @@ from perf.report.markup import number
 from perf.report.verdicts import value
 from perf.runs import Benchmark, Run
 
-NAMED = ("policy", "backend", "model", "device", "dtype", "runner", "workload")  # what tells lines apart
-SIZED = ("batch_size", "prompt_tokens", "context", "prefix_caching")  # and, among bars, these too
+NAMED = ("policy", "backend", "model", "device", "dtype", "runner")  # what tells lines apart
+SIZED = ("batch_size", "prompt_tokens", "context", "prefix_caching", "workload")  # and, among bars, these too
 PERCENTILES = ("p50", "p95", "p99")
 TIMES = {"ttft": "time to first token", "tpot": "time per output token", "latency": "from due to finished"}
 BARS = {  # group -> metric, title, what it says, value of a full bar, what else: a metric, or a policy to divide by
@@ -74,7 +74,7 @@ def labels(benchmarks: Iterable[Benchmark], keys: Sequence[str]) -> Callable[[Be
 
     def label(b: Benchmark) -> str:
         parts = [(key, number(b.info[key])) for key in chosen if b.info.get(key) is not None]
-        words = [name if key in NAMED else f"{key.replace('_', ' ')} {name}" for key, name in parts]
+        words = [name if key in (*NAMED, "workload") else f"{key.replace('_', ' ')} {name}" for key, name in parts]
         return ", ".join(words) or number(b.info.get("policy") or b.fullname.split("::")[-1])
 
     return label

@@ -46,7 +46,9 @@ def benchmarks(seed: int = 0, speed: float = 1.0) -> list[dict[str, Any]]:
     noise, found = random.Random(seed), []
     for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         rate = speed * 160_000 * batch / (batch + 45)
-        found.append(entry(str(batch), "batch_size", noise, batch_size=batch, **speeds(rate, batch)))
+        found.append(
+            entry(str(batch), "batch_size", noise, batch_size=batch, workload=f"paper-{batch}", **speeds(rate, batch))
+        )
     for policy, rate in (("sequential", 2900), ("dynamic", 38_000), ("continuous", 61_000)):
         found.append(entry(policy, "policy", noise, policy=policy, **speeds(speed * rate, 32)))
     for tokens in (128, 512, 2048, 8192):
