@@ -41,8 +41,10 @@ def measure(spec: str) -> Table:
         work = make(name, vocab_size=config.vocab_size)
         items = [replace(item, params=replace(item.params, ignore_eos=True)) for item in work.items]
         for way, options in WAYS.items():
-            room = {"kv_memory": TIGHT * kv_bytes_per_token(config, 4)} if way.endswith("tight") else {}
-            engine = Engine(loaded, EngineConfig(**options, **room))
+            how = EngineConfig(**options)
+            if way.endswith("tight"):
+                how = replace(how, kv_memory=TIGHT * kv_bytes_per_token(config, 4))
+            engine = Engine(loaded, how)
             engine.replay(items, progress=False)
             counters = engine.metrics.counters
             names = [field.name for field in fields(Counters) if field.name != "batch_sizes"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from perf.record import Bench, PerfCase, Trial
     from perf.runs import Run
 
-RECORDED = pytest.StashKey[list[dict[str, Any]]]()
+RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
 XDIST, DISABLE, SKIP = "-n (xdist)", "--benchmark-disable", "--benchmark-skip"
 SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
 MARKERS = (
@@ -213,13 +213,13 @@ def perf_bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 def peer_rounds(request: pytest.FixtureRequest, perf_bench: Bench) -> Callable[..., dict[str, Trial | Exception]]:
     """`peer_rounds(device, workload, batch_size, rounds)`: every peer that this session selected for the device, run in
     turns; a finished trial each, or why there is none. Run at the first call."""
-    from perf.record import run_peers
+    from perf.turns import run_peers
 
     known: dict[str, dict[str, Trial | Exception]] = {}
 
     def get(device: str, workload: str, batch_size: int, rounds: int) -> dict[str, Trial | Exception]:
         if device not in known:
-            chosen = [item.callspec.params for item in request.session.items if "peer_rounds" in _fixtures(item)]
+            chosen = [_parameters(item) for item in request.session.items if "peer_rounds" in _fixtures(item)]
             names = [params["peer"] for params in chosen if params["device"] == device]
             known[device] = run_peers(perf_bench, names, workload, device, batch_size, rounds)
         return known[device]
@@ -284,6 +284,10 @@ def _label(value: Any) -> str:
 
 def _fixtures(item: pytest.Item) -> list[str]:
     return getattr(item, "fixturenames", [])
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return getattr(item, "callspec").params  # noqa: B009 (pytest has no public name for it)
 
 
 def _integers(text: str) -> list[int]:

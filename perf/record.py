@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +29,6 @@ SCHEMA = 1
 ROUNDS = 5
 CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are
 TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")  # what a backend that tells only the end can't have
-# Peers are open at the same time and share the memory, so none may take most of it. Speed does not depend on it.
-PEER_OPTIONS: dict[str, dict[str, Any]] = {
-    **{policy: {"kv_memory": 0.2} for policy in ("sequential", "dynamic", "continuous")},
-    "transformers-cb": {"max_memory_percent": 0.1},
-    "vllm": {"gpu_memory_utilization": 0.3},
-}
 Flat = dict[str, Any]
 Derive = Callable[[Flat, EngineMetrics], Flat]
 
@@ -186,7 +179,7 @@ class Trial:
         assert self._outcome is not None
         outcome, self._outcome = self._outcome, None
         self.check(outcome)
-        flat = outcome.metrics.flat()
+        flat: Flat = outcome.metrics.flat()
         if not outcome.keeps_times:
             flat |= {name: None for name in flat if name.split("_")[0] in TIMES}
         flat |= outcome.extra
@@ -258,24 +251,6 @@ class Trial:
         free()
 
 
-class ReplayClock:
-    """A clock that stands still but for what it is told: rounds timed elsewhere become pytest-benchmark's own.
-
-    Benchmarks that must take turns (A B C, C B A, ...) cannot each be timed while their own test runs.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-
-    def advance(self, seconds: float) -> None:
-        """Let this much time pass."""
-        self._seconds += seconds
-
-    def now(self) -> float:
-        """Seconds since its making; what pytest-benchmark calls."""
-        return self._seconds
-
-
 class PerfCase:
     """The `perf_case` fixture: measures one thing and records it on pytest-benchmark's fixture."""
 
@@ -322,11 +297,11 @@ class PerfCase:
             finally:
                 trial.close()
 
-    def replay(self, trial: Trial, clock: ReplayClock, extra: Flat | None = None) -> Flat:
-        """Record a trial whose rounds were timed before; the test's `benchmark` mark must name `clock.now` as timer."""
+    def replay(self, trial: Trial, advance: Callable[[float], None], extra: Flat | None = None) -> Flat:
+        """Record a trial whose rounds were timed before, telling the clock that times the test."""
         with self.unsaved_if_it_fails():
             seconds = iter([round_.seconds for round_ in trial.rounds])
-            self.benchmark.pedantic(lambda: clock.advance(next(seconds)), rounds=len(trial.rounds), iterations=1)
+            self.benchmark.pedantic(lambda: advance(next(seconds)), rounds=len(trial.rounds), iterations=1)
             return self.record({**trial.info(self.gate), **plain(extra or {})})
 
     @contextmanager
@@ -344,48 +319,6 @@ class PerfCase:
         self.benchmark.extra_info.update(info)
         self.bench.recorded.append(info)
         return info
-
-
-def take_turns(trials: Sequence[Trial], rounds: int) -> dict[str, Exception]:
-    """Time every trial once a round, in an order that turns round each time, so that a drifting machine drifts for all.
-
-    What fails is left out of the following rounds; gives its error by the backend's name.
-    """
-    failed: dict[str, Exception] = {}
-    for number in range(rounds):
-        for trial in trials if number % 2 == 0 else reversed(trials):
-            if trial.backend.name in failed:
-                continue
-            try:
-                trial.before()
-                started = time.perf_counter()
-                trial.run()
-                trial.after(time.perf_counter() - started)
-            except Exception as error:
-                failed[trial.backend.name] = error
-    return failed
-
-
-def run_peers(
-    bench: Bench, names: Sequence[str], workload: str, device: str, batch_size: int, rounds: int
-) -> dict[str, Trial | Exception]:
-    """Open all, prove all, then time all in turns and close them; a trial for each name, or why there is none."""
-    found: dict[str, Trial | Exception] = {}
-    for name in names:
-        try:
-            how: dict[str, Any] = {"max_batch_size": batch_size, "options": PEER_OPTIONS.get(name, {})}
-            trial = Trial(bench, "peers", name, workload, device=device, **how)
-            found[name] = trial
-            trial.prove()
-        except Exception as error:
-            found[name] = error
-    trials = {name: trial for name, trial in found.items() if isinstance(trial, Trial)}
-    with bench.planted():
-        failed = take_turns(list(trials.values()), rounds)
-    for name, trial in trials.items():
-        trial.close()
-        found[name] = failed.get(trial.backend.name, trial)
-    return found
 
 
 def plain(info: Mapping[str, Any]) -> Flat:

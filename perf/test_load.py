@@ -22,5 +22,7 @@ def test_open_load(perf_case: PerfCase, device: str, rate: int) -> None:
         return {**limits, "goodput": metrics.goodput(TTFT_MS, TPOT_MS)}
 
     workload = "mixed-32" if perf_case.bench.real(device) else "mixed-16"
-    how = {"device": device, "max_batch_size": 32, "arrivals": f"poisson:{rate}", "derive": derive}
-    perf_case.measure("load", "continuous", workload, **how)
+    arrivals = f"poisson:{rate}"
+    perf_case.measure(
+        "load", "continuous", workload, device=device, max_batch_size=32, arrivals=arrivals, derive=derive
+    )

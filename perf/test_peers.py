@@ -12,7 +12,8 @@ from collections.abc import Callable
 import pytest
 
 from perf.backends import Unavailable
-from perf.record import PerfCase, ReplayClock, Trial
+from perf.record import PerfCase, Trial
+from perf.turns import ReplayClock
 
 CLOCK = ReplayClock()
 ENGINE = "continuous"
@@ -38,4 +39,4 @@ def test_peers(
         pairs = zip(trial.rounds, engine.rounds, strict=True)
         ratios = [ours.flat["tokens_per_s"] / base.flat["tokens_per_s"] for ours, base in pairs]
         extra["ratio_to_engine"] = statistics.median(ratios)
-    perf_case.replay(trial, CLOCK, extra)
+    perf_case.replay(trial, CLOCK.advance, extra)

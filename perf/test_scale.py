@@ -29,5 +29,4 @@ def test_scale(perf_case: PerfCase, device: str, spec: str) -> None:
     def derive(flat: Flat, metrics: EngineMetrics) -> Flat:
         return {"sequential_tokens_per_s": base, "speedup": flat["tokens_per_s"] / base}
 
-    how = {"device": device, "max_batch_size": 16, "spec": spec, "derive": derive}
-    perf_case.measure("scale", "continuous", workloads[0], **how)
+    perf_case.measure("scale", "continuous", workloads[0], device=device, max_batch_size=16, spec=spec, derive=derive)

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine import EngineMetrics, InputError, LoadedModel
-from engine.metrics import Counters
 from engine.request import Request
 from engine.workload import WorkItem
 
@@ -164,7 +163,8 @@ def timeline(
     """
     start = time.perf_counter() if began is None else began
     metrics = EngineMetrics()
-    metrics.counters = Counters(**(counters or {}))
+    for name, count in (counters or {}).items():
+        setattr(metrics.counters, name, count)
     metrics.counters.output_tokens = sum(map(len, tokens))
     if not len(items) == len(tokens) == len(seconds):
         raise InputError(f"{len(items)} requests got {len(tokens)} outputs and {len(seconds)} lists of times")

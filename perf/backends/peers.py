@@ -82,9 +82,9 @@ class PeerSession:
             [str(home(name) / "bin" / "python"), str(WORKER)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
-        order = {"peer": name, "folder": str(folder), "device": setup.device, "dtype": setup.dtype}
-        order |= {"max_batch_size": setup.max_batch_size, "threads": setup.threads, "options": dict(setup.options)}
-        self._ask(order)
+        model = {"peer": name, "folder": str(folder), "device": setup.device, "dtype": setup.dtype}
+        size = {"max_batch_size": setup.max_batch_size, "threads": setup.threads}
+        self._ask({**model, **size, "options": dict(setup.options)})
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
         """Send one line and read one; whatever went wrong over there is raised here."""
@@ -207,7 +207,7 @@ class VLLM(Peer):
 
 def model_folder(loaded: LoadedModel, dtype: str) -> Path:
     """The folder that a model was loaded from; if it came from none, one in the cache folder that it is saved to."""
-    source = Path(loaded.model.name_or_path)
+    source = Path(loaded.model.name_or_path or ".")
     if (source / "config.json").is_file():
         return source
     key = hashlib.sha256(repr((loaded.spec, loaded.revision, dtype)).encode()).hexdigest()[:12]

@@ -78,7 +78,7 @@ class ContinuousSession:
         self._stack = ExitStack()
         self._stack.enter_context(torch.no_grad())  # it fails under inference_mode
         self.manager = self._stack.enter_context(
-            self.model.continuous_batching_context_manager(
+            self.model.continuous_batching_context_manager(  # type: ignore[operator]
                 generation_config=greedy, continuous_batching_config=ContinuousBatchingConfig(**options)
             )
         )

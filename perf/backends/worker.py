@@ -7,7 +7,7 @@ the project is not installed where this runs, and need not be.
         "options": {}}
     <- {"ready": true}
     -> {"run": [{"prompt": [1, 2], "new_tokens": 8, "arrival_s": 0.0}, ...]}
-    <- {"tokens": [[...]], "seconds": [[...]], "keeps_times": true}        seconds after the line was read
+    <- {"tokens": [[...]], "seconds": [[...]]}        seconds after the line was read
     <- {"error": "..."} for anything that failed
 """
 
@@ -16,9 +16,18 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
+
+Answer = tuple[list[list[int]], list[list[float]]]  # of each request: its tokens, and when each came
 
 
-def serve_when_due(requests, add, step, start):
+def blank(requests: list[Any]) -> Answer:
+    """An answer to fill."""
+    return [[] for _ in requests], [[] for _ in requests]
+
+
+def serve_when_due(requests: list[Any], add: Callable[[int], None], step: Callable[[], bool], start: float) -> None:
     """Hand each request over when it is due, and step until `step()` says that nothing is left."""
     pending = collections.deque(sorted(range(len(requests)), key=lambda i: requests[i]["arrival_s"]))
     busy = False
@@ -35,7 +44,7 @@ def serve_when_due(requests, add, step, start):
 class OpenVINO:
     """OpenVINO GenAI's continuous batching, in the dtype asked for; greedy; stepped here, so that tokens have times."""
 
-    def __init__(self, order):
+    def __init__(self, order: dict[str, Any]) -> None:
         import openvino_genai
 
         self.genai = openvino_genai
@@ -53,14 +62,14 @@ class OpenVINO:
         self.pipe = openvino_genai.ContinuousBatchingPipeline(order["folder"], scheduler, "CPU", hints)
         self.served = 0
 
-    def run(self, requests, start):
+    def run(self, requests: list[Any], start: float) -> Answer:
         import numpy
         import openvino
 
-        handles = {}
-        tokens, seconds = [[] for _ in requests], [[] for _ in requests]
+        handles: dict[int, Any] = {}
+        tokens, seconds = blank(requests)
 
-        def add(index):
+        def add(index: int) -> None:
             request = requests[index]
             config = self.genai.GenerationConfig()
             config.max_new_tokens = request["new_tokens"]
@@ -69,7 +78,7 @@ class OpenVINO:
             handles[index] = self.pipe.add_request(self.served, prompt, config)
             self.served += 1
 
-        def step():
+        def step() -> bool:
             self.pipe.step()
             now = time.perf_counter() - start
             for index in list(handles):
@@ -89,7 +98,7 @@ class OpenVINO:
 class CTranslate2:
     """CTranslate2's generator on batches of requests that are due, shortest prompts first, as it sorts them itself."""
 
-    def __init__(self, order):
+    def __init__(self, order: dict[str, Any]) -> None:
         import ctranslate2
 
         with open(os.path.join(order["folder"], "vocabulary.json")) as file:
@@ -100,8 +109,8 @@ class CTranslate2:
             **order["options"],
         )  # fmt: skip
 
-    def run(self, requests, start):
-        tokens, seconds = [[] for _ in requests], [[] for _ in requests]
+    def run(self, requests: list[Any], start: float) -> Answer:
+        tokens, seconds = blank(requests)
         waiting = sorted(range(len(requests)), key=lambda i: requests[i]["arrival_s"])
         while waiting:
             time.sleep(max(0.0, requests[waiting[0]]["arrival_s"] - (time.perf_counter() - start)))
@@ -110,8 +119,8 @@ class CTranslate2:
             self.batch(requests, batch, tokens, seconds, start)
         return tokens, seconds
 
-    def batch(self, requests, batch, tokens, seconds, start):
-        def take(result):
+    def batch(self, requests: list[Any], batch: list[int], tokens: Any, seconds: Any, start: float) -> None:
+        def take(result: Any) -> bool:
             index = batch[result.batch_id]
             tokens[index].append(result.token_id)
             seconds[index].append(time.perf_counter() - start)
@@ -130,7 +139,7 @@ class CTranslate2:
 class VLLM:
     """vLLM's engine, stepped here; CUDA graphs and all else at its defaults, its memory share by `options`."""
 
-    def __init__(self, order):
+    def __init__(self, order: dict[str, Any]) -> None:
         import vllm
 
         self.vllm = vllm
@@ -141,10 +150,11 @@ class VLLM:
         ).llm_engine  # fmt: skip
         self.served = 0
 
-    def run(self, requests, start):
-        tokens, seconds, indices = [[] for _ in requests], [[] for _ in requests], {}
+    def run(self, requests: list[Any], start: float) -> Answer:
+        tokens, seconds = blank(requests)
+        indices: dict[str, int] = {}
 
-        def add(index):
+        def add(index: int) -> None:
             request = requests[index]
             params = self.vllm.SamplingParams(
                 temperature=0.0, max_tokens=request["new_tokens"], ignore_eos=True, detokenize=False
@@ -153,7 +163,7 @@ class VLLM:
             self.engine.add_request(str(self.served), {"prompt_token_ids": request["prompt"]}, params)
             self.served += 1
 
-        def step():
+        def step() -> bool:
             outputs = self.engine.step()
             now = time.perf_counter() - start
             for output in outputs:
@@ -167,21 +177,21 @@ class VLLM:
         return tokens, seconds
 
 
-PEERS = {"openvino": OpenVINO, "ctranslate2": CTranslate2, "vllm": VLLM}
+PEERS: dict[str, Any] = {"openvino": OpenVINO, "ctranslate2": CTranslate2, "vllm": VLLM}
 
 
-def main():
+def main() -> None:
     """Answer orders until stdin ends. What libraries print goes to stderr, so that it cannot get between the lines."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    peer = None
+    peer: Any = None
     for line in sys.stdin:
         start = time.perf_counter()
         order = json.loads(line)
         try:
             if peer is None:
                 peer = PEERS[order["peer"]](order)
-                answer = {"ready": True}
+                answer: dict[str, Any] = {"ready": True}
             else:
                 tokens, seconds = peer.run(order["run"], start)
                 answer = {"tokens": tokens, "seconds": seconds}
