@@ -55,8 +55,9 @@ def headline(comparison: Comparison) -> str:
 
 def title(run: Run) -> str:
     """A run's name and the commit it measured; `+` marks a tree with uncommitted changes."""
-    commit = str(run.commit.get("id") or "")[:9]
-    return f"{run.name} ({commit}{'+' if run.commit.get('dirty') else ''})" if commit else run.name
+    commit = str(run.commit.get("id") or "unversioned")
+    changed = "+" if run.commit.get("dirty") else ""
+    return run.name if commit == "unversioned" else f"{run.name} ({commit[:9]}{changed})"
 
 
 def day(run: Run) -> str:

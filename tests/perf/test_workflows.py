@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+
+from perf.cli import app
 
 FOLDER = Path(__file__).parents[2] / ".github" / "workflows"
 FILES = sorted(FOLDER.glob("*.yml"))
@@ -115,6 +118,24 @@ def test_a_gpu_runner_sees_a_pull_request_only_at_the_commit_that_was_labelled()
         assert job["concurrency"]["group"].startswith("perf-")
     text = (FOLDER / "perf.yml").read_text(encoding="utf-8")
     assert "secrets." not in text
+
+
+def test_every_option_in_a_workflow_is_one_that_exists(request: pytest.FixtureRequest) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    scripts = "\n".join(step.get("run", "") for path in FILES for step in steps(path)).replace("\\\n", " ")
+    lines = [line.split("||")[0] for line in scripts.splitlines()]
+    calls = [(m[1], m[2]) for line in lines if (m := re.search(r"python -m perf (\S+)(.*)", line))]
+    assert {name for name, _ in calls} == {"ab", "compare", "report"}
+    for name, arguments in calls:
+        own, _, for_pytest = arguments.partition(" -- ")
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", own)) <= known
+        for option in re.findall(r"--[\w-]+", for_pytest):
+            request.config.getoption(option)
+    measured = [line for line in lines if "python -m pytest" in line]
+    assert measured
+    for option in re.findall(r"--[\w-]+", " ".join(measured)):
+        request.config.getoption(option.replace("-", "_")[2:])
 
 
 def test_ci_runs_what_a_developer_runs() -> None:
