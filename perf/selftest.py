@@ -61,7 +61,7 @@ def plant(fraction: float) -> Iterator[None]:
         try:
             chunks = original(self)
         finally:
-            del self.runner.run
+            vars(self.runner).pop("run", None)  # a step that tries again has taken it away already
         _spin(fraction, resumed)
         return chunks
 
