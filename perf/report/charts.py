@@ -57,9 +57,8 @@ def draw(chart: Chart, key: str) -> Markup:
     picture, rows = (_bars if chart.bars else _lines)(chart)
     svg = _svg(chart, key, *picture)
     heading = tag("figcaption", tag("strong", chart.title), " ", tag("span", chart.says))
-    return tag(
-        "figure", heading, _legend(chart), svg, tag("details", tag("summary", "Numbers"), table(rows, stack=False))
-    )
+    numbers = tag("details", tag("summary", "Numbers"), table(rows, stack=False))
+    return tag("figure", heading, _legend(chart), svg, numbers)
 
 
 def table(rows: list[list[str]], stack: bool = True) -> Markup:
@@ -134,21 +133,17 @@ def _legend(chart: Chart) -> Markup | None:
     entries = [(line.name, css) for line, css in zip(chart.lines, _colours(chart).values(), strict=True)]
     if any(bar.before is not None for bar in chart.bars):
         entries = [("now", "s1"), ("before", "was")]
-    swatch = Markup('<svg viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5H26"/></svg>')
-    return (
-        tag("ul", [tag("li", swatch, name, class_=css) for name, css in entries], class_="legend")
-        if len(entries) > 1
-        else None
-    )
+    if len(entries) < 2:
+        return None
+    swatch = tag("svg", tag("path", d="M0 5H26"), viewBox="0 0 26 10", aria_hidden="true")
+    return tag("ul", [tag("li", swatch, name, class_=css) for name, css in entries], class_="legend")
 
 
 def _colours(chart: Chart) -> dict[str, str]:
     """A line's CSS classes: one colour and dash a line, shared and faint for its earlier state."""
     own = [line.name for line in chart.lines if line.of is None]
-    colours = {name: f"s{i % COLOURS + 1}" for i, name in enumerate(own)}
-    return {
-        line.name: f"{colours.get(line.of, 's1')} before" if line.of else colours[line.name] for line in chart.lines
-    }
+    colours: dict[str | None, str] = {name: f"s{i % COLOURS + 1}" for i, name in enumerate(own)}
+    return {line.name: f"{colours[line.of]} before" if line.of else colours[line.name] for line in chart.lines}
 
 
 def _lines(chart: Chart) -> tuple[tuple[int, list[Markup], str], list[list[str]]]:
@@ -178,25 +173,16 @@ def _lines(chart: Chart) -> tuple[tuple[int, list[Markup], str], list[list[str]]
     colours = _colours(chart)
     for line in sorted(chart.lines, key=lambda line: line.of is None):  # the earlier state lies underneath
         places = [at(*point) for point in line.points]
-        dots = [
-            tag(
-                "circle",
-                tag("title", f"{line.name}: {chart.form(y)} at {number(x)}"),
-                cx=f"{px:.1f}",
-                cy=f"{py:.1f}",
-                r=3,
-            )
-            for (x, y), (px, py) in zip(line.points, places, strict=True)
-        ]
+        hints = [tag("title", f"{line.name}: {chart.form(y)} at {number(x)}") for x, y in line.points]
+        pairs = zip(hints, places, strict=True)
+        dots = [tag("circle", hint, cx=f"{px:.1f}", cy=f"{py:.1f}", r=3) for hint, (px, py) in pairs]
         shapes.append(tag("g", tag("polyline", points=_path(places)), dots, class_=colours[line.name]))
 
     known = {line.name: dict(line.points) for line in chart.lines}
     rows = [[chart.x, *known], *([number(x), *(chart.form(p.get(x)) for p in known.values())] for x in xs)]
-    ends = (
-        f"{n}: {chart.form(p[min(p)])} at {number(min(p))}, {chart.form(p[max(p)])} at {number(max(p))}"
-        for n, p in known.items()
-    )
-    return (HEIGHT, shapes, f"{chart.y} against {chart.x}. {'; '.join(ends)}."), rows
+    said = ("; ".join(f"{chart.form(p[x])} at {number(x)}" for x in (min(p), max(p))) for p in known.values())
+    ends = " ".join(f"{name}: {says}." for name, says in zip(known, said, strict=True))
+    return (HEIGHT, shapes, f"{chart.y} against {chart.x}. {ends}"), rows
 
 
 def _bars(chart: Chart) -> tuple[tuple[int, list[Markup], str], list[list[str]]]:
@@ -205,21 +191,17 @@ def _bars(chart: Chart) -> tuple[tuple[int, list[Markup], str], list[list[str]]]
     shapes: list[Markup] = []
     rows = [["", chart.y, "before", "note"]]
     for i, bar in enumerate(chart.bars):
-        top, name, value = 42 * i, clean(bar.name), chart.form(bar.value)
+        top, name, value, scale = 42 * i, clean(bar.name), chart.form(bar.value), WIDTH / full
         shown = " ".join(filter(None, (value, bar.note)))
         room = 52 - len(shown)  # characters of 13 units' type that fit beside the value
         label = name if len(name) <= room else f"{name[: room - 1]}…"
         shapes.append(tag("text", label, tag("title", name), x=0, y=top + 14))
         shapes.append(tag("text", shown, x=WIDTH, y=top + 14, class_="end"))
-        shapes.append(tag("rect", x=0, y=top + 22, width=WIDTH, height=10, rx=2, class_="track"))
-        shapes.append(
-            tag("rect", x=0, y=top + 22, width=f"{WIDTH * bar.value / full:.1f}", height=10, rx=2, class_="s1")
-        )
+        for width, css in ((WIDTH, "track"), (bar.value * scale, "s1")):
+            shapes.append(tag("rect", x=0, y=top + 22, width=f"{width:.1f}", height=10, rx=2, class_=css))
         if bar.before is not None:
-            x = f"{WIDTH * bar.before / full:.1f}"
-            shapes.append(
-                tag("path", tag("title", f"before: {chart.form(bar.before)}"), d=f"M{x} {top + 19}v16", class_="was")
-            )
+            hint = tag("title", f"before: {chart.form(bar.before)}")
+            shapes.append(tag("path", hint, d=f"M{bar.before * scale:.1f} {top + 19}v16", class_="was"))
         rows.append([name, value, chart.form(bar.before), bar.note])
     keep = [0, 1, *(i for i in (2, 3) if any(row[i] not in ("-", "") for row in rows[1:]))]
     says = f"{chart.y}. " + "; ".join(f"{bar.name}: {chart.form(bar.value)}" for bar in chart.bars) + "."

@@ -85,10 +85,8 @@ def markdown(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
         lines += [f"## {MARKS[comparison.outcome]} {_prose(headline(comparison))}", ""]
         lines += [f"{_code(title(comparison.base))} → {_code(title(comparison.head))}", ""]
         for part in parts(comparison):
-            grid = _grid(COLUMNS, part.rows, RIGHT)
-            lines += (
-                _fold(f"{part.heading} ({part.count})", grid) if part.folded else [f"### {part.heading}", "", *grid]
-            )
+            name, grid = f"{part.heading} ({part.count})", _grid(COLUMNS, part.rows, RIGHT)
+            lines += _fold(name, grid) if part.folded else [f"### {name}", "", *grid]
         lines += [*(f"- {_prose(note)}" for note in comparison.notes), ""]
     heading, *rows = figures(runs[-1])
     grid = _grid(heading, rows, heading[1:])

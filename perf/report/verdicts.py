@@ -101,8 +101,7 @@ def _cells(verdict: Verdict, short: dict[str, str]) -> tuple[str, ...]:
     if metric is None:
         return (name, *["-"] * (len(COLUMNS) - 2), verdict.reason)
     interval = f"{signed(verdict.low)[:-1]} to {signed(verdict.high)}" if verdict.low is not None else "-"
-    allowed = (
-        "none" if metric.direction == "exact" else "-" if verdict.tolerance is None else f"{verdict.tolerance:.1%}"
-    )
+    allowed = "-" if verdict.tolerance is None else f"{verdict.tolerance:.1%}"
+    allowed = "none" if metric.direction == "exact" else allowed
     values = (metric.format(verdict.base), metric.format(verdict.head), signed(verdict.effect))
     return (name, named(metric), *values, interval, allowed, verdict.reason)
