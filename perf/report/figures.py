@@ -14,7 +14,7 @@ from perf.report.verdicts import value
 from perf.runs import Benchmark, Run
 
 NAMED = ("policy", "backend", "model", "device", "dtype", "runner")  # what tells lines apart
-SIZED = ("batch_size", "prompt_tokens", "context", "prefix_caching", "workload")  # and, among bars, these too
+SIZED = ("batch_size", "prompt_tokens", "context", "prefix_caching")  # and, among bars, these too
 PERCENTILES = ("p50", "p95", "p99")
 TIMES = {"ttft": "time to first token", "tpot": "time per output token", "latency": "from due to finished"}
 BARS = {  # group -> metric, title, what it says, value of a full bar, what else: a metric, or a policy to divide by
@@ -65,16 +65,16 @@ def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]
 
 
 def labels(benchmarks: Iterable[Benchmark], keys: Sequence[str]) -> Callable[[Benchmark], str]:
-    """How to call each of these: by the fewest of `keys`, taken in order, that tell apart what they can tell apart."""
+    """How to call each of these: by the sizes in which they differ, and the fewest others of `keys` that are needed."""
     known, chosen = list(benchmarks), list[str]()
     for key in keys:
         kinds = [len({tuple(b.info.get(k) for k in some) for b in known}) for some in (chosen, [*chosen, key])]
-        if kinds[1] > kinds[0]:
+        if kinds[1] > kinds[0] or (key in SIZED and len({b.info.get(key) for b in known}) > 1):
             chosen.append(key)
 
     def label(b: Benchmark) -> str:
         parts = [(key, number(b.info[key])) for key in chosen if b.info.get(key) is not None]
-        words = [name if key in (*NAMED, "workload") else f"{key.replace('_', ' ')} {name}" for key, name in parts]
+        words = [f"{key.replace('_', ' ')} {name}" if key in SIZED else name for key, name in parts]
         return ", ".join(words) or number(b.info.get("policy") or b.fullname.split("::")[-1])
 
     return label
@@ -145,7 +145,7 @@ def _bars(head: Run, base: Run | None, *groups: str) -> list[Chart]:
     for group in groups:
         metric, title, says, full, beside = BARS[group]
         shown = _group(head, group, metric)
-        label = labels(shown, NAMED + SIZED)
+        label = labels(shown, (*NAMED, *SIZED, "workload"))
         before = {b.fullname: value(b, metric) for b in _group(base, group, metric)}
         one = [value(b, metric) for b in shown if b.info.get("policy") == beside]
         bars = []
