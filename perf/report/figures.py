@@ -19,14 +19,8 @@ PERCENTILES = ("p50", "p95", "p99")
 TIMES = {"ttft": "time to first token", "tpot": "time per output token", "latency": "from due to finished"}
 BARS = {  # group -> metric, title, what it says, value of a full bar, what else: a metric, or a policy to divide by
     "policy": ("tokens_per_s", "Policies", "output tokens/s on one workload", None, "sequential"),
-    "peers": (
-        "tokens_per_s",
-        "Peers",
-        "output tokens/s, same tokens in and out (and of ours)",
-        None,
-        "ratio_to_engine",
-    ),
-    "scale": ("tokens_per_s", "Model scale", "output tokens/s (and over one at a time)", None, "speedup"),
+    "peers": ("tokens_per_s", "Peers", "output tokens/s (and times this engine's)", None, "ratio_to_engine"),
+    "scale": ("tokens_per_s", "Model scale", "output tokens/s (and times one request at a time)", None, "speedup"),
     "decode": ("decode_bandwidth_pct", "Decode roofline", "% of the measured copy bandwidth", 100.0, None),
     "prefill": ("prefill_mfu_pct", "Prefill roofline", "% of the measured matmul rate", 100.0, None),
     "prefix": ("ttft_p50_ms", "Prefix reuse", "TTFT P50; less is better", None, None),
