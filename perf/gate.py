@@ -1,9 +1,9 @@
 """The gate: two runs in, a verdict a metric and an exit code out.
 
 A metric FAILs if its 95 % interval lies wholly on the bad side and its effect exceeds what is allowed: the tolerance,
-or the absolute floor where that is more. It PASSes if the worse end of the interval is still allowed. Everything else is
-INCONCLUSIVE. A counter FAILs if it differs at all. Among many comparisons some look bad by chance: a FAIL must also
-stand after Benjamini and Hochberg, so that identical code fails in one run of forty however many benchmarks it has.
+or the absolute floor where that is more. It PASSes if the worse end of the interval is still allowed. Everything else
+is INCONCLUSIVE. A counter FAILs if it differs at all. Among many comparisons some look bad by chance: a FAIL must also
+stand after Benjamini and Hochberg, so that noise fails at most one run in forty, however many benchmarks it has.
 Statistics are in perf/stats.py, rendering in perf/report; nothing here measures or prints.
 """
 
@@ -22,24 +22,9 @@ from perf.metrics import METRICS, Metric
 from perf.runs import STORAGE, Benchmark, Exit, GateError, Run, load
 
 CANARIES = ("canary_matmul_gflops", "canary_copy_gbps")
-CANARY_NOTE = 0.05
-IDENTITY = tuple(  # what was asked for: other answers to other questions are no regression
-    [
-        "backend",
-        "model",
-        "dtype",
-        "device",
-        "policy",
-        "batch_size",
-        "workload",
-        "arrivals",
-        "seed",
-        "requests",
-        "offered_rate",
-        "slo_ttft_ms",
-        "slo_tpot_ms",
-    ]
-)
+CANARY_NOISE = 0.03
+WORK = ("backend", "model", "dtype", "device", "policy", "batch_size", "workload", "arrivals", "seed", "requests")
+IDENTITY = (*WORK, "offered_rate", "slo_ttft_ms", "slo_tpot_ms")  # other answers to other questions are no regression
 LEVEL = (1 - stats.CONFIDENCE) / 2
 
 
@@ -113,18 +98,10 @@ class Comparison:
         }
         records = []
         for verdict in self.verdicts:
-            record = asdict(verdict) | {
-                "metric": verdict.metric and verdict.metric.name,
-                "rounds": list(verdict.rounds),
-            }
-            records.append({key: _json_number(value) for key, value in record.items()})
-        outcome = {
-            "outcome": str(self.outcome),
-            "exit": int(self.exit),
-            "paired": self.paired,
-            "notes": list(self.notes),
-        }
-        return {**outcome, **runs, "verdicts": records}
+            own = {"metric": verdict.metric and verdict.metric.name, "rounds": list(verdict.rounds)}
+            records.append({key: _json_number(value) for key, value in (asdict(verdict) | own).items()})
+        whole = {"outcome": str(self.outcome), "exit": int(self.exit), "paired": self.paired}
+        return {**whole, "notes": list(self.notes), **runs, "verdicts": records}
 
 
 def check_session(
@@ -174,10 +151,7 @@ def compare(
 def _benchmark(before: Benchmark, after: Benchmark | None, paired: bool, counters: bool) -> Iterator[Verdict]:
     whole = Verdict(before.fullname, before.group, None, Outcome.ERROR, "")
     if after is None:
-        why = (
-            "is in the baseline and not in this run: it was removed, renamed, skipped, deselected, or ended in an error"
-        )
-        yield replace(whole, reason=why)
+        yield replace(whole, reason="is in the baseline and not in this run: removed, renamed, skipped or failed")
         return
     broken = [f"{side} {b.problems['']}" for side, b in (("base", before), ("head", after)) if "" in b.problems]
     prints = _differences(before.fingerprint, after.fingerprint, {*before.fingerprint, *after.fingerprint})
@@ -234,9 +208,8 @@ def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[
     why = f"{metric.format(abs(start.head - base[0]))} {word} than {metric.format(base[0])}"
     why += "" if len(set(head)) == 1 else f", and not the same in every round ({_span(metric, head)})"
     effect = start.head / base[0] - 1 if base[0] else None
-    return replace(
-        start, outcome=Outcome.FAIL, reason=f"{why}: if meant, save a new baseline", effect=effect, tolerance=0.0
-    )
+    why += ": if meant, save a new baseline"
+    return replace(start, outcome=Outcome.FAIL, reason=why, effect=effect, tolerance=0.0)
 
 
 def _timed(start: Verdict, metric: Metric, estimate: stats.Estimate, moved: tuple[float, str], unit: str) -> Verdict:
@@ -248,9 +221,10 @@ def _timed(start: Verdict, metric: Metric, estimate: stats.Estimate, moved: tupl
     low, effect, high = (math.expm1(x) for x in (estimate.low, estimate.log_ratio, estimate.high))
     known = replace(start, effect=effect, low=low, high=high, p=estimate.tail(bad))
     allowed = f"{tolerance:.1%} allowed"
-    machine = f"; but the machine changed: {moved[1]}" if moved[0] > abs(estimate.log_ratio) else ""
+    elsewhere = metric.unit != "bytes" and moved[0] > max(abs(estimate.log_ratio), CANARY_NOISE)
+    machine = f"; but the machine changed: {moved[1]}" if elsewhere else ""
     if best > 0 and harm > limit:
-        why = f"{_percent(harm, bad)}, and {_percent(best, bad)} at least; {allowed}"
+        why = f"{_percent(harm, bad)}, {abs(math.expm1(bad * best)):.1%} at least; {allowed}"
         return replace(known, outcome=Outcome.FAIL, reason=why + machine)
     if worst <= limit:
         improved = worst < 0 and -harm > limit
@@ -281,7 +255,7 @@ def _notes(base: Run, head: Run, counters: bool) -> Iterator[str]:
         yield f"tolerances are others than in the baseline: {_listed(loosened)}"
     for key in CANARIES:
         ratios = [math.exp(c[key]) for a, b in both if key in (c := _canaries(a, b))]
-        if ratios and abs(change := median(ratios) - 1) > CANARY_NOTE:
+        if ratios and abs(change := median(ratios) - 1) > CANARY_NOISE:
             yield f"the machine changed: {METRICS[key].label} {change:+.1%} from base to head"
     for side, run in (("base", base), ("head", head)):
         voided = [b.fullname for b in run.benchmarks.values() if b.info.get("rounds_voided")]
