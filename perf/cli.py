@@ -54,7 +54,11 @@ def compare(
     csv: Csv = None,
     json: Json = None,
 ) -> None:
-    """Judge one saved run against another."""
+    """Judge one saved run against another, of the same machine.
+
+    How rounds vary within a run is accounted for; that a machine is slower today than it was is not, beyond a note when
+    its canary says so. Where that matters, use ab.
+    """
     from perf.gate import compare as judge
 
     _writable(html=html, markdown=markdown, csv=csv, json=json)

@@ -8,7 +8,6 @@ nothing. The slowdown is planted from outside: nothing in the engine knows of it
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import math
@@ -216,9 +215,10 @@ def _visible(found: dict[float, list[gate.Comparison]]) -> dict[str, float]:
         for v in comparison.verdicts:
             if v.metric is None or v.low is None or v.high is None or v.tolerance is None:
                 continue
-            df = float(v.rounds[0] - 1)
             half = (math.log1p(v.high) - math.log1p(v.low)) / 2
-            sure = max(half, math.log1p(v.tolerance)) + stats.POWER_Z * half / stats.t_quantile(0.975, df)
+            error = half / stats.t_quantile((1 + stats.CONFIDENCE) / 2, v.rounds[0] - 1)
+            limit = -math.log1p(-v.tolerance) if v.metric.direction == "higher" else math.log1p(v.tolerance)
+            sure = max(half, limit) + stats.POWER_Z * error
             sizes.setdefault(v.metric.name, []).append(math.expm1(sure))
     return {name: statistics.median(values) for name, values in sizes.items()}
 
@@ -233,47 +233,58 @@ def _pytest_blocks(args: Sequence[str], folder: Path) -> Measure:
     return measure
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A process that measures when it is asked to; what it prints goes to `log`."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    @classmethod
+    def start(cls, log: Path) -> _Block:
+        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+        command, pipe = [sys.executable, "-m", "perf.selftest"], subprocess.PIPE
+        with log.open("w") as errors:
+            return cls(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, env=env, text=True), log)
+
+    def ask(self, **request: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it is ready; raises GateError, with the end of its log, if it ended instead."""
+        assert self.process.stdout is not None
+        if self.process.stdout.readline() != "ready\n":
+            code = self.process.wait()
+            raise GateError(f"a block ended with code {code}:\n{self.log.read_text()[-2000:]}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
 @contextmanager
 def _processes(count: int) -> Iterator[Measure]:
     """Fresh processes that have loaded everything and wait; each measures when asked, alone."""
-    started: list[subprocess.Popen[str]] = []
-    with tempfile.TemporaryDirectory(prefix="perf-selftest-") as folder, contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perf-selftest-")))
+        blocks: list[_Block] = []
         for number in range(count):
-            log = stack.enter_context((Path(folder) / f"{number}.log").open("w"))
-            command = [sys.executable, "-m", "perf.selftest", folder]
-            env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env, text=True
-            )
-            stack.callback(_end, process)
-            started.append(process)
-        for process in started:
-            _answer(process, folder)
-        numbers = iter(range(sys.maxsize))
+            blocks.append(_Block.start(folder / f"{number}.log"))
+            stack.callback(blocks[-1].end)
+        for block in blocks:
+            block.wait()
+        saved = (folder / f"{number}.json" for number in range(sys.maxsize))
 
         def measure(number: int, effect: float) -> Run:
-            path = Path(folder) / f"run{next(numbers)}.json"
-            process = started[number]
-            assert process.stdin is not None
-            process.stdin.write(json.dumps({"effect": effect, "path": str(path)}) + "\n")
-            process.stdin.flush()
-            _answer(process, folder)
+            path = next(saved)
+            blocks[number].ask(effect=effect, path=str(path))
             return load(path)
 
         yield measure
-
-
-def _answer(process: subprocess.Popen[str], folder: str) -> None:
-    assert process.stdout is not None
-    if process.stdout.readline() != "ready\n":
-        process.wait()
-        logs = sorted(Path(folder).glob("*.log"), key=lambda path: path.stat().st_size)
-        raise GateError(f"a block ended with code {process.returncode}:\n{logs[-1].read_text()[-2000:]}")
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
 
 
 def _serve(requests: IO[str], replies: IO[str]) -> None:
