@@ -63,7 +63,11 @@ def ab(
             advance(f"block {number} of {2 * blocks}: {(base, head)[side]}")
             saved = trees[side].parent / f"{number}.json"
             done[side].append(block(args, saved, trees[side], f"block {number}, {(base, head)[side]}"))
-    return gate.compare(merge(done[0], base), merge(done[1], head), paired=True, counters=counters)
+    comparison = gate.compare(merge(done[0], base), merge(done[1], head), paired=True, counters=counters)
+    if commits[0] == commits[1]:
+        note = f"both revisions are commit {commits[0][:12]}: whatever differs is the machine"
+        comparison = replace(comparison, notes=(*comparison.notes, note))
+    return comparison
 
 
 def order(pairs: int) -> list[int]:

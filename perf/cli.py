@@ -62,8 +62,12 @@ def compare(
     from perf.gate import compare as judge
 
     _writable(html=html, markdown=markdown, csv=csv, json=json)
-    comparison = judge(load(base, storage), load(head, storage), counters=counters)
-    _conclude(comparison, html, markdown, csv, json)
+    before, after = load(base, storage), load(head, storage)
+    if before.path.samefile(after.path):
+        raise GateError(
+            f"{base!r} and {head!r} are the same file, {before.path}: a run always equals itself", Exit.USAGE
+        )
+    _conclude(judge(before, after, counters=counters), html, markdown, csv, json)
 
 
 @app.command()

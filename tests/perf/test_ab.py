@@ -175,6 +175,16 @@ def test_merged_blocks_have_a_value_a_block_and_every_value_of_a_counter():
     assert not merged.problems
 
 
+def test_one_commit_against_itself_is_said_to_measure_the_machine(repo, monkeypatch):
+    monkeypatch.setattr(ab, "block", lambda *_: block({"tokens_per_s": [100.0]}))
+    same = ab.ab("good", "slow~1", [], blocks=4, repo=repo)
+    assert same.exit is Exit.PASS
+    assert same.notes == (
+        f"both revisions are commit {git(repo, 'rev-parse', 'good')[:12]}: whatever differs is the machine",
+    )
+    assert ab.ab("good", "slow", [], blocks=4, repo=repo).notes == ()
+
+
 def test_blocks_that_do_not_fit_together_are_problems():
     one = block({"tokens_per_s": [1.0]})
     for other, where, says in (

@@ -26,7 +26,8 @@ def storage(tmp_path, monkeypatch):
     kinds = {"main": (0, 1.0, None), "again": (1, 1.0, None), "slow": (2, 0.88, None), "less": (3, 1.0, 3)}
     for number, (name, (seed, speed, most)) in enumerate(kinds.items(), 1):
         made.save(folder, name, made.benchmarks(seed, speed)[:most], number)
-    made.save(folder, "startup", [entry for entry in made.benchmarks() if entry["group"] == "startup"], 9)
+    for number, name in ((8, "startup"), (9, "restarted")):
+        made.save(folder, name, [entry for entry in made.benchmarks() if entry["group"] == "startup"], number)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -49,11 +50,19 @@ def test_exit_codes_say_what_was_found(run, storage):
     assert code == 1
     assert out.rstrip().splitlines()[-1].startswith("FAIL: ")
     assert run("compare", "main", "again")[0] == 4  # at 1 % of noise, five rounds can't tell 3 %
-    assert run("compare", "startup", "startup")[0] == 0
+    assert run("compare", "startup", "restarted")[0] == 0
     assert run("compare", "main", "less")[0] == 3
     code, _, err = run("compare", "nope", "main")
     assert code == 3
-    assert err.startswith("error: no run 'nope' in '.benchmarks' (saved there: again, less, main, slow, startup)")
+    assert err.startswith(
+        "error: no run 'nope' in '.benchmarks' (saved there: again, less, main, restarted, slow, startup)"
+    )
+
+
+def test_a_run_is_not_compared_with_itself(run, storage):
+    code, _, err = run("compare", "main", "1")
+    assert code == 2
+    assert err.startswith("error: 'main' and '1' are the same file")
 
 
 @pytest.mark.parametrize("args", [["compare", "main"], ["compare", "main", "slow", "--charm"], ["charm"],
