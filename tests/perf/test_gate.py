@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from perf import gate, runs
 from perf.gate import Outcome
@@ -270,3 +271,18 @@ def test_a_comparison_is_plain_json():
     assert (found["outcome"], found["exit"], found["base"]["commit"]) == ("PASS", 0, "abc")
     assert [record["metric"] for record in found["verdicts"]] == ["ttft_p50_ms", *COUNTS]
     assert found["verdicts"][0]["tolerance"] is None  # a floor above a baseline of 0 allows anything
+
+
+rounds = st.lists(st.floats(1, 1000), min_size=5, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rounds, rounds, st.floats(1.0, 3.0), st.sampled_from(["tokens_per_s", "ttft_p95_ms", "startup_s"]), st.booleans()
+)
+def test_what_gets_worse_never_gets_a_better_verdict(base, head, factor, metric, paired):
+    base, head = base[: len(head)], head[: len(base)]
+    rank = [Outcome.PASS, Outcome.INCONCLUSIVE, Outcome.FAIL]
+    worse = [value / factor if metric == "tokens_per_s" else value * factor for value in head]
+    before, after = (only(judge({metric: base}, {metric: values}, paired=paired)).outcome for values in (head, worse))
+    assert rank.index(after) >= rank.index(before)

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from perf import stats
 
 LEVEL = 0.025  # one-sided, of a 95 % interval
-RUNS = 1000
+RUNS = 700
 
 
 def normal(rng, n):
