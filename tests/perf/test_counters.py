@@ -1,4 +1,4 @@
-"""The counters gate: every difference has a line, a change is recorded by one command, and the file covers everything."""
+"""The counters gate: every difference has a line, a change is recorded by one command, the file covers everything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVML sampling against a made-up NVML: what is read, what voids a round, and what is said where nothing can be read."""
+"""NVML sampling against a made-up NVML: what is read, what voids a round, what is said where nothing can be read."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_without_nvml_there_is_a_reason(monkeypatch: pytest.MonkeyPatch):
     def broken() -> None:
         raise NVMLError("no driver")
 
-    nvml: Any = fake_nvml(driver=lambda: broken())
+    nvml: Any = fake_nvml(driver=broken)
     nvml.nvmlInit = broken
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     with Monitor("cuda") as monitor:

@@ -1,4 +1,4 @@
-"""Recording: correct before fast, medians and samples of the good rounds only, and nothing that JSON has no word for."""
+"""Recording: correct before fast, medians and samples of the good rounds only, nothing that JSON has no word for."""
 
 from __future__ import annotations
 
