@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import types
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from perf import canary, plugin, record  # noqa: F401 (imported here, once: pytester forgets what runs inside import)
+from perf import canary, plugin, record
 from perf.canary import Canary
 
 pytest_plugins = ["pytester"]
@@ -40,7 +42,23 @@ def test_it(perf_case, device):
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    return pytester.runpytest_inprocess("-p", "perf.plugin", "-p", "no:cacheprovider", *arguments)
+    without = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")  # the latter collects garbage five times a run
+    return pytester.runpytest_inprocess("-p", "perf.plugin", *without, *arguments)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported() -> None:
+    """Import what runs inside will need: pytester forgets modules that a run inside it was the first to import."""
+    bench = record.Bench(model=None, dtype=None, rounds=None, quick=False, plant=0.0)
+    trial = record.Trial(bench, "load", "continuous", "mixed-2", device="cpu", max_batch_size=2)
+    trial.prove()
+    trial.before()
+    trial.run()
+    trial.after()
+    trial.info()
+    gc.freeze()  # all that was imported; else collecting it takes longer than the tests
+    for name in ("perf.gate", "perf.report", "perf.summary", "perf.selftest", "rich.table", "pandas"):
+        import_module(name)
 
 
 @pytest.fixture(autouse=True)
