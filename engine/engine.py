@@ -58,7 +58,9 @@ class Engine:
         if runner == "auto":
             runner = "packed" if config.policy == "continuous" or config.deterministic else "padded"
         dtype = str(model.dtype).removeprefix("torch.")
-        self.config = replace(config, device=str(model.device), dtype=dtype, runner=runner)
+        small = runner == "packed" and model.device.type == "cpu"
+        tokens = config.max_step_tokens or (512 if small else 8192)
+        self.config = replace(config, device=str(model.device), dtype=dtype, runner=runner, max_step_tokens=tokens)
         self._may_fall_back = config.runner == "auto" and not config.deterministic
         text_config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(text_config.vocab_size)
@@ -78,7 +80,7 @@ class Engine:
 
     def _build(self, capacity: int) -> None:
         """Make the runner, the memory's accounting for `capacity` tokens, and the scheduler."""
-        config = self.config
+        config, tokens = self.config, self.config.max_step_tokens or 0
         if config.runner == "packed":
             useful = 2 * config.max_batch_size * -(-self.max_positions // config.page_size)
             pages = min(capacity // config.page_size, useful)
@@ -92,9 +94,9 @@ class Engine:
                 warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=3)
                 self.config = replace(config, runner="padded", policy="dynamic")
                 return self._build(capacity)
-            self.scheduler = Scheduler(config.policy, config.max_batch_size, config.max_step_tokens, pool)
+            self.scheduler = Scheduler(config.policy, config.max_batch_size, tokens, pool)
         else:
-            self.runner = PaddedRunner(self.model, config.max_step_tokens)
+            self.runner = PaddedRunner(self.model, tokens)
             self.scheduler = Scheduler(config.policy, config.max_batch_size, sys.maxsize, RowPool(capacity))
 
     @classmethod

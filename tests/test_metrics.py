@@ -156,8 +156,8 @@ def test_add_counts_preemptions_and_cached_prompt_tokens():
 def test_unused_memory_is_a_mean_over_requests_and_steps():
     metrics = EngineMetrics()
     assert metrics.counters.kv_unused_mean == 0.0
-    metrics.count_memory(12, 1)
-    metrics.count_memory(8, 3)
+    for requests, unused in ((1, 12), (3, 8)):
+        metrics.count_step(requests, StepResult([], 1, requests, 0, 0.0, 0), 0.0, unused)
     assert metrics.counters.kv_unused_mean == 5.0
     assert metrics.flat()["kv_unused_mean"] == 5.0
 
