@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import InputError, LoadedModel
-from engine.models import cache_dir
+from engine.machine import cache_dir
 from engine.workload import WorkItem
 from perf.backends import Outcome, Setup, Unavailable, timeline
 
