@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings, strategies as st
+from torch._inductor.exc import InvalidCxxCompiler
 
 from engine import InputError
 from engine.attention import attend
+from engine.attention.compiled import compiled_rows
 from engine.attention.paged import Options, PackedStep, Piece, Store
+from engine.attention.rows import attend_rows, rows_of
 
 KV_HEADS, DIM = 2, 4
 
@@ -163,6 +166,44 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
     for cuts in ([(0, 30)], [(0, 7), (7, 8), (8, 30)], [(i, i + 1) for i in range(30)]):
         for company in (0, 1, 9):
             assert torch.equal(logits(cuts, company), alone)
+
+
+@pytest.mark.parametrize("pasts", [[30], [0, 5], [i * 37 % 190 for i in range(17)]], ids=len)
+def test_compiled_rows_give_and_write_what_torch_does(pasts):
+    """In SmolLM2's shape, from parts of one tensor, as a layer hands them over."""
+    count, kv_heads, dim, size = len(pasts), 3, 64, 16
+    generator = torch.Generator().manual_seed(count)
+    stores = [Store.zeros((12 * count, kv_heads, size, dim), torch.zeros(())) for _ in range(2)]
+    stores[0].keys_LKDP.normal_(generator=generator)
+    stores[0].values_LKPD.normal_(generator=generator)
+    for half in ("keys_LKDP", "values_LKPD"):
+        getattr(stores[1], half).copy_(getattr(stores[0], half))
+    tables = [(list(range(12 * row, 12 * row + 12)), past) for row, past in enumerate(pasts)]
+    rows = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
+    q, k, v = torch.randn(count, 15, dim, generator=generator).split((9, 3, 3), 1)
+    page_R = torch.tensor([pages[past // size] for pages, past in tables])
+    where = (page_R, torch.tensor(pasts) % size, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
+    run = compiled_rows(9, stores[1].keys_LKDP, stores[1].values_LKPD)
+    assert run is not attend_rows, "there is a compiler here"
+    outs = [
+        attend(q, k, v, store.keys_LKDP, store.values_LKPD, *where)
+        for attend, store in zip((attend_rows, run), stores, strict=True)
+    ]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(stores[0].keys_LKDP, stores[1].keys_LKDP)
+    assert torch.equal(stores[0].values_LKPD, stores[1].values_LKPD)
+
+
+def test_without_a_compiler_torch_does_it_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
+
+    def refuse(*args, **kwargs):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)
+    store = Store.zeros((12, 3, 16, 64), torch.zeros(()))
+    assert compiled_rows(9, store.keys_LKDP, store.values_LKPD) is attend_rows
+    assert "no working C++ compiler" in caplog.text
 
 
 def call(**options):

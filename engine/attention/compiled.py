@@ -36,7 +36,8 @@ def compiled_rows(heads: int, keys_LKDP: torch.Tensor, values_LKPD: torch.Tensor
         if not package.exists() and not _build(package, heads, keys_LKDP, values_LKPD):
             return attend_rows
     run = torch._inductor.aoti_load_package(str(package)).loader.run
-    return lambda *tensors: run(list(tensors))[0]
+    # It takes every tensor to lie as its example did, and does not check: views must be laid out first.
+    return lambda *tensors: run([tensor.contiguous() for tensor in tensors])[0]
 
 
 def _build(package: Path, heads: int, keys_LKDP: torch.Tensor, values_LKPD: torch.Tensor) -> bool:

@@ -113,20 +113,26 @@ class PackedRunner:
         )
 
     def _prove_equal(self, packed: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor) -> dict[int, Options]:
-        """Compare logits of tokens computed as a chunk, a chunk with a past, and one alone; gives layers' options."""
+        """Compare logits of two like requests, computed as chunks without and with a past, and token by token.
+
+        Gives the layers' options.
+        """
         pages = -(-len(tokens) // self.pool.page_size)
-        stores = _stores(packed, pages, self.pool.page_size)
+        stores = _stores(packed, 2 * pages, self.pool.page_size)
         found, options = [], {}
         try:
-            for begin, end in ((0, 15), (15, 23), (23, 24)):
-                step = PackedStep(
-                    stores, [Piece(0, end - begin, begin, list(range(pages)))], self.deterministic, self._rows
-                )
-                found.append(_forward(packed, tokens[begin:end], step, list(range(end - begin))))
+            for begin, end in ((0, 15), (15, 22), (22, 23), (23, 24)):
+                count = end - begin
+                pieces = [
+                    Piece(i * count, (i + 1) * count, begin, list(range(i * pages, (i + 1) * pages))) for i in range(2)
+                ]
+                step = PackedStep(stores, pieces, self.deterministic, self._rows)
+                logits = _forward(packed, tokens[begin:end] * 2, step, list(range(2 * count)))
+                found.append(logits.double().unflatten(0, (2, count)))
                 options.update(step.options)
         except (InputError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             raise InputError(f"{type(packed).__name__} cannot run packed: {error}") from error
-        off = float((torch.cat(found).double() - expected_TV).abs().max() / expected_TV.abs().max())
+        off = float((torch.cat(found, 1) - expected_TV).abs().max() / expected_TV.abs().max())
         if not off <= TOLERANCE[packed.dtype]:
             raise InputError(
                 f"{type(packed).__name__} gives other logits when packed (off by {off:.1e} of the largest)"
