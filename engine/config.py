@@ -25,8 +25,9 @@ class EngineConfig:
         device: "auto" (CUDA if there is one, else the CPU) or a torch device: "cpu", "cuda", "cuda:1".
         dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16.
         max_batch_size: requests that share a step at most.
-        max_step_tokens: tokens a step computes at most; longer prompts are computed in several. (Padded: positions of
-            one forward pass, padding included, but at least one a row.)
+        max_step_tokens: tokens a step computes at most; longer prompts are computed in several. None: 512 packed on a
+            CPU, where more do not fit its caches, else 8192. (Padded: positions of one forward pass, padding
+            included, but at least one a row.)
         page_size: tokens of one page of KV memory (packed).
         prefix_caching: keep what was computed and reuse it for prompts that begin the same (packed).
         deterministic: bitwise the same logits for a request whatever shares its batch (packed); slower.
@@ -39,7 +40,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     max_batch_size: int = 32
-    max_step_tokens: int = 8192
+    max_step_tokens: int | None = None
     page_size: int = 16
     prefix_caching: bool = True
     deterministic: bool = False
@@ -51,7 +52,8 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         check_integer("max_batch_size", self.max_batch_size, 1)
-        check_integer("max_step_tokens", self.max_step_tokens, 1)
+        if self.max_step_tokens is not None:
+            check_integer("max_step_tokens", self.max_step_tokens, 1)
         check_integer("page_size", self.page_size, 1)
         check_integer("seed", self.seed, 0, 2**63 - 1)
         check_bool("prefix_caching", self.prefix_caching)

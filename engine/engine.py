@@ -27,9 +27,8 @@ from engine.metrics import EngineMetrics
 from engine.models import LoadedModel, kv_bytes_per_token, load
 from engine.pages import PagePool, RowPool
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk
-from engine.runner import Ticket
+from engine.runner import Runner, Ticket
 from engine.runner.graphs import packed_runner, step_bytes
-from engine.runner.packed import PackedRunner
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
 from engine.scheduler import Scheduler, Step
@@ -70,16 +69,18 @@ class Engine:
         if runner == "auto":
             runner = "packed" if config.policy == "continuous" or config.deterministic else "padded"
         dtype = str(model.dtype).removeprefix("torch.")
-        self.config = replace(config, device=str(model.device), dtype=dtype, runner=runner)
+        small = runner == "packed" and model.device.type == "cpu"
+        tokens = config.max_step_tokens or (512 if small else 8192)
+        self.config = replace(config, device=str(model.device), dtype=dtype, runner=runner, max_step_tokens=tokens)
         self._may_fall_back = config.runner == "auto" and not config.deterministic
         text_config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(text_config.vocab_size)
         self.max_positions = int(getattr(text_config, "max_position_embeddings", None) or sys.maxsize)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
-        self.runner: PaddedRunner | PackedRunner
+        self.runner: Runner
         token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
-        memory = self._kv_memory(config)
+        memory = self._kv_memory(config, tokens)
         if memory < token_bytes * (config.page_size if self.config.runner == "packed" else 1):
             raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")
         self._build(memory // token_bytes)
@@ -90,17 +91,15 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
 
-    def _kv_memory(self, config: EngineConfig) -> int:
-        """Bytes for keys and values: of what is free beside a step, which is measured by running one.
+    def _kv_memory(self, config: EngineConfig, tokens: int) -> int:
+        """Bytes for keys and values: of what is free beside a step of so many tokens, measured by running one.
 
         Raises:
             InputError: if more is asked for than there is.
         """
-        tokens, rows = min(config.max_step_tokens, self.max_positions), config.max_batch_size
+        tokens, rows = min(tokens, self.max_positions), config.max_batch_size
         free = _free(self.model.device)
-        taken = step_bytes(self.model, tokens, rows) + step_bytes(
-            self.model, rows, rows
-        )  # a prefill's, and the graphs'
+        taken = sum(step_bytes(self.model, count, rows) for count in (tokens, rows))  # a prefill's, and the graphs'
         if not isinstance(config.kv_memory, int):
             return int(config.kv_memory * max(0, free - taken))
         if config.kv_memory > free - taken:
@@ -112,7 +111,7 @@ class Engine:
 
     def _build(self, capacity: int) -> None:
         """Make the runner, the memory's accounting for `capacity` tokens, and the scheduler."""
-        config = self.config
+        config, tokens = self.config, self.config.max_step_tokens or 0
         if config.runner == "packed":
             useful = 2 * config.max_batch_size * -(-self.max_positions // config.page_size)
             pages = min(capacity // config.page_size, useful)
@@ -126,9 +125,9 @@ class Engine:
                 warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=3)
                 self.config = replace(config, runner="padded", policy="dynamic")
                 return self._build(capacity)
-            self.scheduler = Scheduler(config.policy, config.max_batch_size, config.max_step_tokens, pool)
+            self.scheduler = Scheduler(config.policy, config.max_batch_size, tokens, pool)
         else:
-            self.runner = PaddedRunner(self.model, config.max_step_tokens)
+            self.runner = PaddedRunner(self.model, tokens)
             self.scheduler = Scheduler(config.policy, config.max_batch_size, sys.maxsize, RowPool(capacity))
 
     @classmethod

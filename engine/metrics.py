@@ -155,6 +155,7 @@ class EngineMetrics:
         flat["kv_unused_mean"] = self.counters.kv_unused_mean
         flat["batch_size_mean"] = sum(self.counters.batch_sizes.elements()) / max(1, self.counters.steps)
         for name, column in self.summary().items():
+            short = str(name).removesuffix("_ms")
             for row, label in (("mean", "mean"), ("50%", "p50"), ("95%", "p95"), ("99%", "p99")):
-                flat[f"{name.removesuffix('_ms')}_{label}_ms"] = None if column.isna()[row] else float(column[row])
+                flat[f"{short}_{label}_ms"] = None if column.isna()[row] else float(column[row])
         return flat

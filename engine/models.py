@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.errors import InputError
+from engine.machine import cache_dir
 
 if TYPE_CHECKING:
     import torch
@@ -146,12 +146,6 @@ def kv_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
 def kv_bytes_per_token(config: PreTrainedConfig, element_bytes: int) -> int:
     """Bytes of one token's keys and values in all layers; a sliding window bounds how many tokens, not this."""
     return 2 * math.prod(kv_shape(config)) * element_bytes
-
-
-def cache_dir() -> Path:
-    """$DYNAMIC_BATCH_CACHE, else $XDG_CACHE_HOME/dynamic-batch, else ~/.cache/dynamic-batch."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dynamic-batch")
-    return Path(os.environ.get("DYNAMIC_BATCH_CACHE") or default).expanduser()
 
 
 def _kind(spec: str) -> tuple[str, str]:

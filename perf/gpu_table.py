@@ -14,7 +14,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ import torch
 from engine import Engine, EngineConfig, SamplingParams
 from engine.models import LoadedModel, kv_bytes_per_token, load
 
-Row = dict[str, float | int | str]
+Row = dict[str, Any]  # figures by name, or why there are none
 
 
 def prompts(loaded: LoadedModel, count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -79,7 +81,7 @@ class Bench:
             self._loaded[spec] = load(spec, device=self.device, dtype=self.dtype)
         return self._loaded[spec]
 
-    def engine(self, spec: str, **config) -> Engine:
+    def engine(self, spec: str, **config: Any) -> Engine:
         key = (spec, *sorted(config.items()))
         loaded = self.loaded(spec)
         if key not in self._engines:
@@ -104,7 +106,7 @@ class Bench:
             made = sum(r.output_len for r in requests) - before
             while server.has_work:
                 server.step()
-        model = loaded.model
+        model: Any = loaded.model
         weights = sum(p.nbytes for p in model.parameters())
         if not model.config.tie_word_embeddings:  # of the input embedding, only the rows looked up are read
             weights -= model.get_input_embeddings().weight.nbytes
@@ -128,12 +130,13 @@ class Bench:
                 started = time.perf_counter()
                 server.generate(work, exactly(out), progress=False)
                 rates[policy] = number * out / (time.perf_counter() - started)
+        model: Any = loaded.model
         ids = torch.tensor(prompts(loaded, 1, inside), device=self.device)
         options = dict(do_sample=False, pad_token_id=0, eos_token_id=None, attention_mask=torch.ones_like(ids))
-        loaded.model.generate(ids, max_new_tokens=4, **options)
+        model.generate(ids, max_new_tokens=4, **options)
         sync()
         started = time.perf_counter()
-        loaded.model.generate(ids, max_new_tokens=out, **options)
+        model.generate(ids, max_new_tokens=out, **options)
         sync()
         rates["generate"] = out / (time.perf_counter() - started)
         return {
@@ -148,7 +151,7 @@ class Bench:
         server = self.engine(self.main, max_batch_size=32)
         for seed in range(3):
             outputs = server.generate(prompts(self.loaded(self.main), count, length, seed), exactly(4), progress=False)
-        times = [output.metrics.ttft_ms for output in outputs]
+        times = [output.metrics.ttft_ms or 0.0 for output in outputs]
         return {"ttft_p50_ms": float(np.percentile(times, 50)), "ttft_p95_ms": float(np.percentile(times, 95))}
 
     def prefill(self) -> Row:
@@ -260,14 +263,18 @@ class Bench:
             outputs = server.replay(items, progress=False)
             seconds = time.perf_counter() - started
         made = sum(len(output.token_ids) for output in outputs)
-        ours = {"tok_s": made / seconds, "ttft_p95_ms": float(np.percentile([o.metrics.ttft_ms for o in outputs], 95))}
+        ours = {
+            "tok_s": made / seconds,
+            "ttft_p95_ms": float(np.percentile([o.metrics.ttft_ms or 0.0 for o in outputs], 95)),
+        }
         self._engines.clear()
         greedy = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=-1)
         limits = ContinuousBatchingConfig(max_requests_per_batch=256, use_cuda_graph=self.device == "cuda")
         theirs: Row = {}
+        model: Any = loaded.model
         with (
             torch.no_grad(),
-            loaded.model.continuous_batching_context_manager(greedy, continuous_batching_config=limits) as manager,
+            model.continuous_batching_context_manager(greedy, continuous_batching_config=limits) as manager,
         ):
             for _ in range(2):
                 started = time.perf_counter()
@@ -291,14 +298,14 @@ def rows(bench: Bench, trace: Path) -> dict[str, Callable[[], Row]]:
     """What is measured, the most wanted first; those that need another model come last."""
     main, cuda = bench.main, bench.device == "cuda"
     table: dict[str, Callable[[], Row]] = {"ready": bench.ready}
-    table |= {f"decode b={b}": lambda b=b: bench.decode(main, b) for b in ((1, 32, 256) if not bench.tiny else (1, 3))}
+    table |= {f"decode b={b}": partial(bench.decode, main, b) for b in ((1, 32, 256) if not bench.tiny else (1, 3))}
     table |= {"ttft 32x128": bench.ttft, "prefill 8k": bench.prefill}
     if cuda:
         table |= {"utilisation b=32": bench.utilisation, "gaps b=32": lambda: bench.gaps(trace)}
     table |= {"continuous b=16": bench.against_sequential, "512 x 1k": bench.largest_batch}
     table |= {"mixed-256 vs transformers": bench.against_transformers}
     if not bench.tiny:
-        table |= {f"decode b=16 {s}": lambda s=s: bench.decode(f"random:{s}", 16) for s in ("qwen2-1.5b", "mistral-7b")}
+        table |= {f"decode b=16 {s}": partial(bench.decode, f"random:{s}", 16) for s in ("qwen2-1.5b", "mistral-7b")}
     return table
 
 

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings, strategies as st
+from torch._inductor.exc import InvalidCxxCompiler
 
 from engine import InputError
 from engine.attention import attend
-from engine.attention.paged import PackedStep, Piece
+from engine.attention.compiled import compiled_rows
+from engine.attention.paged import Options, PackedStep, Piece, Store
+from engine.attention.rows import attend_rows, rows_of
 
 KV_HEADS, DIM = 2, 4
 
@@ -28,6 +31,12 @@ def reference(q_HD, k_KCD, v_KCD, scale, window, softcap, sink_H) -> torch.Tenso
         total = scores_C.exp().sum() + (sink_H[h].exp() if sink_H is not None else 0)
         out.append((scores_C.exp() / total) @ v_KCD[h // groups, first:])
     return torch.stack(out)
+
+
+def run(step, layer, q_HTD, k_KTD, v_KTD, scale, window=None, softcap=None, sink_H=None) -> torch.Tensor:
+    """What a packed step gives, [T, H, D]."""
+    q_THD, k_TKD, v_TKD = (x.transpose(0, 1) for x in (q_HTD * scale, k_KTD, v_KTD))
+    return step.attend(layer, q_THD, k_TKD, v_TKD, Options(scale, window, softcap, sink_H))
 
 
 def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False, spread=1, share=0, one_by_one=False):
@@ -47,8 +56,11 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
     ids = rng.permutation(pages)[: common + sum(own)].tolist()
     if spread == 1 and rng.integers(2):
         ids.sort()
-    keys, values = ([torch.full((pages, KV_HEADS, size, DIM), 1e3, dtype=torch.float64)] * layers for _ in range(2))
-    keys, values = ([store.clone() for store in stores] for stores in (keys, values))
+    stores = [Store.zeros((pages, KV_HEADS, size, DIM), torch.zeros((), dtype=torch.float64)) for _ in range(layers)]
+    for store in stores:
+        store.keys_LKDP.fill_(1e3)
+        store.values_LKPD.fill_(1e3)
+    keys, values = stores[layer].keys_LKDP.transpose(2, 3), stores[layer].values_LKPD
     first_k, first_v = draw(KV_HEADS, common * size, DIM), draw(KV_HEADS, common * size, DIM)
     pieces, everything, at, begin = [], [], common, 0
     for (computed, new), count in zip(requests, own, strict=True):
@@ -56,8 +68,8 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
         k[:, : common * size], v[:, : common * size] = first_k, first_v
         table = ids[:common] + ids[at : at + count]
         for position in range(computed):
-            keys[layer][table[position // size], :, position % size] = k[:, position]
-            values[layer][table[position // size], :, position % size] = v[:, position]
+            keys[table[position // size], :, position % size] = k[:, position]
+            values[table[position // size], :, position % size] = v[:, position]
         spare = [ids[0]] * int(rng.integers(2))  # a table may be longer than what is computed
         pieces.append(Piece(begin, begin + new, computed, table + spare))
         everything.append((k, v))
@@ -65,19 +77,21 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
     q = draw(heads, begin, DIM)
     sink_H = draw(heads) if sinks else None
     parts = [(k[:, c:], v[:, c:]) for (c, _), (k, v) in zip(requests, everything, strict=True)]
+    step = PackedStep(stores, pieces, one_by_one)
     k_new, v_new = (torch.cat([part[i] for part in parts], 1) for i in range(2))
-    step = PackedStep(keys, values, pieces, one_by_one)
-    out = step.attend(layer, q, k_new, v_new, 0.7, window, softcap, sink_H)
+    out = run(step, layer, q, k_new, v_new, 0.7, window, softcap, sink_H)
     assert step.positions_T.tolist() == [c + i for c, n in requests for i in range(n)]
-    assert bool((keys[0] == 1e3).all()), "another layer's pages stay as they were"
+    untouched = (stores[0].keys_LKDP, stores[0].values_LKPD)
+    assert all(bool((store == 1e3).all()) for store in untouched), "another layer's pages stay as they were"
     for piece, (k, v) in zip(pieces, everything, strict=True):
         for t in range(piece.begin, piece.end):
             past = piece.computed + t - piece.begin + 1
             expected = reference(q[:, t], k[:, :past], v[:, :past], 0.7, window, softcap, sink_H)
             torch.testing.assert_close(out[t], expected, rtol=1e-10, atol=1e-10)
         table = torch.tensor(piece.pages)[torch.arange(k.shape[1]) // size]
-        found = keys[layer][table, :, torch.arange(k.shape[1]) % size].transpose(0, 1)
-        assert torch.equal(found, k), "keys lie where the table says"
+        for half, what in ((keys, k), (values, v)):
+            found = half[table, :, torch.arange(k.shape[1]) % size].transpose(0, 1)
+            assert torch.equal(found, what), "keys and values lie where the table says"
     return out
 
 
@@ -135,8 +149,8 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
     rng = np.random.default_rng(3)
     q, k, v = (torch.from_numpy(rng.normal(size=(2, 30, DIM))).float() for _ in range(3))
 
-    def run(cuts, company):
-        keys, values = ([torch.zeros(40, 2, 4, DIM)] for _ in range(2))
+    def logits(cuts, company):
+        stores = [Store.zeros((40, 2, 4, DIM), q)]
         out = []
         for begin, end in cuts:
             pieces, rows = [Piece(0, end - begin, begin, list(range(8)))], list(range(begin, end))
@@ -144,20 +158,57 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
                 at = len(rows)
                 pieces.append(Piece(at, at + 2, 0, [10 + i]))
                 rows += [i, i + 1]
-            step = PackedStep(keys, values, pieces, True)
-            out.append(step.attend(0, q[:, rows], k[:, rows], v[:, rows], 0.5, None, None, None)[: end - begin])
+            step = PackedStep(stores, pieces, True)
+            out.append(run(step, 0, q[:, rows], k[:, rows], v[:, rows], 0.5)[: end - begin])
         return torch.cat(out)
 
-    alone = run([(0, 30)], 0)
+    alone = logits([(0, 30)], 0)
     for cuts in ([(0, 30)], [(0, 7), (7, 8), (8, 30)], [(i, i + 1) for i in range(30)]):
         for company in (0, 1, 9):
-            assert torch.equal(run(cuts, company), alone)
+            assert torch.equal(logits(cuts, company), alone)
+
+
+@pytest.mark.parametrize("pasts", [[30], [0, 5], [i * 37 % 190 for i in range(17)]], ids=len)
+def test_compiled_rows_give_and_write_what_torch_does(pasts):
+    """In SmolLM2's shape, from parts of one tensor, as a layer hands them over."""
+    count, kv_heads, dim, size = len(pasts), 3, 64, 16
+    generator = torch.Generator().manual_seed(count)
+    stores = [Store.zeros((12 * count, kv_heads, size, dim), torch.zeros(())) for _ in range(2)]
+    stores[0].keys_LKDP.normal_(generator=generator)
+    stores[0].values_LKPD.normal_(generator=generator)
+    for half in ("keys_LKDP", "values_LKPD"):
+        getattr(stores[1], half).copy_(getattr(stores[0], half))
+    tables = [(list(range(12 * row, 12 * row + 12)), past) for row, past in enumerate(pasts)]
+    rows = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
+    q, k, v = torch.randn(count, 15, dim, generator=generator).split((9, 3, 3), 1)
+    page_R = torch.tensor([pages[past // size] for pages, past in tables])
+    where = (page_R, torch.tensor(pasts) % size, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
+    run = compiled_rows(9, stores[1].keys_LKDP, stores[1].values_LKPD)
+    assert run is not attend_rows, "there is a compiler here"
+    outs = [
+        attend(q, k, v, store.keys_LKDP, store.values_LKPD, *where)
+        for attend, store in zip((attend_rows, run), stores, strict=True)
+    ]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(stores[0].keys_LKDP, stores[1].keys_LKDP)
+    assert torch.equal(stores[0].values_LKPD, stores[1].values_LKPD)
+
+
+def test_without_a_compiler_torch_does_it_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
+
+    def refuse(*args, **kwargs):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)
+    store = Store.zeros((12, 3, 16, 64), torch.zeros(()))
+    assert compiled_rows(9, store.keys_LKDP, store.values_LKPD) is attend_rows
+    assert "no working C++ compiler" in caplog.text
 
 
 def call(**options):
     rows = torch.randn(1, 2, 3, DIM)
-    stores = [torch.zeros(2, 2, 4, DIM)]
-    packed = options.pop("packed", PackedStep(stores, list(stores), [Piece(0, 3, 0, [0])]))
+    packed = options.pop("packed", PackedStep([Store.zeros((2, 2, 4, DIM), rows)], [Piece(0, 3, 0, [0])]))
     module = SimpleNamespace(layer_idx=0)
     return attend(module, rows, rows, rows, options.pop("attention_mask", None), packed=packed, **options)
 

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.models import kv_bytes_per_token, load
-from engine.runner.linear import twin
+from engine.runner.linear import join, prepare, twin
 from engine.workload import WorkItem, make
 from tests.oracle import Oracle
 
@@ -301,37 +301,55 @@ def test_nan_logits_fail_their_request_alone(tiny):
         oracle.check(requests[i].result, 5)
 
 
+def joined_twin(model):
+    """A twin with products prepared, and what these hold: their weights, and the bytes of packed copies."""
+    copy = twin(model)
+    products = join(copy)
+    copied = prepare(products)
+    return copy, [weight for product in products for weight in product.weights], copied
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_twin_shares_every_weight_and_changes_nothing(name):
-    model = load(f"random:{name}").model
+    model = load(f"random:{name}", dtype="float64").model
     ids = torch.tensor([[5, 9, 100, 7]])
     with torch.inference_mode():
         before = model(ids).logits
-    first = twin(model)
+    first, parts, copied = joined_twin(model)
     addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    second = twin(model, tiled=True)
+    second, more_parts, _ = joined_twin(model)
     assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, "copied again"
+    assert [part.data_ptr() for part in parts] == [part.data_ptr() for part in more_parts], "two twins, one weight"
+    assert parts
+    assert copied == 0
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    for copy in (first, second):
-        held = list(copy.parameters())
-        parts = [module.joined.weight for module in copy.modules() if hasattr(module, "joined")]
-        assert parts
-        assert {tensor.untyped_storage().data_ptr() for tensor in (*held, *parts)} <= storages
+    held = [*parts, *first.parameters(), *second.parameters()]
+    assert {tensor.untyped_storage().data_ptr() for tensor in held} <= storages
     with torch.inference_mode():
         torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
-        torch.testing.assert_close(first(ids).logits, before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(first(ids).logits, before, rtol=1e-9, atol=1e-9)
     assert first.config._attn_implementation == model.config._attn_implementation
 
 
-def test_two_engines_on_one_model_hold_its_weights_once(tiny):
+def test_packed_weights_are_copies_that_are_counted_and_leave_the_model_as_it_was():
+    model = load("random:tiny-llama").model
+    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    copy, parts, copied = joined_twin(model)
+    linear = [module.weight for module in model.modules() if type(module) is torch.nn.Linear]
+    assert copied == sum(weight.nbytes for weight in linear)
+    assert not parts, "nothing is held a third time"
+    assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    ids = torch.tensor([[5, 9, 100, 7]])
+    with torch.inference_mode():
+        torch.testing.assert_close(copy(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_two_engines_on_one_model_leave_it_as_it_was(tiny):
     oracle: Oracle = tiny("tiny-llama")
     kept = oracle.model.config._attn_implementation
     engines = [packed(oracle), packed(oracle)]
-    first, second = (
-        [m.joined.weight.data_ptr() for m in e.runner.model.modules() if hasattr(m, "joined")] for e in engines
-    )
-    assert first == second
     assert oracle.model.config._attn_implementation == kept, "the original still runs as it did"
     gc.collect()
-    (output,) = engines[0].generate([[5, 6, 7]], exactly(5), progress=False)
-    oracle.check(output, 5)
+    for engine in engines:
+        (output,) = engine.generate([[5, 6, 7]], exactly(5), progress=False)
+        oracle.check(output, 5)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from engine.attention.paged import PackedStep
+from engine.attention.paged import Options, PackedStep
 from engine.errors import InputError
 
 NAME = "dynamic_batch_packed"  # no mask function is registered for it, so Transformers builds no mask
@@ -44,7 +44,9 @@ def attend(
         problem = "does not pass the packed step on" if packed is None else f"uses {', '.join(unknown) or 'a mask'}"
         raise InputError(f"{type(module).__name__} {problem}: use runner='padded' for this model")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out_THD = packed.attend(module.layer_idx, query[0], key[0], value[0], scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
+    options = packed.options[module.layer_idx] = Options(scale, sliding_window, softcap, s_aux)  # type: ignore[index]
+    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query * scale, key, value))
+    out_THD = packed.attend(module.layer_idx, q_THD, k_TKD, v_TKD, options)  # type: ignore[arg-type]
     return out_THD.unsqueeze(0), None
 
 

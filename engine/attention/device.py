@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from engine.attention.paged import Options
+
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
@@ -42,24 +44,14 @@ class DeviceStep:
     max_length: int
     split: int
     chunks: Chunks | None
-    options: dict[int, tuple]  # gets those of each layer's attention, as the model passes them
+    options: dict[int, Options]  # gets those of each layer's attention, as the model passes them
 
     def attend(
-        self,
-        layer: int,
-        q_HTD: torch.Tensor,
-        k_KTD: torch.Tensor,
-        v_KTD: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sink_H: torch.Tensor | None,
+        self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, options: Options
     ) -> torch.Tensor:
-        """Write the step's keys and values into their pages and attend; gives [T, H, D]."""
-        options = self.options[layer] = (scale, window, softcap, sink_H)
-        k_TKD, v_TKD = k_KTD.transpose(0, 1), v_KTD.transpose(0, 1)
+        """Write the step's keys and values into their pages and attend with scaled queries; gives [T, H, D]."""
         self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, self.keys_LKPD[layer], self.values_LKPD[layer])
-        return self._attend(layer, q_HTD.transpose(0, 1), *options)
+        return self._attend(layer, q_THD, 1.0, options)
 
     def attend_rotating(
         self,
@@ -68,25 +60,26 @@ class DeviceStep:
         k_TKD: torch.Tensor,
         v_TKD: torch.Tensor,
         angles_2TE: tuple[torch.Tensor, torch.Tensor],
-        *options: Any,
+        options: Options,
     ) -> torch.Tensor:
-        """As `attend`, but queries and keys are not rotated yet; `options` are scale, window, softcap and sinks."""
+        """As `attend`, but queries and keys are not rotated yet, and queries not scaled."""
         store = self.keys_LKPD[layer], self.values_LKPD[layer]
         q_THD = self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, *store, (q_THD, *angles_2TE))
-        return self._attend(layer, q_THD, *options)
+        return self._attend(layer, q_THD, options.scale, options)
 
-    def _attend(self, layer: int, q_THD: torch.Tensor, *options: Any) -> torch.Tensor:
+    def _attend(self, layer: int, q_THD: torch.Tensor, scale: float, options: Options) -> torch.Tensor:
+        how = scale, options.window, options.softcap, options.sink_H
         store = self.keys_LKPD[layer], self.values_LKPD[layer]
         rows, chunks = len(self.lengths_B), self.chunks
         out_THD = q_THD.new_empty(q_THD.shape)
         if rows:
             self.kernels.attend_rows(
-                q_THD[:rows], *store, self.tables_RN, self.lengths_B, self.max_length, *options, self.lines_B,
+                q_THD[:rows], *store, self.tables_RN, self.lengths_B, self.max_length, *how, self.lines_B,
                 self.split, out_THD[:rows],
             )  # fmt: skip
         if chunks is not None:
             self.kernels.attend_chunks(
                 q_THD, *store, chunks.tables_RN, chunks.begins_R, chunks.ends_R, chunks.computed_R, chunks.tiles_X2,
-                *options, out_THD,
+                *how, out_THD,
             )  # fmt: skip
         return out_THD

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.attention.paged import Options
 from engine.runner.linear import Part
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -49,18 +50,18 @@ class FusedLayer(nn.Module):
 
     Args:
         layer: a layer that `is_plain`, its norms FusedNorms and its linear layers Parts of joined products.
-        index: which one it is. options: scale, window, softcap and sinks of its attention.
+        index: which one it is. options: of its attention.
     """
 
-    def __init__(self, layer: Any, index: int, options: tuple, stream: Stream, kernels: Any) -> None:
+    def __init__(self, layer: Any, index: int, options: Options, stream: Stream, kernels: Any) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.options, self.stream, self.kernels = index, options, stream, kernels
         self.head_dim = attention.head_dim
         self.norms = nn.ModuleList([layer.input_layernorm, layer.post_attention_layernorm])
         self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-        self.qkv, self.out = attention.q_proj.joined, attention.o_proj.joined
-        self.gate_up, self.down = mlp.gate_proj.joined, mlp.down_proj.joined
+        self.qkv, self.out = attention.q_proj.shared.product, attention.o_proj.shared.product
+        self.gate_up, self.down = mlp.gate_proj.shared.product, mlp.down_proj.shared.product
         self.heads = [size // self.head_dim for size in self.qkv.sizes]
         self.activation = ACTIVATIONS[type(mlp.act_fn).__name__]
 
@@ -74,15 +75,15 @@ class FusedLayer(nn.Module):
             normed_TM = self.norms[0](x_TM)
         else:
             normed_TM = self.norms[0](x_TM, stream.x_TM)
-        heads_THD = self.qkv._product(normed_TM).unflatten(-1, (-1, self.head_dim))
+        heads_THD = self.qkv(normed_TM).unflatten(-1, (-1, self.head_dim))
         q_THD, k_TKD, v_TKD = heads_THD.split(self.heads, 1)
         if self.head_norms:
             q_THD, k_TKD = (norm(x) for norm, x in zip(self.head_norms, (q_THD, k_TKD), strict=True))
         cos_1TE, sin_1TE = position_embeddings
-        mixed_THD = packed.attend_rotating(self.index, q_THD, k_TKD, v_TKD, (cos_1TE[0], sin_1TE[0]), *self.options)
-        normed_TM = self.norms[1](self.out._product(mixed_THD.flatten(1)), stream.x_TM)
-        gate_TI, up_TI = self.gate_up._product(normed_TM).chunk(2, -1)
-        return self.down._product(self.kernels.gated(gate_TI, up_TI, self.activation))[None]
+        mixed_THD = packed.attend_rotating(self.index, q_THD, k_TKD, v_TKD, (cos_1TE[0], sin_1TE[0]), self.options)
+        normed_TM = self.norms[1](self.out(mixed_THD.flatten(1)), stream.x_TM)
+        gate_TI, up_TI = self.gate_up(normed_TM).chunk(2, -1)
+        return self.down(self.kernels.gated(gate_TI, up_TI, self.activation))[None]
 
 
 class LastNorm(nn.Module):
@@ -97,11 +98,11 @@ class LastNorm(nn.Module):
         return self.norm(x_1TM, self.stream.x_TM)
 
 
-def fuse(model: PreTrainedModel, options: dict[int, tuple], kernels: Any) -> Callable[[], None]:
+def fuse(model: PreTrainedModel, options: dict[int, Options], kernels: Any) -> Callable[[], None]:
     """Replace each norm of `model` that the kernel equals, and its layers if all are plain; gives what undoes it.
 
     Args:
-        options: scale, window, softcap and sinks of each layer's attention, as the model passes them.
+        options: of each layer's attention, as the model passes them.
         kernels: where `add_rms_norm` and `gated` come from.
     """
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -141,8 +142,8 @@ def is_plain(layer: nn.Module) -> bool:
         set(attention) - ATTENTION in (set(), {"q_norm", "k_norm"})
         and all(isinstance(norm, FusedNorm) for norm in norms)
         and all(isinstance(part, Part) for part in parts)
-        and len({attention[f"{name}_proj"].joined for name in "qkv"}) == 1
-        and mlp["gate_proj"].joined is mlp["up_proj"].joined
+        and len({attention[f"{name}_proj"].shared for name in "qkv"}) == 1
+        and mlp["gate_proj"].shared is mlp["up_proj"].shared
         and type(mlp["act_fn"]).__name__ in ACTIVATIONS
     )
 

@@ -21,12 +21,15 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.attention.device import Chunks, DeviceStep
+from engine.attention.paged import Options
 from engine.errors import InputError
+from engine.models import kv_shape
 from engine.pages import PagePool
 from engine.request import Request
-from engine.runner import Done, StepResult, Ticket
+from engine.runner import Done, Runner, StepResult, Ticket
 from engine.runner.fused_layer import fuse
-from engine.runner.packed import TOLERANCE, PackedRunner
+from engine.runner.linear import join, prepare
+from engine.runner.packed import TOLERANCE, PackedRunner, packed_twin, refuse_unpackable
 from engine.sampler import Choice, sample
 from engine.scheduler import Step
 
@@ -75,7 +78,7 @@ def _choice(token: int) -> Choice:
     return Choice(token) if token >= 0 else Choice(None, error="the model gave logits that are NaN or infinite")
 
 
-class DeviceRunner(PackedRunner):
+class DeviceRunner(Runner):
     """The packed runner for a GPU: kernels over pages, CUDA graphs, tokens that need not come to the host.
 
     Args:
@@ -92,8 +95,15 @@ class DeviceRunner(PackedRunner):
     def __init__(
         self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False, rows: int = 32, kernels: Any = None
     ) -> None:
-        super().__init__(model, pool, deterministic)
-        self.device = model.device
+        refuse_unpackable(model)
+        self.pool, self.deterministic, self.device = pool, deterministic, model.device
+        self.model = packed_twin(model)
+        prepare(join(self.model, deterministic))
+        layers, kv_heads, head_dim = kv_shape(model.config)
+        shape = (pool.pages, kv_heads, pool.page_size, head_dim)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)] for _ in range(2)
+        )
         self.kernels = kernels or triton_kernels()
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._columns = min(pool.pages, -(-(positions or pool.pages * pool.page_size) // pool.page_size))
@@ -128,11 +138,11 @@ class DeviceRunner(PackedRunner):
             LOG.warning("%s; its layers run as they are", error)
             undo()
 
-    def _prove(self, ids_T: np.ndarray, expected_TV: torch.Tensor) -> dict[int, tuple]:
+    def _prove(self, ids_T: np.ndarray, expected_TV: torch.Tensor) -> dict[int, Options]:
         """Compute tokens as a chunk, a chunk with a past and one alone; gives the options of each layer's attention."""
         tokens, found = len(ids_T), []
         self._tables_RN[0, : -(-tokens // self.pool.page_size)] = torch.arange(-(-tokens // self.pool.page_size))
-        options: dict[int, tuple] = {}
+        options: dict[int, Options] = {}
         for begin, end in itertools.pairwise(sorted({0, tokens // 2, tokens - 1, tokens})):
             inputs_3T = np.stack([ids_T[begin:end], np.arange(begin, end), np.zeros(end - begin, dtype=int)])
             spans_3R = np.array([[0], [end - begin], [begin]])
@@ -285,7 +295,7 @@ class DeviceRunner(PackedRunner):
         spans_3R: np.ndarray,
         lines_R: np.ndarray,
         keep: list[int],
-        options: dict[int, tuple] | None = None,
+        options: dict[int, Options] | None = None,
     ) -> torch.Tensor:
         """Logits [len(keep), V] of the tokens at `keep`, where requests may compute several; those of one come first.
 
@@ -315,7 +325,7 @@ class DeviceRunner(PackedRunner):
         max_length: int,
         chunks: Chunks | None,
         keep: torch.Tensor | int,
-        options: dict[int, tuple] | None = None,
+        options: dict[int, Options] | None = None,
     ) -> torch.Tensor:
         """The model's logits for tokens given by id (or where a pending one lies), position and line of the tables."""
         size = self.pool.page_size
@@ -340,7 +350,7 @@ def _greedy(request: Request) -> bool:
     return plain and (known >= params.min_new_tokens or not request.stop_ids)
 
 
-def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int) -> PackedRunner:
+def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int) -> Runner:
     """The packed runner for the model's device; `rows` requests share a step at most.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Linear layers that suit packed rows, put into a copy of a model that shares every weight with the original.
+"""Linear layers that suit packed rows, in a copy of a model that shares every weight with the original.
 
-Layers that read the same input (Q/K/V, gate/up) become one product; on a CPU, few rows are multiplied with the weight
-on the left, which is up to three times faster there. The original model stays as it was, its weights now parts of
-the joined ones, so nothing is held twice.
+Layers that read the same input (Q/K/V, gate/up) become one product, and a product goes whichever way is fastest for
+its number of rows (`engine.runner.ways`). The original model gives the same results as before: its weights become
+parts of the joined ones where those are used as they are, so that nothing is held twice; what a way packs is a copy.
 """
 
 from __future__ import annotations
@@ -16,81 +16,126 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.runner.ways import WAYS, Way, choose
+
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-ELEMENTWISE = SIBLINGS[1]  # what reads these outputs works one by one and does not mind how they lie in memory
-LEFT_ROWS = 64  # up to this many rows the weight goes on the left (CPU)
 TILE = 16  # rows of every product when results may not depend on how many rows there are
 
 
-class Joined:
-    """Linear layers of the same input as one product; each `take` gives one of the outputs, in order.
+class Product:
+    """x @ weight.T + bias, whichever way suits the rows of x; callable once `prepare` has chosen the ways.
 
     Args:
-        weight: [N, M], the layers' weights one below the other; bias: [N] or None.
-        sizes: output features of each layer.
-        elementwise: outputs may be strided.
-        tiled: multiply exactly TILE rows at a time, so that a row's result does not depend on its neighbours.
+        weights: one [N_i, M] or several; outputs lie side by side. A Parameter that is joined with others becomes a
+            view of the whole.
+        biases: one [N_i] for each weight, or none.
+        tiled: multiply exactly TILE rows at a time, one way, so that a row's result does not depend on its neighbours.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: list[int], elementwise: bool, tiled: bool
-    ) -> None:
-        self.weight, self.bias, self.sizes = weight, bias, sizes
-        self.elementwise, self.tiled = elementwise, tiled
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], tiled: bool = False) -> None:
+        self.weights, self.tiled = weights, tiled
+        self.bias = torch.cat([bias.data for bias in biases]) if biases else None
+        self.sizes = [len(weight) for weight in weights]
+        self.ways: list[tuple[int, Way]] = []  # up to so many rows, this way
+
+    def __call__(self, x_TM: torch.Tensor) -> torch.Tensor:
+        """[T, M] -> [T, N]."""
+        rows = len(x_TM)
+        if self.tiled:
+            tiles = F.pad(x_TM, (0, 0, 0, -rows % TILE)).split(TILE)
+            return torch.cat([self.ways[0][1](tile, self.bias) for tile in tiles])[:rows]
+        way = next((way for most, way in self.ways if rows <= most), self.ways[-1][1])
+        return way(x_TM, self.bias)
+
+    def joined(self) -> torch.Tensor:
+        """The weights one below the other, [N, M]; Parameters among several become views of it."""
+        whole = _already_joined(self.weights)
+        if whole is None:
+            whole = self.copied()
+            for weight, view in zip(self.weights, whole.split(self.sizes), strict=True):
+                weight.data = view
+        return whole
+
+    def copied(self) -> torch.Tensor:
+        """As `joined`, but the weights stay where they are."""
+        tensors = [weight.data for weight in self.weights]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def prepare(products: Sequence[Product]) -> int:
+    """Choose the ways of every product; gives the bytes of weights that are then held as packed copies."""
+    alike: dict[tuple[int, int], list[Product]] = {}
+    for product in products:
+        alike.setdefault((sum(product.sizes), product.weights[0].shape[1]), []).append(product)
+    bytes_copied = 0
+    for group in alike.values():
+        rule = choose([product.copied for product in group])[: 1 if group[0].tiled else None]
+        names = {name for _, name in rule}
+        for product in group:
+            weight = product.copied() if names == {"packed"} else product.joined()
+            made = {name: WAYS[name](weight) for name in names}
+            product.ways = [(most, made[name]) for most, name in rule]
+            bytes_copied += weight.nbytes * ("packed" in names)
+            product.weights = () if names == {"packed"} else (weight,)
+    return bytes_copied
+
+
+class Shared:
+    """A product's outputs, handed to its parts in order, then forgotten."""
+
+    def __init__(self, product: Product) -> None:
+        self.product = product
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def take(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Output `index` for input x, [..., M] -> [..., sizes[index]]."""
         if self._input is not x:
-            out = self._product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-            self._input, self._outputs = x, out.split(self.sizes, -1)
+            out = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+            self._input, self._outputs = x, out.split(self.product.sizes, -1)
         output = self._outputs[index]
-        if index == len(self.sizes) - 1:
+        if index == len(self._outputs) - 1:
             self._input, self._outputs = None, ()
         return output
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.shape[0]
-        if self.tiled:
-            tiles = F.pad(x, (0, 0, 0, -rows % TILE)).split(TILE)
-            return torch.cat([F.linear(tile, self.weight, self.bias) for tile in tiles])[:rows]
-        if rows > LEFT_ROWS or x.device.type != "cpu":
-            return F.linear(x, self.weight, self.bias)
-        if rows == 1:
-            x = x.expand(2, -1)  # a product with two columns is three times as fast as with one
-        out = (self.weight @ x.t()).t()[:rows]
-        out = out if self.bias is None else out + self.bias
-        return out if self.elementwise else out.contiguous()
-
 
 class Part(nn.Module):
-    """Stands where a linear layer was."""
+    """Stands where a linear layer was: one of a product's outputs."""
 
-    def __init__(self, joined: Joined, index: int) -> None:
+    def __init__(self, shared: Shared, index: int) -> None:
         super().__init__()
-        self.joined, self.index = joined, index
+        self.shared, self.index = shared, index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., M] -> [..., N]."""
-        return self.joined.take(self.index, x)
+        return self.shared.take(self.index, x)
 
 
-@torch.no_grad()
-def twin(model: PreTrainedModel, tiled: bool = False) -> PreTrainedModel:
-    """A copy of `model` that shares its weights and whose linear layers are Parts."""
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` that shares every weight and buffer with it."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    copied = copy.deepcopy(model, memo=shared)
-    for module in list(copied.modules()):
+    return copy.deepcopy(model, memo=shared)
+
+
+def join(model: nn.Module, tiled: bool = False) -> list[Product]:
+    """Put Parts in place of the plain linear layers of `model`; gives their products, to be prepared."""
+    products = []
+    for module in list(model.modules()):
         children = dict(module.named_children())
-        joined = [names for names in SIBLINGS if _joinable([children.get(name) for name in names])]
-        alone = [(name,) for name in children if type(children[name]) is nn.Linear and name not in chain(*joined)]
-        for names in (*joined, *alone):
-            layers: list[nn.Linear] = [children[name] for name in names]  # type: ignore[misc]
-            product = Joined(*_join(layers), [layer.out_features for layer in layers], names == ELEMENTWISE, tiled)
+        several = [names for names in SIBLINGS if _joinable([children.get(name) for name in names])]
+        alone = [(name,) for name in children if type(children[name]) is nn.Linear and name not in chain(*several)]
+        for names in (*several, *alone):
+            products.append(product_of([children[name] for name in names], tiled))
+            shared = Shared(products[-1])
             for index, name in enumerate(names):
-                setattr(module, name, Part(product, index))
-    return copied
+                setattr(module, name, Part(shared, index))
+    return products
+
+
+def product_of(layers: Sequence[nn.Module], tiled: bool = False) -> Product:
+    """The product that stands for linear layers of one input, all with a bias or all without."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return Product([layer.weight for layer in layers], biases, tiled)  # type: ignore[arg-type, misc]
 
 
 def _joinable(layers: list[nn.Module | None]) -> bool:
@@ -99,24 +144,8 @@ def _joinable(layers: list[nn.Module | None]) -> bool:
     return len(plain) == len(layers) and len({(layer.in_features, layer.bias is None) for layer in plain}) == 1
 
 
-def _join(layers: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of all; where there are several, the layers' own become views of the joined ones."""
-    sizes = [layer.out_features for layer in layers]
-
-    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        whole = tensors[0] if len(tensors) == 1 else _already_joined(tensors)
-        if whole is None:
-            whole = torch.cat([tensor.data for tensor in tensors])
-            for tensor, view in zip(tensors, whole.split(sizes), strict=True):
-                tensor.data = view
-        return whole
-
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return joined([layer.weight for layer in layers]), joined(biases) if biases else None
-
-
 def _already_joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensor that these are consecutive rows of, if an earlier engine has joined them."""
+    """The tensor that these are consecutive rows of: one by itself, or several that an earlier engine has joined."""
     base = tensors[0].data
     shape = (sum(len(tensor) for tensor in tensors), *base.shape[1:])
     at = base.data_ptr()

@@ -6,24 +6,29 @@ function registered under `engine.attention.NAME`. Any mix of prompts, parts of 
 
 from __future__ import annotations
 
-import math
+import logging
 import time
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from engine.attention import NAME
-from engine.attention.paged import PackedStep, Piece
+from engine.attention.compiled import compiled_rows
+from engine.attention.paged import Options, PackedStep, Piece, Store
+from engine.attention.rows import attend_rows
 from engine.errors import InputError
 from engine.models import kv_shape
 from engine.pages import PagePool
 from engine.request import Request
 from engine.runner import Runner, StepResult, refuse_unknown_cache
-from engine.runner.linear import twin
+from engine.runner.lean import lean
+from engine.runner.linear import join, prepare, twin
 from engine.sampler import Choice, sample
 from engine.scheduler import Step
 
+LOG = logging.getLogger(__name__)
+FULL_HEAD = 64  # dimensions of a head from which compiling its attention is worth the wait
 # How far logits of the packed model may lie from the model's own, relative to the largest: rounding, no more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -42,36 +47,43 @@ class PackedRunner(Runner):
     """
 
     def __init__(self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False) -> None:
-        refuse_unknown_cache(model)
-        if not model._supports_attention_backend:
-            raise InputError(
-                f"{type(model).__name__} does not take its attention from Transformers' AttentionInterface"
-            )
-        self.model = twin(model, tiled=deterministic)
-        self.model.set_attn_implementation(NAME)
+        refuse_unpackable(model)
         self.pool = pool
         self.deterministic = deterministic
-        self._prove_equal(model)
-        self.keys, self.values = self._store(pool.pages), self._store(pool.pages)
+        self.packed_weight_bytes = 0
+        self._rows = attend_rows if deterministic else _rows(model, pool.page_size)
+        self.model = self._build(model)
+        self.stores = _stores(self.model, pool.pages, pool.page_size)
 
-    def _store(self, pages: int) -> list[torch.Tensor]:
-        """A tensor [L, K, P, D] a layer, of zeros: what a mask hides is still multiplied, and zero hides no NaN."""
-        like = next(self.model.parameters())
-        layers, kv_heads, head_dim = kv_shape(self.model.config)
-        shape = (pages, kv_heads, self.pool.page_size, head_dim)
-        if like.device.type != "cpu":
-            return [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(layers)]
-        # numpy's zeros, unlike torch's, take no memory before they are written.
-        count = math.prod(shape) * like.dtype.itemsize
-        return [torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(shape) for _ in range(layers)]
+    @torch.inference_mode()
+    def _build(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The leanest packed model that gives the same logits as `model`."""
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        tokens = [(7 * i + 3) % vocab for i in range(24)]
+        expected_TV = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].double()
+        options = self._prove_equal(packed_twin(model), tokens, expected_TV)
+        for known in (options, {}):
+            packed = packed_twin(model)
+            products = lean(packed, known, self.deterministic)
+            is_lean = bool(products)
+            products += join(packed, self.deterministic)
+            self.packed_weight_bytes = prepare(products)
+            try:
+                self._prove_equal(packed, tokens, expected_TV)
+                break
+            except InputError as error:
+                if not is_lean:
+                    raise
+                LOG.warning("%s: its layers look like Llama's but are not; they run as they are", error)
+        return packed
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
         """Compute a step in one pass; gives a choice to each request whose last token was in it."""
-        for page in self.pool.dirty:
-            for store in (*self.keys, *self.values):
-                store[page] = 0
-        self.pool.dirty.clear()
+        if self.pool.dirty:
+            for store in self.stores:
+                store.clear(self.pool.dirty)
+            self.pool.dirty.clear()
         tokens: list[int] = []
         pieces: list[Piece] = []
         for request, count in step:
@@ -81,10 +93,10 @@ class PackedRunner(Runner):
         ready = [
             (r, piece.end - 1) for (r, n), piece in zip(step, pieces, strict=True) if r.computed + n == len(r.tokens)
         ]
-        packed = PackedStep(self.keys, self.values, pieces, self.deterministic)
+        packed = PackedStep(self.stores, pieces, self.deterministic, self._rows)
         requests = [request for request, _ in ready]
         started = time.perf_counter()
-        logits_RV = self._forward(tokens, packed, [row for _, row in ready])
+        logits_RV = _forward(self.model, tokens, packed, [row for _, row in ready])
         by_request: dict[Request, Choice] = dict(zip(requests, sample(logits_RV, requests), strict=True))
         seconds = time.perf_counter() - started
         return StepResult(
@@ -93,36 +105,74 @@ class PackedRunner(Runner):
             tokens_computed=len(tokens),
             padded_tokens=0,
             model_s=seconds,
-            kv_bytes=self.pool.pages_used * sum(store[0].nbytes for store in (*self.keys, *self.values)),
+            kv_bytes=self.pool.pages_used * sum(store.page_bytes for store in self.stores),
         )
 
-    def _forward(self, tokens: list[int], packed: PackedStep, rows: list[int]) -> torch.Tensor:
-        """Logits [R, V] of the tokens at `rows`."""
-        device = self.model.device
-        return self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=packed.positions_T[None],
-            use_cache=False,
-            logits_to_keep=torch.tensor(rows, dtype=torch.long, device=device),
-            packed=packed,
-        ).logits[0]
+    def _prove_equal(self, packed: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor) -> dict[int, Options]:
+        """Compare logits of two like requests, computed as chunks without and with a past, and token by token.
 
-    @torch.inference_mode()
-    def _prove_equal(self, model: PreTrainedModel) -> None:
-        """Compare with the model itself on a few tokens, computed as a chunk, a chunk with a past, and one alone."""
-        vocab = model.config.get_text_config(decoder=True).vocab_size
-        tokens = [(7 * i + 3) % vocab for i in range(24)]
-        expected = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].double()
+        Gives the layers' options.
+        """
         pages = -(-len(tokens) // self.pool.page_size)
-        keys, values = self._store(pages), self._store(pages)
-        found = []
+        stores = _stores(packed, 2 * pages, self.pool.page_size)
+        found, options = [], {}
         try:
-            for begin, end in ((0, 15), (15, 23), (23, 24)):
-                piece = Piece(0, end - begin, begin, list(range(pages)))
-                packed = PackedStep(keys, values, [piece], self.deterministic)
-                found.append(self._forward(tokens[begin:end], packed, list(range(end - begin))))
+            for begin, end in ((0, 15), (15, 22), (22, 23), (23, 24)):
+                count = end - begin
+                pieces = [
+                    Piece(i * count, (i + 1) * count, begin, list(range(i * pages, (i + 1) * pages))) for i in range(2)
+                ]
+                step = PackedStep(stores, pieces, self.deterministic, self._rows)
+                logits = _forward(packed, tokens[begin:end] * 2, step, list(range(2 * count)))
+                found.append(logits.double().unflatten(0, (2, count)))
+                options.update(step.options)
         except (InputError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-            raise InputError(f"{type(model).__name__} cannot run packed: {error}") from error
-        off = float((torch.cat(found).double() - expected).abs().max() / expected.abs().max())
-        if not off <= TOLERANCE[model.dtype]:
-            raise InputError(f"{type(model).__name__} gives other logits when packed (off by {off:.1e} of the largest)")
+            raise InputError(f"{type(packed).__name__} cannot run packed: {error}") from error
+        off = float((torch.cat(found, 1) - expected_TV).abs().max() / expected_TV.abs().max())
+        if not off <= TOLERANCE[packed.dtype]:
+            raise InputError(
+                f"{type(packed).__name__} gives other logits when packed (off by {off:.1e} of the largest)"
+            )
+        return options
+
+
+def refuse_unpackable(model: PreTrainedModel) -> None:
+    """Raise InputError for a model that is known not to run packed before it is tried."""
+    refuse_unknown_cache(model)
+    if not model._supports_attention_backend:
+        raise InputError(f"{type(model).__name__} does not take its attention from Transformers' AttentionInterface")
+
+
+def packed_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` that shares its weights and calls packed attention."""
+    packed = twin(model)
+    packed.set_attn_implementation(NAME)
+    return packed
+
+
+def _forward(model: PreTrainedModel, tokens: list[int], packed: PackedStep, rows: list[int]) -> torch.Tensor:
+    """Logits [R, V] of the tokens at `rows`."""
+    return model(
+        input_ids=torch.tensor([tokens], device=model.device),
+        position_ids=packed.positions_T[None],
+        use_cache=False,
+        logits_to_keep=torch.tensor(rows, dtype=torch.long, device=model.device),
+        packed=packed,
+    ).logits[0]
+
+
+def _rows(model: PreTrainedModel, page_size: int) -> Callable[..., torch.Tensor]:
+    """The way to attend from rows of one token: compiled where that pays, on a CPU and with heads that fill vectors."""
+    _, kv_heads, head_dim = kv_shape(model.config)
+    if model.device.type != "cpu" or model.dtype != torch.float32 or head_dim < FULL_HEAD:
+        return attend_rows
+    example = Store.zeros((12, kv_heads, page_size, head_dim), next(model.parameters()))
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    return compiled_rows(heads, example.keys_LKDP, example.values_LKPD)
+
+
+def _stores(model: PreTrainedModel, pages: int, page_size: int) -> list[Store]:
+    """A layer's keys and values each, empty."""
+    layers, kv_heads, head_dim = kv_shape(model.config)
+    like = next(model.parameters())
+    return [Store.zeros((pages, kv_heads, page_size, head_dim), like) for _ in range(layers)]

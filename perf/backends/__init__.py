@@ -1,0 +1,183 @@
+"""Backends: whatever turns prompts into tokens, behind one small protocol, so that the suite measures them all alike.
+
+A backend is told a model and a batch size, is handed requests, and gives back tokens and when each reached the host.
+What to run, how often, whether the tokens are right and what is recorded is the suite's business, not a backend's.
+
+To measure an engine of your own, write these two classes and name the first by `--backend package.module:MyBackend`,
+or in the entry point group `dynamic_batch.backends`:
+
+    class MyBackend:
+        name = "mine"
+        def missing(self, device): return None               # or one line that says what it lacks and how to get it
+        def open(self, setup): return MySession(setup)       # load setup.folder() or use setup.loaded.model
+
+    class MySession:
+        def run(self, items):                                # items[i].prompt is token ids, due at items[i].arrival_s
+            tokens, seconds = my_engine(items)               # a list a request: its tokens, and when each came,
+            return timeline(items, tokens, seconds)          # in seconds after the call
+        def close(self): ...
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine import EngineMetrics, InputError, LoadedModel
+from engine.request import Request
+from engine.workload import WorkItem
+
+GROUP = "dynamic_batch.backends"
+BUILT_IN = {
+    "sequential": "perf.backends.engine:Sequential",
+    "dynamic": "perf.backends.engine:Dynamic",
+    "continuous": "perf.backends.engine:Continuous",
+    "generate": "perf.backends.transformers:OneByOne",
+    "generate-padded": "perf.backends.transformers:PaddedBatches",
+    "transformers-cb": "perf.backends.transformers:ContinuousBatching",
+    "openvino": "perf.backends.peers:OpenVINO",
+    "ctranslate2": "perf.backends.peers:CTranslate2",
+    "vllm": "perf.backends.peers:VLLM",
+}
+
+
+class Unavailable(InputError):
+    """This backend cannot run this model on this machine: a reason to skip it by name, not a failure."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a backend is to load and how much it may run at once.
+
+    `loaded` is the model as Transformers has it, for backends in this process and for the check of the tokens; those
+    that read files take `folder()`. `options` are the backend's own settings by name.
+    """
+
+    loaded: LoadedModel
+    device: str
+    dtype: str
+    max_batch_size: int
+    seed: int = 0
+    threads: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def folder(self) -> Path:
+        """The model as `save_pretrained` writes it; written into the cache folder if it came from nowhere."""
+        from perf.backends.peers import model_folder
+
+        return model_folder(self.loaded, self.dtype)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: output tokens in the order of the requests, and what was measured.
+
+    `keeps_times` is False for a backend that tells only when requests end: it has no TTFT and no TPOT. `extra` is
+    whatever else it knows of the run, by the names it is to be recorded under.
+    """
+
+    tokens: list[tuple[int, ...]]
+    metrics: EngineMetrics
+    keeps_times: bool = True
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+class Session(Protocol):
+    """A loaded model, ready to run workloads one after the other; nothing of one run may speed up the next.
+
+    A session that remembers (a prefix cache) has a method `reset()` besides, called before every run, untimed.
+    """
+
+    def run(self, items: Sequence[WorkItem]) -> Outcome:
+        """Serve every request greedily to its max_new_tokens, EOS or not, none before it is due."""
+
+    def close(self) -> None:
+        """Give back memory, threads and processes."""
+
+
+class Backend(Protocol):
+    """A way to run a model. `name` is how results are labelled.
+
+    An attribute `exact = False` says that its tokens may differ from the model's own (a quantised model, a program of
+    others); they are then counted and recorded rather than failing the test.
+    """
+
+    name: str
+
+    def missing(self, device: str) -> str | None:
+        """None if it can run here on "cpu" or "cuda", else what it lacks and how to get it, in one line."""
+
+    def open(self, setup: Setup) -> Session:
+        """Load the model and warm up; what a server does before it takes requests. Raises Unavailable if it cannot."""
+
+
+def find(name: str) -> Backend:
+    """The backend called `name`: a built-in, an installed entry point, or `module:attr`.
+
+    Raises:
+        InputError: if there is none, naming those there are, or its module cannot be imported.
+    """
+    installed = {point.name: point.value for point in entry_points(group=GROUP)}
+    target = {**installed, **BUILT_IN}.get(name, name)
+    module, _, attribute = target.partition(":")
+    if not attribute:
+        known = ", ".join([*BUILT_IN, *installed])
+        raise InputError(f"backend {name!r} is none of {known}, nor of the form module:attr")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"backend {name!r} cannot be imported: {error}") from error
+    backend: Backend = found() if isinstance(found, type) else found
+    lacks = [part for part in ("name", "missing", "open") if not hasattr(backend, part)]
+    if lacks:
+        raise InputError(f"backend {name!r} has no {', '.join(lacks)}: see perf/backends/__init__.py")
+    return backend
+
+
+def timeline(
+    items: Sequence[WorkItem],
+    tokens: Sequence[Sequence[int]],
+    seconds: Sequence[Sequence[float]],
+    *,
+    counters: Mapping[str, int] | None = None,
+    keeps_times: bool = True,
+    began: float | None = None,
+) -> Outcome:
+    """Plain lists as an Outcome.
+
+    Args:
+        items: what was asked.
+        tokens: the output of each request.
+        seconds: when each of those tokens reached the host, in seconds after the run began.
+        counters: whichever fields of `engine.metrics.Counters` the backend knows.
+        keeps_times: False if only the last of each request's times is real.
+        began: when the run began (`time.perf_counter` seconds); now, if None.
+
+    Raises:
+        InputError: if the lists do not fit together: a backend's fault, not its speed.
+    """
+    start = time.perf_counter() if began is None else began
+    metrics = EngineMetrics()
+    for name, count in (counters or {}).items():
+        setattr(metrics.counters, name, count)
+    metrics.counters.output_tokens = sum(map(len, tokens))
+    if not len(items) == len(tokens) == len(seconds):
+        raise InputError(f"{len(items)} requests got {len(tokens)} outputs and {len(seconds)} lists of times")
+    for index, (item, output, times) in enumerate(zip(items, tokens, seconds, strict=True)):
+        if not len(output) == len(times) == item.params.max_new_tokens:
+            raise InputError(
+                f"requests[{index}] asked for {item.params.max_new_tokens} tokens and got {len(output)}, "
+                f"with {len(times)} times"
+            )
+        arrival = start + item.arrival_s
+        request = Request(f"request-{index}", len(item.prompt), item.params, list(map(int, item.prompt)))
+        request.arrival = request.scheduled = arrival
+        for token, at in zip(output, times, strict=True):
+            request.append(int(token), start + at)
+        metrics.add(request.close(None, request.token_times[-1]).metrics)
+    return Outcome([tuple(map(int, output)) for output in tokens], metrics, keeps_times)

@@ -1,0 +1,69 @@
+"""The engine of this project as a backend, one for each of its policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine import Engine, EngineConfig, EngineMetrics, FinishReason, SamplingParams
+from engine.workload import WorkItem
+from perf.backends import Outcome, Setup
+
+
+class EngineSession:
+    """One engine, kept for all runs. Prefix caching is off unless asked for; then each run has an engine of its own, or
+    it would find the prompts of the one before computed."""
+
+    def __init__(self, policy: str, setup: Setup) -> None:
+        options = {"prefix_caching": False, **setup.options}
+        self.loaded = setup.loaded
+        self.config = EngineConfig(policy=policy, max_batch_size=setup.max_batch_size, seed=setup.seed, **options)
+        self.engine = Engine(self.loaded, self.config)
+        self.runner = self.engine.config.runner
+        self.engine.generate([[1] * 8] * 2, SamplingParams(max_new_tokens=4, ignore_eos=True), progress=False)
+
+    def reset(self) -> None:
+        """Forget the prompts of earlier runs."""
+        if self.config.prefix_caching:
+            del self.engine  # its memory first
+            self.engine = Engine(self.loaded, self.config)
+
+    def run(self, items: Sequence[WorkItem]) -> Outcome:
+        """Serve the requests; an engine error or an interrupt is raised, never measured."""
+        self.engine.metrics = EngineMetrics()
+        outputs = self.engine.replay(items, progress=False)
+        for output in outputs:
+            if output.finish_reason is FinishReason.ABORT:
+                raise KeyboardInterrupt
+            if output.finish_reason is FinishReason.ERROR:
+                raise RuntimeError(f"{output.request_id} failed: {output.error}")
+        return Outcome([output.token_ids for output in outputs], self.engine.metrics)
+
+    def close(self) -> None:
+        """Let the engine go, and its pages with it."""
+        del self.engine
+
+
+class Continuous:
+    """Requests join and leave the batch at every step; packed, paged."""
+
+    name = policy = "continuous"
+
+    def missing(self, device: str) -> str | None:
+        """Always here."""
+        return None
+
+    def open(self, setup: Setup) -> EngineSession:
+        """An engine of this policy over the model that `setup` has loaded."""
+        return EngineSession(self.policy, setup)
+
+
+class Dynamic(Continuous):
+    """A batch is filled in order of arrival and run to completion."""
+
+    name = policy = "dynamic"
+
+
+class Sequential(Continuous):
+    """One request at a time: the baseline."""
+
+    name = policy = "sequential"

@@ -1,0 +1,248 @@
+"""Peers whose dependencies clash with ours: a virtual environment each, made by one command and driven over a pipe.
+
+`python -m perf setup-peer NAME` makes the environment in the cache folder; the model is converted there once, by the
+peer's own converter. `worker.py` runs inside it; here is this side of the pipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import InputError, LoadedModel
+from engine.machine import cache_dir
+from engine.workload import WorkItem
+from perf.backends import Outcome, Setup, Unavailable, timeline
+
+WORKER = Path(__file__).with_name("worker.py")
+# Exactly what each was proven with. The converters want Transformers 4; the engine wants 5: hence the environments.
+PACKAGES = {
+    "openvino": ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0",
+                 "transformers==4.57.6", "torch==2.13.0"),
+    "ctranslate2": ("ctranslate2==4.8.5", "transformers==4.57.6", "torch==2.13.0"),
+    "vllm": ("vllm==0.33.0",),
+}  # fmt: skip
+
+
+def home(name: str) -> Path:
+    """The folder of a peer's virtual environment."""
+    return cache_dir() / "peers" / name
+
+
+def setup_peer(name: str) -> Path:
+    """Make the virtual environment of a peer, unless it is there already with the same packages; gives its folder.
+
+    Raises:
+        InputError: for an unknown name, or packages that pip cannot install, with pip's last line.
+    """
+    if name not in PACKAGES:
+        raise InputError(f"peer {name!r} must be one of {', '.join(PACKAGES)}")
+    folder = home(name)
+    if _installed(name):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    venv.create(folder, with_pip=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-q"]
+    orders = [["install", *PACKAGES[name]]]
+    if name == "openvino":  # optimum-intel brings it for images; one that does not fit torch breaks every import
+        orders.append(["uninstall", "--yes", "torchvision"])
+    for order in orders:
+        done = subprocess.run([*pip, *order], capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"peer {name} was not installed: {_last_line(done.stderr)}")
+    (folder / "packages.json").write_text(json.dumps(PACKAGES[name]))
+    return folder
+
+
+def _installed(name: str) -> bool:
+    marker = home(name) / "packages.json"
+    return marker.is_file() and json.loads(marker.read_text()) == list(PACKAGES[name])
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2][:500]
+
+
+class PeerSession:
+    """A worker process that holds the peer's model."""
+
+    def __init__(self, name: str, folder: Path, setup: Setup) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process that writes it)
+        self._process = subprocess.Popen(
+            [str(home(name) / "bin" / "python"), str(WORKER)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+        )  # fmt: skip
+        model = {"peer": name, "folder": str(folder), "device": setup.device, "dtype": setup.dtype}
+        size = {"max_batch_size": setup.max_batch_size, "threads": setup.threads}
+        self._ask({**model, **size, "options": dict(setup.options)})
+
+    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Send one line and read one; whatever went wrong over there is raised here."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            raise RuntimeError(f"{self.name}'s worker ended: {_last_line(self._log.read()) or 'it said nothing'}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def run(self, items: Sequence[WorkItem]) -> Outcome:
+        """Serve the requests over there; times are those of the worker's own clock since it read them."""
+        rows = [
+            {"prompt": list(item.prompt), "new_tokens": item.params.max_new_tokens, "arrival_s": item.arrival_s}
+            for item in items
+        ]
+        began = time.perf_counter()
+        answer = self._ask({"run": rows})
+        return timeline(items, answer["tokens"], answer["seconds"], began=began)
+
+    def close(self) -> None:
+        """End the worker: it stops when its input does, or is stopped."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+class Peer:
+    """What the peers have in common; a subclass says where it runs and how it converts a model."""
+
+    name = ""
+    devices: tuple[str, ...] = ("cpu",)
+    exact = False  # its tokens are compared and counted; that they differ is its own affair and fails no test
+
+    def missing(self, device: str) -> str | None:
+        """What it lacks: a device, or its environment."""
+        if device not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}, not on {device}"
+        return None if _installed(self.name) else f"make its environment: python -m perf setup-peer {self.name}"
+
+    def open(self, setup: Setup) -> PeerSession:
+        """Convert the model if that was not done before, and start the worker with it."""
+        return PeerSession(self.name, self.converted(setup), setup)
+
+    def command(self, source: Path, target: Path, dtype: str) -> list[str]:
+        """The peer's own converter; empty if it reads `save_pretrained` folders as they are."""
+        return []
+
+    def converted(self, setup: Setup) -> Path:
+        """The model in the peer's format, made once for each model, dtype and version of the peer.
+
+        Raises:
+            Unavailable: if the model has no tokenizer, which the converters ask for.
+            InputError: if the converter fails.
+        """
+        source = setup.folder()
+        weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.iterdir())]
+        key = repr((str(source), weights, setup.dtype, PACKAGES[self.name])).encode()
+        target = cache_dir() / "peers" / "models" / f"{self.name}-{hashlib.sha256(key).hexdigest()[:12]}"
+        if target.exists() or not self.command(source, target, setup.dtype):
+            return target if target.exists() else source
+        if setup.loaded.tokenizer is None:
+            raise Unavailable(f"{self.name} converts no model without a tokenizer, and {setup.loaded.spec} has none")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            plain, fresh = for_transformers_4(source, Path(scratch, "source")), Path(scratch, "converted")
+            program, *arguments = self.command(plain, fresh, setup.dtype)
+            done = subprocess.run([str(home(self.name) / "bin" / program), *arguments], capture_output=True, text=True)
+            if done.returncode:
+                raise InputError(f"{self.name} did not convert {setup.loaded.spec}: {_last_line(done.stderr)}")
+            fresh.rename(target)
+        return target
+
+
+class OpenVINO(Peer):
+    """OpenVINO GenAI's continuous batching; exported by optimum-intel."""
+
+    name = "openvino"
+
+    def command(self, source: Path, target: Path, dtype: str) -> list[str]:
+        """`optimum-cli export openvino`."""
+        weights = {"float32": "fp32", "float16": "fp16", "bfloat16": "fp16"}[dtype]
+        return ["optimum-cli", "export", "openvino", "--model", str(source), "--task", "text-generation-with-past",
+                "--weight-format", weights, str(target)]  # fmt: skip
+
+
+class CTranslate2(Peer):
+    """CTranslate2's generator."""
+
+    name = "ctranslate2"
+    devices = ("cpu", "cuda")
+
+    def command(self, source: Path, target: Path, dtype: str) -> list[str]:
+        """`ct2-transformers-converter`."""
+        return ["ct2-transformers-converter", "--model", str(source), "--output_dir", str(target),
+                "--quantization", dtype]  # fmt: skip
+
+
+class VLLM(Peer):
+    """vLLM, from the folder as it is."""
+
+    name = "vllm"
+    devices = ("cuda",)
+
+
+def model_folder(loaded: LoadedModel, dtype: str) -> Path:
+    """The folder that a model was loaded from; if it came from none, one in the cache folder that it is saved to."""
+    source = Path(loaded.model.name_or_path or ".")
+    if (source / "config.json").is_file():
+        return source
+    key = hashlib.sha256(repr((loaded.spec, loaded.revision, dtype)).encode()).hexdigest()[:12]
+    target = cache_dir() / "peers" / "models" / f"plain-{key}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            fresh = Path(scratch, "model")
+            for part in (loaded.model, loaded.tokenizer):
+                if part is not None:
+                    part.save_pretrained(fresh)
+            fresh.rename(target)
+    return target
+
+
+def for_transformers_4(source: Path, target: Path) -> Path:
+    """A folder that Transformers 4 reads as Transformers 5 reads `source`: weights linked, two entries renamed.
+
+    Version 5 writes `rope_parameters`, which version 4 passes over without a word and takes theta as 10,000; and it
+    names a tokenizer class that version 4 does not have.
+    """
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        (target / file.name).symlink_to(file.resolve())
+    config = json.loads((source / "config.json").read_text())
+    rope = dict(config.pop("rope_parameters", None) or {})
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    config["torch_dtype"] = config.get("dtype", config.get("torch_dtype"))
+    changed = {"config.json": config}
+    if (source / "tokenizer_config.json").is_file():
+        tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+        changed["tokenizer_config.json"] = {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"}
+    for name, content in changed.items():
+        (target / name).unlink()
+        (target / name).write_text(json.dumps(content))
+    return target

@@ -1,0 +1,132 @@
+"""Transformers itself as a backend: `generate` one prompt at a time, on padded batches, and its continuous batching."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import chain
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from engine import Engine, EngineConfig
+from engine.bench import transformers_generate
+from engine.workload import WorkItem
+from perf.backends import Outcome, Setup, timeline
+
+
+class GenerateSession:
+    """`model.generate` on left-padded batches of up to `size` requests that are due, each batch to its end."""
+
+    runner = "generate"
+
+    def __init__(self, setup: Setup, size: int) -> None:
+        # Asked for what it knows of the model; it runs nothing. Sequential, so that it joins no weights.
+        self.engine = Engine(setup.loaded, EngineConfig(policy="sequential", kv_memory=1 << 30))
+        self.size = size
+
+    def run(self, items: Sequence[WorkItem]) -> Outcome:
+        """Generate for every request."""
+        outputs, metrics = transformers_generate(self.engine, items, self.size)
+        return Outcome([output.token_ids for output in outputs], metrics)
+
+    def close(self) -> None:
+        """Nothing is held but the model."""
+
+
+class OneByOne:
+    """What a first script does: one prompt at a time."""
+
+    name = "generate"
+
+    def missing(self, device: str) -> str | None:
+        """Always here."""
+        return None
+
+    def open(self, setup: Setup) -> GenerateSession:
+        """The model as it is loaded."""
+        return GenerateSession(setup, 1)
+
+
+class PaddedBatches(OneByOne):
+    """What a second script does: left-padded batches."""
+
+    name = "generate-padded"
+
+    def open(self, setup: Setup) -> GenerateSession:
+        """The model as it is loaded."""
+        return GenerateSession(setup, setup.max_batch_size)
+
+
+class ContinuousSession:
+    """Transformers' continuous batching, its background thread kept for all runs.
+
+    It has a copy of the model that shares every weight: it changes the model's attention, which others measure too.
+    """
+
+    runner = "transformers-cb"
+
+    def __init__(self, setup: Setup) -> None:
+        model = setup.loaded.model
+        shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        self.model = copy.deepcopy(model, memo=shared)
+        options = {"max_requests_per_batch": setup.max_batch_size, "allow_block_sharing": False, **setup.options}
+        greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
+        self._stack = ExitStack()
+        self._stack.enter_context(torch.no_grad())  # it fails under inference_mode
+        self.manager = self._stack.enter_context(
+            self.model.continuous_batching_context_manager(  # type: ignore[operator]
+                generation_config=greedy, continuous_batching_config=ContinuousBatchingConfig(**options)
+            )
+        )
+
+    def run(self, items: Sequence[WorkItem]) -> Outcome:
+        """Hand every request over when it is due and collect results until all are there."""
+        start = time.perf_counter()
+        names: dict[str, int] = {}
+        tokens: list[list[int]] = [[] for _ in items]
+        seconds: list[list[float]] = [[] for _ in items]
+        pending = sorted(range(len(items)), key=lambda index: items[index].arrival_s)
+        done = 0
+        while done < len(items):
+            while pending and items[pending[0]].arrival_s <= time.perf_counter() - start:
+                index = pending.pop(0)
+                item = items[index]
+                name = self.manager.add_request(
+                    list(item.prompt),
+                    max_new_tokens=item.params.max_new_tokens,
+                    record_timestamps=True,
+                    eos_token_id=-1,
+                )
+                names[str(name)] = index
+            wait = items[pending[0]].arrival_s - (time.perf_counter() - start) if pending else 1.0
+            result = self.manager.get_result(timeout=max(1e-3, min(wait, 1.0)))
+            if result is None and not self.manager.is_running():
+                raise RuntimeError("Transformers' continuous batching stopped before its requests were done")
+            if result is None:
+                continue
+            if result.error is not None:
+                raise RuntimeError(f"Transformers' continuous batching failed: {result.error}")
+            index = names[result.request_id]
+            tokens[index] = list(result.generated_tokens)
+            seconds[index] = [at - start for at in result.timestamps or ()]
+            done += 1
+        return timeline(items, tokens, seconds, began=start)
+
+    def close(self) -> None:
+        """Stop the thread and free its cache."""
+        self._stack.close()
+        del self.manager, self.model
+
+
+class ContinuousBatching(OneByOne):
+    """`model.continuous_batching_context_manager`."""
+
+    name = "transformers-cb"
+
+    def open(self, setup: Setup) -> ContinuousSession:  # type: ignore[override]
+        """Start its thread, which sizes its cache by the memory that is free."""
+        return ContinuousSession(setup)

@@ -1,0 +1,100 @@
+"""The one table of metrics: what each is called, its unit, which way is better, and how much change is too much.
+
+A leaf: no measuring, no statistics, no imports of the project. A metric that is not gated is shown and never judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["higher", "lower", "exact"]
+MIB = float(2**20)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric of a benchmark.
+
+    direction: which way is better; "exact" allows no change at all. rel: the fraction of the baseline's value by which
+    it may get worse. floor: a change smaller than this, in the metric's own unit, is never a regression. gated: whether
+    the gate judges it.
+    """
+
+    name: str
+    label: str
+    unit: str
+    direction: Direction
+    rel: float = 0.0
+    floor: float = 0.0
+    gated: bool = True
+
+    def format(self, value: float | None) -> str:
+        """The value for a person, without its unit unless that is bytes: `1,234`, `12.3`, `0.0456`, `1.5 GiB`."""
+        if value is None:
+            return "-"
+        if self.unit == "bytes":
+            return f"{value / MIB:,.1f} MiB" if abs(value) < 1024 * MIB else f"{value / MIB / 1024:,.2f} GiB"
+        if self.direction == "exact" or (float(value).is_integer() and abs(value) >= 100):
+            return f"{value:,.0f}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _timed(name: str, label: str, rel: float, floor: float) -> Metric:
+    return Metric(name, label, "ms", "lower", rel, floor)
+
+
+def _count(name: str, label: str, unit: str = "") -> Metric:
+    return Metric(name, label, unit, "exact")
+
+
+def _shown(name: str, label: str, unit: str, direction: Direction = "lower") -> Metric:
+    return Metric(name, label, unit, direction, gated=False)
+
+
+_GATED = (
+    Metric("tokens_per_s", "tokens/s", "tok/s", "higher", 0.03),
+    _timed("tpot_p50_ms", "TPOT P50", 0.03, 0.05),
+    _timed("ttft_p50_ms", "TTFT P50", 0.05, 0.5),
+    _timed("ttft_p95_ms", "TTFT P95", 0.10, 0.5),
+    _timed("latency_p95_ms", "latency P95", 0.10, 0.5),
+    Metric("goodput", "goodput", "req/s", "higher", 0.05),
+    Metric("decode_bandwidth_pct", "decode bandwidth", "%", "higher", 0.03),
+    Metric("prefill_mfu_pct", "prefill MFU", "%", "higher", 0.03),
+    Metric("startup_s", "start-up", "s", "lower", 0.10),
+    Metric("gpu_peak_bytes", "peak GPU memory", "bytes", "lower", 0.01, 16 * MIB),
+    Metric("round_s", "round time", "s", "lower", 0.05),  # of benchmarks that record nothing but their time
+    _count("forward_passes", "forward passes"),
+    _count("tokens_computed", "tokens computed"),
+    _count("padded_tokens", "padded tokens"),
+    _count("prompt_tokens_cached", "prompt tokens cached"),
+    _count("output_tokens", "output tokens"),
+    _count("preemptions", "preemptions"),
+    _count("kv_bytes_peak", "peak KV", "bytes"),
+)
+_SHOWN = (
+    _shown("ttft_p99_ms", "TTFT P99", "ms"),
+    *(_shown(f"tpot_{p}_ms", f"TPOT {p.upper()}", "ms") for p in ("p95", "p99")),
+    *(_shown(f"itl_{p}_ms", f"ITL {p.upper()}", "ms") for p in ("p50", "p95", "p99")),
+    *(_shown(f"latency_{p}_ms", f"latency {p.upper()}", "ms") for p in ("p50", "p99")),
+    _shown("prefill_mean_ms", "prefill mean", "ms"),
+    _shown("decode_mean_ms", "decode mean", "ms"),
+    _shown("queue_mean_ms", "queue mean", "ms"),
+    _shown("wall_s", "wall time", "s"),
+    _shown("host_pct", "host work", "%"),
+    _shown("padding_ratio", "padding ratio", ""),
+    _shown("batch_size_mean", "mean batch size", "", "higher"),
+    _shown("offered_rate", "offered load", "req/s", "higher"),
+    _shown("gpu_util_pct", "GPU utilisation", "%", "higher"),
+    _shown("gpu_energy_j", "GPU energy", "J"),
+    _shown("useful_flops_pct", "useful FLOPs", "%", "higher"),
+    _shown("same_tokens", "requests with the very same tokens", "", "higher"),
+    _shown("near_ties", "requests that part at a near-tie", ""),
+    _shown("checked_requests", "requests checked", "", "higher"),
+    _shown("canary_matmul_gflops", "canary matmul", "GFLOP/s", "higher"),
+    _shown("canary_copy_gbps", "canary copy", "GB/s", "higher"),
+)
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (*_GATED, *_SHOWN)}
+GATED: tuple[str, ...] = tuple(metric.name for metric in _GATED)
+EXACT: tuple[str, ...] = tuple(metric.name for metric in _GATED if metric.direction == "exact")

@@ -1,0 +1,301 @@
+"""The pytest plugin: the suite's options, the `perf_case` fixture, the points a test runs at, the gate at the end.
+
+Loaded by the root conftest, or by `-p perf.plugin` in a project of your own. It imports no torch by itself: plain unit
+tests must not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from perf.gate import Comparison
+    from perf.record import Bench, PerfCase, Trial
+    from perf.runs import Run
+
+RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
+XDIST, DISABLE, SKIP = "-n (xdist)", "--benchmark-disable", "--benchmark-skip"
+SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
+MARKERS = (
+    "gpu: needs a CUDA device",
+    "perf_gate(metric, rel=None, abs=None): this test's own tolerance for one metric; may be repeated",
+    "points(name, cpu=[...], cuda=[...], quick=[...]): values of a parameter on each device; quick ones for --quick",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dynamic-batch performance")
+    group.addoption(
+        "--require-gpu", action="store_true", help="fail, rather than skip, gpu tests without a CUDA device"
+    )
+    group.addoption("--model", help="model spec of the benchmarks (default: random:tiny-llama, on CUDA qwen2.5-0.5b)")
+    group.addoption("--dtype", help="dtype of the benchmarks (default: float32, on CUDA float16)")
+    group.addoption("--batch-sizes", type=_integers, metavar="N,N", help="batch sizes of the sweep")
+    group.addoption("--rounds", type=int, metavar="N", help="timed rounds of each benchmark")
+    group.addoption("--quick", action="store_true", help="fewer points and rounds: 2 minutes on a GPU, not 8")
+    group.addoption("--peers", type=_names, metavar="A,B", help="what the peers benchmark compares, in this order")
+    group.addoption("--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable")
+    group.addoption("--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate")
+    group.addoption("--perf-plant", type=float, default=0.0, metavar="FRACTION",
+                    help="slow the engine down by this much, to test the gate itself")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    baseline, off = config.getoption("--perf-baseline"), _benchmarks_off(config)
+    saving = next((o for o in SAVING if config.getoption(o)), None)
+    if saving and off and not hasattr(config, "workerinput"):
+        pytest.exit(f"error: {saving} with {off} would save nothing: leave one of the two out", returncode=2)
+    if not baseline or hasattr(config, "workerinput"):
+        return
+    from perf import gate
+    from perf.runs import GateError
+
+    try:
+        base = gate.check_session(
+            baseline, _storage(config), xdist=off == XDIST, disabled=off == DISABLE, skipped=off == SKIP
+        )
+    except GateError as error:
+        pytest.exit(f"error: {error}", returncode=int(error.code))
+    config.pluginmanager.register(Gate(base), "dynamic-batch-gate")
+
+
+def _benchmarks_off(config: pytest.Config) -> str | None:
+    """The option that keeps pytest-benchmark from timing anything, if there is one."""
+    if config.getoption("numprocesses", None) or config.getoption("dist", "no") != "no":
+        return XDIST
+    if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
+        return DISABLE
+    return SKIP if config.getoption("benchmark_skip") else None
+
+
+def _storage(config: pytest.Config) -> Path:
+    """The folder of `--benchmark-storage`, which pytest-benchmark takes as a path or as file://PATH."""
+    return Path(str(config.getoption("benchmark_storage")).removeprefix("file://"))
+
+
+class Gate:
+    """Compares the session with a baseline at its end, and sets the exit code; there only with `--perf-baseline`."""
+
+    def __init__(self, base: Run) -> None:
+        self.base = base
+        self.deselected: set[str] = set()
+        self.comparison: Comparison | None = None
+        self.error: str | None = None
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.deselected |= {item.nodeid for item in items}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        from perf import gate
+        from perf.runs import Exit, GateError, parse
+
+        code = Exit.NOT_COMPARABLE
+        try:
+            head = parse(self._measured(session.config), "this session")
+            self.comparison = gate.compare(self.base, head, deselected=self._left_out(session))
+            code = self.comparison.exit
+        except GateError as error:
+            self.error, code = f"{error}", error.code
+        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = int(code)
+
+    def _measured(self, config: pytest.Config) -> dict[str, Any]:
+        """What pytest-benchmark saves, or would save, of this session."""
+        found: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+        return {
+            "machine_info": found.get_machine_info(),
+            "benchmarks": [each.as_dict(include_data=True) for each in found.benchmarks if not each.has_error],
+        }
+
+    def _left_out(self, session: pytest.Session) -> set[str]:
+        """Benchmarks of the baseline that nobody asked for: deselected by -k or -m, or outside the paths given."""
+        if session.config.args_source is not pytest.Config.ArgsSource.ARGS:
+            return self.deselected
+        root, here = session.config.rootpath, session.config.invocation_params.dir
+        asked = []
+        for argument in session.config.args:
+            path, *inside = argument.split("::")
+            asked.append("::".join([Path(os.path.relpath(here / path, root)).as_posix(), *inside]))
+        outside = {
+            name for name in self.base.benchmarks
+            if not any(part in (".", name) or name.startswith((f"{part}/", f"{part}::", f"{part}[")) for part in asked)
+        }  # fmt: skip
+        return self.deselected | outside
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        terminalreporter.section(f"against {self.base.name}")
+        if self.error:
+            terminalreporter.write_line(f"error: {self.error}")
+        if self.comparison is not None:
+            from rich.console import Console
+
+            from perf.report import comparison_table
+
+            console = Console(width=None if sys.stdout.isatty() else 160, file=terminalreporter._tw._file)
+            console.print(comparison_table(self.comparison))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize over (device, NAME) for each `points` mark, and over the device alone without one."""
+    if "device" not in metafunc.fixturenames or "perf_case" not in metafunc.fixturenames:
+        return
+    mark = metafunc.definition.get_closest_marker("points")
+    sizes = metafunc.config.getoption("--batch-sizes")
+    quick = metafunc.config.getoption("--quick")
+    rows = []
+    for device in ("cpu", "cuda"):
+        marks = (pytest.mark.gpu,) if device == "cuda" else ()
+        if mark is None:
+            rows.append(pytest.param(device, id=device, marks=marks))
+            continue
+        values, left_out = mark.kwargs[device], []
+        if quick and device == "cuda":
+            left_out = [value for value in values if value not in mark.kwargs.get("quick", values)]
+        if mark.args[0] == "batch_size" and sizes:
+            values = sizes
+        if mark.args[0] == "peer":
+            values = [*(metafunc.config.getoption("--peers") or values), *metafunc.config.getoption("--backend")]
+        for value in values:
+            skip = (pytest.mark.skip(reason="left out by --quick"),) if value in left_out else ()
+            rows.append(pytest.param(device, value, id=f"{device}-{_label(value)}", marks=(*marks, *skip)))
+    names = ["device"] if mark is None else ["device", mark.args[0]]
+    metafunc.parametrize(names, rows)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("perf_gate"):
+            from perf.runs import GateError
+
+            try:
+                gate_json(item)
+            except GateError as error:
+                pytest.exit(f"error: {item.nodeid}: {error}", returncode=int(error.code))
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu and not config.getoption("--require-gpu"):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if config.getoption("--require-gpu"):
+        raise pytest.UsageError("--require-gpu: torch finds no CUDA device here, so no gpu test can run")
+    for item in gpu:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch finds none"))
+
+
+@pytest.fixture(scope="session")
+def perf_bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """The options and the model that the session's benchmarks share."""
+    from perf.record import Bench
+
+    names = ("model", "dtype", "rounds", "quick")
+    bench = Bench(
+        **{name: request.config.getoption(f"--{name}") for name in names},
+        plant=request.config.getoption("--perf-plant"),
+    )
+    request.config.stash[RECORDED] = bench.recorded
+    yield bench
+    bench.drop()
+
+
+@pytest.fixture(scope="session")
+def peer_rounds(request: pytest.FixtureRequest, perf_bench: Bench) -> Callable[..., dict[str, Trial | Exception]]:
+    """`peer_rounds(device, workload, batch_size, rounds)`: every peer that this session selected for the device, run in
+    turns; a finished trial each, or why there is none. Run at the first call."""
+    from perf.turns import run_peers
+
+    known: dict[str, dict[str, Trial | Exception]] = {}
+
+    def get(device: str, workload: str, batch_size: int, rounds: int) -> dict[str, Trial | Exception]:
+        if device not in known:
+            chosen = [_parameters(item) for item in request.session.items if "peer_rounds" in _fixtures(item)]
+            names = [params["peer"] for params in chosen if params["device"] == device]
+            known[device] = run_peers(perf_bench, names, workload, device, batch_size, rounds)
+        return known[device]
+
+    return get
+
+
+@pytest.fixture
+def perf_case(request: pytest.FixtureRequest, perf_bench: Bench, benchmark: Any) -> Iterator[PerfCase]:
+    """Measures one thing: `perf_case.measure(group, backend, workload, device=..., max_batch_size=...)`."""
+    import torch
+
+    from perf.record import PerfCase
+
+    threads = torch.get_num_threads()
+    if "tiny" in perf_bench.spec(request.getfixturevalue("device")):
+        torch.set_num_threads(1)  # dividing their products among several takes longer than computing them
+    yield PerfCase(perf_bench, benchmark, gate_json(request.node))
+    torch.set_num_threads(threads)
+
+
+def gate_json(item: pytest.Item) -> str | None:
+    """The tolerances of a test's `perf_gate` marks as the JSON text that is recorded; None without any.
+
+    Raises:
+        GateError: for an unknown metric, or a bound that the gate could not use.
+    """
+    from perf.runs import Exit, GateError, check_tolerance
+
+    bounds: dict[str, dict[str, float]] = {}
+    for mark in reversed(list(item.iter_markers("perf_gate"))):  # the closest mark has the last word
+        if len(mark.args) != 1 or not mark.kwargs or not set(mark.kwargs) <= {"rel", "abs"}:
+            raise GateError("perf_gate takes a metric, and rel= or abs= or both", Exit.USAGE)
+        check_tolerance(mark.args[0], **mark.kwargs)
+        bounds[mark.args[0]] = {**bounds.get(mark.args[0], {}), **mark.kwargs}
+    return json.dumps(bounds) if bounds else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """What failed is not saved: pytest-benchmark by itself would keep the time of a test that failed after it."""
+    fixture = getattr(item, "funcargs", {}).get("benchmark")
+    if fixture is not None and call.excinfo is not None:
+        fixture.has_error = True
+    return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if RECORDED not in config.stash:
+        return
+    from perf.summary import tables
+
+    for title, lines in tables(config.stash[RECORDED]):
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+def _label(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return getattr(item, "callspec").params  # noqa: B009 (pytest has no public name for it)
+
+
+def _integers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if any(value < 1 for value in values):
+        raise ValueError(text)
+    return values
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,56 @@
+"""HTML and SVG from Python, safe by construction: whatever is not Markup already is escaped on its way in.
+
+A leaf that knows no run and no chart. Also the one place that decides how a number and a stranger's text are shown.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from typing import Any
+
+
+class Markup(str):
+    """Text that is HTML already; only `tag` makes it, and `Markup(...)` around a literal of ours."""
+
+
+def tag(name: str, *children: Any, **attributes: Any) -> Markup:
+    """`<name attributes>children</name>`: text is escaped, iterables are joined, None is left out.
+
+    Attribute names may end in `_` (class_) and have `_` for `-`; None leaves the attribute out.
+    """
+    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
+    head = "".join(f' {key}="{html.escape(clean(value))}"' for key, value in pairs)
+    return Markup(f"<{name}{head}>{join(children)}</{name}>")
+
+
+def join(children: Iterable[Any]) -> Markup:
+    """Children one after another, each escaped unless it is Markup."""
+    parts: list[str] = []
+    for child in children:
+        if isinstance(child, Markup):
+            parts.append(child)
+        elif isinstance(child, Iterable) and not isinstance(child, str):
+            parts.append(join(child))
+        elif child is not None:
+            parts.append(html.escape(clean(child)))
+    return Markup("".join(parts))
+
+
+def clean(text: Any) -> str:
+    """One printable line: control and direction characters of a file become U+FFFD, line breaks spaces."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))
+
+
+def number(value: float | int | str | bool | None) -> str:
+    """A value as people read it: four digits are enough, thousands have commas; None is a dash, true is on."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None or isinstance(value, str):
+        return "-" if value is None else clean(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def signed(ratio: float | None) -> str:
+    """A relative change as a percentage with its sign: 0.031 is +3.1%."""
+    return "-" if ratio is None else f"{ratio:+.1%}"

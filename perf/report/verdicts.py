@@ -1,0 +1,107 @@
+"""A comparison as people read it: the verdict in a line, then its rows by what a reader must do about them.
+
+The terminal, Markdown and the page all take these words, so that they never say different things. It judges nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from perf.gate import Comparison, Outcome, Verdict
+from perf.metrics import Metric
+from perf.report.markup import signed
+from perf.runs import Benchmark, Run
+
+COLUMNS = ("benchmark", "metric", "base", "head", "change", "95 % interval", "allowed", "why")
+RIGHT = ("base", "head", "change", "95 % interval", "allowed")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The verdicts of one kind; `folded` where nobody needs to read them."""
+
+    heading: str
+    count: int
+    rows: tuple[tuple[str, ...], ...]  # cells of COLUMNS
+    folded: bool = False
+
+
+def parts(comparison: Comparison) -> list[Part]:
+    """Regressions first, the unchanged last; kinds without a verdict are left out."""
+    short = shorten(v.benchmark for v in comparison.verdicts)
+    found: list[Part] = []
+    for heading, outcome, improved in (
+        ("Regressions", Outcome.FAIL, False),
+        ("Not compared", Outcome.ERROR, False),
+        ("Can't tell", Outcome.INCONCLUSIVE, False),
+        ("Better", Outcome.PASS, True),
+        ("Unchanged", Outcome.PASS, False),
+    ):
+        some = [v for v in comparison.verdicts if v.outcome is outcome and v.improved is improved]
+        if some:
+            found.append(Part(heading, len(some), tuple(_rows(some, short)), folded=heading == "Unchanged"))
+    return found
+
+
+def headline(comparison: Comparison) -> str:
+    """The outcome with the count of each kind: `FAIL: 2 regressions, 1 can't tell, 81 unchanged`."""
+    counts = ", ".join(f"{part.count} {part.heading.lower()}" for part in parts(comparison))
+    return f"{comparison.outcome}: {counts or 'nothing was compared'}".replace(" 1 regressions", " 1 regression")
+
+
+def title(run: Run) -> str:
+    """A run's name and the commit it measured; `+` marks a tree with uncommitted changes."""
+    commit = str(run.commit.get("id") or "unversioned")
+    changed = "+" if run.commit.get("dirty") else ""
+    return run.name if commit == "unversioned" else f"{run.name} ({commit[:9]}{changed})"
+
+
+def day(run: Run) -> str:
+    """When a run was measured, to the minute."""
+    return run.datetime[:16].replace("T", " ")
+
+
+def named(metric: Metric) -> str:
+    """A metric's label, with its unit where neither the label nor the value says it."""
+    return metric.label if metric.unit in ("", "bytes", "tok/s") else f"{metric.label}, {metric.unit}"
+
+
+def value(benchmark: Benchmark, metric: str) -> float | None:
+    """A benchmark's number: what its median round had, else the median of its rounds; None where it has none."""
+    found = benchmark.info.get(metric)
+    if isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found):
+        return float(found)
+    return median(benchmark.rounds[metric]) if metric in benchmark.rounds else None
+
+
+def shorten(fullnames: Iterable[str]) -> dict[str, str]:
+    """Test ids without their file, where that leaves them distinct."""
+    known = list(dict.fromkeys(fullnames))
+    count = Counter(name.split("::", 1)[-1] for name in known)
+    return {name: short if count[short := name.split("::", 1)[-1]] == 1 else name for name in known}
+
+
+def _rows(verdicts: list[Verdict], short: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    """A row a verdict; benchmarks that could not be compared for one and the same reason share a row."""
+    alike = Counter(v.reason for v in verdicts if v.metric is None)
+    for verdict in verdicts:
+        if verdict.metric is not None or alike[verdict.reason] == 1:
+            yield _cells(verdict, short)
+        elif alike[verdict.reason]:
+            name, *cells = _cells(verdict, short)
+            yield (f"{name} and {alike.pop(verdict.reason) - 1} more", *cells)
+
+
+def _cells(verdict: Verdict, short: dict[str, str]) -> tuple[str, ...]:
+    metric, name = verdict.metric, short[verdict.benchmark]
+    if metric is None:
+        return (name, *["-"] * (len(COLUMNS) - 2), verdict.reason)
+    interval = f"{signed(verdict.low)[:-1]} to {signed(verdict.high)}" if verdict.low is not None else "-"
+    allowed = "-" if verdict.tolerance is None else f"{verdict.tolerance:.1%}"
+    allowed = "none" if metric.direction == "exact" else allowed
+    values = (metric.format(verdict.base), metric.format(verdict.head), signed(verdict.effect))
+    return (name, named(metric), *values, interval, allowed, verdict.reason)

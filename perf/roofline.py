@@ -1,0 +1,62 @@
+"""What the work costs at least: FLOPs and bytes of a model's linear layers, attention and cache, from its shapes.
+
+With the rates that the canary measured this gives the roofline columns. It counts; it runs and times nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from engine.models import kv_bytes_per_token, kv_shape
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one model: weights of its linear layers and of its output layer, and what a token attends with."""
+
+    linear_weights: int
+    head_weights: int
+    weight_bytes: int  # what a decode step reads: all linear layers; of the embedding only the tokens' own rows
+    kv_bytes: int  # of one token in all layers
+    attention_flop: int  # of one query with one key and value, in all layers
+
+    def flop(self, prompt: int, output: int) -> float:
+        """FLOPs that one request needs at least: 2 a weight and token, causal attention, logits where one is chosen.
+
+        The last output token is never computed. A sliding window would need less; it is not taken into account.
+        """
+        tokens = prompt + output - 1
+        products = 2.0 * (self.linear_weights * tokens + self.head_weights * output)
+        return products + self.attention_flop * tokens * (tokens + 1) / 2
+
+    def useful_flops_pct(self, lengths: Iterable[tuple[int, int]], seconds: float, matmul_gflops: float) -> float:
+        """FLOPs that requests of these (prompt, output) lengths need, in percent of what the canary does meanwhile."""
+        return 100.0 * sum(self.flop(*pair) for pair in lengths) / (seconds * matmul_gflops * 1e9)
+
+    def decode_bandwidth_pct(self, batch: int, context: float, step_ms: float, copy_gbps: float) -> float:
+        """Bytes that a decode step of `batch` requests reads (weights once, and everyone's keys and values of
+        `context` tokens), in percent of what the canary copies meanwhile."""
+        read = self.weight_bytes + batch * context * self.kv_bytes
+        return 100.0 * read / (step_ms * 1e-3 * copy_gbps * 1e9)
+
+
+def costs(model: PreTrainedModel) -> Costs:
+    """Count the layers of a loaded model."""
+    head = model.get_output_embeddings()
+    layers = {id(m): m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+    n_layers, _, head_dim = kv_shape(model.config)
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    weights = sum(weight.numel() for weight in layers.values())
+    head_weights = head.weight.numel() if head is not None else 0
+    item = model.dtype.itemsize
+    return Costs(
+        linear_weights=weights,
+        head_weights=head_weights,
+        weight_bytes=(weights + head_weights) * item,
+        kv_bytes=kv_bytes_per_token(model.config, item),
+        attention_flop=4 * n_layers * heads * head_dim,
+    )

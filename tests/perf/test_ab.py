@@ -1,0 +1,195 @@
+"""`perf ab` on a small repository of its own: each revision measured in its own tree, and nothing left behind.
+
+What its benchmark records is written in the tree, not measured, so that verdicts are exact.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from perf import ab, runs
+from perf.gate import Outcome
+from perf.runs import Exit, GateError
+
+TEST = """
+import thing, pathlib
+ROUNDS = [thing.RATE * factor for factor in (0.999, 1.0, 1.001)]
+def test_thing(benchmark):
+    benchmark.pedantic(int, rounds=1)
+    assert pathlib.Path(thing.__file__).parents[1] == pathlib.Path(__file__).parent
+    assert thing.RIGHT
+    benchmark.extra_info.update(schema=1, group="g", fingerprint={"cpu": "any"}, rounds={"tokens_per_s": ROUNDS})
+"""
+
+
+def git(where, *args):
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    return subprocess.run(["git", *who, *args], cwd=where, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def thing(repo, rate, right=True):
+    (repo / "thing" / "__init__.py").write_text(f"RATE = {rate}\nRIGHT = {right}\n")
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """A repository at rate 100 (`good`), 90 (`slow`) and with a wrong result (`wrong`); nothing may be left of it."""
+    folder = tmp_path / "repo"
+    (folder / "thing").mkdir(parents=True)
+    git(folder, "init", "-q")
+    (folder / "test_thing.py").write_text(TEST)
+    (folder / ".gitignore").write_text("__pycache__\nignored\n")
+    for name, rate, right in (("good", 100, True), ("slow", 90, True), ("wrong", 100, False)):
+        thing(folder, rate, right)
+        git(folder, "add", "-A")
+        git(folder, "commit", "-q", "-m", name)
+        git(folder, "tag", name)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    yield folder
+    assert list(temporary.iterdir()) == []
+    assert len(git(folder, "worktree", "list").splitlines()) == 1
+
+
+@pytest.mark.parametrize(("pairs", "sides"), [(1, "AB"), (2, "ABBA"), (5, "ABBAABBAAB")])
+def test_blocks_come_in_abba_order(pairs, sides):
+    assert "".join("AB"[side] for side in ab.order(pairs)) == sides
+
+
+def test_a_slower_revision_is_a_regression_and_the_checkout_stays_as_it_was(repo):
+    thing(repo, 90.5)  # uncommitted, and what "." means
+    (repo / "untracked.py").write_text("")
+    before = git(repo, "status", "--porcelain"), git(repo, "rev-parse", "HEAD"), (repo / ".git" / "index").read_bytes()
+    said: list[str] = []
+    comparison = ab.ab("good", ".", ["test_thing.py"], blocks=4, repo=repo, advance=said.append)
+    (verdict,) = comparison.verdicts
+    assert (verdict.outcome, comparison.exit, comparison.paired) == (Outcome.FAIL, Exit.REGRESSION, True)
+    assert (verdict.base, verdict.head) == (pytest.approx(100), pytest.approx(90.5))
+    assert verdict.rounds == (4, 4)
+    assert [line.split(": ")[1] for line in said] == ["good", ".", ".", "good", "good", ".", ".", "good"]
+    assert said[0] == "block 1 of 8: good"
+    assert comparison.base.commit["id"] == git(repo, "rev-parse", "good^{commit}")
+    assert before == (
+        git(repo, "status", "--porcelain"), git(repo, "rev-parse", "HEAD"), (repo / ".git" / "index").read_bytes()
+    )  # fmt: skip
+
+
+def test_the_working_tree_is_taken_whole_but_for_what_git_ignores(repo):
+    (repo / "new.py").write_text("x = 1\n")
+    (repo / "ignored").write_text("")
+    (repo / "test_thing.py").unlink()
+    commit = ab._commit(repo, ".")
+    files = git(repo, "ls-tree", "-r", "--name-only", commit).split()
+    assert files == [".gitignore", "new.py", "thing/__init__.py"]
+    assert git(repo, "rev-parse", f"{commit}^") == git(repo, "rev-parse", "HEAD")
+    assert git(repo, "branch", "--contains", commit) == ""
+
+
+def test_a_block_whose_tests_fail_ends_it_with_pytests_own_words(repo):
+    with pytest.raises(GateError, match=r"(?s)block 2, wrong: pytest ended with code 1 .*assert thing.RIGHT") as error:
+        ab.ab("good", "wrong", ["test_thing.py"], blocks=4, repo=repo)
+    assert error.value.code is Exit.NOT_COMPARABLE
+
+
+@pytest.mark.parametrize(("args", "says", "code"), [
+    (["test_thing.py", "-k", "nothing"], "pytest ended with code 5", Exit.NOT_COMPARABLE),
+    (["test_thing.py", "--no-such-option"], "pytest ended with code 4", Exit.USAGE),
+    (["test_thing.py", "--collect-only"], "pytest measured nothing", Exit.NOT_COMPARABLE),
+])  # fmt: skip
+def test_a_block_that_measures_nothing_is_an_error(repo, args, says, code):
+    with pytest.raises(GateError, match=f"block 1, good: {says}") as error:
+        ab.ab("good", "slow", args, blocks=4, repo=repo)
+    assert error.value.code is code
+
+
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
+def test_what_interrupts_it_leaves_no_worktree(repo, way, tmp_path):
+    begun = tmp_path / "begun"
+    (repo / "test_thing.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "perf", "ab", ".", "good", "--", "test_thing.py"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    running = subprocess.Popen(command, cwd=repo, env=env, stderr=subprocess.PIPE, text=True)
+    while not begun.exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(way)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert "interrupted: nothing was decided, and nothing is left behind" in errors
+
+
+def test_a_revision_that_is_not_there_is_a_usage_error(repo, tmp_path):
+    for revision in ("nope", "--all", ""):
+        with pytest.raises(GateError, match="no revision") as error:
+            ab.ab("good", revision, [], blocks=4, repo=repo)
+        assert error.value.code is Exit.USAGE
+    with pytest.raises(GateError, match="not a git repository"):
+        ab.ab("good", "slow", [], blocks=4, repo=tmp_path)
+
+
+@pytest.mark.parametrize("arg", ["--benchmark-json=x", "--benchmark-save=x", "--perf-baseline=x", "--benchmark-disable",
+                                 "--benchmark-skip", "-n4", "-n", "--numprocesses=2", "--dist=load"])  # fmt: skip
+def test_pytest_options_that_take_the_measuring_away_are_refused(arg):
+    with pytest.raises(GateError, match="leave it out") as error:
+        ab.ab("a", "b", ["perf", arg])
+    assert error.value.code is Exit.USAGE
+
+
+def test_too_few_blocks_are_refused():
+    with pytest.raises(GateError, match="blocks=3 cannot decide anything: give 4 or more"):
+        ab.ab("a", "b", [], blocks=3)
+
+
+def test_a_package_that_would_be_imported_from_elsewhere_is_refused(tmp_path):
+    for name in ("thing", "src/other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "__init__.py").touch()
+    ab.check_imports(tmp_path)
+    (tmp_path / "os").mkdir()
+    (tmp_path / "os" / "__init__.py").touch()  # Python has its own before it looks anywhere
+    with pytest.raises(GateError, match="os would be imported from"):
+        ab.check_imports(tmp_path)
+
+
+def block(rounds, cpu="any", name="t::x", **info):
+    extra = {"schema": 1, "fingerprint": {"cpu": cpu}, "rounds": rounds, **info}
+    return runs.parse({"benchmarks": [{"fullname": name, "extra_info": extra}]}, "block.json")
+
+
+def test_merged_blocks_have_a_value_a_block_and_every_value_of_a_counter():
+    one = block({"tokens_per_s": [1.0, 2.0, 4.0], "preemptions": [3, 3]}, canary_copy_gbps=10.0, seed=7)
+    two = block({"tokens_per_s": [8.0], "preemptions": [3, 4]}, canary_copy_gbps=30.0, seed=7)
+    (merged,) = ab.merge([one, two], "main").benchmarks.values()
+    assert merged.rounds["tokens_per_s"] == (pytest.approx(2.0), pytest.approx(8.0))
+    assert merged.rounds["preemptions"] == (3, 3, 3, 4)
+    assert (merged.info["canary_copy_gbps"], merged.info["seed"]) == (20.0, 7)
+    assert not merged.problems
+
+
+def test_one_commit_against_itself_is_said_to_measure_the_machine(repo, monkeypatch):
+    monkeypatch.setattr(ab, "block", lambda *_: block({"tokens_per_s": [100.0]}))
+    same = ab.ab("good", "slow~1", [], blocks=4, repo=repo)
+    assert same.exit is Exit.PASS
+    assert same.notes == (
+        f"both revisions are commit {git(repo, 'rev-parse', 'good')[:12]}: whatever differs is the machine",
+    )
+    assert ab.ab("good", "slow", [], blocks=4, repo=repo).notes == ()
+
+
+def test_blocks_that_do_not_fit_together_are_problems():
+    one = block({"tokens_per_s": [1.0]})
+    for other, where, says in (
+        (block({"tokens_per_s": [1.0]}, cpu="other"), "", "another fingerprint"),
+        (block({"goodput": [1.0]}), "tokens_per_s", "recorded in 1 of 2 blocks"),
+        (block({"tokens_per_s": [1.0]}, name="t::y"), "", "measured in 1 of 2 blocks"),
+    ):
+        assert says in ab.merge([one, other], "main").benchmarks["t::x"].problems[where]

@@ -1,0 +1,179 @@
+"""`python -m perf` as its user meets it: exit codes, files, one line for what can be mended, no torch without need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from perf import cli, gate, selftest
+from perf.gate import Outcome
+from perf.runs import GateError
+from tests.perf import made
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def storage(tmp_path, monkeypatch):
+    """Saved runs `main`, `again` (the same code), `slow` (12 % slower), `less` (fewer benchmarks); we stand there."""
+    folder = tmp_path / ".benchmarks" / "Linux"
+    folder.mkdir(parents=True)
+    kinds = {"main": (0, 1.0, None), "again": (1, 1.0, None), "slow": (2, 0.88, None), "less": (3, 1.0, 3)}
+    for number, (name, (seed, speed, most)) in enumerate(kinds.items(), 1):
+        made.save(folder, name, made.benchmarks(seed, speed)[:most], number)
+    for number, name in ((8, "startup"), (9, "restarted")):
+        made.save(folder, name, [entry for entry in made.benchmarks() if entry["group"] == "startup"], number)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    """`run(args)` gives the exit code, what was printed, and the errors."""
+
+    def call(*args):
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(args))
+        code = end.value.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_exit_codes_say_what_was_found(run, storage):
+    code, out, _ = run("compare", "main", "slow")
+    assert code == 1
+    assert out.rstrip().splitlines()[-1].startswith("FAIL: ")
+    assert run("compare", "main", "again")[0] == 4  # at 1 % of noise, five rounds can't tell 3 %
+    assert run("compare", "startup", "restarted")[0] == 0
+    assert run("compare", "main", "less")[0] == 3
+    code, _, err = run("compare", "nope", "main")
+    assert code == 3
+    assert err.startswith(
+        "error: no run 'nope' in '.benchmarks' (saved there: again, less, main, restarted, slow, startup)"
+    )
+
+
+def test_a_run_is_not_compared_with_itself(run, storage):
+    code, _, err = run("compare", "main", "1")
+    assert code == 2
+    assert err.startswith("error: 'main' and '1' are the same file")
+
+
+@pytest.mark.parametrize("args", [["compare", "main"], ["compare", "main", "slow", "--charm"], ["charm"],
+                                  ["ab", "a", "b", "--blocks", "x"]])  # fmt: skip
+def test_a_wrong_command_is_a_usage_error(run, storage, args):
+    assert run(*args)[0] == 2
+
+
+def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(run, storage, monkeypatch):
+    monkeypatch.setattr("perf.ab.ab", None)
+    for option in ("--html", "--markdown", "--csv", "--json"):
+        code, _, err = run("ab", "a", "b", option, "nowhere/file")
+        assert (code, err) == (
+            2,
+            f"error: {option} nowhere/file cannot be written: name a file in a folder that is there\n",
+        )
+
+
+def test_a_comparison_is_written_in_every_form(run, storage, monkeypatch):
+    names = {kind: storage / f"out.{kind}" for kind in ("html", "markdown", "csv", "json")}
+    options = [part for kind, path in names.items() for part in (f"--{kind}", str(path))]
+    assert run("compare", "main", "slow", *options)[0] == 1
+    assert json.loads(names["json"].read_text())["outcome"] == "FAIL"
+    assert "FAIL" in names["markdown"].read_text().splitlines()[0]
+    assert names["html"].read_text().startswith("<!DOCTYPE html>")
+    assert len(names["csv"].read_text().splitlines()) > 2
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(names["markdown"]))
+    before = names["markdown"].read_text()
+    run("compare", "main", "slow", "--markdown", str(names["markdown"]))
+    assert names["markdown"].read_text() == 2 * before
+
+
+def test_a_report_judges_and_ends_well_all_the_same(run, storage):
+    code, out, _ = run("report", "main", "slow")
+    assert code == 0
+    assert "FAIL" in out
+    code, out, _ = run("report", "again", "slow", "--base", "main")
+    assert code == 0
+    assert "main (" in out
+    code, out, _ = run("report", "main")
+    assert code == 0
+    assert "FAIL" not in out
+
+
+def test_a_comparison_of_revisions_passes_on_what_it_was_given(run, monkeypatch, tmp_path):
+    asked = {}
+
+    def measure(base, head, args, **options):
+        asked.update(base=base, head=head, args=args, **options)
+        options["advance"]("block 1 of 8: main")
+        raise GateError("no more")
+
+    monkeypatch.setattr("perf.ab.ab", measure)
+    code, _, err = run("ab", "main", ".", "--blocks", "4", "--no-counters", "--", "perf/test_x.py", "-k", "cpu")
+    assert (code, err) == (3, "block 1 of 8: main\nerror: no more\n")
+    assert (asked["base"], asked["head"], asked["args"]) == ("main", ".", ["perf/test_x.py", "-k", "cpu"])
+    assert (asked["blocks"], asked["counters"]) == (4, False)
+    run("ab", "main", ".")
+    assert (asked["args"], asked["blocks"], asked["counters"]) == (["perf"], 6, True)
+
+
+def test_a_fault_of_the_gate_itself_is_no_regression(run, storage, monkeypatch):
+    monkeypatch.setattr(gate, "compare", lambda *args, **options: 1 / 0)
+    code, _, err = run("compare", "main", "slow")
+    assert code == 70
+    assert "ZeroDivisionError" in err
+
+
+@pytest.mark.parametrize(("alarms", "found", "code"), [(0, 20, 0), (1, 19, 0), (2, 20, 1), (0, 18, 1)])
+def test_the_self_test_fails_where_the_gate_cannot_be_trusted(run, monkeypatch, tmp_path, alarms, found, code):
+    def rate(effect, hits):
+        outcomes = (Outcome.FAIL,) * hits + (Outcome.PASS,) * (20 - hits)
+        return selftest.Rate(effect, outcomes, {"tokens_per_s": hits})
+
+    report = selftest.Report(4, (rate(0.0, alarms), rate(0.03, 7), rate(0.1, found)), {"tokens_per_s": 0.035})
+    asked = {}
+
+    def measure(effects, trials, **options):
+        asked.update(effects=effects, trials=trials, **options)
+        return report
+
+    monkeypatch.setattr(selftest, "selftest", measure)
+    got, out, _ = run("selftest", "--trials", "20", "--effects", "0,0.03,0.1", "--json", str(tmp_path / "x.json"))
+    assert got == code
+    assert (asked["effects"], asked["trials"], asked["pairs"], asked["args"]) == ([0.0, 0.03, 0.1], 20, 4, ())
+    assert f"{found} of 20" in out
+    assert "3.5%" in out
+    assert json.loads((tmp_path / "x.json").read_text())["rates"][1]["regressions"] == 7
+
+
+def test_effects_that_are_no_numbers_are_a_usage_error(run):
+    code, _, err = run("selftest", "--effects", "much")
+    assert code == 2
+    assert "effects='much' must be fractions" in err
+
+
+def test_counters_and_peers_are_passed_on(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "perf.counters", SimpleNamespace(main=lambda record: 1 if record else 0))
+    assert run("counters")[0] == 0
+    assert run("counters", "--record")[0] == 1
+    monkeypatch.setitem(
+        sys.modules, "perf.backends.peers", SimpleNamespace(setup_peer=lambda name: Path("/env") / name)
+    )
+    code, out, _ = run("setup-peer", "openvino")
+    assert (code, out) == (0, "openvino is ready in /env/openvino\n")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["compare", "main", "slow"], ["report", "main", "--csv", "out.csv"]])
+def test_torch_is_not_imported_where_it_is_not_used(storage, args):
+    code = (
+        f"import sys\nfrom perf.cli import main\ntry:\n    main({args!r})\n"
+        "except SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env={"PYTHONPATH": str(ROOT)})

@@ -1,0 +1,143 @@
+"""The CI workflows: valid, clean for zizmor, and safe to run on a public repository with a GPU runner of its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from perf.cli import app
+
+FOLDER = Path(__file__).parents[2] / ".github" / "workflows"
+FILES = sorted(FOLDER.glob("*.yml"))
+BY_NAME = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def zizmor(path: Path) -> subprocess.CompletedProcess[str]:
+    return run(Path(sys.executable).with_name("zizmor"), "--offline", "--no-config", "--persona=pedantic", path)
+
+
+def schema(path: Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", path)
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """The workflow, with YAML 1.1's reading of `on` as true put right."""
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {"on" if key is True else key: value for key, value in found.items()}
+
+
+def steps(path: Path) -> Iterator[dict[str, Any]]:
+    for job in parsed(path)["jobs"].values():
+        yield from job["steps"]
+
+
+def test_there_is_a_workflow_for_every_machine() -> None:
+    assert [path.name for path in FILES] == ["ci.yml", "perf.yml"]
+
+
+@BY_NAME
+def test_zizmor_finds_nothing(path: Path) -> None:
+    done = zizmor(path)
+    assert done.returncode == 0, done.stdout
+
+
+@BY_NAME
+def test_the_schema_holds(path: Path) -> None:
+    done = schema(path)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "check"),
+    [
+        (r"@[0-9a-f]{40}", "@v6", zizmor),
+        (r'"\$BASE"', '"${{ github.event.pull_request.head.ref }}"', zizmor),
+        (r"  pull_request:\n", "  pull_request_target:\n", zizmor),
+        (r"contents: read", "contents: write", zizmor),
+        (r"timeout-minutes: 45", "timeout-minuets: 45", schema),
+    ],
+)
+def test_the_checks_would_find_it(old: str, new: str, check: Any, tmp_path: Path) -> None:
+    text = (FOLDER / "perf.yml").read_text(encoding="utf-8")
+    changed, count = re.subn(old, new, text)
+    assert count
+    path = tmp_path / ".github" / "workflows" / "perf.yml"
+    path.parent.mkdir(parents=True)
+    path.write_text(changed, encoding="utf-8")
+    assert check(path).returncode != 0
+
+
+@BY_NAME
+def test_rights_pins_and_limits(path: Path) -> None:
+    workflow = parsed(path)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "pull_request_target" not in workflow["on"]
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 60
+        assert "permissions" not in job
+    for step in steps(path):
+        if "uses" in step:
+            assert re.fullmatch(r"actions/[\w/-]+@[0-9a-f]{40}", step["uses"])
+        assert "${{" not in step.get("run", ""), "an expression in a script is code from whoever filled it"
+        if step.get("uses", "").startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
+
+
+@BY_NAME
+def test_each_action_has_one_pin_and_names_its_version(path: Path) -> None:
+    pins = re.findall(
+        r"uses: (actions/[\w-]+)[\w/-]*@(\S+) # (v\d+\.\d+\.\d+)$", path.read_text(encoding="utf-8"), re.M
+    )
+    assert len(pins) == sum("uses" in step for step in steps(path))
+    assert len({name for name, _, _ in pins}) == len(set(pins))
+
+
+def test_a_gpu_runner_sees_a_pull_request_only_at_the_commit_that_was_labelled() -> None:
+    workflow = parsed(FOLDER / "perf.yml")
+    assert workflow["on"]["pull_request"] == {"types": ["labeled"]}
+    assert "push" not in workflow["on"]
+    nightly, on_label = workflow["jobs"]["nightly"], workflow["jobs"]["pull-request"]
+    assert "github.event_name != 'pull_request' && github.ref == 'refs/heads/main'" in nightly["if"]
+    assert "github.event.label.name == 'perf'" in on_label["if"]
+    assert on_label["steps"][0]["with"]["ref"] == on_label["env"]["HEAD"] == "${{ github.event.pull_request.head.sha }}"
+    for job in (nightly, on_label):
+        assert job["if"].startswith("vars.PERF_RUNNER == 'on' && ")
+        assert job["runs-on"] == ["self-hosted", "linux", "gpu"]
+        assert job["concurrency"]["group"].startswith("perf-")
+    text = (FOLDER / "perf.yml").read_text(encoding="utf-8")
+    assert "secrets." not in text
+
+
+def test_every_option_in_a_workflow_is_one_that_exists(request: pytest.FixtureRequest) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    scripts = "\n".join(step.get("run", "") for path in FILES for step in steps(path)).replace("\\\n", " ")
+    lines = [line.split("||")[0] for line in scripts.splitlines()]
+    calls = [(m[1], m[2]) for line in lines if (m := re.search(r"python -m perf (\S+)(.*)", line))]
+    assert {name for name, _ in calls} == {"ab", "compare", "report"}
+    for name, arguments in calls:
+        own, _, for_pytest = arguments.partition(" -- ")
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", own)) <= known
+        for option in re.findall(r"--[\w-]+", for_pytest):
+            request.config.getoption(option)
+    measured = [line for line in lines if "python -m pytest" in line]
+    assert measured
+    for option in re.findall(r"--[\w-]+", " ".join(measured)):
+        request.config.getoption(option.replace("-", "_")[2:])
+
+
+def test_ci_runs_what_a_developer_runs() -> None:
+    assert [step["run"] for step in steps(FOLDER / "ci.yml") if "run" in step] == ["bash .ci/run"]
+    assert "self-hosted" not in (FOLDER / "ci.yml").read_text(encoding="utf-8")
