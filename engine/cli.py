@@ -95,9 +95,14 @@ def bench(
     title = f"{workload}, arrivals {arrivals}, on {model} ({environment['dtype']}, {environment['device']})"
     summary = report.summarise(runs)
     Console(width=None if sys.stdout.isatty() else 180).print(report.table(summary, title))
-    weights, rss, cuda = (environment[f"{name}_bytes"] / 2**20 for name in ("weight", "peak_rss", "peak_cuda"))
-    kv = summary["kv_bytes_peak"].max() / 2**20
-    typer.echo(f"memory in MiB: weights {weights:,.0f}, KV {kv:,.0f}, peak RSS {rss:,.0f}, peak CUDA {cuda:,.0f}")
+    held = {"weights": environment["weight_bytes"], "their packed copies": summary["copied_bytes"].max()}
+    held |= {"KV": summary["kv_bytes_peak"].max(), "peak RSS": environment["peak_rss_bytes"]}
+    held |= {"peak CUDA": environment["peak_cuda_bytes"]}
+    typer.echo("memory in MiB: " + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in held.items()))
+    unused = summary[summary["policy"] != "generate"].groupby("policy", sort=False)["kv_unused_mean"].mean()
+    if len(unused):
+        waste = ", ".join(f"{policy} {positions:,.1f}" for policy, positions in unused.items())
+        typer.echo(f"KV positions that a request held without need, on average: {waste}")
     if model.startswith("random:"):
         typer.echo("weights are random: speed does not depend on their values, text would be noise")
     if csv:

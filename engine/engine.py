@@ -17,18 +17,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.errors import InputError
+from engine.memory import kv_memory, out_of_memory
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel, kv_bytes_per_token, load
 from engine.pages import PagePool, RowPool
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Runner, Ticket
-from engine.runner.graphs import packed_runner, step_bytes
+from engine.runner.graphs import packed_runner
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
 from engine.scheduler import Scheduler, Step
@@ -80,7 +80,7 @@ class Engine:
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
         self.runner: Runner
         token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
-        memory = self._kv_memory(config, tokens)
+        memory = kv_memory(model, config, min(tokens, self.max_positions))
         if memory < token_bytes * (config.page_size if self.config.runner == "packed" else 1):
             raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")
         self._build(memory // token_bytes)
@@ -90,24 +90,6 @@ class Engine:
         self._collected = 0.0  # when the last one was read
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
-
-    def _kv_memory(self, config: EngineConfig, tokens: int) -> int:
-        """Bytes for keys and values: of what is free beside a step of so many tokens, measured by running one.
-
-        Raises:
-            InputError: if more is asked for than there is.
-        """
-        tokens, rows = min(tokens, self.max_positions), config.max_batch_size
-        free = _free(self.model.device)
-        taken = sum(step_bytes(self.model, count, rows) for count in (tokens, rows))  # a prefill's, and the graphs'
-        if not isinstance(config.kv_memory, int):
-            return int(config.kv_memory * max(0, free - taken))
-        if config.kv_memory > free - taken:
-            raise InputError(
-                f"kv_memory={config.kv_memory} is too large: {free} bytes are free, and a step of {tokens} tokens "
-                f"takes {taken} of them: lower kv_memory, max_step_tokens or max_batch_size"
-            )
-        return config.kv_memory
 
     def _build(self, capacity: int) -> None:
         """Make the runner, the memory's accounting for `capacity` tokens, and the scheduler."""
@@ -219,7 +201,7 @@ class Engine:
         try:
             ticket = self.runner.launch(step)
         except BaseException as error:
-            if _out_of_memory(error) and self.scheduler.shrink(step):
+            if out_of_memory(error) and self.scheduler.shrink(step):
                 LOG.warning("out of memory: steps have at most %d tokens from now on", self.scheduler.max_step_tokens)
                 return False
             while self._launched:
@@ -431,15 +413,3 @@ def resolve(config: EngineConfig) -> tuple[str, str]:
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
     return device, dtype
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether torch had no memory for a tensor; on the CPU that is a RuntimeError that says so."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )
-
-
-def _free(device: torch.device) -> int:
-    """Bytes free on the device now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

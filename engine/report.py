@@ -36,7 +36,7 @@ def summarise(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a (policy, batch size), taken from its round of median tokens/s (of two, the slower).
 
     Besides all of `EngineMetrics.flat`: `rounds`, `speedup` (tokens/s over sequential's, or the first way's where it
-    was not run) and `same_tokens` (how many requests gave exactly the tokens they gave there).
+    was not run), `same_tokens` (how many requests gave exactly the tokens they gave there) and `copied_bytes`.
     """
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
@@ -48,7 +48,9 @@ def summarise(runs: Sequence[Run]) -> pd.DataFrame:
         row = {"policy": run.policy, "batch_size": run.batch_size, "rounds": len(groups[run.policy, run.batch_size])}
         same = sum(a.token_ids == b.token_ids for a, b in zip(run.outputs, base.outputs, strict=True))
         speedup = run.metrics.tokens_per_s / base.metrics.tokens_per_s
-        rows.append({**row, "speedup": speedup, "same_tokens": same, **run.metrics.flat()})
+        rows.append(
+            {**row, "speedup": speedup, "same_tokens": same, "copied_bytes": run.copied_bytes, **run.metrics.flat()}
+        )
     return pd.DataFrame(rows)
 
 

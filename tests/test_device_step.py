@@ -11,6 +11,7 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 
 import engine.engine
+import engine.memory
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.models import kv_bytes_per_token
 from engine.runner.fused_layer import FusedLayer, FusedNorm, LastNorm
@@ -304,8 +305,8 @@ def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
         asked.append((tokens, rows))
         return 1000
 
-    monkeypatch.setattr(engine.engine, "step_bytes", step_bytes)
-    monkeypatch.setattr(engine.engine, "_free", lambda device: 1_012_000)
+    monkeypatch.setattr(engine.memory, "step_bytes", step_bytes)
+    monkeypatch.setattr(engine.memory, "free_bytes", lambda device: 1_012_000)
     token_bytes = kv_bytes_per_token(oracle.model.config, 4)
     for share in (0.5, 1.0):
         server = Engine(

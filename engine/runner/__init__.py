@@ -54,7 +54,12 @@ class Done:
 
 
 class Runner(ABC):
-    """From steps to tokens; a runner that need not wait for them launches in its own way."""
+    """From steps to tokens; a runner that need not wait for them launches in its own way.
+
+    `copied_bytes` are the model's weights that it holds a second time, in another order.
+    """
+
+    copied_bytes: int = 0
 
     @abstractmethod
     def run(self, step: Step) -> StepResult:

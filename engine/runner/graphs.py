@@ -98,7 +98,7 @@ class DeviceRunner(Runner):
         refuse_unpackable(model)
         self.pool, self.deterministic, self.device = pool, deterministic, model.device
         self.model = packed_twin(model)
-        prepare(join(self.model, deterministic))
+        self.copied_bytes = prepare(join(self.model, deterministic))
         layers, kv_heads, head_dim = kv_shape(model.config)
         shape = (pool.pages, kv_heads, pool.page_size, head_dim)
         self.keys, self.values = (
@@ -359,29 +359,6 @@ def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, r
     if model.device.type == "cuda" and model.dtype.itemsize <= 4:  # no kernel computes in float64
         return DeviceRunner(model, pool, deterministic, rows)
     return PackedRunner(model, pool, deterministic)
-
-
-@torch.inference_mode()
-def step_bytes(model: PreTrainedModel, tokens: int, rows: int) -> int:
-    """Device memory that a step of so many tokens, `rows` of them sampled, takes beside weights, keys and values.
-
-    Measured by running the model, whose own layers take no less than fused ones; 0 on a CPU, which can swap.
-
-    Raises:
-        InputError: if it does not fit.
-    """
-    if model.device.type != "cuda":
-        return 0
-    before = torch.cuda.memory_allocated(model.device)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    try:
-        model(ids, use_cache=False, logits_to_keep=min(rows, tokens))
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"max_step_tokens={tokens}: a step does not fit the device's memory: lower it") from error
-    peak = torch.cuda.max_memory_allocated(model.device) - before
-    torch.cuda.empty_cache()
-    return peak
 
 
 def triton_kernels() -> Any:

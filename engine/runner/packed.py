@@ -50,7 +50,6 @@ class PackedRunner(Runner):
         refuse_unpackable(model)
         self.pool = pool
         self.deterministic = deterministic
-        self.packed_weight_bytes = 0
         self._rows = attend_rows if deterministic else _rows(model, pool.page_size)
         self.model = self._build(model)
         self.stores = _stores(self.model, pool.pages, pool.page_size)
@@ -67,7 +66,7 @@ class PackedRunner(Runner):
             products = lean(packed, known, self.deterministic)
             is_lean = bool(products)
             products += join(packed, self.deterministic)
-            self.packed_weight_bytes = prepare(products)
+            self.copied_bytes = prepare(products)
             try:
                 self._prove_equal(packed, tokens, expected_TV)
                 break

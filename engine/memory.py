@@ -1,0 +1,63 @@
+"""How much of a machine's memory may hold keys and values, and whether an error says that there was too little."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from engine.config import EngineConfig
+from engine.errors import InputError
+
+
+def kv_memory(model: PreTrainedModel, config: EngineConfig, tokens: int) -> int:
+    """Bytes for keys and values: of what is free beside a step of so many tokens, which is measured by running one.
+
+    Raises:
+        InputError: if more is asked for than there is.
+    """
+    free, rows = free_bytes(model.device), config.max_batch_size
+    taken = sum(step_bytes(model, count, rows) for count in (tokens, rows))  # a prefill's, and the graphs'
+    if not isinstance(config.kv_memory, int):
+        return int(config.kv_memory * max(0, free - taken))
+    if config.kv_memory > free - taken:
+        raise InputError(
+            f"kv_memory={config.kv_memory} is too large: {free} bytes are free, and a step of {tokens} tokens "
+            f"takes {taken} of them: lower kv_memory, max_step_tokens or max_batch_size"
+        )
+    return config.kv_memory
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory free on the device now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch had no memory for a tensor; on the CPU that is a RuntimeError that says so."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
+
+
+@torch.inference_mode()
+def step_bytes(model: PreTrainedModel, tokens: int, rows: int) -> int:
+    """Device memory that a step of so many tokens, `rows` of them sampled, takes beside weights, keys and values.
+
+    Measured by running the model, whose own layers take no less than fused ones; 0 on a CPU, which can swap.
+
+    Raises:
+        InputError: if it does not fit.
+    """
+    if model.device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    try:
+        model(ids, use_cache=False, logits_to_keep=min(rows, tokens))
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"max_step_tokens={tokens}: a step does not fit the device's memory: lower it") from error
+    peak = torch.cuda.max_memory_allocated(model.device) - before
+    torch.cuda.empty_cache()
+    return peak
