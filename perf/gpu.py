@@ -50,7 +50,7 @@ class Monitor:
         try:
             import pynvml
         except ImportError:
-            self.reading = GpuReading(reason="nvidia-ml-py is not installed: pip install nvidia-ml-py")
+            self.reading = GpuReading(reason="nvidia-ml-py is not installed: pip install 'dynamic-batch[gpu]'")
             return
         import torch
 

@@ -17,13 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.attention.paged import Options
+from engine.runner.lean import ATTENTION, LAYER, MLP
 from engine.runner.linear import Part
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
-LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class FusedNorm(nn.Module):

@@ -102,11 +102,20 @@ def is_lean(layer: Any, options: Options) -> bool:
     """Whether a decoder layer has the parts of a lean one and no others, on a CPU in float32."""
     if not _has(layer, LAYER) or not _has(layer.self_attn, ATTENTION, {"q_norm", "k_norm"}) or not _has(layer.mlp, MLP):
         return False
-    linear = [child for part in (layer.self_attn, layer.mlp) for name, child in part.named_children() if "proj" in name]
+    attention, mlp = layer.self_attn, layer.mlp
+    siblings = [[getattr(attention, f"{x}_proj") for x in "qkv"], [mlp.gate_proj, mlp.up_proj]]
+    linear = [*siblings[0], *siblings[1], attention.o_proj, mlp.down_proj]
+    head_norms = [norm for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if norm]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *head_norms]
+    # In float64, Transformers still takes norms in float32.
     return (
-        all(type(module) is nn.Linear for module in linear)
+        all(type(module) is nn.Linear and module.weight.dtype is torch.float32 for module in linear)
         and linear[0].weight.device.type == "cpu"
-        and linear[0].weight.dtype is torch.float32  # in float64, Transformers still takes norms in float32
+        and all(len({module.bias is None for module in several}) == 1 for several in siblings)
+        and all(hasattr(norm, "weight") and hasattr(norm, "variance_epsilon") for norm in norms)
+        and len(head_norms) in (0, 2)
+        and all(norm.weight.numel() == getattr(attention, "head_dim", None) for norm in head_norms)
+        and hasattr(attention, "head_dim")
         and options.softcap is None
         and options.sink_H is None
     )

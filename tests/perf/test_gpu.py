@@ -99,7 +99,7 @@ def test_without_nvml_there_is_a_reason(monkeypatch: pytest.MonkeyPatch):
     assert monitor.reading.reason == "NVML: no driver"
     assert driver_version() is None
     monkeypatch.setitem(sys.modules, "pynvml", None)  # an import of None is an ImportError
-    assert "pip install nvidia-ml-py" in str(Monitor("cuda").reading.reason)
+    assert "dynamic-batch[gpu]" in str(Monitor("cuda").reading.reason)
     assert driver_version() is None
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     assert driver_version() == "580.1"
