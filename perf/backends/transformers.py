@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from itertools import chain
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -62,9 +62,11 @@ class PaddedBatches(OneByOne):
 
 
 class ContinuousSession:
-    """Transformers' continuous batching, its background thread kept for all runs.
+    """Transformers' continuous batching, its cache kept for all runs and its thread for each.
 
-    It has a copy of the model that shares every weight: it changes the model's attention, which others measure too.
+    A thread that only waits still slows the others: OpenMP counts its workers, and with more of them than processors
+    lets everybody's sleep at each barrier. The model is a copy that shares every weight: its attention is changed,
+    and others measure the original.
     """
 
     runner = "transformers-cb"
@@ -75,16 +77,15 @@ class ContinuousSession:
         self.model = copy.deepcopy(model, memo=shared)
         options = {"max_requests_per_batch": setup.max_batch_size, "allow_block_sharing": False, **setup.options}
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
-        self._stack = ExitStack()
-        self._stack.enter_context(torch.no_grad())  # it fails under inference_mode
-        self.manager = self._stack.enter_context(
-            self.model.continuous_batching_context_manager(  # type: ignore[operator]
-                generation_config=greedy, continuous_batching_config=ContinuousBatchingConfig(**options)
-            )
-        )
+        self._how = {"generation_config": greedy, "continuous_batching_config": ContinuousBatchingConfig(**options)}
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
         """Hand every request over when it is due and collect results until all are there."""
+        batching: Any = self.model.continuous_batching_context_manager
+        with torch.no_grad(), batching(**self._how, persistent_manager=True) as manager:  # it fails in inference_mode
+            return self._run(manager, items)
+
+    def _run(self, manager: Any, items: Sequence[WorkItem]) -> Outcome:
         start = time.perf_counter()
         names: dict[str, int] = {}
         tokens: list[list[int]] = [[] for _ in items]
@@ -95,7 +96,7 @@ class ContinuousSession:
             while pending and items[pending[0]].arrival_s <= time.perf_counter() - start:
                 index = pending.pop(0)
                 item = items[index]
-                name = self.manager.add_request(
+                name = manager.add_request(
                     list(item.prompt),
                     max_new_tokens=item.params.max_new_tokens,
                     record_timestamps=True,
@@ -103,8 +104,8 @@ class ContinuousSession:
                 )
                 names[str(name)] = index
             wait = items[pending[0]].arrival_s - (time.perf_counter() - start) if pending else 1.0
-            result = self.manager.get_result(timeout=max(1e-3, min(wait, 1.0)))
-            if result is None and not self.manager.is_running():
+            result = manager.get_result(timeout=max(1e-3, min(wait, 1.0)))
+            if result is None and not manager.is_running():
                 raise RuntimeError("Transformers' continuous batching stopped before its requests were done")
             if result is None:
                 continue
@@ -117,9 +118,9 @@ class ContinuousSession:
         return timeline(items, tokens, seconds, began=start)
 
     def close(self) -> None:
-        """Stop the thread and free its cache."""
-        self._stack.close()
-        del self.manager, self.model
+        """Free its cache."""
+        self.model.destroy_cached_continuous_batching_manager()  # type: ignore[operator]
+        del self.model
 
 
 class ContinuousBatching(OneByOne):
@@ -128,5 +129,5 @@ class ContinuousBatching(OneByOne):
     name = "transformers-cb"
 
     def open(self, setup: Setup) -> ContinuousSession:  # type: ignore[override]
-        """Start its thread, which sizes its cache by the memory that is free."""
+        """Make ready; its cache, sized by the memory that is free, comes with the first run."""
         return ContinuousSession(setup)
