@@ -29,7 +29,7 @@ from engine.request import Request
 from engine.runner import Done, Runner, StepResult, Ticket
 from engine.runner.fused_layer import fuse
 from engine.runner.linear import join, prepare
-from engine.runner.packed import TOLERANCE, PackedRunner, packed_twin, refuse_unpackable
+from engine.runner.packed import PackedRunner, check_equal, packed_twin, probe, refuse_unpackable
 from engine.sampler import Choice, sample
 from engine.scheduler import Step
 
@@ -126,10 +126,8 @@ class DeviceRunner(Runner):
         Raises:
             InputError: if steps on the device give other logits than `model` even without that.
         """
-        vocab = model.config.get_text_config(decoder=True).vocab_size
-        tokens = min(24, self.pool.pages * self.pool.page_size)
-        ids_T = (7 * np.arange(tokens) + 3) % vocab
-        expected_TV = model(torch.tensor(ids_T[None], device=self.device), use_cache=False).logits[0].double()
+        tokens, expected_TV = probe(model, min(24, self.pool.pages * self.pool.page_size))
+        ids_T = np.array(tokens)
         options = self._prove(ids_T, expected_TV)
         undo = fuse(self.model, options, self.kernels)
         try:
@@ -147,11 +145,7 @@ class DeviceRunner(Runner):
             inputs_3T = np.stack([ids_T[begin:end], np.arange(begin, end), np.zeros(end - begin, dtype=int)])
             spans_3R = np.array([[0], [end - begin], [begin]])
             found.append(self._mixed(inputs_3T, spans_3R, np.zeros(1), list(range(end - begin)), options))
-        off = float((torch.cat(found).double() - expected_TV).abs().max() / expected_TV.abs().max())
-        if not off <= TOLERANCE[self.model.dtype]:
-            raise InputError(
-                f"{type(self.model).__name__} gives other logits on the device (off by {off:.1e} of the largest)"
-            )
+        check_equal(self.model, "on the device", torch.cat(found), expected_TV)
         return options
 
     def run(self, step: Step) -> StepResult:

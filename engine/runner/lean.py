@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.attention.paged import Options, PackedStep
-from engine.runner.linear import Product
+from engine.runner.linear import Product, product_of
 
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -54,10 +54,7 @@ class LeanLayer(nn.Module):
         gated = torch.cat([mlp.gate_proj.weight.data, mlp.up_proj.weight.data]) * second
         both = [mlp.gate_proj.bias, mlp.up_proj.bias] if mlp.gate_proj.bias is not None else []
         self.gate_up = Product([gated], both, tiled)
-        self.out, self.down = (
-            Product([layer.weight], [layer.bias] if layer.bias is not None else [], tiled)
-            for layer in (attention.o_proj, mlp.down_proj)
-        )
+        self.out, self.down = (product_of([layer], tiled) for layer in (attention.o_proj, mlp.down_proj))
 
     @property
     def products(self) -> list[Product]:

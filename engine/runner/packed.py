@@ -53,13 +53,12 @@ class PackedRunner(Runner):
         self._rows = attend_rows if deterministic else _rows(model, pool.page_size)
         self.model = self._build(model)
         self.stores = _stores(self.model, pool.pages, pool.page_size)
+        self._page_bytes = sum(store.page_bytes for store in self.stores)
 
     @torch.inference_mode()
     def _build(self, model: PreTrainedModel) -> PreTrainedModel:
         """The leanest packed model that gives the same logits as `model`."""
-        vocab = model.config.get_text_config(decoder=True).vocab_size
-        tokens = [(7 * i + 3) % vocab for i in range(24)]
-        expected_TV = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].double()
+        tokens, expected_TV = probe(model, 24)
         options = self._prove_equal(packed_twin(model), tokens, expected_TV)
         for known in (options, {}):
             packed = packed_twin(model)
@@ -104,7 +103,7 @@ class PackedRunner(Runner):
             tokens_computed=len(tokens),
             padded_tokens=0,
             model_s=seconds,
-            kv_bytes=self.pool.pages_used * sum(store.page_bytes for store in self.stores),
+            kv_bytes=self.pool.pages_used * self._page_bytes,
         )
 
     def _prove_equal(self, packed: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor) -> dict[int, Options]:
@@ -123,15 +122,11 @@ class PackedRunner(Runner):
                 ]
                 step = PackedStep(stores, pieces, self.deterministic, self._rows)
                 logits = _forward(packed, tokens[begin:end] * 2, step, list(range(2 * count)))
-                found.append(logits.double().unflatten(0, (2, count)))
+                found.append(logits.unflatten(0, (2, count)))
                 options.update(step.options)
         except (InputError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             raise InputError(f"{type(packed).__name__} cannot run packed: {error}") from error
-        off = float((torch.cat(found, 1) - expected_TV).abs().max() / expected_TV.abs().max())
-        if not off <= TOLERANCE[packed.dtype]:
-            raise InputError(
-                f"{type(packed).__name__} gives other logits when packed (off by {off:.1e} of the largest)"
-            )
+        check_equal(packed, "when packed", torch.cat(found, 1), expected_TV)
         return options
 
 
@@ -140,6 +135,20 @@ def refuse_unpackable(model: PreTrainedModel) -> None:
     refuse_unknown_cache(model)
     if not model._supports_attention_backend:
         raise InputError(f"{type(model).__name__} does not take its attention from Transformers' AttentionInterface")
+
+
+def probe(model: PreTrainedModel, count: int) -> tuple[list[int], torch.Tensor]:
+    """Some tokens, and the model's own logits at each, [T, V] in float64."""
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    tokens = [(7 * i + 3) % vocab for i in range(count)]
+    return tokens, model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].double()
+
+
+def check_equal(model: PreTrainedModel, where: str, found: torch.Tensor, expected_TV: torch.Tensor) -> None:
+    """Raise InputError unless logits found `where` are those expected, but for rounding."""
+    off = float((found.double() - expected_TV).abs().max() / expected_TV.abs().max())
+    if not off <= TOLERANCE[model.dtype]:
+        raise InputError(f"{type(model).__name__} gives other logits {where} (off by {off:.1e} of the largest)")
 
 
 def packed_twin(model: PreTrainedModel) -> PreTrainedModel:
