@@ -69,9 +69,8 @@ class Engine:
         if runner == "auto":
             runner = "packed" if config.policy == "continuous" or config.deterministic else "padded"
         dtype = str(model.dtype).removeprefix("torch.")
-        small = runner == "packed" and model.device.type == "cpu"
-        tokens = config.max_step_tokens or (512 if small else 8192)
-        self.config = replace(config, device=str(model.device), dtype=dtype, runner=runner, max_step_tokens=tokens)
+        tokens = step_tokens(config.max_step_tokens, runner, model.device)
+        self.config = replace(config, device=str(model.device), dtype=dtype, runner=runner)
         self._may_fall_back = config.runner == "auto" and not config.deterministic
         text_config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(text_config.vocab_size)
@@ -83,7 +82,7 @@ class Engine:
         memory = kv_memory(model, config, min(tokens, self.max_positions))
         if memory < token_bytes * (config.page_size if self.config.runner == "packed" else 1):
             raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")
-        self._build(memory // token_bytes)
+        self._build(memory // token_bytes, tokens)
         self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}
         self._launched: deque[Launched] = deque()  # two at most, and only while the second is being launched
@@ -91,9 +90,10 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
 
-    def _build(self, capacity: int) -> None:
-        """Make the runner, the memory's accounting for `capacity` tokens, and the scheduler."""
-        config, tokens = self.config, self.config.max_step_tokens or 0
+    def _build(self, capacity: int, tokens: int) -> None:
+        """Make the runner, the memory's accounting for `capacity` tokens, and the scheduler of steps of `tokens`."""
+        asked = self.config.max_step_tokens
+        config = self.config = replace(self.config, max_step_tokens=tokens)
         if config.runner == "packed":
             useful = 2 * config.max_batch_size * -(-self.max_positions // config.page_size)
             pages = min(capacity // config.page_size, useful)
@@ -105,8 +105,8 @@ class Engine:
                     raise
                 lost = "requests cannot join a running batch, and nothing is shared"
                 warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=3)
-                self.config = replace(config, runner="padded", policy="dynamic")
-                return self._build(capacity)
+                self.config = replace(config, runner="padded", policy="dynamic", max_step_tokens=asked)
+                return self._build(capacity, step_tokens(asked, "padded", self.model.device))
             self.scheduler = Scheduler(config.policy, config.max_batch_size, tokens, pool)
         else:
             self.runner = PaddedRunner(self.model, tokens)
@@ -403,6 +403,11 @@ class Engine:
             except Exception:
                 LOG.exception("request %s: its callback failed on the last chunk; its result stands", request.id)
         return chunk
+
+
+def step_tokens(asked: int | None, runner: str, device: torch.device) -> int:
+    """Tokens of a step at most: what is asked for, or what suits the runner on this device."""
+    return asked or (512 if runner == "packed" and device.type == "cpu" else 8192)
 
 
 def resolve(config: EngineConfig) -> tuple[str, str]:

@@ -229,6 +229,7 @@ def test_a_model_without_the_interface_falls_back_with_a_warning(tiny, monkeypat
     with pytest.warns(UserWarning, match=r"LlamaForCausalLM .*runner='padded' and policy='dynamic': .*"):
         engine = Engine(oracle.loaded)
     assert (engine.config.runner, engine.config.policy) == ("padded", "dynamic")
+    assert engine.config.max_step_tokens == 8192, "what suits padded, not what suited packed"
     (output,) = engine.generate([[5, 6, 7]], exactly(6), progress=False)
     oracle.check(output, 6)
     for config in (dict(runner="packed"), dict(deterministic=True)):
@@ -239,7 +240,8 @@ def test_a_model_without_the_interface_falls_back_with_a_warning(tiny, monkeypat
 def test_a_model_that_runs_packed_gives_no_warning(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Engine(tiny().loaded).config.runner == "packed"
+        config = Engine(tiny().loaded).config
+    assert (config.runner, config.max_step_tokens) == ("packed", 512)
 
 
 def test_padded_cannot_be_continuous():
@@ -259,13 +261,9 @@ def test_nan_fails_its_request_alone_and_its_pages_poison_nobody(tiny, name):
         poisoned.append(1)
         return output
 
-    layer = engine.runner.model.get_input_embeddings()
-    hook = layer.register_forward_hook(poison)
     requests = [engine.add_request(prompt, exactly(6)) for prompt in prompts]
-    try:
+    with engine.runner.model.get_input_embeddings().register_forward_hook(poison):
         engine.step()
-    finally:
-        hook.remove()
     while engine.has_work:
         engine.step()
     assert poisoned == [1]
@@ -288,12 +286,9 @@ def test_nan_logits_fail_their_request_alone(tiny):
         logits[0, 2] = torch.nan
         return logits
 
-    hook = engine.runner.model.lm_head.register_forward_hook(poison)
     requests = [engine.add_request(prompt, exactly(5)) for prompt, _ in work]
-    try:
+    with engine.runner.model.lm_head.register_forward_hook(poison):
         engine.step()
-    finally:
-        hook.remove()
     while engine.has_work:
         engine.step()
     assert [request.result.finish_reason for request in requests] == ["length", "length", "error", "length"]
