@@ -13,12 +13,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DYNAMIC_BATCH_CACHE") or default).expanduser()
 
 
-def cpu_name() -> str:
-    """What tells one CPU model from another."""
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What tells one CPU model from another: its name and, since clouds give many the same, family and stepping.
+
+    Where the kernel does not tell, what Python calls it.
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = cpuinfo.read_text().splitlines()
     except OSError:
         lines = []
-    names = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    names: dict[str, str] = {}
+    for line in lines:
+        field, _, value = line.partition(":")
+        names.setdefault(field.strip(), value.strip())
     kind = " ".join(names.get(field, "") for field in ("model name", "cpu family", "model", "stepping")).strip()
     return kind or platform.processor() or platform.machine()

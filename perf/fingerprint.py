@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
+from engine.machine import cpu_name
 from perf.gpu import driver_version
 
 
@@ -30,16 +30,6 @@ def fingerprint(device: str, dtype: str, model_revision: str | None) -> dict[str
         "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name; where the kernel does not tell, what Python calls it."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, None) or platform.processor() or platform.machine()
 
 
 def _installed(package: str) -> str | None:

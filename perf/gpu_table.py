@@ -23,6 +23,7 @@ import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.models import LoadedModel, kv_bytes_per_token, load
+from perf.canary import sync
 
 Row = dict[str, Any]  # figures by name, or why there are none
 
@@ -35,11 +36,6 @@ def prompts(loaded: LoadedModel, count: int, length: int, seed: int = 0) -> list
 
 def exactly(tokens: int) -> SamplingParams:
     return SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-
-
-def sync() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class Bench:
@@ -62,14 +58,13 @@ class Bench:
         matmul = self._median(lambda: torch.mm(a, b))
         return 2 * size / copy, 2 * side**3 / matmul
 
-    @staticmethod
-    def _median(work: Callable[[], object], times: int = 10) -> float:
+    def _median(self, work: Callable[[], object], times: int = 10) -> float:
         seconds = []
         for i in range(times + 3):
-            sync()
+            sync(self.device)
             started = time.perf_counter()
             work()
-            sync()
+            sync(self.device)
             if i >= 3:
                 seconds.append(time.perf_counter() - started)
         return statistics.median(seconds)
@@ -98,7 +93,7 @@ class Bench:
             requests = [server.add_request(p, exactly(tokens)) for p in prompts(loaded, batch, context, seed)]
             while min(r.output_len for r in requests) < 2:
                 server.step()
-            sync()
+            sync(self.device)
             started, before = time.perf_counter(), sum(r.output_len for r in requests)
             while all(r.result is None for r in requests):
                 server.step()
@@ -134,10 +129,10 @@ class Bench:
         ids = torch.tensor(prompts(loaded, 1, inside), device=self.device)
         options = dict(do_sample=False, pad_token_id=0, eos_token_id=None, attention_mask=torch.ones_like(ids))
         model.generate(ids, max_new_tokens=4, **options)
-        sync()
+        sync(self.device)
         started = time.perf_counter()
         model.generate(ids, max_new_tokens=out, **options)
-        sync()
+        sync(self.device)
         rates["generate"] = out / (time.perf_counter() - started)
         return {
             **{f"{name}_tok_s": rate for name, rate in rates.items()},
@@ -233,7 +228,7 @@ class Bench:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(40):
                 server.step()
-            sync()
+            sync(self.device)
         for request in requests:
             server.abort(request.id)
         profile.export_chrome_trace(str(trace))

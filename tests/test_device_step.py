@@ -19,7 +19,7 @@ from engine.runner.graphs import DeviceRunner, bucket
 from engine.runner.packed import PackedRunner
 from tests import reference
 from tests.oracle import Oracle
-from tests.test_packed import NAMES, WAYS, drive, exactly, work_of
+from tests.test_packed import NAMES, WAYS, drive, exactly, packed as build, work_of
 
 
 def on_reference(model, pool, deterministic, rows) -> DeviceRunner:
@@ -30,12 +30,6 @@ def on_reference(model, pool, deterministic, rows) -> DeviceRunner:
 def _device_runner(monkeypatch):
     """The runner for a GPU, on the CPU by way of the reference functions."""
     monkeypatch.setattr(engine.engine, "packed_runner", on_reference)
-
-
-def build(oracle: Oracle, kv_tokens: int | None = None, **config) -> Engine:
-    token_bytes = kv_bytes_per_token(oracle.model.config, oracle.model.dtype.itemsize)
-    memory = (kv_tokens or 20_000) * token_bytes
-    return Engine(oracle.loaded, EngineConfig(runner="packed", kv_memory=memory, **config))
 
 
 @pytest.mark.parametrize(("batch", "chunk", "page", "caching", "kv_tokens"), WAYS)
@@ -186,11 +180,8 @@ def test_nan_fails_its_request_alone_while_the_next_step_is_under_way(tiny, name
         poisoned.append(1)
         return output
 
-    hook = server.runner.model.get_input_embeddings().register_forward_hook(poison)
-    try:
+    with server.runner.model.get_input_embeddings().register_forward_hook(poison):
         server.step()
-    finally:
-        hook.remove()
     while server.has_work:
         server.step()
     assert poisoned == [1]
@@ -222,9 +213,8 @@ def test_a_step_that_fails_takes_its_requests_alone_and_loses_no_token_read_late
         oracle.check(request.result, 6)
 
 
-def test_out_of_memory_makes_steps_smaller(tiny, monkeypatch):
-    oracle: Oracle = tiny()
-    server = build(oracle, max_batch_size=8)
+def run_out_of_memory(oracle: Oracle, server: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drive requests through a runner that has memory for 40 tokens a step, and check what they get."""
     logits = DeviceRunner._logits
 
     def little_memory(self, inputs, *rest):
@@ -235,6 +225,12 @@ def test_out_of_memory_makes_steps_smaller(tiny, monkeypatch):
     monkeypatch.setattr(DeviceRunner, "_logits", little_memory)
     for output, (_, limit) in zip(drive(server, work_of(16), every=8), work_of(16), strict=True):
         oracle.check(output, limit)
+
+
+def test_out_of_memory_makes_steps_smaller(tiny, monkeypatch):
+    oracle: Oracle = tiny()
+    server = build(oracle, max_batch_size=8)
+    run_out_of_memory(oracle, server, monkeypatch)
     assert server.scheduler.max_step_tokens <= 80
 
 

@@ -214,12 +214,9 @@ def test_nan_logits_fail_their_request_alone(tiny, config):
         (logits[0] if config["runner"] == "packed" else logits)[1] = torch.nan
         return logits
 
-    hook = engine.runner.model.lm_head.register_forward_hook(poison)
-    try:
-        requests = [engine.add_request(prompt, exactly(5)) for prompt in prompts]
+    requests = [engine.add_request(prompt, exactly(5)) for prompt in prompts]
+    with engine.runner.model.lm_head.register_forward_hook(poison):
         engine.step()
-    finally:
-        hook.remove()
     while engine.has_work:
         engine.step()
     assert requests[1].result.finish_reason == "error"
@@ -237,10 +234,8 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(tiny, confi
     def fail(module, inputs):
         raise RuntimeError("boom")
 
-    hook = engine.runner.model.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="boom"):
+    with engine.runner.model.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="boom"):
         engine.step()
-    hook.remove()
     while engine.has_work:
         engine.step()
     assert [request.result.finish_reason for request in requests] == ["error", "error", "length", "length"]
@@ -257,11 +252,8 @@ def test_interrupt_gives_back_what_there_is(tiny, capsys, config):
         if next(calls) == 8:
             raise KeyboardInterrupt
 
-    hook = engine.runner.model.register_forward_pre_hook(interrupt)
-    try:
+    with engine.runner.model.register_forward_pre_hook(interrupt):
         outputs = engine.generate(prompts_of(7), [exactly(3)] * 3 + [exactly(9)] * 4, progress=False)
-    finally:
-        hook.remove()
     assert [output.finish_reason for output in outputs] == ["length"] * 3 + ["abort"] * 4
     assert not engine.has_work
     assert "interrupted" in capsys.readouterr().err

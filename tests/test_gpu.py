@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
-from engine.models import kv_bytes_per_token, load
+from engine.models import load
 from engine.runner.fused_layer import FusedLayer
 from engine.runner.graphs import DeviceRunner
 from tests.oracle import Oracle
-from tests.test_packed import NAMES, WAYS, drive, exactly, work_of
+from tests.test_device_step import run_out_of_memory
+from tests.test_packed import NAMES, WAYS, drive, exactly, packed, work_of
 
 pytestmark = pytest.mark.gpu
 
@@ -33,8 +34,7 @@ def on_gpu() -> Callable[..., Oracle]:
 
 
 def build(oracle: Oracle, kv_tokens: int = 20_000, **config) -> Engine:
-    token_bytes = kv_bytes_per_token(oracle.model.config, oracle.model.dtype.itemsize)
-    server = Engine(oracle.loaded, EngineConfig(runner="packed", kv_memory=kv_tokens * token_bytes, **config))
+    server = packed(oracle, kv_tokens, **config)
     assert isinstance(server.runner, DeviceRunner)
     return server
 
@@ -193,13 +193,4 @@ def test_memory_is_asked_for_within_bounds(on_gpu):
 def test_out_of_memory_makes_steps_smaller_and_corrupts_nothing(on_gpu, monkeypatch):
     oracle = on_gpu("tiny-llama")
     server = build(oracle, max_batch_size=8)
-    logits = DeviceRunner._logits
-
-    def little_memory(self, inputs, *rest):
-        if inputs.shape[1] > 40:
-            raise torch.OutOfMemoryError("planted")
-        return logits(self, inputs, *rest)
-
-    monkeypatch.setattr(DeviceRunner, "_logits", little_memory)
-    for output, (_, limit) in zip(drive(server, work_of(16), every=8), work_of(16), strict=True):
-        oracle.check(output, limit)
+    run_out_of_memory(oracle, server, monkeypatch)

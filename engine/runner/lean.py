@@ -7,6 +7,7 @@ scales and the softmax scale. Whether a model's layers really compute this is fo
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -111,14 +112,14 @@ def is_lean(layer: Any, options: Options) -> bool:
         and all(len({module.bias is None for module in several}) == 1 for several in siblings)
         and all(hasattr(norm, "weight") and hasattr(norm, "variance_epsilon") for norm in norms)
         and len(head_norms) in (0, 2)
-        and all(norm.weight.numel() == getattr(attention, "head_dim", None) for norm in head_norms)
         and hasattr(attention, "head_dim")
+        and all(norm.weight.numel() == attention.head_dim for norm in head_norms)
         and options.softcap is None
         and options.sink_H is None
     )
 
 
-def _has(module: Any, names: set[str], perhaps: frozenset[str] | set[str] = frozenset()) -> bool:
+def _has(module: Any, names: Set[str], perhaps: Set[str] = frozenset()) -> bool:
     children = {name for name, _ in module.named_children()}
     return names <= children <= names | perhaps
 

@@ -174,9 +174,8 @@ def _rows(model: PreTrainedModel, page_size: int) -> Callable[..., torch.Tensor]
     _, kv_heads, head_dim = kv_shape(model.config)
     if model.device.type != "cpu" or model.dtype != torch.float32 or head_dim < FULL_HEAD:
         return attend_rows
-    example = Store.zeros((12, kv_heads, page_size, head_dim), next(model.parameters()))
     heads = model.config.get_text_config(decoder=True).num_attention_heads
-    return compiled_rows(heads, example.keys_LKDP, example.values_LKPD)
+    return compiled_rows(heads, kv_heads, page_size, head_dim)
 
 
 def _stores(model: PreTrainedModel, pages: int, page_size: int) -> list[Store]:
