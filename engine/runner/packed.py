@@ -14,9 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.attention import NAME
-from engine.attention.compiled import compiled_rows
 from engine.attention.paged import Options, PackedStep, Piece, Store
-from engine.attention.rows import attend_rows
+from engine.attention.rows import attend_rows, compiled_rows
 from engine.errors import InputError
 from engine.models import kv_shape
 from engine.pages import PagePool
@@ -50,7 +49,8 @@ class PackedRunner(Runner):
         refuse_unpackable(model)
         self.pool = pool
         self.deterministic = deterministic
-        self._rows = attend_rows if deterministic else _rows(model, pool.page_size)
+        self._compile = not deterministic and compilable(model)
+        self._rows = _rows(model, pool.page_size) if self._compile else attend_rows
         self.model = self._build(model)
         self.stores = _stores(self.model, pool.pages, pool.page_size)
         self._page_bytes = sum(store.page_bytes for store in self.stores)
@@ -62,7 +62,7 @@ class PackedRunner(Runner):
         options = self._prove_equal(packed_twin(model), tokens, expected_TV)
         for known in (options, {}):
             packed = packed_twin(model)
-            products = lean(packed, known, self.deterministic)
+            products = lean(packed, known, self.deterministic, self._compile)
             is_lean = bool(products)
             products += join(packed, self.deterministic)
             self.copied_bytes = prepare(products)
@@ -169,11 +169,14 @@ def _forward(model: PreTrainedModel, tokens: list[int], packed: PackedStep, rows
     ).logits[0]
 
 
+def compilable(model: PreTrainedModel) -> bool:
+    """Whether compiling is worth the wait: on a CPU, with heads that fill vectors."""
+    return model.device.type == "cpu" and model.dtype == torch.float32 and kv_shape(model.config)[2] >= FULL_HEAD
+
+
 def _rows(model: PreTrainedModel, page_size: int) -> Callable[..., torch.Tensor]:
-    """The way to attend from rows of one token: compiled where that pays, on a CPU and with heads that fill vectors."""
+    """`attend_rows` compiled for a model's shape."""
     _, kv_heads, head_dim = kv_shape(model.config)
-    if model.device.type != "cpu" or model.dtype != torch.float32 or head_dim < FULL_HEAD:
-        return attend_rows
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     return compiled_rows(heads, kv_heads, page_size, head_dim)
 
