@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from engine.config import POLICIES, EngineConfig
 from engine.engine import Engine
-from engine.errors import InputError
+from engine.errors import InputError, check
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel
-from engine.request import FinishReason, Request, RequestOutput, SamplingParams, check_integer
+from engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from engine.workload import WorkItem, Workload
 
 
@@ -50,7 +50,7 @@ def ways(policies: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str,
         if policy not in (known := ("generate", *POLICIES)):
             raise InputError(f"policies has {policy!r}: choose from {', '.join(known)}")
     for size in batch_sizes:
-        check_integer("batch-sizes", size, 1)
+        check("batch-sizes", size, int, 1)
     sizes = {p: [1] if p == "sequential" else [s for s in batch_sizes if s > 1 or p == "generate"] for p in policies}
     pairs = [(policy, size) for policy in policies for size in sizes[policy]]
     if not pairs:
