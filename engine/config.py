@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.errors import InputError, bounded, check, check_fields
 
@@ -56,3 +56,11 @@ class EngineConfig:
         check("kv_memory", self.kv_memory, *((int, 1) if isinstance(self.kv_memory, int) else (float, 1e-9, 1)))
         if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
             raise InputError("runner='padded' can be neither continuous nor deterministic: use runner='packed'")
+
+    def settled(self, device: str, dtype: str) -> EngineConfig:
+        """For a model on this device and in this dtype, with the runner and the tokens of a step chosen too."""
+        runner = self.runner
+        if runner == "auto":
+            runner = "packed" if self.policy == "continuous" or self.deterministic else "padded"
+        tokens = self.max_step_tokens or (512 if runner == "packed" and device.startswith("cpu") else 8192)
+        return replace(self, device=device, dtype=dtype, runner=runner, max_step_tokens=tokens)
