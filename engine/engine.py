@@ -93,11 +93,7 @@ class Engine:
         self._seeds = np.random.default_rng(config.seed)
 
     def _build(self, config: EngineConfig, capacity: int) -> None:
-        """Make the runner, the scheduler, and the memory's accounting for `capacity` tokens, as a settled config says.
-
-        Raises:
-            InputError: for a model that the config's runner cannot run.
-        """
+        """Make what a settled config says: runner, scheduler and the memory's accounting for `capacity` tokens."""
         assert config.max_step_tokens is not None
         self.config, tokens, rows = config, config.max_step_tokens, config.max_batch_size
         self.runner: Runner
