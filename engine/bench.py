@@ -103,8 +103,6 @@ def transformers_generate(
         now = time.perf_counter()
         batch = [request for request in pending[:size] if request.arrival <= now]
         pending = pending[len(batch) :]
-        for request in batch:
-            request.scheduled = now
         _generate_batch(engine.model, batch, metrics)
         for request in batch:
             metrics.add(request.close(None, request.token_times[-1]).metrics)
@@ -113,10 +111,11 @@ def transformers_generate(
 
 def _generate_batch(model: PreTrainedModel, batch: list[Request], metrics: EngineMetrics) -> None:
     """Generate for one batch, each forward pass a step: a rectangle of which not every request needs its part."""
-    width = max(request.prompt_len for request in batch)
+    width, now = max(request.prompt_len for request in batch), time.perf_counter()
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, request in enumerate(batch):
+        request.scheduled = now
         ids[row, width - request.prompt_len :] = torch.tensor(request.tokens)
         mask[row, width - request.prompt_len :] = 1
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from engine import __version__
 from engine.config import POLICIES, EngineConfig
 from engine.errors import InputError
-from engine.machine import placement
 from engine.request import SamplingParams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -60,7 +59,6 @@ def bench(
 
     from engine import bench as bench_module, report
     from engine.engine import Engine
-    from engine.models import load
     from engine.workload import make
 
     try:
@@ -77,23 +75,22 @@ def bench(
         raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
     make(workload, vocab_size=2, seed=seed, arrivals=arrivals)  # bad names and numbers, before a model is loaded
     config = EngineConfig(device=device, dtype=dtype, seed=seed)
-    device, dtype = placement(device, dtype)
-    loaded = load(model, device=device, dtype=dtype, seed=seed, progress=True)
-    engine = Engine(loaded, replace(config, policy="sequential"))  # the one that joins no weights: it is just asked
+    # The policy that joins no weights: this engine is just asked.
+    engine = Engine.from_pretrained(model, replace(config, policy="sequential"), progress=True)
     limits = {"vocab_size": engine.vocab_size, "max_positions": engine.max_positions}
-    work = make(workload, tokenizer=loaded.tokenizer, seed=seed, arrivals=arrivals, **limits)
+    work = make(workload, tokenizer=engine.tokenizer, seed=seed, arrivals=arrivals, **limits)
     runs: list[bench_module.Run] = []
     with Progress(console=ERRORS, transient=True) as bar:
         task = bar.add_task(f"{workload} on {model}", total=len(pairs) * rounds)
         try:
-            for run in bench_module.bench(loaded, work, pairs, config, rounds):
+            for run in bench_module.bench(engine.loaded, work, pairs, config, rounds):
                 runs.append(run)
                 bar.advance(task)
         except KeyboardInterrupt:
             ERRORS.print("interrupted: showing the runs that finished")
     if not runs:
         raise typer.Exit(130)
-    environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(loaded)}
+    environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(engine.loaded)}
     title = f"{workload}, arrivals {arrivals}, on {model} ({environment['dtype']}, {environment['device']})"
     summary = report.summarise(runs)
     Console(width=None if sys.stdout.isatty() else 180).print(report.table(summary, title))

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,18 +26,17 @@ from engine.memory import kv_memory, out_of_memory
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel, kv_bytes_per_token, load
 from engine.pages import PagePool, RowPool
-from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk
+from engine.request import FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Runner, Ticket
 from engine.runner.graphs import packed_runner
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
 from engine.scheduler import Scheduler, Step
-from engine.text import TextStream
+from engine.text import TextStream, decode
 from engine.workload import WorkItem
 
 LOG = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
-OnChunk = Callable[[StreamChunk], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
         asked = config or EngineConfig()
         model = self.model = loaded.model
-        self.tokenizer, self.spec = loaded.tokenizer, loaded.spec
+        self.loaded, self.tokenizer, self.spec = loaded, loaded.tokenizer, loaded.spec
         place = str(model.device), str(model.dtype).removeprefix("torch.")
         config = asked.settled(*place)
         text_config = model.config.get_text_config(decoder=True)
@@ -150,7 +149,7 @@ class Engine:
         *,
         request_id: str | None = None,
         arrival: float | None = None,
-        on_chunk: OnChunk | None = None,
+        on_chunk: OnChunk = None,
     ) -> Request:
         """Queue a request. `step` then works on it, and sets its `result` when it ends.
 
@@ -164,7 +163,7 @@ class Engine:
         Raises:
             InputError: before any work, for whatever cannot be served, naming the field and the bound.
         """
-        request = self._make("prompt", prompt, params, request_id, on_chunk)
+        request = self._make("prompt", prompt, params or SamplingParams(), request_id, on_chunk)
         request.arrival = time.perf_counter() if arrival is None else arrival
         self._queue(request)
         return request
@@ -232,9 +231,7 @@ class Engine:
         """End every request of a step that could not be computed."""
         reason = FinishReason.ERROR if isinstance(error, Exception) else FinishReason.ABORT
         for request, _ in step:
-            if request.result is None:
-                request.finish(reason, error=repr(error))
-                self._close(request)
+            self._end(request, reason, repr(error))
 
     def generate(
         self,
@@ -284,7 +281,7 @@ class Engine:
                 bar.write("interrupted: unfinished requests end with reason 'abort'", file=sys.stderr)
             finally:
                 for request in requests:
-                    self._abort(request)
+                    self._end(request, FinishReason.ABORT)
         return [request.result for request in requests if request.result is not None]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
@@ -306,29 +303,23 @@ class Engine:
                 if request.result is None:
                     self.step()
         finally:
-            self._abort(request)
+            self._end(request, FinishReason.ABORT)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any state and give what it has; None if no unfinished request has this id."""
         request = self._requests.get(request_id)
-        return self._abort(request) if request is not None else None
+        return self._end(request, FinishReason.ABORT) if request is not None else None
 
-    def _abort(self, request: Request) -> RequestOutput | None:
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput | None:
         if request.result is None:
-            request.finish(FinishReason.ABORT)
+            request.finish(reason, error=error)
             self._close(request)
         return request.result
 
     def _make(
-        self,
-        name: str,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        request_id: str | None = None,
-        on_chunk: OnChunk | None = None,
+        self, name: str, prompt: Prompt, params: SamplingParams, request_id: str | None = None, on_chunk: OnChunk = None
     ) -> Request:
         """A request that has passed every check; `name` is what errors call its prompt."""
-        params = params or SamplingParams()
         tokens = self.encode(prompt, name=name)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
@@ -387,7 +378,7 @@ class Engine:
             whole = request.text.text
         elif self.tokenizer is not None:
             shown = request.output_ids[:-1] if isinstance(request.stop_reason, int) else request.output_ids
-            whole = str(self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            whole = decode(self.tokenizer, shown)
         output = request.close(whole, time.perf_counter())
         chunk = StreamChunk(request.id, ids, text, output)
         self.metrics.add(output.metrics)

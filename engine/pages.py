@@ -49,11 +49,10 @@ class PagePool(_Pool):
         self._tainted: set[int] = set()  # pages that a failed request wrote or read, and somebody still holds
         self._references = [0] * pages
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
-        self._cached: dict[tuple[int, tuple[int, ...]], int] = {}  # (serial of the page before, tokens) -> page
-        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}  # the reverse
-        self._serials: dict[int, int] = {}  # cached page -> a number that no other contents ever had
-        self._sealed: dict[Request, tuple[int, int]] = {}  # pages of a request seen by `seal`; serial of the last
-        self._serial = 0
+        self._cached: dict[tuple[object, tuple[int, ...]], int] = {}  # (mark of the page before, tokens) -> page
+        self._keys: dict[int, tuple[object, tuple[int, ...]]] = {}  # the reverse
+        self._marks: dict[int, object] = {}  # cached page -> an object that no other contents have
+        self._sealed: dict[Request, tuple[int, object]] = {}  # pages of a request seen by `seal`; mark of the last
 
     def admit(self, request: Request) -> bool:
         """Give the request what is cached of it and pages for all of its tokens, or nothing; True if given.
@@ -64,7 +63,7 @@ class PagePool(_Pool):
         for page in shared:
             self._acquire(page)
         self.tables[request] = shared
-        self._sealed[request] = len(shared), self._serials[shared[-1]] if shared else 0
+        self._sealed[request] = len(shared), self._marks[shared[-1]] if shared else None
         if not self.reserve(request, len(request.tokens)):
             self.release(request)
             return False
@@ -86,18 +85,17 @@ class PagePool(_Pool):
 
     def seal(self, request: Request) -> None:
         """Let others find those of its pages that have become full of computed tokens."""
-        size, table, (done, serial) = self.page_size, self.tables[request], self._sealed[request]
+        size, table, (done, mark) = self.page_size, self.tables[request], self._sealed[request]
         full = min(request.computed, len(request.tokens)) // size  # the last computed token may be pending
         if not self.prefix_caching or done >= full:
             return
         for at in range(done, full):
-            key = (serial, tuple(request.tokens[at * size : (at + 1) * size]))
+            key = (mark, tuple(request.tokens[at * size : (at + 1) * size]))
             page = self._cached.setdefault(key, table[at])
             if page == table[at]:  # the first with these tokens
-                self._serial += 1
-                self._keys[page], self._serials[page] = key, self._serial
-            serial = self._serials[page]
-        self._sealed[request] = full, serial
+                self._keys[page], self._marks[page] = key, object()
+            mark = self._marks[page]
+        self._sealed[request] = full, mark
 
     def release(self, request: Request) -> None:
         """Give back its pages; the last goes first, so that the beginning of a prompt is kept longest."""
@@ -135,17 +133,17 @@ class PagePool(_Pool):
         assert [counts[page] for page in range(self.pages)] == self._references
         assert set(self._free) == {page for page, count in enumerate(self._references) if count == 0}
         assert self._keys == {page: key for key, page in self._cached.items()}
-        assert self._serials.keys() == self._keys.keys()
+        assert self._marks.keys() == self._keys.keys()
         shared = {page for page, count in counts.items() if count > 1}
         assert shared <= self._keys.keys() | self._tainted
 
     def _match(self, tokens: list[int]) -> Iterable[int]:
-        serial, size = 0, self.page_size
+        mark, size = None, self.page_size
         for at in range((len(tokens) - 1) // size if self.prefix_caching else 0):
-            page = self._cached.get((serial, tuple(tokens[at * size : (at + 1) * size])))
+            page = self._cached.get((mark, tuple(tokens[at * size : (at + 1) * size])))
             if page is None:
                 return
-            serial = self._serials[page]
+            mark = self._marks[page]
             yield page
 
     def _acquire(self, page: int) -> None:
@@ -157,7 +155,7 @@ class PagePool(_Pool):
         """Its contents are about to change: nobody may find it by them."""
         key = self._keys.pop(page, None)
         if key is not None:
-            del self._cached[key], self._serials[page]
+            del self._cached[key], self._marks[page]
 
 
 class RowPool(_Pool):

@@ -107,6 +107,9 @@ class StreamChunk:
     output: RequestOutput | None = None
 
 
+OnChunk = Callable[[StreamChunk], object] | None
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One request's state: its tokens (prompt, then output) and how many of them are computed.
@@ -121,7 +124,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
     arrival: float = 0.0
-    on_chunk: Callable[[StreamChunk], object] | None = None
+    on_chunk: OnChunk = None
     text: TextStream | None = None
     computed: int = 0
     pending: int = 0  # tokens that are chosen, by a step under way, and not yet here

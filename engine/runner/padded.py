@@ -163,10 +163,10 @@ class PaddedRunner(Runner):
         least cost and the boundaries that have it.
         """
         width = int(self._starts[0]) + len(self._rows[0].tokens)
-        edges = [0, *(int(start) for start in np.unique(self._starts) if start > self._starts[0]), width]
-        rows_before = [int(np.searchsorted(self._starts, edge)) for edge in edges]
+        edges = [*(int(start) for start in np.unique(self._starts) if start > self._starts[0]), width]
         plans = [(0, [0])]
-        for edge, rows in zip(edges[1:], rows_before[1:], strict=True):
+        for edge in edges:
+            rows = int(np.searchsorted(self._starts, edge))
             costs = [cost + self.pass_tokens + rows * (edge - bounds[-1]) for cost, bounds in plans]
             best = int(np.argmin(costs))
             plans.append((costs[best], [*plans[best][1], edge]))
