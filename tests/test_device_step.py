@@ -14,7 +14,7 @@ import engine.engine
 import engine.memory
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.models import kv_bytes_per_token
-from engine.runner.fused_layer import FusedLayer, FusedNorm, LastNorm
+from engine.runner.fused_layer import ACTIVATIONS, FusedLayer, FusedNorm, LastNorm
 from engine.runner.graphs import DeviceRunner, bucket
 from engine.runner.packed import PackedRunner
 from tests import reference
@@ -260,6 +260,7 @@ def test_the_kernels_serve_a_model(tiny):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine.engine, "packed_runner", DeviceRunner)
             server = build(oracle, max_batch_size=2, max_step_tokens=30, page_size=4)
+        assert isinstance(server.runner.model.base_model.layers[0], FusedLayer), "its fused kernels are proven at load"
         work = work_of(3)
         for output, (_, limit) in zip(drive(server, work), work, strict=True):
             oracle.check(output, limit)
@@ -273,13 +274,23 @@ def test_buckets_waste_little():
     assert np.all(np.diff([bucket(rows) for rows in range(1, 600)]) >= 0)
 
 
-def test_layers_like_llamas_are_fused_and_others_keep_their_own_code(tiny):
-    for name in NAMES:
-        model = build(tiny(name)).runner.model.base_model
-        plain = name != "tiny-gemma3"
-        assert all(isinstance(layer, FusedLayer) == plain for layer in model.layers)
-        assert isinstance(model.norm, LastNorm if plain else FusedNorm)
-        assert not any("RMSNorm" in type(module).__name__ for module in model.modules())
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_like_llamas_or_gemmas_are_fused(tiny, name):
+    model = build(tiny(name)).runner.model.base_model
+    assert all(isinstance(layer, FusedLayer) for layer in model.layers)
+    assert isinstance(model.norm, LastNorm)
+    assert not any("RMSNorm" in type(module).__name__ for module in model.modules())
+
+
+def test_other_layers_keep_their_own_code_and_get_fused_norms(tiny, monkeypatch):
+    monkeypatch.delitem(ACTIVATIONS, "SiLUActivation")
+    oracle = tiny("tiny-llama")
+    server = build(oracle)
+    model = server.runner.model.base_model
+    assert not any(isinstance(layer, FusedLayer) for layer in model.layers)
+    assert isinstance(model.norm, FusedNorm)
+    for output, (_, limit) in zip(drive(server, work_of(5)), work_of(5), strict=True):
+        oracle.check(output, limit)
 
 
 def test_layers_that_only_look_like_llamas_run_as_they_are(tiny, monkeypatch, caplog):
