@@ -15,6 +15,8 @@ import torch
 
 from engine.attention.paged import Options
 
+ROWS = 512  # attended at a time, for each takes up to MAX_SPLITS partial results: prefill by rows has thousands
+
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
@@ -72,10 +74,11 @@ class DeviceStep:
         store = self.keys_LKPD[layer], self.values_LKPD[layer]
         rows, chunks = len(self.lengths_B), self.chunks
         out_THD = q_THD.new_empty(q_THD.shape)
-        if rows:
+        for at in range(0, rows, ROWS):
+            some = slice(at, min(at + ROWS, rows))
             self.kernels.attend_rows(
-                q_THD[:rows], *store, self.tables_RN, self.lengths_B, self.max_length, *how, self.lines_B,
-                self.split, out_THD[:rows],
+                q_THD[some], *store, self.tables_RN, self.lengths_B[some], self.max_length, *how, self.lines_B[some],
+                self.split, out_THD[some],
             )  # fmt: skip
         if chunks is not None:
             self.kernels.attend_chunks(

@@ -40,7 +40,7 @@ def step_inputs(
     return ids_T, positions_T, slots_T, lengths_T
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["positions"])
 def _inputs(
     inputs, last, tables, ids, positions, slots, lengths, tokens, table_row, PAGE: tl.constexpr, BLOCK: tl.constexpr
 ):
