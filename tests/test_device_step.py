@@ -306,6 +306,18 @@ def test_layers_that_only_look_like_llamas_run_as_they_are(tiny, monkeypatch, ca
         oracle.check(output, limit)
 
 
+@pytest.mark.parametrize("error", [TypeError("unexpected argument"), RuntimeError("out of shared memory")])
+def test_what_fails_in_the_proof_makes_the_engine_fall_back_to_padded(tiny, monkeypatch, error):
+    oracle: Oracle = tiny("tiny-llama")
+    monkeypatch.setattr(reference, "write_pages", lambda *args: (_ for _ in ()).throw(error))
+    with pytest.raises(InputError, match=f"cannot run packed: {error}"):
+        build(oracle)
+    with pytest.warns(UserWarning, match=f"cannot run packed: {error}; using runner='padded'"):
+        server = Engine(oracle.loaded, EngineConfig(kv_memory=10**6))
+    (prompt, limit), *_ = work_of(1)
+    oracle.check(server.generate([prompt], exactly(limit), progress=False)[0], limit)
+
+
 def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
     oracle: Oracle = tiny()
     asked = []
