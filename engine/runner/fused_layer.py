@@ -81,7 +81,7 @@ class FusedLayer(nn.Module):
         if self.head_norms:
             q_THD, k_TKD = (norm(x) for norm, x in zip(self.head_norms, (q_THD, k_TKD), strict=True))
         cos_1TE, sin_1TE = position_embeddings
-        mixed_THD = packed.attend_rotating(self.index, q_THD, k_TKD, v_TKD, (cos_1TE[0], sin_1TE[0]), self.options)
+        mixed_THD = packed.attend(self.index, q_THD, k_TKD, v_TKD, self.options, (cos_1TE[0], sin_1TE[0]))
         normed_TM = self.before[1](self.after[0](self.out(mixed_THD.flatten(1))), stream.x_TM)
         gate_TI, up_TI = self.gate_up(normed_TM).chunk(2, -1)
         return self.after[1](self.down(self.kernels.gated(gate_TI, up_TI, self.activation)))[None]

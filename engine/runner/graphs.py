@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from engine.attention.device import Chunks, DeviceStep
+from engine.attention.device import DeviceStep
 from engine.attention.paged import Options
 from engine.errors import InputError
 from engine.models import kv_shape
@@ -328,8 +328,7 @@ class DeviceRunner(Runner):
             tiles.sort(key=lambda at: several_3R[0, at[0]] - several_3R[2, at[0]] - at[1])  # longest context first
             if tiles:
                 tables_RN = self._tables_RN[self._upload(lines_R[single:])]
-                begins_R, ends_R, computed_R = self._upload(several_3R)
-                chunks = Chunks(tables_RN, begins_R, ends_R, computed_R, self._upload(np.array(tiles)))
+                chunks = (tables_RN, *self._upload(several_3R), self._upload(np.array(tiles)))
         length = int(inputs_3T[1, :rows].max()) + 1 if rows else 1
         return self._logits(inputs, rows, length, chunks, self._upload(np.array(keep)).long(), options)
 
@@ -338,7 +337,7 @@ class DeviceRunner(Runner):
         inputs_3T: torch.Tensor,
         rows: int,
         max_length: int,
-        chunks: Chunks | None,
+        chunks: tuple[torch.Tensor, ...] | None,
         keep: torch.Tensor | int,
         options: dict[int, Options] | None = None,
     ) -> torch.Tensor:
