@@ -45,7 +45,7 @@ def compiled(
     with FileLock(f"{package}.lock"):
         if not package.exists() and not _build(package, function, example, dynamic):
             return function
-    run = torch._inductor.aoti_load_package(str(package)).loader.run
+    run = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1).run
     # It takes every tensor to lie as its example did, and does not check: views must be laid out first.
     return lambda *tensors: run([tensor.contiguous() for tensor in tensors])
 
@@ -59,8 +59,13 @@ def _build(
     fresh = package.with_suffix(".fresh.pt2")
     LOG.info("compiling %s for this machine, once: some seconds", type(function).__name__)
     shapes = tuple(dict.fromkeys(free, torch.export.Dim.AUTO) for free in dynamic)
-    # What the processor can do is known; compiling a program for each of its vector extensions to see takes seconds.
-    options = {"assert_indirect_indexing": False, "cpp.vec_isa_ok": True}
+    options = {
+        "assert_indirect_indexing": False,
+        "cpp.vec_isa_ok": True,  # the processor's own list is trusted: a program for each extension takes seconds
+        "aot_inductor.precompile_headers": False,  # would pay from about ten functions on
+        "aot_inductor.compile_wrapper_opt_level": "O0",  # it calls the loops; those are optimised
+        "aot_inductor.enable_line_tables": False,
+    }
     try:
         distinct = tuple(x.clone() for x in example)  # the same tensor twice would be taken for one argument
         program = torch.export.export(_Module(function), distinct, dynamic_shapes={"tensors": shapes})

@@ -25,6 +25,7 @@ ROWS = (1, 4, 16, 32, 64, 128, 512)  # measured; what lies between counts as the
 MOST = 4e9  # multiply-adds of one product worth measuring: beyond, every way is near the machine's peak
 TOY = 2**18  # bytes of a weight whose measurement would take longer than whatever it saves
 COLD = 64e6  # bytes of weights to go through, so that they come from memory as they do in a model
+ENOUGH = 1e9  # multiply-adds to time at once, where this is reached with fewer weights: then caches matter no more
 MARGIN = 0.85  # another way must take less than this part of the packed one's time, for it costs memory
 
 
@@ -116,7 +117,7 @@ def _measure(weights: Sequence[torch.Tensor]) -> list[str]:
         for _ in range(3):
             for name, ways in every.items():
                 started = time.perf_counter()
-                for way in ways:
+                for way in ways[: 1 + int(ENOUGH / rows / weights[0].numel())]:
                     way(x, None, None)
                 best[name] = min(best[name], time.perf_counter() - started)
         fastest = min(best, key=lambda name: best[name] * (MARGIN if name == "packed" else 1.0))
