@@ -176,9 +176,9 @@ def compilable(model: PreTrainedModel) -> bool:
 
 def _rows(model: PreTrainedModel, page_size: int) -> Callable[..., torch.Tensor]:
     """`attend_rows` compiled for a model's shape."""
-    _, kv_heads, head_dim = kv_shape(model.config)
     heads = model.config.get_text_config(decoder=True).num_attention_heads
-    return compiled_rows(heads, kv_heads, page_size, head_dim)
+    store = _stores(model, 64, page_size)[0]
+    return compiled_rows(heads, store.keys_LKDP, store.values_LKBPE)
 
 
 def _stores(model: PreTrainedModel, pages: int, page_size: int) -> list[Store]:
