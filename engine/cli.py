@@ -23,7 +23,7 @@ PLOTS = (".png", ".svg", ".pdf")
 
 Model = Annotated[str, typer.Option(help="A hub id, a folder, a .gguf file, 'smollm2' or 'random:NAME'; see models.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16 or float64.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16, float64 or int8 (packed on a CPU).")]
 Seed = Annotated[int, typer.Option(help="Seeds the workload, random weights and sampling.")]
 
 
@@ -76,6 +76,10 @@ def bench(
         raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
     make(workload, vocab_size=2, seed=seed, arrivals=arrivals)  # bad names and numbers, before a model is loaded
     config = _config(device, dtype, seed)
+    if dtype == "int8" and any(policy == "generate" for policy, _ in pairs):
+        raise InputError(
+            "policies has 'generate', which is Transformers' own and float32: leave it out of dtype='int8'"
+        )
     loaded = load(model, **dict(zip(("device", "dtype"), resolve(config), strict=True)), seed=seed, progress=True)
     engine = Engine(loaded, replace(config, policy="sequential"))  # the one that joins no weights: it is just asked
     limits = {"vocab_size": engine.vocab_size, "max_positions": engine.max_positions}
@@ -92,6 +96,7 @@ def bench(
     if not runs:
         raise typer.Exit(130)
     environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(loaded)}
+    environment["dtype"] = engine.config.dtype
     title = f"{workload}, arrivals {arrivals}, on {model} ({environment['dtype']}, {environment['device']})"
     summary = report.summarise(runs)
     Console(width=None if sys.stdout.isatty() else 180).print(report.table(summary, title))

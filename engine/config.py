@@ -9,7 +9,7 @@ from engine.request import check_bool, check_integer, check_number
 
 POLICIES = ("sequential", "dynamic", "continuous")
 RUNNERS = ("auto", "packed", "padded")
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,11 @@ class EngineConfig:
             in arrival order and runs it to completion; "continuous" admits at every step.
         runner: how keys and values are held: "packed" in pages, without any padding; "padded" in Transformers' own
             cache, with masks (not for "continuous"); "auto" is packed for "continuous" and padded for the other two,
-            and falls back to padded, with a warning, for a model that cannot run packed.
+            and falls back to padded, with a warning, for a model that cannot run packed. (Deterministic and int8
+            engines are always packed.)
         device: "auto" (CUDA if there is one, else the CPU) or a torch device: "cpu", "cuda", "cuda:1".
-        dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16.
+        dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16; or "int8": float32
+            with the linear layers in int8 (packed on a CPU), faster and not quite the same model.
         max_batch_size: requests that share a step at most.
         max_step_tokens: tokens a step computes at most; longer prompts are computed in several. None: 512 packed on a
             CPU, where more do not fit its caches, else 8192. (Padded: positions of one forward pass, padding
@@ -66,3 +68,6 @@ class EngineConfig:
             check_number("kv_memory", self.kv_memory, 1e-9, 1.0)
         if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
             raise InputError("runner='padded' can be neither continuous nor deterministic: use runner='packed'")
+        if self.dtype == "int8" and (self.runner == "padded" or self.device.split(":")[0] not in ("auto", "cpu")):
+            bad = f"runner={self.runner!r}" if self.runner == "padded" else f"device={self.device!r}"
+            raise InputError(f"dtype='int8' runs packed on a CPU, not with {bad}: change one of the two")

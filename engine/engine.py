@@ -29,6 +29,7 @@ from engine.pages import PagePool, RowPool
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Runner, Ticket
 from engine.runner.graphs import packed_runner
+from engine.runner.int8 import refuse_unquantizable, weight_limit
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
 from engine.scheduler import Scheduler, Step
@@ -65,13 +66,16 @@ class Engine:
         config = config or EngineConfig()
         model = self.model = loaded.model
         self.tokenizer, self.spec = loaded.tokenizer, loaded.spec
-        runner = config.runner
+        runner, dtype = config.runner, str(model.dtype).removeprefix("torch.")
+        only_packed = config.deterministic or config.dtype == "int8"
         if runner == "auto":
-            runner = "packed" if config.policy == "continuous" or config.deterministic else "padded"
-        dtype = str(model.dtype).removeprefix("torch.")
+            runner = "packed" if config.policy == "continuous" or only_packed else "padded"
+        if config.dtype == "int8":
+            refuse_unquantizable(model)
+            dtype = "int8"
         tokens = step_tokens(config.max_step_tokens, runner, model.device)
         self.config = replace(config, device=str(model.device), dtype=dtype, runner=runner)
-        self._may_fall_back = config.runner == "auto" and not config.deterministic
+        self._may_fall_back = config.runner == "auto" and not only_packed
         text_config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(text_config.vocab_size)
         self.max_positions = int(getattr(text_config, "max_position_embeddings", None) or sys.maxsize)
@@ -99,7 +103,8 @@ class Engine:
             pages = min(capacity // config.page_size, useful)
             pool = PagePool(pages, config.page_size, config.prefix_caching)
             try:
-                self.runner = packed_runner(self.model, pool, config.deterministic, config.max_batch_size)
+                int8 = config.dtype == "int8"
+                self.runner = packed_runner(self.model, pool, config.deterministic, config.max_batch_size, int8)
             except InputError as error:
                 if not self._may_fall_back:
                     raise
@@ -411,8 +416,11 @@ def step_tokens(asked: int | None, runner: str, device: torch.device) -> int:
 
 
 def resolve(config: EngineConfig) -> tuple[str, str]:
-    """The device and dtype that a config means on this machine."""
+    """The device that a config means on this machine, and the dtype in which to load a model for it."""
     device, dtype = config.device, config.dtype
+    if dtype == "int8":
+        weight_limit()
+        return "cpu" if device == "auto" else device, "float32"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
