@@ -1,7 +1,7 @@
 """dynamic-batch: dynamic batching for unmodified Hugging Face Transformers causal language models.
 
-The public API and nothing else. Names are imported when first used, so that `python -m engine --help` and
-`import engine` cost milliseconds and not an import of torch.
+The public API and nothing else. What needs torch or numpy is imported when first used, so that
+`import engine` and `python -m engine --help` wait for neither.
 """
 
 from __future__ import annotations
@@ -9,37 +9,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # "as" marks a re-export
-    from engine.aio import AsyncEngine as AsyncEngine
-    from engine.config import EngineConfig as EngineConfig
-    from engine.engine import Engine as Engine
-    from engine.errors import InputError as InputError
-    from engine.metrics import EngineMetrics as EngineMetrics, RequestMetrics as RequestMetrics
-    from engine.models import LoadedModel as LoadedModel, load as load
-    from engine.request import (
-        FinishReason as FinishReason,
-        RequestOutput as RequestOutput,
-        SamplingParams as SamplingParams,
-        StreamChunk as StreamChunk,
-    )
-    from engine.workload import Workload as Workload, make as make
+from engine.config import EngineConfig
+from engine.errors import InputError
+from engine.metrics import EngineMetrics, RequestMetrics
+from engine.models import LoadedModel, load
+from engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk
+
+if TYPE_CHECKING:
+    from engine.aio import AsyncEngine
+    from engine.engine import Engine
+    from engine.workload import Workload, make
 
 __version__ = "0.1.0"
-_HOME = {
-    "engine.aio": ("AsyncEngine",),
-    "engine.config": ("EngineConfig",),
-    "engine.engine": ("Engine",),
-    "engine.errors": ("InputError",),
-    "engine.metrics": ("EngineMetrics", "RequestMetrics"),
-    "engine.models": ("LoadedModel", "load"),
-    "engine.request": ("FinishReason", "RequestOutput", "SamplingParams", "StreamChunk"),
-    "engine.workload": ("Workload", "make"),
-}
-__all__ = [name for names in _HOME.values() for name in names]
+__all__ = [
+    "AsyncEngine", "Engine", "EngineConfig", "EngineMetrics", "FinishReason", "InputError", "LoadedModel",
+    "RequestMetrics", "RequestOutput", "SamplingParams", "StreamChunk", "Workload", "load", "make",
+]  # fmt: skip
+_LATER = {"AsyncEngine": "aio", "Engine": "engine", "Workload": "workload", "make": "workload"}
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(module), name)
+    if name in _LATER:
+        return getattr(import_module(f"engine.{_LATER[name]}"), name)
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

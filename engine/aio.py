@@ -6,7 +6,6 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 
 from engine.engine import Engine, Prompt
 from engine.request import Request, RequestOutput, SamplingParams, StreamChunk
@@ -32,11 +31,9 @@ class AsyncEngine:
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
         """The output for one prompt. Raises what `Engine.add_request` raises, or the error that ended the worker."""
-        output = None
-        async for chunk in self.stream(prompt, params):
-            output = chunk.output
-        assert output is not None
-        return output
+        chunks = [chunk async for chunk in self.stream(prompt, params)]
+        assert chunks[-1].output is not None
+        return chunks[-1].output
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamChunk]:
         """The chunks for one prompt as they come. Raises as `generate` does."""
@@ -78,9 +75,7 @@ class AsyncEngine:
     async def __aenter__(self) -> AsyncEngine:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await asyncio.to_thread(self.close)
 
     def _work(self) -> None:

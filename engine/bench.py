@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 
 from engine.config import POLICIES, EngineConfig
 from engine.engine import Engine
-from engine.errors import InputError
+from engine.errors import InputError, check
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel
-from engine.request import FinishReason, Request, RequestOutput, SamplingParams, check_integer
+from engine.request import FinishReason, Request, RequestOutput, SamplingParams
+from engine.runner import StepResult
+from engine.sampler import Choice
 from engine.workload import WorkItem, Workload
 
 
@@ -50,7 +52,7 @@ def ways(policies: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str,
         if policy not in (known := ("generate", *POLICIES)):
             raise InputError(f"policies has {policy!r}: choose from {', '.join(known)}")
     for size in batch_sizes:
-        check_integer("batch-sizes", size, 1)
+        check("batch-sizes", size, int, 1)
     sizes = {p: [1] if p == "sequential" else [s for s in batch_sizes if s > 1 or p == "generate"] for p in policies}
     pairs = [(policy, size) for policy in policies for size in sizes[policy]]
     if not pairs:
@@ -74,11 +76,10 @@ def bench(
             else:
                 engine = Engine(loaded, replace(config, policy=policy, max_batch_size=size))
                 outputs = engine.replay(workload.items, progress=False)
-                for output in outputs:
-                    if output.finish_reason is FinishReason.ABORT:
-                        raise KeyboardInterrupt
-                    if output.finish_reason is FinishReason.ERROR:
-                        raise InputError(f"{policy} at batch size {size}: {output.request_id} failed: {output.error}")
+                if any(output.finish_reason is FinishReason.ABORT for output in outputs):
+                    raise KeyboardInterrupt
+                if failed := next((output for output in outputs if output.error is not None), None):
+                    raise InputError(f"{policy} at batch size {size}: {failed.request_id} failed: {failed.error}")
                 yield Run(policy, size, outputs, engine.metrics, engine.runner.copied_bytes)
 
 
@@ -102,22 +103,15 @@ def transformers_generate(
         now = time.perf_counter()
         batch = [request for request in pending[:size] if request.arrival <= now]
         pending = pending[len(batch) :]
-        passes, padded = _generate_batch(engine.model, batch, now)
-        counters = metrics.counters
-        counters.steps += passes
-        counters.forward_passes += passes
-        counters.batch_sizes[len(batch)] += passes
-        counters.padded_tokens += padded
-        counters.output_tokens += sum(request.output_len for request in batch)
-        counters.tokens_computed += sum(len(request.tokens) - 1 for request in batch)
+        _generate_batch(engine.model, batch, metrics)
         for request in batch:
             metrics.add(request.close(None, request.token_times[-1]).metrics)
     return [request.result for request in requests if request.result is not None], metrics
 
 
-def _generate_batch(model: PreTrainedModel, batch: list[Request], now: float) -> tuple[int, int]:
-    """Generate for one batch; gives the forward passes, and the positions computed that no request needed."""
-    width, steps = max(request.prompt_len for request in batch), 0
+def _generate_batch(model: PreTrainedModel, batch: list[Request], metrics: EngineMetrics) -> None:
+    """Generate for one batch, each forward pass a step: a rectangle of which not every request needs its part."""
+    width, now = max(request.prompt_len for request in batch), time.perf_counter()
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, request in enumerate(batch):
@@ -127,11 +121,15 @@ def _generate_batch(model: PreTrainedModel, batch: list[Request], now: float) ->
 
     def take(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """As a stopping criterion: Transformers calls it with each new token, and asks which rows are done."""
-        nonlocal steps
-        steps += 1
-        for request, token in zip(batch, input_ids[:, -1].tolist(), strict=True):
-            if request.finish_reason is None:
-                request.append(token, time.perf_counter())
+        tokens, now = input_ids[:, -1].tolist(), time.perf_counter()
+        needed = [len(request.tokens) - request.computed if request.finish_reason is None else 0 for request in batch]
+        choices = [Choice(token) if count else None for token, count in zip(tokens, needed, strict=True)]
+        padded = len(batch) * max(needed) - sum(needed)
+        metrics.count_step(len(batch), StepResult(choices, 1, sum(needed), padded, model_s=0.0, kv_bytes=0), 0.0)
+        for request, token, count in zip(batch, tokens, needed, strict=True):
+            if count:
+                request.computed += count
+                request.append(token, now)
         return torch.tensor([request.finish_reason is not None for request in batch], device=input_ids.device)
 
     model.generate(  # type: ignore[operator]
@@ -144,7 +142,6 @@ def _generate_batch(model: PreTrainedModel, batch: list[Request], now: float) ->
         pad_token_id=0,
         stopping_criteria=[take],
     )
-    return steps, len(batch) * (width + steps - 1) - sum(len(request.tokens) - 1 for request in batch)
 
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:

@@ -58,8 +58,7 @@ def bench(
     from rich.progress import Progress
 
     from engine import bench as bench_module, report
-    from engine.engine import Engine, resolve
-    from engine.models import load
+    from engine.engine import Engine
     from engine.workload import make
 
     try:
@@ -75,27 +74,25 @@ def bench(
     if plot and find_spec("matplotlib") is None:
         raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
     make(workload, vocab_size=2, seed=seed, arrivals=arrivals)  # bad names and numbers, before a model is loaded
-    config = _config(device, dtype, seed)
-    if dtype == "int8" and any(policy == "generate" for policy, _ in pairs):
-        raise InputError(
-            "policies has 'generate', which is Transformers' own and float32: leave it out of dtype='int8'"
-        )
-    loaded = load(model, **dict(zip(("device", "dtype"), resolve(config), strict=True)), seed=seed, progress=True)
-    engine = Engine(loaded, replace(config, policy="sequential"))  # the one that joins no weights: it is just asked
+    if dtype == "int8" and "generate" in dict(pairs):
+        raise InputError("policies has 'generate', which is Transformers' own: leave it out of dtype='int8'")
+    config = EngineConfig(device=device, dtype=dtype, seed=seed)
+    # The policy that joins no weights: this engine is just asked.
+    engine = Engine.from_pretrained(model, replace(config, policy="sequential"), progress=True)
     limits = {"vocab_size": engine.vocab_size, "max_positions": engine.max_positions}
-    work = make(workload, tokenizer=loaded.tokenizer, seed=seed, arrivals=arrivals, **limits)
+    work = make(workload, tokenizer=engine.tokenizer, seed=seed, arrivals=arrivals, **limits)
     runs: list[bench_module.Run] = []
     with Progress(console=ERRORS, transient=True) as bar:
         task = bar.add_task(f"{workload} on {model}", total=len(pairs) * rounds)
         try:
-            for run in bench_module.bench(loaded, work, pairs, config, rounds):
+            for run in bench_module.bench(engine.loaded, work, pairs, config, rounds):
                 runs.append(run)
                 bar.advance(task)
         except KeyboardInterrupt:
             ERRORS.print("interrupted: showing the runs that finished")
     if not runs:
         raise typer.Exit(130)
-    environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(loaded)}
+    environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(engine.loaded)}
     environment["dtype"] = engine.config.dtype
     title = f"{workload}, arrivals {arrivals}, on {model} ({environment['dtype']}, {environment['device']})"
     summary = report.summarise(runs)
@@ -143,7 +140,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise InputError("prompt is empty: give at least one word")
-    config = _config(device, dtype, seed)
+    config = EngineConfig(device=device, dtype=dtype, seed=seed)
     from engine.engine import Engine
 
     engine = Engine.from_pretrained(model, config, progress=True)
@@ -177,18 +174,6 @@ def models() -> None:
         cells += [f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e3:,.0f} kB" for size in sizes]
         out.add_row(*cells, *(f"{size:,} B" for size in kv), f"{row['positions']:,}")
     Console(width=None if sys.stdout.isatty() else 140).print(out)
-
-
-def _config(device: str, dtype: str, seed: int) -> EngineConfig:
-    """The options as a config, its device tried: that one is absent should not be learnt after a download."""
-    config = EngineConfig(device=device, dtype=dtype, seed=seed)
-    import torch
-
-    try:
-        torch.empty(0, device=None if device == "auto" else device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={device!r} is not here ({str(error).splitlines()[0]}): give auto or cpu") from None
-    return config
 
 
 def main(args: Any = None) -> None:

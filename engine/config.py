@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from engine.errors import InputError
-from engine.request import check_bool, check_integer, check_number
+from engine.errors import InputError, bounded, check, check_fields
 
 POLICIES = ("sequential", "dynamic", "continuous")
 RUNNERS = ("auto", "packed", "padded")
-DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +40,48 @@ class EngineConfig:
     runner: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
-    max_batch_size: int = 32
-    max_step_tokens: int | None = None
-    page_size: int = 16
-    prefix_caching: bool = True
-    deterministic: bool = False
+    max_batch_size: int = bounded(32, int, 1)
+    max_step_tokens: int | None = bounded(None, int, 1)
+    page_size: int = bounded(16, int, 1)
+    prefix_caching: bool = bounded(True, bool)
+    deterministic: bool = bounded(False, bool)
     kv_memory: int | float = 0.6
-    seed: int = 0
+    seed: int = bounded(0, int, 0, 2**63 - 1)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("policy", POLICIES), ("runner", RUNNERS), ("dtype", ("auto", *DTYPES))):
+        for name, allowed in (("policy", POLICIES), ("runner", RUNNERS), ("dtype", ("auto", *DTYPES, "int8"))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
-        check_integer("max_batch_size", self.max_batch_size, 1)
-        if self.max_step_tokens is not None:
-            check_integer("max_step_tokens", self.max_step_tokens, 1)
-        check_integer("page_size", self.page_size, 1)
-        check_integer("seed", self.seed, 0, 2**63 - 1)
-        check_bool("prefix_caching", self.prefix_caching)
-        check_bool("deterministic", self.deterministic)
+        check_fields(self)
         if not isinstance(self.device, str) or not self.device:
             raise InputError(f"device={self.device!r} must be auto, cpu, cuda or cuda:N")
-        if isinstance(self.kv_memory, int):
-            check_integer("kv_memory", self.kv_memory, 1)
-        else:
-            check_number("kv_memory", self.kv_memory, 1e-9, 1.0)
+        check("kv_memory", self.kv_memory, *((int, 1) if isinstance(self.kv_memory, int) else (float, 1e-9, 1)))
         if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
             raise InputError("runner='padded' can be neither continuous nor deterministic: use runner='packed'")
         if self.dtype == "int8" and (self.runner == "padded" or self.device.split(":")[0] not in ("auto", "cpu")):
             bad = f"runner={self.runner!r}" if self.runner == "padded" else f"device={self.device!r}"
             raise InputError(f"dtype='int8' runs packed on a CPU, not with {bad}: change one of the two")
+
+    @property
+    def must_pack(self) -> bool:
+        """Whether no runner but the packed one will do."""
+        return self.runner == "packed" or self.deterministic or self.dtype == "int8"
+
+    def settled(self, device: str, dtype: str) -> EngineConfig:
+        """For a model on this device and in this dtype, with the runner and the tokens of a step chosen too.
+
+        Raises:
+            InputError: for a model that cannot be quantized, where it should be.
+        """
+        if self.dtype == "int8":
+            if not device.startswith("cpu") or dtype != "float32":
+                raise InputError(
+                    f"dtype='int8' quantizes a float32 model on a CPU; this one is {dtype} on {device}: "
+                    "load it with dtype='float32', device='cpu'"
+                )
+            dtype = "int8"
+        runner = self.runner
+        if runner == "auto":
+            runner = "packed" if self.policy == "continuous" or self.must_pack else "padded"
+        tokens = self.max_step_tokens or (512 if runner == "packed" and device.startswith("cpu") else 8192)
+        return replace(self, device=device, dtype=dtype, runner=runner, max_step_tokens=tokens)

@@ -12,33 +12,32 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.errors import InputError
+from engine.machine import placement
 from engine.memory import kv_memory, out_of_memory
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel, kv_bytes_per_token, load
 from engine.pages import PagePool, RowPool
-from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk
+from engine.request import FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Runner, Ticket
 from engine.runner.graphs import packed_runner
-from engine.runner.int8 import refuse_unquantizable, weight_limit
+from engine.runner.int8 import weight_limit
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
 from engine.scheduler import Scheduler, Step
-from engine.text import TextStream
+from engine.text import TextStream, decode
 from engine.workload import WorkItem
 
 LOG = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
-OnChunk = Callable[[StreamChunk], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +62,29 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
-        config = config or EngineConfig()
+        asked = config or EngineConfig()
         model = self.model = loaded.model
-        self.tokenizer, self.spec = loaded.tokenizer, loaded.spec
-        runner, dtype = config.runner, str(model.dtype).removeprefix("torch.")
-        only_packed = config.deterministic or config.dtype == "int8"
-        if runner == "auto":
-            runner = "packed" if config.policy == "continuous" or only_packed else "padded"
-        if config.dtype == "int8":
-            refuse_unquantizable(model)
-            dtype = "int8"
-        tokens = step_tokens(config.max_step_tokens, runner, model.device)
-        self.config = replace(config, device=str(model.device), dtype=dtype, runner=runner)
-        self._may_fall_back = config.runner == "auto" and not only_packed
+        self.loaded, self.tokenizer, self.spec = loaded, loaded.tokenizer, loaded.spec
+        place = str(model.device), str(model.dtype).removeprefix("torch.")
+        config = asked.settled(*place)
         text_config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(text_config.vocab_size)
         self.max_positions = int(getattr(text_config, "max_position_embeddings", None) or sys.maxsize)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
-        self.runner: Runner
         token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
-        memory = kv_memory(model, config, min(tokens, self.max_positions))
-        if memory < token_bytes * (config.page_size if self.config.runner == "packed" else 1):
+        memory = kv_memory(model, config, min(config.max_step_tokens or sys.maxsize, self.max_positions))
+        if memory < token_bytes * (config.page_size if config.runner == "packed" else 1):
             raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")
-        self._build(memory // token_bytes, tokens)
+        try:
+            self._build(config, memory // token_bytes)
+        except InputError as error:
+            if config.runner == "padded" or asked.must_pack:
+                raise
+            lost = "requests cannot join a running batch, and nothing is shared"
+            warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=2)
+            config = replace(asked, runner="padded", policy="dynamic").settled(*place)
+            self._build(config, memory // token_bytes)
         self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}
         self._launched: deque[Launched] = deque()  # two at most, and only while the second is being launched
@@ -94,38 +92,31 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
 
-    def _build(self, capacity: int, tokens: int) -> None:
-        """Make the runner, the memory's accounting for `capacity` tokens, and the scheduler of steps of `tokens`."""
-        asked = self.config.max_step_tokens
-        config = self.config = replace(self.config, max_step_tokens=tokens)
+    def _build(self, config: EngineConfig, capacity: int) -> None:
+        """Make what a settled config says: runner, scheduler and the memory's accounting for `capacity` tokens."""
+        assert config.max_step_tokens is not None
+        self.config, tokens, rows = config, config.max_step_tokens, config.max_batch_size
+        self.runner: Runner
         if config.runner == "packed":
-            useful = 2 * config.max_batch_size * -(-self.max_positions // config.page_size)
-            pages = min(capacity // config.page_size, useful)
-            pool = PagePool(pages, config.page_size, config.prefix_caching)
-            try:
-                int8 = config.dtype == "int8"
-                self.runner = packed_runner(self.model, pool, config.deterministic, config.max_batch_size, int8)
-            except InputError as error:
-                if not self._may_fall_back:
-                    raise
-                lost = "requests cannot join a running batch, and nothing is shared"
-                warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=3)
-                self.config = replace(config, runner="padded", policy="dynamic", max_step_tokens=asked)
-                return self._build(capacity, step_tokens(asked, "padded", self.model.device))
-            self.scheduler = Scheduler(config.policy, config.max_batch_size, tokens, pool)
+            useful = 2 * rows * -(-self.max_positions // config.page_size)
+            pool = PagePool(min(capacity // config.page_size, useful), config.page_size, config.prefix_caching)
+            self.runner = packed_runner(self.model, pool, config.deterministic, rows, config.dtype == "int8")
+            self.scheduler = Scheduler(config.policy, rows, tokens, pool)
         else:
             self.runner = PaddedRunner(self.model, tokens)
-            self.scheduler = Scheduler(config.policy, config.max_batch_size, sys.maxsize, RowPool(capacity))
+            self.scheduler = Scheduler(config.policy, rows, sys.maxsize, RowPool(capacity))
 
     @classmethod
     def from_pretrained(cls, spec: str, config: EngineConfig | None = None, *, progress: bool = True) -> Engine:
         """Load the model that `spec` names (hub id, folder, .gguf file, `smollm2`, `random:NAME`) and build on it.
 
         Raises:
-            InputError: for an unknown or broken model, or a device that is not there.
+            InputError: for an unknown or broken model, or a device or instructions that are not there.
         """
         config = config or EngineConfig()
-        device, dtype = resolve(config)
+        device, dtype = placement(config.device, config.dtype)
+        if config.dtype == "int8":
+            weight_limit()  # refuses before a download
         return cls(load(spec, device=device, dtype=dtype, seed=config.seed, progress=progress), config)
 
     @property
@@ -161,7 +152,7 @@ class Engine:
         *,
         request_id: str | None = None,
         arrival: float | None = None,
-        on_chunk: OnChunk | None = None,
+        on_chunk: OnChunk = None,
     ) -> Request:
         """Queue a request. `step` then works on it, and sets its `result` when it ends.
 
@@ -175,7 +166,7 @@ class Engine:
         Raises:
             InputError: before any work, for whatever cannot be served, naming the field and the bound.
         """
-        request = self._make("prompt", prompt, params, request_id, on_chunk)
+        request = self._make("prompt", prompt, params or SamplingParams(), request_id, on_chunk)
         request.arrival = time.perf_counter() if arrival is None else arrival
         self._queue(request)
         return request
@@ -243,9 +234,7 @@ class Engine:
         """End every request of a step that could not be computed."""
         reason = FinishReason.ERROR if isinstance(error, Exception) else FinishReason.ABORT
         for request, _ in step:
-            if request.result is None:
-                request.finish(reason, error=repr(error))
-                self._close(request)
+            self._end(request, reason, repr(error))
 
     def generate(
         self,
@@ -295,7 +284,7 @@ class Engine:
                 bar.write("interrupted: unfinished requests end with reason 'abort'", file=sys.stderr)
             finally:
                 for request in requests:
-                    self._abort(request)
+                    self._end(request, FinishReason.ABORT)
         return [request.result for request in requests if request.result is not None]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
@@ -317,29 +306,23 @@ class Engine:
                 if request.result is None:
                     self.step()
         finally:
-            self._abort(request)
+            self._end(request, FinishReason.ABORT)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any state and give what it has; None if no unfinished request has this id."""
         request = self._requests.get(request_id)
-        return self._abort(request) if request is not None else None
+        return self._end(request, FinishReason.ABORT) if request is not None else None
 
-    def _abort(self, request: Request) -> RequestOutput | None:
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput | None:
         if request.result is None:
-            request.finish(FinishReason.ABORT)
+            request.finish(reason, error=error)
             self._close(request)
         return request.result
 
     def _make(
-        self,
-        name: str,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        request_id: str | None = None,
-        on_chunk: OnChunk | None = None,
+        self, name: str, prompt: Prompt, params: SamplingParams, request_id: str | None = None, on_chunk: OnChunk = None
     ) -> Request:
         """A request that has passed every check; `name` is what errors call its prompt."""
-        params = params or SamplingParams()
         tokens = self.encode(prompt, name=name)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
@@ -398,7 +381,7 @@ class Engine:
             whole = request.text.text
         elif self.tokenizer is not None:
             shown = request.output_ids[:-1] if isinstance(request.stop_reason, int) else request.output_ids
-            whole = str(self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            whole = decode(self.tokenizer, shown)
         output = request.close(whole, time.perf_counter())
         chunk = StreamChunk(request.id, ids, text, output)
         self.metrics.add(output.metrics)
@@ -408,21 +391,3 @@ class Engine:
             except Exception:
                 LOG.exception("request %s: its callback failed on the last chunk; its result stands", request.id)
         return chunk
-
-
-def step_tokens(asked: int | None, runner: str, device: torch.device) -> int:
-    """Tokens of a step at most: what is asked for, or what suits the runner on this device."""
-    return asked or (512 if runner == "packed" and device.type == "cpu" else 8192)
-
-
-def resolve(config: EngineConfig) -> tuple[str, str]:
-    """The device that a config means on this machine, and the dtype in which to load a model for it."""
-    device, dtype = config.device, config.dtype
-    if dtype == "int8":
-        weight_limit()
-        return "cpu" if device == "auto" else device, "float32"
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float16" if device.startswith("cuda") else "float32"
-    return device, dtype

@@ -1,10 +1,15 @@
-"""The machine that runs this: its processor, and where what was made for it once is kept."""
+"""The machine that runs this: its processor and devices, and where what was made for it once is kept."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
+
+from engine.errors import InputError
+
+CPU_FIELDS = ("model name", "cpu family", "model", "stepping")
 
 
 def cache_dir() -> Path:
@@ -18,13 +23,23 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
     Where the kernel does not tell, what Python calls it.
     """
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    found = (re.search(rf"^{field}\s*: (.*)", text, re.MULTILINE) for field in CPU_FIELDS)
+    return " ".join(match[1] for match in found if match) or platform.processor() or platform.machine()
+
+
+def placement(device: str, dtype: str) -> tuple[str, str]:
+    """The device and dtype to load a model on and in: what "auto" means here, float32 for int8, or those given.
+
+    Raises:
+        InputError: for a device that is not here: better learnt before a download than after it.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and dtype != "int8" else "cpu"
     try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        lines = []
-    names: dict[str, str] = {}
-    for line in lines:
-        field, _, value = line.partition(":")
-        names.setdefault(field.strip(), value.strip())
-    kind = " ".join(names.get(field, "") for field in ("model name", "cpu family", "model", "stepping")).strip()
-    return kind or platform.processor() or platform.machine()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={device!r} is not here ({str(error).splitlines()[0]}): give auto or cpu") from None
+    return device, ("float16" if device.startswith("cuda") else "float32") if dtype in ("auto", "int8") else dtype

@@ -106,9 +106,8 @@ class EngineMetrics:
     @property
     def wall_s(self) -> float:
         """From the first arrival to the last finish, seconds."""
-        return max((r.finished_s for r in self.records), default=0) - min(
-            (r.arrival_s for r in self.records), default=0
-        )
+        ends = [r.finished_s for r in self.records]
+        return max(ends) - min(r.arrival_s for r in self.records) if ends else 0.0
 
     @property
     def tokens_per_s(self) -> float:

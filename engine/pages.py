@@ -1,27 +1,34 @@
 """Who may hold KV memory: pages and their owners, and what past requests left in them. Pure Python, no tensors.
 
-A `Memory` answers the scheduler: `check` (could it ever fit), `admit`, `reserve` (room for more of its tokens), `seal`
-(these tokens are computed) and `release`.
+A pool answers the scheduler: `check` (could it ever fit), `admit`, `reserve` (room for more of its tokens), `seal`
+(these tokens are computed), `unused` and `release`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from engine.errors import InputError
 from engine.request import FinishReason, Request
 
 
-def _too_long(request: Request, capacity: int) -> InputError:
-    return InputError(
-        f"request {request.id}: a prompt of {request.prompt_len} tokens with max_new_tokens="
-        f"{request.params.max_new_tokens} needs {request.max_len} positions of KV memory; it holds {capacity}: raise "
-        "kv_memory or ask for less"
-    )
+class _Pool:
+    """Positions (tokens of one request), of which a request may not need more than there are."""
+
+    capacity: int
+
+    def check(self, request: Request) -> None:
+        """Raise InputError if the request could not run even alone."""
+        if request.max_len > self.capacity:
+            raise InputError(
+                f"request {request.id}: a prompt of {request.prompt_len} tokens with max_new_tokens="
+                f"{request.params.max_new_tokens} needs {request.max_len} positions of KV memory; it holds "
+                f"{self.capacity}: raise kv_memory or ask for less"
+            )
 
 
-class PagePool:
+class PagePool(_Pool):
     """Pages of `page_size` tokens, block tables, reference counts and the prefix cache.
 
     A full page whose tokens are computed can be shared by every request with the same tokens up to its end: it is
@@ -35,25 +42,17 @@ class PagePool:
     """
 
     def __init__(self, pages: int, page_size: int, prefix_caching: bool = True) -> None:
-        self.pages = pages
-        self.page_size = page_size
+        self.pages, self.page_size, self.capacity = pages, page_size, pages * page_size
         self.prefix_caching = prefix_caching
         self.tables: dict[Request, list[int]] = {}
         self.dirty: list[int] = []  # free pages that may hold NaN: clear them before their next use
         self._tainted: set[int] = set()  # pages that a failed request wrote or read, and somebody still holds
         self._references = [0] * pages
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
-        self._cached: dict[tuple[int, tuple[int, ...]], int] = {}  # (serial of the page before, tokens) -> page
-        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}  # the reverse
-        self._serials: dict[int, int] = {}  # cached page -> a number that no other contents ever had
-        self._sealed: dict[Request, tuple[int, int]] = {}  # pages of a request seen by `seal`; serial of the last
-        self._serial = 0
-
-    def check(self, request: Request) -> None:
-        """Raise InputError if the request could not run even alone."""
-        capacity = self.pages * self.page_size
-        if request.max_len > capacity:
-            raise _too_long(request, capacity)
+        self._cached: dict[tuple[object, tuple[int, ...]], int] = {}  # (mark of the page before, tokens) -> page
+        self._keys: dict[int, tuple[object, tuple[int, ...]]] = {}  # the reverse
+        self._marks: dict[int, object] = {}  # cached page -> an object that no other contents have
+        self._sealed: dict[Request, tuple[int, object]] = {}  # pages of a request seen by `seal`; mark of the last
 
     def admit(self, request: Request) -> bool:
         """Give the request what is cached of it and pages for all of its tokens, or nothing; True if given.
@@ -63,13 +62,12 @@ class PagePool:
         shared = list(self._match(request.tokens))
         for page in shared:
             self._acquire(page)
-        admitted_with = len(shared)
         self.tables[request] = shared
-        self._sealed[request] = len(shared), self._serials[shared[-1]] if shared else 0
+        self._sealed[request] = len(shared), self._marks[shared[-1]] if shared else None
         if not self.reserve(request, len(request.tokens)):
             self.release(request)
             return False
-        request.computed = admitted_with * self.page_size
+        request.computed = self._sealed[request][0] * self.page_size
         return True
 
     def reserve(self, request: Request, tokens: int) -> bool:
@@ -87,18 +85,17 @@ class PagePool:
 
     def seal(self, request: Request) -> None:
         """Let others find those of its pages that have become full of computed tokens."""
-        size, table, (done, serial) = self.page_size, self.tables[request], self._sealed[request]
+        size, table, (done, mark) = self.page_size, self.tables[request], self._sealed[request]
         full = min(request.computed, len(request.tokens)) // size  # the last computed token may be pending
         if not self.prefix_caching or done >= full:
             return
         for at in range(done, full):
-            key = (serial, tuple(request.tokens[at * size : (at + 1) * size]))
+            key = (mark, tuple(request.tokens[at * size : (at + 1) * size]))
             page = self._cached.setdefault(key, table[at])
             if page == table[at]:  # the first with these tokens
-                self._serial += 1
-                self._keys[page], self._serials[page] = key, self._serial
-            serial = self._serials[page]
-        self._sealed[request] = full, serial
+                self._keys[page], self._marks[page] = key, object()
+            mark = self._marks[page]
+        self._sealed[request] = full, mark
 
     def release(self, request: Request) -> None:
         """Give back its pages; the last goes first, so that the beginning of a prompt is kept longest."""
@@ -129,26 +126,24 @@ class PagePool:
 
     def check_integrity(self) -> None:
         """Assert that every page is free or owned as often as it is counted, and that the cache agrees with itself."""
-        counts = [0] * self.pages
         for request, table in self.tables.items():
             assert len(set(table)) == len(table), "a request holds a page twice"
             assert len(table) * self.page_size >= request.computed, "computed tokens without a page"
-            for page in table:
-                counts[page] += 1
-        assert counts == self._references
-        assert set(self._free) == {page for page, count in enumerate(counts) if count == 0}
+        counts = Counter(page for table in self.tables.values() for page in table)
+        assert [counts[page] for page in range(self.pages)] == self._references
+        assert set(self._free) == {page for page, count in enumerate(self._references) if count == 0}
         assert self._keys == {page: key for key, page in self._cached.items()}
-        assert self._serials.keys() == self._keys.keys()
-        shared = {page for page, count in enumerate(counts) if count > 1}
+        assert self._marks.keys() == self._keys.keys()
+        shared = {page for page, count in counts.items() if count > 1}
         assert shared <= self._keys.keys() | self._tainted
 
     def _match(self, tokens: list[int]) -> Iterable[int]:
-        serial, size = 0, self.page_size
+        mark, size = None, self.page_size
         for at in range((len(tokens) - 1) // size if self.prefix_caching else 0):
-            page = self._cached.get((serial, tuple(tokens[at * size : (at + 1) * size])))
+            page = self._cached.get((mark, tuple(tokens[at * size : (at + 1) * size])))
             if page is None:
                 return
-            serial = self._serials[page]
+            mark = self._marks[page]
             yield page
 
     def _acquire(self, page: int) -> None:
@@ -160,10 +155,10 @@ class PagePool:
         """Its contents are about to change: nobody may find it by them."""
         key = self._keys.pop(page, None)
         if key is not None:
-            del self._cached[key], self._serials[page]
+            del self._cached[key], self._marks[page]
 
 
-class RowPool:
+class RowPool(_Pool):
     """The padded runner's rectangle: as many rows as requests, each as wide as the longest prompt and output need.
 
     Args:
@@ -174,18 +169,13 @@ class RowPool:
         self.capacity = capacity
         self._held: list[Request] = []
 
-    def check(self, request: Request) -> None:
-        """Raise InputError if the request could not run even alone."""
-        if request.max_len > self.capacity:
-            raise _too_long(request, self.capacity)
-
     def admit(self, request: Request) -> bool:
         """Give the request a row for all it may become, if the batch still fits then."""
         batch = [*self._held, request]
-        width = max(r.prompt_len for r in batch) + max(r.params.max_new_tokens for r in batch)
-        if len(batch) * width <= self.capacity:
+        fits = len(batch) * _width(batch) <= self.capacity
+        if fits:
             self._held = batch
-        return request in self._held
+        return fits
 
     def reserve(self, request: Request, tokens: int) -> bool:
         """A row is as wide as it will ever be."""
@@ -200,5 +190,8 @@ class RowPool:
 
     def unused(self, request: Request, tokens: int) -> int:
         """Positions of its row beyond its first `tokens` tokens."""
-        batch = self._held
-        return max(r.prompt_len for r in batch) + max(r.params.max_new_tokens for r in batch) - tokens
+        return _width(self._held) - tokens
+
+
+def _width(batch: list[Request]) -> int:
+    return max(r.prompt_len for r in batch) + max(r.params.max_new_tokens for r in batch)

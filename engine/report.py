@@ -43,15 +43,12 @@ def summarise(runs: Sequence[Run]) -> pd.DataFrame:
         groups.setdefault((run.policy, run.batch_size), []).append(run)
     medians = [sorted(group, key=lambda r: r.metrics.tokens_per_s)[(len(group) - 1) // 2] for group in groups.values()]
     base = next((run for run in medians if run.policy == "sequential"), medians[0])
-    rows = []
-    for run in medians:
-        row = {"policy": run.policy, "batch_size": run.batch_size, "rounds": len(groups[run.policy, run.batch_size])}
-        same = sum(a.token_ids == b.token_ids for a, b in zip(run.outputs, base.outputs, strict=True))
-        speedup = run.metrics.tokens_per_s / base.metrics.tokens_per_s
-        rows.append(
-            {**row, "speedup": speedup, "same_tokens": same, "copied_bytes": run.copied_bytes, **run.metrics.flat()}
-        )
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame([run.metrics.flat() for run in medians])
+    same = [sum(a.token_ids == b.token_ids for a, b in zip(r.outputs, base.outputs, strict=True)) for r in medians]
+    speedup = frame["tokens_per_s"] / base.metrics.tokens_per_s
+    copied = [run.copied_bytes for run in medians]
+    ways = pd.DataFrame(list(groups), columns=["policy", "batch_size"]).assign(rounds=[*map(len, groups.values())])
+    return pd.concat([ways.assign(speedup=speedup, same_tokens=same, copied_bytes=copied), frame], axis=1)
 
 
 def table(summary: pd.DataFrame, title: str) -> Table:
@@ -67,11 +64,8 @@ def table(summary: pd.DataFrame, title: str) -> Table:
 
 def requests_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a request of every run: `policy`, `batch_size`, `run` (in the order run), then its metrics."""
-    frames = [
-        run.metrics.frame().assign(policy=run.policy, batch_size=run.batch_size, run=i) for i, run in enumerate(runs)
-    ]
-    frame = pd.concat(frames, ignore_index=True)
-    return frame[["policy", "batch_size", "run", *frame.columns[:-3]]]
+    frames = {(run.policy, run.batch_size, i): run.metrics.frame() for i, run in enumerate(runs)}
+    return pd.concat(frames, names=["policy", "batch_size", "run"]).droplevel(-1).reset_index()
 
 
 def write_json(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
@@ -85,22 +79,18 @@ def write_plot(path: Path, summary: pd.DataFrame, title: str) -> None:
     """Throughput, TTFT and latency, a row of bars a way; the file's ending chooses the format."""
     from matplotlib.figure import Figure
 
-    labels = [f"{policy}, {size}" for policy, size in zip(summary["policy"], summary["batch_size"], strict=True)]
-    figure = Figure(figsize=(11, 1.2 + 0.36 * len(labels)), layout="constrained")
+    bars = summary.set_index(summary["policy"] + ", " + summary["batch_size"].astype(str))
+    figure = Figure(figsize=(11, 1.2 + 0.36 * len(bars)), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    throughput, *others = axes = figure.subplots(1, 3, sharey=True)
-    bars = throughput.barh(range(len(labels)), summary["tokens_per_s"], color="#2a6f97")
-    throughput.bar_label(bars, [f" {value:.2f}x" for value in summary["speedup"]], fontsize=8)
-    throughput.set_title("output tokens / s", fontsize=10)
+    throughput, ttft, latency = figure.subplots(1, 3, sharey=True)
+    bars["tokens_per_s"].plot.barh(ax=throughput, color="#2a6f97", width=0.8)
+    throughput.bar_label(throughput.containers[0], [f" {value:.2f}x" for value in bars["speedup"]], fontsize=8)
     throughput.margins(x=0.15)
-    throughput.set_yticks(range(len(labels)), labels, fontsize=9)
-    throughput.invert_yaxis()
-    for axis, metric, heading in zip(others, ("ttft", "latency"), ("TTFT, s", "latency, s"), strict=True):
-        for shift, statistic, colour in ((-0.2, "p50", "#61a5c2"), (0.2, "p95", "#013a63")):
-            places = [place + shift for place in range(len(labels))]
-            axis.barh(places, summary[f"{metric}_{statistic}_ms"] / 1e3, 0.4, label=statistic.upper(), color=colour)
+    for axis, metric in ((ttft, "ttft"), (latency, "latency")):
+        pair = bars[[f"{metric}_p50_ms", f"{metric}_p95_ms"]].set_axis(["P50", "P95"], axis=1) / 1e3
+        pair.plot.barh(ax=axis, color=["#61a5c2", "#013a63"], width=0.8).legend(fontsize=8)
+    for axis, heading in ((throughput, "output tokens / s"), (ttft, "TTFT, s"), (latency, "latency, s")):
         axis.set_title(heading, fontsize=10)
-        axis.legend(fontsize=8)
-    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+    latency.invert_yaxis()  # of all three, after pandas has set its limits
     figure.savefig(path, dpi=150)

@@ -8,7 +8,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from engine.errors import InputError
+from engine.errors import InputError, bounded, check, check_fields
 from engine.metrics import RequestMetrics
 
 if TYPE_CHECKING:
@@ -43,61 +43,31 @@ class SamplingParams:
         logprobs: report each token's log-probability and this many of the most likely alternatives; None: nothing.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = bounded(64, int, 1)
     min_new_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float = bounded(0.0, float)
+    top_k: int = bounded(0, int)
+    top_p: float = bounded(1.0, float, 1e-9, 1)
+    min_p: float = bounded(0.0, float, 0, 1)
+    repetition_penalty: float = bounded(1.0, float, 1e-9)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int | None = None
-    logprobs: int | None = None
+    ignore_eos: bool = bounded(False, bool)
+    seed: int | None = bounded(None, int, 0, 2**63 - 1)
+    logprobs: int | None = bounded(None, int, 0, 100)
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check("min_new_tokens", self.min_new_tokens, int, 0, self.max_new_tokens)
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str | Sequence | Set):
                 raise InputError(f"{name}={value!r} must be a list")
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-        check_integer("max_new_tokens", self.max_new_tokens, 1)
-        check_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-        check_number("temperature", self.temperature)
-        check_integer("top_k", self.top_k, 0)
-        check_number("top_p", self.top_p, 1e-9, 1.0)
-        check_number("min_p", self.min_p, 0.0, 1.0)
-        check_number("repetition_penalty", self.repetition_penalty, 1e-9)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop={self.stop!r} must be strings that are not empty")
         for token in self.stop_token_ids:
-            check_integer("stop_token_ids", token, 0)
-        check_bool("ignore_eos", self.ignore_eos)
-        if self.seed is not None:
-            check_integer("seed", self.seed, 0, 2**63 - 1)
-        if self.logprobs is not None:
-            check_integer("logprobs", self.logprobs, 0, 100)
-
-
-def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise InputError unless `value` is an int (and no bool) from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        bound = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise InputError(f"{name}={value!r} must be a whole number {bound}")
-
-
-def check_number(name: str, value: object, low: float = 0.0, high: float = 1e300) -> None:
-    """Raise InputError unless `value` is a number (and no bool) from `low` to `high`; NaN is not."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        bound = f"from {low:g} to {high:g}" if high < 1e300 else f"of at least {low:g}"
-        raise InputError(f"{name}={value!r} must be a finite number {bound}")
-
-
-def check_bool(name: str, value: object) -> None:
-    """Raise InputError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name}={value!r} must be True or False")
+            check("stop_token_ids", token, int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +107,9 @@ class StreamChunk:
     output: RequestOutput | None = None
 
 
+OnChunk = Callable[[StreamChunk], object] | None
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One request's state: its tokens (prompt, then output) and how many of them are computed.
@@ -151,7 +124,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
     arrival: float = 0.0
-    on_chunk: Callable[[StreamChunk], object] | None = None
+    on_chunk: OnChunk = None
     text: TextStream | None = None
     computed: int = 0
     pending: int = 0  # tokens that are chosen, by a step under way, and not yet here

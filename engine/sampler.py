@@ -6,6 +6,7 @@ random number keyed by (seed, output position), so neither batch-mates nor preem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,23 +55,18 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]
 
 def _penalised(logits_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """Logits after min_new_tokens and the repetition penalty; the same tensor where no request asks for either."""
-    changes = [
-        (row, request)
-        for row, request in enumerate(requests)
-        if request.params.repetition_penalty != 1.0
-        or (request.output_len < request.params.min_new_tokens and request.stop_ids)
-    ]
-    if not changes:
-        return logits_RV
-    scores_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32), copy=True)
-    for row, request in changes:
+    scores_RV = logits_RV
+    for row, request in enumerate(requests):
         penalty = request.params.repetition_penalty
+        banned = request.stop_ids if request.output_len < request.params.min_new_tokens else ()
+        if (penalty != 1.0 or banned) and scores_RV is logits_RV:
+            scores_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32), copy=True)
         if penalty != 1.0:
             seen = torch.tensor(sorted(set(request.tokens)), device=scores_RV.device)
             values = scores_RV[row, seen]
             scores_RV[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if request.output_len < request.params.min_new_tokens and request.stop_ids:
-            scores_RV[row, torch.tensor(sorted(request.stop_ids), device=scores_RV.device)] = -torch.inf
+        if banned:
+            scores_RV[row, torch.tensor(sorted(banned), device=scores_RV.device)] = -torch.inf
     return scores_RV
 
 
@@ -87,19 +83,16 @@ def _draw(scores_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
 
     scores_RV = scores_RV.double()
     scores_RV = (scores_RV - scores_RV.amax(-1, keepdim=True)) / column([p.temperature for p in params])
-    if any(p.min_p > 0 for p in params):
-        floor_R1 = scores_RV.amax(-1, keepdim=True) + column([p.min_p for p in params]).log()
-        scores_RV = scores_RV.masked_fill(scores_RV < floor_R1, -torch.inf)
-    for row, p in enumerate(params):
-        if 0 < p.top_k < scores_RV.shape[1]:
-            least = scores_RV[row].topk(p.top_k).values[-1]
-            scores_RV[row].masked_fill_(scores_RV[row] < least, -torch.inf)
+    for scores_V, p in zip(scores_RV, params, strict=True):
+        if p.min_p > 0:  # the largest score is 0
+            scores_V[scores_V < math.log(p.min_p)] = -torch.inf
+        if 0 < p.top_k < len(scores_V):
+            scores_V[scores_V < scores_V.topk(p.top_k).values[-1]] = -torch.inf
         if p.top_p < 1.0:
-            ranked_V = scores_RV[row].sort(descending=True).values
+            ranked_V = scores_V.sort(descending=True).values
             before_V = ranked_V.softmax(-1).cumsum(-1).roll(1)
             before_V[0] = 0.0
-            least = ranked_V[before_V < p.top_p].amin()
-            scores_RV[row].masked_fill_(scores_RV[row] < least, -torch.inf)
+            scores_V[scores_V < ranked_V[before_V < p.top_p].amin()] = -torch.inf
     cdf_RV = scores_RV.softmax(-1).cumsum(-1)
     uniform_R1 = column([_uniform(request.seed, request.output_len) for request in requests])
     tokens_R1 = torch.searchsorted(cdf_RV, uniform_R1 * cdf_RV[:, -1:], right=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
-        self._tokenizer = tokenizer
+        self._decode = partial(decode, tokenizer)
         self._stop = stop
         self._ids: list[int] = []
         self._start = 0  # first token of the context
@@ -62,9 +63,6 @@ class TextStream:
             self._start -= 1
         return text[len(known) :]
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
     def _give(self, piece: str, final: bool, look: bool) -> str:
         if self.stopped is not None:
             return ""
@@ -78,6 +76,11 @@ class TextStream:
             text, self._held = text[: len(text) - keep], text[len(text) - keep :]
         self._given.append(text)
         return text
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of these tokens, without special ones."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _unfinished(text: str, stop: tuple[str, ...]) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import InputError
+from engine.errors import InputError, check
 from engine.request import SamplingParams
 
 NAMES = {  # put a number in place of N: chat-32
@@ -58,8 +58,7 @@ def make(name: str, *, vocab_size: int, tokenizer: Any = None, seed: int = 0, ar
         raise InputError(f"workload={name!r} must be one of {', '.join(NAMES)}, with N from 1 to 999999")
     bound = 1 << 30 if max_positions is None else max_positions
     for field, value, low in (("vocab_size", vocab_size, 2), ("seed", seed, 0), ("max_positions", bound, 1)):
-        if type(value) is not int or value < low:
-            raise InputError(f"{field}={value!r} must be a whole number of at least {low}")
+        check(field, value, int, low)
     family, n = found[1], int(found[2])
     shape, draw, clock = (np.random.default_rng([seed, stream]) for stream in range(3))
     due = _arrivals(arrivals, n, clock)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import Engine, EngineConfig, LoadedModel
-from engine.request import check_integer
+from engine.errors import check
 
 
 @torch.inference_mode()
@@ -18,7 +18,7 @@ def accuracy(loaded: LoadedModel, tokens: list[int], kv_memory: int = 2**26) -> 
     Raises:
         InputError: for less than two tokens, or a model that int8 refuses.
     """
-    check_integer("tokens of the text", len(tokens), 2)
+    check("tokens of the text", len(tokens), int, 2)
     scores_NTV, targets_T = [], torch.tensor(tokens[1:])
     for dtype in ("float32", "int8"):
         runner: Any = Engine(loaded, EngineConfig(runner="packed", dtype=dtype, kv_memory=kv_memory)).runner

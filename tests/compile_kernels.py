@@ -1,7 +1,8 @@
 """Compile every kernel for an H100 or H200 on a machine that need not have one, as a program of its own.
 
 The interpreter runs what the compiler would refuse, so each launch is caught, compiled for its very arguments, and its
-registers and shared memory looked at. Prints a line a kernel; exits with 1 where one spills or does not fit.
+registers and shared memory looked at. Prints a line a kernel; exits with 1 where one spills, does not fit, or would be
+compiled again for what differs from step to step.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STACK = 64  # bytes: a compiler's own, not spilled registers
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 problems: list[str] = []
-known: set[str] = set()
+known: dict[str, dict] = {}  # what each kernel was specialised on, by its types and constants
 
 
 def compile_instead(function: JITFunction, *args, grid, warmup=False, **named) -> None:
@@ -40,15 +41,18 @@ def compile_instead(function: JITFunction, *args, grid, warmup=False, **named) -
             signature[parameter.name], constants[i,] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{TYPES[value.dtype]}"
-            attributes[i,] = [["tt.divisibility", 16]]
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
+                attributes[i,] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[i,] = [["tt.divisibility", 16]]
     key = f"{function.fn.__name__} {signature} {constants} {options}"
     if key in known:
+        if known[key] != attributes:
+            problems.append(f"{key}: compiled for {known[key]} and again for {attributes}")
         return
-    known.add(key)
+    known[key] = attributes
     source = ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -77,10 +81,10 @@ def launch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, win
         angles, slots = torch.empty(tokens, dim, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
         kernels.write_pages(k, v, slots, store, store, (q, angles, angles))
     options = (window, softcap, torch.zeros(heads) if sinks else None)
-    kernels.attend_chunks(
-        q, store, store, tables, ints, ints, ints, torch.zeros(8, 2, dtype=torch.int32), 0.1, *options
-    )
-    kernels.attend_rows(q, store, store, tables, ints, 4096, 0.1, *options, owners_B=ints)
+    tiles = torch.zeros(8, 2, dtype=torch.int32)
+    for some, split in ((ints, 64), (ints[1:], 256)):
+        kernels.attend_chunks(q, store, store, tables, some, some, some, tiles, 0.1, *options)
+        kernels.attend_rows(q[: len(some)], store, store, tables, some, 4096, 0.1, *options, owners_B=some, split=split)
 
 
 def main() -> None:
@@ -91,7 +95,9 @@ def main() -> None:
     launch(12, 4, 80, torch.float16, sinks=True)
     launch(14, 2, 64, torch.float32)
     launch(4, 1, 256, torch.float32)
-    fused.step_inputs(*(torch.zeros(3, 8, dtype=dtype) for dtype in (torch.int32, torch.int64, torch.int32)), 16)
+    for tokens in (8, 9):
+        inputs, last = torch.zeros(3, tokens, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
+        fused.step_inputs(inputs, last, torch.zeros(3, 8, dtype=torch.int32), 16)
     for dtype, size in ((torch.float16, 896), (torch.bfloat16, 4096), (torch.float32, 1152)):
         x = torch.empty(4, 2 * size, dtype=dtype)
         fused.add_rms_norm(x[:, :size], x[:, size:], x[0], 1e-5, plus_one=size == 1152)

@@ -12,9 +12,8 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from engine import InputError
 from engine.attention import attend
-from engine.attention.compiled import compiled_rows
 from engine.attention.paged import Options, PackedStep, Piece, Store
-from engine.attention.rows import attend_rows, rows_of
+from engine.attention.rows import attend_rows, compiled_rows, rows_of
 
 KV_HEADS, DIM = 2, 4
 

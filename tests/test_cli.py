@@ -258,7 +258,7 @@ def test_bench_prints_a_table_and_writes_the_files(run, elsewhere):
 def test_bench_needs_room_for_the_longest_request(run):
     code, out, err = run("bench", "--model", TINY, "--workload", "paper-2", "--policies", "sequential", "--seed", "3")
     assert (code, "paper-2" in out) == (0, True), err
-    short = models.Preset("qwen2", (256, 64, 128, 1, 4, 2, 300), "short", {})
+    short = models.Preset("qwen2", (256, 64, 128, 1, 4, 2, 300), {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.PRESETS, "tiny-qwen2", short)
         code, out, err = run("bench", "--model", TINY, "--workload", "paper-2")

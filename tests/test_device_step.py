@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings, strategies as st
 
+import engine.attention.device
 import engine.engine
 import engine.memory
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.models import kv_bytes_per_token
-from engine.runner.fused_layer import FusedLayer, FusedNorm, LastNorm
+from engine.runner.fused_layer import ACTIVATIONS, FusedLayer, FusedNorm, LastNorm
 from engine.runner.graphs import DeviceRunner, bucket
 from engine.runner.packed import PackedRunner
 from tests import reference
@@ -235,7 +236,7 @@ def test_out_of_memory_makes_steps_smaller(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
-def test_deterministic_means_the_same_bits_in_any_company(tiny, name):
+def test_deterministic_means_the_same_bits_in_any_company(tiny, name, monkeypatch):
     oracle: Oracle = tiny(name)
     work = work_of(8, seed=3)
 
@@ -246,6 +247,7 @@ def test_deterministic_means_the_same_bits_in_any_company(tiny, name):
         return {i: (o.token_ids, o.logprobs) for i, o in zip(chosen, outputs, strict=True)}
 
     alone = {i: run([i])[i] for i in range(len(work))}
+    monkeypatch.setattr(engine.attention.device, "ROWS", 3)
     for options in (dict(max_batch_size=8), dict(max_batch_size=3, max_step_tokens=5), dict(max_batch_size=2)):
         assert run(list(range(len(work))), **options) == alone
 
@@ -260,6 +262,7 @@ def test_the_kernels_serve_a_model(tiny):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine.engine, "packed_runner", DeviceRunner)
             server = build(oracle, max_batch_size=2, max_step_tokens=30, page_size=4)
+        assert isinstance(server.runner.model.base_model.layers[0], FusedLayer), "its fused kernels are proven at load"
         work = work_of(3)
         for output, (_, limit) in zip(drive(server, work), work, strict=True):
             oracle.check(output, limit)
@@ -273,13 +276,23 @@ def test_buckets_waste_little():
     assert np.all(np.diff([bucket(rows) for rows in range(1, 600)]) >= 0)
 
 
-def test_layers_like_llamas_are_fused_and_others_keep_their_own_code(tiny):
-    for name in NAMES:
-        model = build(tiny(name)).runner.model.base_model
-        plain = name != "tiny-gemma3"
-        assert all(isinstance(layer, FusedLayer) == plain for layer in model.layers)
-        assert isinstance(model.norm, LastNorm if plain else FusedNorm)
-        assert not any("RMSNorm" in type(module).__name__ for module in model.modules())
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_like_llamas_or_gemmas_are_fused(tiny, name):
+    model = build(tiny(name)).runner.model.base_model
+    assert all(isinstance(layer, FusedLayer) for layer in model.layers)
+    assert isinstance(model.norm, LastNorm)
+    assert not any("RMSNorm" in type(module).__name__ for module in model.modules())
+
+
+def test_other_layers_keep_their_own_code_and_get_fused_norms(tiny, monkeypatch):
+    monkeypatch.delitem(ACTIVATIONS, "SiLUActivation")
+    oracle = tiny("tiny-llama")
+    server = build(oracle)
+    model = server.runner.model.base_model
+    assert not any(isinstance(layer, FusedLayer) for layer in model.layers)
+    assert isinstance(model.norm, FusedNorm)
+    for output, (_, limit) in zip(drive(server, work_of(5)), work_of(5), strict=True):
+        oracle.check(output, limit)
 
 
 def test_layers_that_only_look_like_llamas_run_as_they_are(tiny, monkeypatch, caplog):
@@ -291,6 +304,18 @@ def test_layers_that_only_look_like_llamas_run_as_they_are(tiny, monkeypatch, ca
     assert not any(isinstance(module, FusedLayer | FusedNorm) for module in server.runner.model.modules())
     for output, (_, limit) in zip(drive(server, work_of(5)), work_of(5), strict=True):
         oracle.check(output, limit)
+
+
+@pytest.mark.parametrize("error", [TypeError("unexpected argument"), RuntimeError("out of shared memory")])
+def test_what_fails_in_the_proof_makes_the_engine_fall_back_to_padded(tiny, monkeypatch, error):
+    oracle: Oracle = tiny("tiny-llama")
+    monkeypatch.setattr(reference, "write_pages", lambda *args: (_ for _ in ()).throw(error))
+    with pytest.raises(InputError, match=f"cannot run packed: {error}"):
+        build(oracle)
+    with pytest.warns(UserWarning, match=f"cannot run packed: {error}; using runner='padded'"):
+        server = Engine(oracle.loaded, EngineConfig(kv_memory=10**6))
+    (prompt, limit), *_ = work_of(1)
+    oracle.check(server.generate([prompt], exactly(limit), progress=False)[0], limit)
 
 
 def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):

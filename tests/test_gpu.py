@@ -179,8 +179,9 @@ def test_deterministic_means_the_same_bits_in_any_company(on_gpu, name, dtype):
         assert run(list(range(len(work))), **options) == alone, options
 
 
-def test_qwen_is_fused(on_gpu):
-    server = build(on_gpu("qwen2.5-0.5b", "float16"))
+@pytest.mark.parametrize("name", [*NAMES, "qwen2.5-0.5b"])
+def test_layers_are_fused(on_gpu, name):
+    server = build(on_gpu(name, "float16"))
     assert all(isinstance(layer, FusedLayer) for layer in server.runner.model.base_model.layers)
 
 

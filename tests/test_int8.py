@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
-from engine.engine import resolve
 from engine.pages import PagePool
 from engine.runner import int8, packed
-from engine.runner.int8 import Int8, quantized, weight_limit
+from engine.runner.int8 import Int8, Quantize, weight_limit
 from engine.runner.packed import PackedRunner
 from engine.workload import make
 from perf.accuracy import accuracy
@@ -39,7 +38,7 @@ def test_a_product_is_that_of_the_integers(rows, bias):
     eased = x.double() * x_ease
     x_scale = eased.abs().amax(1, keepdim=True) / 127
     expected = (eased / x_scale).round() @ (w / w_scale[:, None]).round().t() * w_scale * x_scale
-    out = Int8(weight, peaks)(x, b)
+    out = Int8(weight, peaks, Quantize())(x, b, None)
     torch.testing.assert_close(out.double(), expected if b is None else expected + b, rtol=1e-5, atol=1e-4)
     near = x.double() @ weight.double().t()
     assert (expected - near).norm() < 0.02 * near.norm()
@@ -47,32 +46,32 @@ def test_a_product_is_that_of_the_integers(rows, bias):
 
 def test_a_row_has_the_same_bits_in_any_company():
     weight, x = made(300, 192, 96)
-    product = Int8(weight, torch.ones(96))
-    whole = product(x, None)
+    product = Int8(weight, torch.ones(96), Quantize())
+    whole = product(x, None, None)
     for rows in (1, 2, 7, 16, 33, 128):
         for at in (0, 5, 300 - rows):
-            assert torch.equal(product(x[at : at + rows], None), whole[at : at + rows]), (rows, at)
+            assert torch.equal(product(x[at : at + rows], None, None), whole[at : at + rows]), (rows, at)
     x[7] = 1e6
-    assert torch.equal(product(x, None)[:7], whole[:7]), "a neighbour's size changed it"
+    assert torch.equal(product(x, None, None)[:7], whole[:7]), "a neighbour's size changed it"
 
 
 def test_rows_of_zeros_and_nan_stay_by_themselves():
     weight, x = made(4)
-    product = Int8(weight, FLAT)
-    whole = product(x, None)
+    product = Int8(weight, FLAT, Quantize())
+    whole = product(x, None, None)
     x[1], x[2, 3] = 0.0, torch.nan
-    out = product(x, None)
+    out = product(x, None, None)
     assert torch.equal(out[[0, 3]], whole[[0, 3]])
     assert (out[1] == 0).all()
     assert out[2].isnan().all()
-    assert product(x[:0], None).shape == (0, 40)
+    assert product(x[:0], None, None).shape == (0, 40)
     x[2, 3] = torch.inf
-    assert not product(x, None)[2].isfinite().any()
+    assert not product(x, None, None)[2].isfinite().any()
 
 
 def test_every_level_rounds_to_nearest():
     x = torch.linspace(-1, 1, 2001)[None]
-    q, scale = quantized(x)
+    q, scale = Quantize()(x, torch.ones(2001))
     assert (int(q.min()), int(q.max())) == (1, 255)
     assert float(((q.int() - 128) * scale - x).abs().max()) <= 0.5 / 127 + 1e-6
 
@@ -93,10 +92,10 @@ def test_a_machine_that_overflows_gets_less_range_and_a_wrong_one_is_refused(mon
         assert weight_limit() == 64
         monkeypatch.setattr(int8, "_linear", wrong)
         with pytest.raises(InputError, match=r"int8 products are wrong .*float32"):
-            Int8(weight, FLAT)
+            Int8(weight, FLAT, Quantize())
         weight_limit.cache_clear()
         with pytest.raises(InputError, match=r"dtype='int8' needs .*dtype='float32'"):
-            resolve(EngineConfig(dtype="int8"))
+            Engine.from_pretrained("org/not-fetched", EngineConfig(dtype="int8"))
     finally:
         weight_limit.cache_clear()
 
@@ -141,7 +140,7 @@ def test_logits_stay_near_the_models_own_and_weights_are_held_once(tiny, name):
 
 def test_a_broken_product_is_caught(tiny, monkeypatch):
     right = Int8.__call__
-    monkeypatch.setattr(Int8, "__call__", lambda self, x, b: right(self, x, b) * 1.2)
+    monkeypatch.setattr(Int8, "__call__", lambda self, x, bias, add: right(self, x, bias, add) * 1.2)
     with pytest.raises(InputError, match="other logits when packed"):
         quantized_runner(tiny("tiny-llama").model)
 

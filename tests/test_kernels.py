@@ -286,6 +286,17 @@ def test_norm_of_a_sum_and_the_sum(size, plus_one, add, dtype):
         assert torch.equal(residual.cpu(), total), "the residual is the model's own sum, bit for bit"
 
 
+@pytest.mark.parametrize(("heads", "order"), [(3, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (3, (0, 2, 1, 3))], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_norm_of_heads_in_a_joined_product(tokens, heads, order):
+    """As models hand them over: [1, T, H, D] or [1, H, T, D], strided; one head of several tokens looks like rows."""
+    joined = torch.randn(1, tokens, (heads + 2) * 32, generator=torch.Generator().manual_seed(0))
+    x = joined[..., 32 : (heads + 1) * 32].unflatten(-1, (heads, 32)).permute(order)
+    found = fused.add_rms_norm(x.to(DEVICE), None, torch.ones(32, device=DEVICE), 1e-5)
+    close(found, x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+    assert found.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", fused.ACTIVATIONS)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from engine.config import DTYPES, POLICIES, RUNNERS, EngineConfig
-from engine.errors import InputError
-from engine.request import FinishReason, Request, SamplingParams, TokenLogprob, check_integer, check_number
+from engine.errors import InputError, check
+from engine.request import FinishReason, Request, SamplingParams, TokenLogprob
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400  # no float is as large as HUGE
 NO_INTEGERS = (True, False, 1.0, 0.5, NAN, INF, "1", [1])
@@ -136,7 +136,7 @@ def test_message_of_a_bad_choice_lists_the_good_ones():
 
 def test_message_keeps_an_upper_bound_of_zero():
     with pytest.raises(InputError, match="from 0 to 0"):
-        check_integer("count", 1, 0, 0)
+        check("count", 1, int, 0, 0)
 
 
 @pytest.mark.parametrize("fixed", [{"policy": "continuous"}, {"policy": "dynamic", "deterministic": True}], ids=str)
@@ -147,8 +147,8 @@ def test_what_the_padded_runner_cannot_do_is_refused(fixed):
 
 
 def test_number_bounds_are_inclusive():
-    check_number("share", 0.25, 0.25, 0.75)
-    check_number("share", 0.75, 0.25, 0.75)
+    check("share", 0.25, float, 0.25, 0.75)
+    check("share", 0.75, float, 0.25, 0.75)
 
 
 def test_input_error_is_a_value_error():

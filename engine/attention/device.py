@@ -15,23 +15,16 @@ import torch
 
 from engine.attention.paged import Options
 
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """The requests of a step that compute several tokens each, as `attend_chunks` wants them."""
-
-    tables_RN: torch.Tensor
-    begins_R: torch.Tensor
-    ends_R: torch.Tensor
-    computed_R: torch.Tensor
-    tiles_X2: torch.Tensor
+ROWS = 512  # attended at a time, for each takes up to MAX_SPLITS partial results: prefill by rows has thousands
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep:
     """What a layer's attention needs to know of a step, all of it on the device; the model hands it on.
 
-    `max_length` bounds lengths_B, and `split` is how finely a row is cut, as in `attend_rows`.
+    `max_length` bounds lengths_B, and `split` is how finely a row is cut, as in `attend_rows`. `chunks` are the
+    requests that compute several tokens, as `attend_chunks` wants them: tables_RN, begins_R, ends_R, computed_R,
+    tiles_X2.
     """
 
     keys_LKPD: list[torch.Tensor]
@@ -43,43 +36,36 @@ class DeviceStep:
     lines_B: torch.Tensor
     max_length: int
     split: int
-    chunks: Chunks | None
+    chunks: tuple[torch.Tensor, ...] | None
     options: dict[int, Options]  # gets those of each layer's attention, as the model passes them
 
     def attend(
-        self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, options: Options
-    ) -> torch.Tensor:
-        """Write the step's keys and values into their pages and attend with scaled queries; gives [T, H, D]."""
-        self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, self.keys_LKPD[layer], self.values_LKPD[layer])
-        return self._attend(layer, q_THD, 1.0, options)
-
-    def attend_rotating(
         self,
         layer: int,
         q_THD: torch.Tensor,
         k_TKD: torch.Tensor,
         v_TKD: torch.Tensor,
-        angles_2TE: tuple[torch.Tensor, torch.Tensor],
         options: Options,
+        angles_2TE: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """As `attend`, but queries and keys are not rotated yet, and queries not scaled."""
-        store = self.keys_LKPD[layer], self.values_LKPD[layer]
-        q_THD = self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, *store, (q_THD, *angles_2TE))
-        return self._attend(layer, q_THD, options.scale, options)
+        """Write the step's keys and values into their pages and attend; gives [T, H, D].
 
-    def _attend(self, layer: int, q_THD: torch.Tensor, scale: float, options: Options) -> torch.Tensor:
+        Queries are scaled and they and keys are rotated already; with cosines and sines, neither is.
+        """
+        store, scale = (self.keys_LKPD[layer], self.values_LKPD[layer]), 1.0
+        if angles_2TE is None:
+            self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, *store)
+        else:
+            q_THD = self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, *store, (q_THD, *angles_2TE))
+            scale = options.scale
         how = scale, options.window, options.softcap, options.sink_H
-        store = self.keys_LKPD[layer], self.values_LKPD[layer]
-        rows, chunks = len(self.lengths_B), self.chunks
         out_THD = q_THD.new_empty(q_THD.shape)
-        if rows:
+        for at in range(0, len(self.lengths_B), ROWS):
+            some = slice(at, min(at + ROWS, len(self.lengths_B)))
             self.kernels.attend_rows(
-                q_THD[:rows], *store, self.tables_RN, self.lengths_B, self.max_length, *how, self.lines_B,
-                self.split, out_THD[:rows],
+                q_THD[some], *store, self.tables_RN, self.lengths_B[some], self.max_length, *how, self.lines_B[some],
+                self.split, out_THD[some],
             )  # fmt: skip
-        if chunks is not None:
-            self.kernels.attend_chunks(
-                q_THD, *store, chunks.tables_RN, chunks.begins_R, chunks.ends_R, chunks.computed_R, chunks.tiles_X2,
-                *how, out_THD,
-            )  # fmt: skip
+        if self.chunks is not None:
+            self.kernels.attend_chunks(q_THD, *store, *self.chunks, *how, out_THD)
         return out_THD

@@ -2,8 +2,9 @@
 
 Nothing here knows a request or a scheduler: lengths and block tables are tensors that a kernel reads, so that a CUDA
 graph that holds it never goes stale; Python numbers are shapes, or bounds of a grid whose idle programs end at once.
-Block sizes are chosen by shape, ahead of time. Every kernel also runs on CPU tensors in Triton's interpreter
-(TRITON_INTERPRET=1), which is how it is tested where there is no GPU.
+Block sizes are chosen by shape, ahead of time, and what differs from step to step (counts, and where in a tensor a
+row begins) is never compiled in: a request must not wait for a compiler. Every kernel also runs on CPU tensors in
+Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested where there is no GPU.
 
 T tokens of the step, R requests, B rows of one token, H query heads, K KV heads, G = H / K, D head size, L pages,
 P page size, N page ids of a block table, S splits of a row. In kernels: M query rows and C positions of a block.
@@ -98,7 +99,8 @@ def _rotated(row_T1, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED:
         y_TD = tl.load(row_T1 + pair_D[None, :], mask=turned_TD, other=0.0).to(tl.float32)
         c_TD = tl.load(cos + (t_T * cos_token)[:, None] + d_D[None, :], mask=turned_TD, other=1.0).to(tl.float32)
         s_TD = tl.load(sin + (t_T * sin_token)[:, None] + d_D[None, :], mask=turned_TD, other=0.0).to(tl.float32)
-        x_TD = x_TD * c_TD + tl.where(d_D < half, -1.0, 1.0)[None, :] * y_TD * s_TD
+        # Fused by hand: the compiler may fuse one way here and another for blocks of other sizes, with other bits.
+        x_TD = tl.fma(tl.where((d_D < half)[None, :], -y_TD, y_TD), s_TD, x_TD * c_TD)
     return x_TD
 
 
@@ -201,7 +203,7 @@ def _chunk_blocks(groups: int, dim: int, element_bytes: int) -> tuple[int, int, 
     return max(rows, triton.next_power_of_2(groups)), block, warps, stages
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["begins", "ends", "computed"])  # rows of a tensor: any number lies before
 def _chunks(
     q, out, keys, values, tables, begins, ends, computed, tiles, sinks, scale, softcap, q_token, q_head, table_row,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
@@ -296,43 +298,42 @@ def attend_rows(
     peaks_BHS = torch.empty(rows, heads, splits, dtype=torch.float32, device=q_BHD.device)
     out_BHD = q_BHD.new_empty(q_BHD.shape) if out_BHD is None else out_BHD
     shape = dict(
-        DIM=dim, WINDOW=window or 0, BLOCK_C=block, BLOCK_D=max(16, triton.next_power_of_2(dim)), SPLIT=split,
-        MAX_SPLITS=MAX_SPLITS,
+        DIM=dim, WINDOW=window or 0, BLOCK_C=block, BLOCK_D=max(16, triton.next_power_of_2(dim)), MAX_SPLITS=MAX_SPLITS
     )  # fmt: skip
     _rows[rows, kv_heads, splits](
         q_BHD, keys_LKPD, values_LKPD, tables_RN, lengths_B, lengths_B if owners_B is None else owners_B, parts_BHSD,
-        peaks_BHS, scale, softcap or 0.0, *q_BHD.stride()[:2], tables_RN.stride(0), splits,
+        peaks_BHS, scale, softcap or 0.0, *q_BHD.stride()[:2], tables_RN.stride(0), splits, split,
         OWNERS=owners_B is not None, KV_HEADS=kv_heads, GROUPS=heads // kv_heads, PAGE=page,
         SOFTCAP=softcap is not None, BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)), **shape,
         num_warps=4 if half else 8, num_stages=stages,
     )  # fmt: skip
     _combine[rows, heads](
-        parts_BHSD, peaks_BHS, lengths_B, q_BHD if sink_H is None else sink_H, out_BHD, splits,
+        parts_BHSD, peaks_BHS, lengths_B, q_BHD if sink_H is None else sink_H, out_BHD, splits, split,
         HEADS=heads, SINKS=sink_H is not None, **shape, num_warps=2,
     )  # fmt: skip
     return out_BHD
 
 
 @triton.jit
-def _span(length, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+def _span(length, least, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """Where a row's first split begins, and how many positions each has: what alone decides how a row is cut."""
     first = length * 0
     if WINDOW:
         first = tl.maximum(length - WINDOW, 0) // BLOCK_C * BLOCK_C
-    return first, tl.maximum(SPLIT, tl.cdiv(length - first, MAX_SPLITS * BLOCK_C) * BLOCK_C)
+    return first, tl.maximum(least, tl.cdiv(length - first, MAX_SPLITS * BLOCK_C) * BLOCK_C)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "least"], do_not_specialize_on_alignment=["lengths", "owners"])
 def _rows(
-    q, keys, values, tables, lengths, owners, parts, peaks, scale, softcap, q_row, q_head, table_row, splits,
+    q, keys, values, tables, lengths, owners, parts, peaks, scale, softcap, q_row, q_head, table_row, splits, least,
     OWNERS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and the query heads of one KV head: a partial result and the log of its weight."""
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
-    first, span = _span(length, WINDOW, BLOCK_C, SPLIT, MAX_SPLITS)
+    first, span = _span(length, least, WINDOW, BLOCK_C, MAX_SPLITS)
     begin = first + split * span
     if begin >= length:
         return
@@ -360,16 +361,16 @@ def _rows(
     tl.store(peaks + at_part_M, peak_M + tl.log2(total_M), mask=m_M < GROUPS)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "least"], do_not_specialize_on_alignment=["lengths"])
 def _combine(
-    parts, peaks, lengths, sinks, out, splits,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
+    parts, peaks, lengths, sinks, out, splits, least,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Put together the splits of one row and head, COMBINED at a time, always from the first."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + row)
-    first, span = _span(length, WINDOW, BLOCK_C, SPLIT, MAX_SPLITS)
+    first, span = _span(length, least, WINDOW, BLOCK_C, MAX_SPLITS)
     used = tl.cdiv(length - first, span)
     d_D = tl.arange(0, BLOCK_D)
     at_row = (row * HEADS + head) * splits

@@ -8,11 +8,14 @@ but the last page. Keys lie dimension by dimension: a page's scores for one quer
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from engine.compiled import compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +112,31 @@ def attend_rows(
 def in_order(x_RX: torch.Tensor) -> torch.Tensor:
     """Sum over a row's pages strictly in their order, so that the bits do not depend on how many columns there are."""
     return x_RX.cumsum(1)[:, -1]
+
+
+def multiply_seen(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A product of matrices that a compiler sees through, and fuses with what comes before and after."""
+    return (a[..., None] * b[..., None, :, :]).sum(-2)
+
+
+@dataclass(frozen=True)
+class AttendRows:
+    """`attend_rows` without options, as the compiler wants it."""
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (attend_rows(*tensors, multiply=multiply_seen),)  # type: ignore[arg-type, misc]
+
+
+def compiled_rows(heads: int, kv_heads: int, size: int, head_dim: int) -> Callable[..., torch.Tensor]:
+    """`attend_rows` for pages of `size` tokens and tensors only, compiled for this machine if it has a compiler."""
+    rows, pages, longest = 3, 12, 4
+    q_RHD, k_RKD, v_RKD = (torch.zeros(rows, count, head_dim) for count in (heads, kv_heads, kv_heads))
+    keys_LKDP = torch.zeros(pages + 1, kv_heads, head_dim, size)
+    values_LKPD = torch.zeros(pages + 1, kv_heads, size, head_dim)
+    ids = [torch.zeros(count, dtype=torch.long) for count in (rows, rows, pages, pages)]
+    bias_NP, place_RX = torch.zeros(pages, size), torch.zeros(rows, longest, dtype=torch.long)
+    example = (q_RHD, k_RKD, v_RKD, keys_LKDP, values_LKPD, *ids, bias_NP, place_RX)
+    sources = [inspect.getsource(part) for part in (attend_rows, multiply_seen)]
+    function = AttendRows()
+    fast = compiled(function, example, [(0,)] * 10 + [(0, 1)], sources)
+    return attend_rows if fast is function else lambda *tensors: fast(*tensors)[0]

@@ -3,7 +3,7 @@
 Each does in one pass over memory what the model's own modules do in several, and rounds where they round. Attention and
 pages are in engine/attention/kernels.py, which says how kernels are written here.
 
-T tokens, C hidden size, I intermediate size, B rows, V vocabulary, S parts of a row.
+T tokens, X by Y rows of C elements, I intermediate size, B rows of logits, V vocabulary, S parts of a row.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -40,7 +40,7 @@ def step_inputs(
     return ids_T, positions_T, slots_T, lengths_T
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["positions"])
 def _inputs(
     inputs, last, tables, ids, positions, slots, lengths, tokens, table_row, PAGE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -60,35 +60,36 @@ def _inputs(
 
 
 def add_rms_norm(
-    x_TC: torch.Tensor, residual_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float, plus_one: bool = False
+    x: torch.Tensor, residual: torch.Tensor | None, weight_C: torch.Tensor, eps: float, plus_one: bool = False
 ) -> torch.Tensor:
     """RMSNorm of x, or of residual + x, which then becomes the new residual, in place.
 
     Args:
-        x_TC, residual_TC: contiguous rows; the sum is rounded to their dtype before it is normed, as a model does.
+        x: [..., C], such as heads that lie in a joined product.
+        residual: as many rows, contiguous; the sum is rounded to their dtype before it is normed, as a model does.
         plus_one: scale by 1 + weight (Gemma).
 
     Returns:
-        [T, C] in the dtype of x; computed in float32 (Zhang and Sennrich, 2019).
+        Contiguous, in the shape and dtype of x; computed in float32 (Zhang and Sennrich, 2019).
     """
-    tokens, size = x_TC.shape
-    out_TC = torch.empty_like(x_TC)
-    block = triton.next_power_of_2(size)
-    _norm[(tokens,)](
-        x_TC, x_TC if residual_TC is None else residual_TC, weight_C, out_TC, eps,
-        SIZE=size, ADD=residual_TC is not None, PLUS_ONE=plus_one, BLOCK=block, num_warps=min(16, max(4, block // 512)),
+    x_XYC = x.reshape(-1, *x.shape[-2:])
+    (outer, inner, size), block = x_XYC.shape, triton.next_power_of_2(x.shape[-1])
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _norm[(outer * inner,)](
+        x_XYC, x if residual is None else residual, weight_C, out, eps, inner, *x_XYC.stride()[:2],
+        SIZE=size, ADD=residual is not None, PLUS_ONE=plus_one, BLOCK=block, num_warps=min(16, max(4, block // 512)),
     )  # fmt: skip
-    return out_TC
+    return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner"])
 def _norm(
-    x, residual, weight, out, eps,
+    x, residual, weight, out, eps, inner, x_outer, x_inner,
     SIZE: tl.constexpr, ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    c_C = tl.arange(0, BLOCK)
-    at_C = tl.program_id(0).to(tl.int64) * SIZE + c_C
-    x_C = tl.load(x + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+    row, c_C = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at_C = row * SIZE + c_C
+    x_C = tl.load(x + row // inner * x_outer + row % inner * x_inner + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
     if ADD:
         x_C += tl.load(residual + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
         x_C = x_C.to(residual.dtype.element_ty)

@@ -1,8 +1,9 @@
 """Decoder layers in ten kernels: modules of a packed model replaced where they compute what a fused kernel does.
 
 A norm is known by its results, not by its name: it is replaced where the kernel gives the same on random rows. A layer
-built like Llama's (two norms, rotary attention, a gated MLP) is replaced as a whole, so that each sum of the residual
-stream is part of the norm that reads it; whether the model still computes the same is for the runner to prove.
+built like Llama's (a norm before attention and one before a gated MLP) or Gemma's (one after each as well) is replaced
+as a whole, so that each sum of the residual stream is part of the norm that reads it; whether the model still computes
+the same is for the runner to prove.
 
 T tokens of the step, M hidden size, H query heads, K KV heads, D head size, I intermediate size.
 """
@@ -20,6 +21,7 @@ from engine.attention.paged import Options
 from engine.runner.lean import ATTENTION, LAYER, MLP
 from engine.runner.linear import Part
 
+AFTER = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}  # then the one post attention is no MLP's
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
@@ -33,8 +35,7 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[..., M] -> [..., M], of residual + x if there is a residual, which then becomes that sum."""
-        rows = x.reshape(-1, x.shape[-1])
-        return self.kernels.add_rms_norm(rows, residual, self.weight, self.eps, self.plus_one).view(x.shape)
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps, self.plus_one)
 
 
 class Stream:
@@ -56,7 +57,10 @@ class FusedLayer(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.options, self.stream, self.kernels = index, options, stream, kernels
         self.head_dim = attention.head_dim
-        self.norms = nn.ModuleList([layer.input_layernorm, layer.post_attention_layernorm])
+        before, after = [layer.input_layernorm, layer.post_attention_layernorm], [nn.Identity(), nn.Identity()]
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            before[1], after = layer.pre_feedforward_layernorm, [before[1], layer.post_feedforward_layernorm]
+        self.before, self.after = nn.ModuleList(before), nn.ModuleList(after)  # attention, the MLP
         self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
         self.qkv, self.out = attention.q_proj.shared.product, attention.o_proj.shared.product
         self.gate_up, self.down = mlp.gate_proj.shared.product, mlp.down_proj.shared.product
@@ -69,19 +73,18 @@ class FusedLayer(nn.Module):
         """[1, T, M] -> [1, T, M]."""
         x_TM, stream = hidden_states[0], self.stream
         if self.index == 0:
-            stream.x_TM = x_TM.clone()
-            normed_TM = self.norms[0](x_TM)
+            stream.x_TM, normed_TM = x_TM, self.before[0](x_TM)
         else:
-            normed_TM = self.norms[0](x_TM, stream.x_TM)
+            normed_TM = self.before[0](x_TM, stream.x_TM)
         heads_THD = self.qkv(normed_TM).unflatten(-1, (-1, self.head_dim))
         q_THD, k_TKD, v_TKD = heads_THD.split(self.heads, 1)
         if self.head_norms:
             q_THD, k_TKD = (norm(x) for norm, x in zip(self.head_norms, (q_THD, k_TKD), strict=True))
         cos_1TE, sin_1TE = position_embeddings
-        mixed_THD = packed.attend_rotating(self.index, q_THD, k_TKD, v_TKD, (cos_1TE[0], sin_1TE[0]), self.options)
-        normed_TM = self.norms[1](self.out(mixed_THD.flatten(1)), stream.x_TM)
+        mixed_THD = packed.attend(self.index, q_THD, k_TKD, v_TKD, self.options, (cos_1TE[0], sin_1TE[0]))
+        normed_TM = self.before[1](self.after[0](self.out(mixed_THD.flatten(1))), stream.x_TM)
         gate_TI, up_TI = self.gate_up(normed_TM).chunk(2, -1)
-        return self.down(self.kernels.gated(gate_TI, up_TI, self.activation))[None]
+        return self.after[1](self.down(self.kernels.gated(gate_TI, up_TI, self.activation)))[None]
 
 
 class LastNorm(nn.Module):
@@ -93,7 +96,7 @@ class LastNorm(nn.Module):
 
     def forward(self, x_1TM: torch.Tensor) -> torch.Tensor:
         """[1, T, M] -> [1, T, M]."""
-        return self.norm(x_1TM, self.stream.x_TM)
+        return self.norm(x_1TM[0], self.stream.x_TM)[None]
 
 
 def fuse(model: PreTrainedModel, options: dict[int, Options], kernels: Any) -> Callable[[], None]:
@@ -128,16 +131,16 @@ def fuse(model: PreTrainedModel, options: dict[int, Options], kernels: Any) -> C
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer has the parts of Llama's and no others, each of a kind that can be fused."""
+    """Whether a layer has the parts of Llama's, or Gemma's, and no others, each of a kind that can be fused."""
     children = {name: dict(module.named_children()) for name, module in layer.named_children()}
-    if set(children) != LAYER or set(children["mlp"]) != MLP or not set(children["self_attn"]) >= ATTENTION:
+    if set(children) not in (LAYER, LAYER | AFTER) or set(children["mlp"]) != MLP:
         return False
     attention, mlp = children["self_attn"], children["mlp"]
-    norms = [getattr(layer, name) for name in LAYER if "norm" in name]
-    norms += [attention[name] for name in set(attention) - ATTENTION]
+    norms = [getattr(layer, name) for name in children if "norm" in name]
+    norms += [attention[name] for name in attention.keys() - ATTENTION]
     parts = [module for name, module in (*attention.items(), *mlp.items()) if name.endswith("_proj")]
     return (
-        set(attention) - ATTENTION in (set(), {"q_norm", "k_norm"})
+        set(attention) in (ATTENTION, ATTENTION | {"q_norm", "k_norm"})
         and all(isinstance(norm, FusedNorm) for norm in norms)
         and all(isinstance(part, Part) for part in parts)
         and len({attention[f"{name}_proj"].shared for name in "qkv"}) == 1

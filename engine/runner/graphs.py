@@ -4,6 +4,11 @@ A token that the device has chosen and the host has not seen is *pending*: the n
 lies, and everything else that a step needs (positions, pages, who runs) the host knows without it. Steps in which
 every request computes one token are CUDA graphs. All of it but the capture also runs on a CPU.
 
+Steps with longer chunks are launched kernel by kernel. By arithmetic, not measurement: ten launches of 8 us a layer
+are 2 ms for 24 layers, which a 0.5B model's matrix products alone take from 1,100 tokens on (at half of 790 TFLOP/s),
+and reading a 7B model's weights takes 3 ms; so graphs could only shorten the TTFT of a short prompt that comes nearly
+alone to a small model, by 2 ms at most, and there would be one for every number of tokens, tiles, rows and last tokens.
+
 T tokens of the step, B rows of one token (they come first), R requests, X table entries, V vocabulary.
 """
 
@@ -20,7 +25,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from engine.attention.device import Chunks, DeviceStep
+from engine.attention.device import DeviceStep
 from engine.attention.paged import Options
 from engine.errors import InputError
 from engine.models import kv_shape
@@ -116,8 +121,14 @@ class DeviceRunner(Runner):
         self._free_lines = list(range(rows))[::-1]
         self._graphs: dict[tuple[int, int, bool], Callable[[], torch.Tensor | None]] = {}
         self._page_bytes = sum(store[0].nbytes for store in (*self.keys, *self.values))
-        self._memory: Any = None  # of the graphs
-        self._fuse(model)
+        self._sampled_BV: torch.Tensor | None = None  # logits of a step that is not greedy, for one graph at a time
+        cuda = self.device.type == "cuda"
+        self._here = torch.cuda.device(self.device if cuda else -1)  # Triton launches where torch's current device is
+        # One stream and one pool for all captures, or each would keep a workspace of cuBLAS and memory of its own.
+        self._side: Any = torch.cuda.Stream(self.device) if cuda else None
+        self._memory: Any = torch.cuda.graph_pool_handle() if cuda else None
+        with self._here:
+            self._fuse(model)
 
     @torch.inference_mode()
     def _fuse(self, model: PreTrainedModel) -> None:
@@ -132,19 +143,26 @@ class DeviceRunner(Runner):
         undo = fuse(self.model, options, self.kernels)
         try:
             self._prove(ids_T, expected_TV)
-        except (InputError, TypeError, AttributeError, IndexError) as error:
+        except InputError as error:
             LOG.warning("%s; its layers run as they are", error)
             undo()
 
     def _prove(self, ids_T: np.ndarray, expected_TV: torch.Tensor) -> dict[int, Options]:
-        """Compute tokens as a chunk, a chunk with a past and one alone; gives the options of each layer's attention."""
+        """Compute tokens as a chunk, a chunk with a past and one alone; gives the options of each layer's attention.
+
+        Raises:
+            InputError: if logits differ from those expected, or whatever else the model or a compiler raises.
+        """
         tokens, found = len(ids_T), []
         self._tables_RN[0, : -(-tokens // self.pool.page_size)] = torch.arange(-(-tokens // self.pool.page_size))
         options: dict[int, Options] = {}
         for begin, end in itertools.pairwise(sorted({0, tokens // 2, tokens - 1, tokens})):
             inputs_3T = np.stack([ids_T[begin:end], np.arange(begin, end), np.zeros(end - begin, dtype=int)])
             spans_3R = np.array([[0], [end - begin], [begin]])
-            found.append(self._mixed(inputs_3T, spans_3R, np.zeros(1), list(range(end - begin)), options))
+            try:
+                found.append(self._mixed(inputs_3T, spans_3R, np.zeros(1), list(range(end - begin)), options))
+            except Exception as error:
+                raise InputError(f"{type(self.model).__name__} cannot run packed: {error}") from error
         check_equal(self.model, "on the device", torch.cat(found), expected_TV)
         return options
 
@@ -152,13 +170,16 @@ class DeviceRunner(Runner):
         """Compute a step and wait for it."""
         return self.launch(step).collect()
 
-    @torch.inference_mode()
     def launch(self, step: Step) -> Ticket:
         """Start a step; the ticket's `collect` gives its result.
 
         Of a request's tokens the last may be pending, chosen by the step launched just before. Where all requests of
         the step take the likeliest token, nothing is waited for; else the ticket holds tokens that are here already.
         """
+        with self._here, torch.inference_mode():
+            return self._launch(step)
+
+    def _launch(self, step: Step) -> Ticket:
         started = time.perf_counter()
         self.pool.dirty.clear()  # no kernel reads beyond what its request has written
         rows_first = sorted(step, key=lambda item: item[1] > 1)
@@ -201,7 +222,7 @@ class DeviceRunner(Runner):
 
         if greedy:
             tokens_B = self._last_B.to("cpu", non_blocking=True, copy=True)
-            done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+            done = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
             return InFlight(tokens_B, done, [at.get(request) for request, _ in step], result)
         assert logits_RV is not None
         by_request = dict(zip(ready, sample(logits_RV, ready), strict=True))
@@ -255,25 +276,25 @@ class DeviceRunner(Runner):
 
         def compute() -> torch.Tensor | None:
             logits_BV = self._logits(self._inputs[: 3 * rows].view(3, rows), rows, max_length, None, 0)
-            if not greedy:
-                return logits_BV
-            self._last_B[:rows] = self.kernels.best_tokens(logits_BV)
-            return None
+            if greedy:
+                self._last_B[:rows] = self.kernels.best_tokens(logits_BV)
+                return None
+            if self._sampled_BV is None:
+                self._sampled_BV = logits_BV.new_empty(len(self._last_B), logits_BV.shape[1])
+            return self._sampled_BV[:rows].copy_(logits_BV)
 
         if self.device.type != "cuda":
             return compute
         started, kept_B = time.perf_counter(), self._last_B.clone()
         self._inputs.fill_(-1)
         self._inputs[2 * rows : 3 * rows] = 0
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # compiles kernels and fills libraries' workspaces, which a capture may not
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):  # compiles kernels and makes libraries' workspaces, which a capture may not
             compute()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
         self._last_B.copy_(kept_B)
         graph = torch.cuda.CUDAGraph()
-        self._memory = self._memory or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._memory, self._side, capture_error_mode="thread_local"):
             logits_BV = compute()
         LOG.info("captured %d rows of up to %d tokens in %.2f s", rows, max_length, time.perf_counter() - started)
 
@@ -307,8 +328,7 @@ class DeviceRunner(Runner):
             tiles.sort(key=lambda at: several_3R[0, at[0]] - several_3R[2, at[0]] - at[1])  # longest context first
             if tiles:
                 tables_RN = self._tables_RN[self._upload(lines_R[single:])]
-                begins_R, ends_R, computed_R = self._upload(several_3R)
-                chunks = Chunks(tables_RN, begins_R, ends_R, computed_R, self._upload(np.array(tiles)))
+                chunks = (tables_RN, *self._upload(several_3R), self._upload(np.array(tiles)))
         length = int(inputs_3T[1, :rows].max()) + 1 if rows else 1
         return self._logits(inputs, rows, length, chunks, self._upload(np.array(keep)).long(), options)
 
@@ -317,7 +337,7 @@ class DeviceRunner(Runner):
         inputs_3T: torch.Tensor,
         rows: int,
         max_length: int,
-        chunks: Chunks | None,
+        chunks: tuple[torch.Tensor, ...] | None,
         keep: torch.Tensor | int,
         options: dict[int, Options] | None = None,
     ) -> torch.Tensor:

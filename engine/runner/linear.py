@@ -38,14 +38,15 @@ class Product:
         self.sizes = [len(weight) for weight in weights]
         self.ways: list[tuple[int, Way]] = []  # up to so many rows, this way
 
-    def __call__(self, x_TM: torch.Tensor) -> torch.Tensor:
-        """[T, M] -> [T, N]."""
+    def __call__(self, x_TM: torch.Tensor, add_TN: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, M] -> [T, N], with something added on the way."""
         rows = len(x_TM)
         if self.tiled:
             tiles = F.pad(x_TM, (0, 0, 0, -rows % TILE)).split(TILE)
-            return torch.cat([self.ways[0][1](tile, self.bias) for tile in tiles])[:rows]
+            out_TN = torch.cat([self.ways[0][1](tile, self.bias, None) for tile in tiles])[:rows]
+            return out_TN if add_TN is None else out_TN.add_(add_TN)
         way = next((way for most, way in self.ways if rows <= most), self.ways[-1][1])
-        return way(x_TM, self.bias)
+        return way(x_TM, self.bias, add_TN)
 
     def joined(self) -> torch.Tensor:
         """The weights one below the other, [N, M]; Parameters among several become views of it."""

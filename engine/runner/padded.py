@@ -113,13 +113,12 @@ class PaddedRunner(Runner):
             ValueError: for a step that mixes the two, which the policies for this runner never plan.
         """
         requests = [request for request, _ in step]
-        known = {id(request) for request in self._rows}
-        fresh = sum(id(request) not in known for request in requests)
-        if fresh == len(step):
+        known = set(self._rows)
+        if known.isdisjoint(requests):
             self._start(requests)
             passes = self._staircase()
-        elif fresh == 0:
-            self._compact({id(request) for request in requests})
+        elif known.issuperset(requests):
+            self._compact(set(requests))
             passes = [(len(self._rows), self._column, self._column + 1)]
         else:
             raise ValueError("the padded runner cannot add requests to a batch that has started")
@@ -134,9 +133,9 @@ class PaddedRunner(Runner):
             positions += rows * (end - begin)
         self._column = end
         useful = sum(count for _, count in step)
-        by_request = {id(request): choice for request, choice in zip(self._rows, choices, strict=True)}
+        by_request = dict(zip(self._rows, choices, strict=True))
         return StepResult(
-            choices=[by_request[id(request)] for request in requests],
+            choices=[by_request[request] for request in requests],
             forward_passes=len(passes),
             tokens_computed=useful,
             padded_tokens=positions - useful,
@@ -160,22 +159,19 @@ class PaddedRunner(Runner):
         """The passes (rows, begin, end) of least cost that prefill the batch.
 
         A pass over columns [begin, end) takes every row that has a token there, so boundaries lie where a row
-        starts. Dynamic programming over those starts: `cost[i]` is the least for all columns before `edges[i]`.
+        starts. Dynamic programming over those starts: for all columns before each of the `edges`, `plans` has the
+        least cost and the boundaries that have it.
         """
         width = int(self._starts[0]) + len(self._rows[0].tokens)
-        edges = [0, *(int(start) for start in np.unique(self._starts) if start > self._starts[0]), width]
-        rows_before = [int(np.searchsorted(self._starts, edge)) for edge in edges]
-        cost, best = [0.0], [0]
-        for i in range(1, len(edges)):
-            options = [cost[j] + self.pass_tokens + rows_before[i] * (edges[i] - edges[j]) for j in range(i)]
-            best.append(int(np.argmin(options)))
-            cost.append(options[best[-1]])
-        cuts, i = [len(edges) - 1], len(edges) - 1
-        while i:
-            i = best[i]
-            cuts.append(i)
-        passes, bounds = [], [edges[cut] for cut in reversed(cuts)]
-        for begin, end in pairwise(bounds):
+        edges = [*(int(start) for start in np.unique(self._starts) if start > self._starts[0]), width]
+        plans = [(0, [0])]
+        for edge in edges:
+            rows = int(np.searchsorted(self._starts, edge))
+            costs = [cost + self.pass_tokens + rows * (edge - bounds[-1]) for cost, bounds in plans]
+            best = int(np.argmin(costs))
+            plans.append((costs[best], [*plans[best][1], edge]))
+        passes = []
+        for begin, end in pairwise(plans[-1][1]):
             stride = max(1, self.max_step_tokens // int(np.searchsorted(self._starts, end)))
             for at in range(begin, end, stride):
                 to = min(at + stride, end)
@@ -199,17 +195,13 @@ class PaddedRunner(Runner):
             arrays["attention_mask"] = (np.arange(first, end) >= starts).astype(np.int64)
         return {name: torch.from_numpy(array).to(self.model.device) for name, array in arrays.items()}
 
-    def _compact(self, staying: set[int]) -> None:
+    def _compact(self, staying: set[Request]) -> None:
         """Close the gaps of rows that have left with rows from the end."""
-        row = 0
-        while row < len(self._rows):
-            if id(self._rows[row]) in staying:
-                row += 1
-                continue
-            last = self._rows.pop()
-            if row < len(self._rows):
-                for layer in self._layers:
-                    layer.move(len(self._rows), row)
-                self._rows[row] = last
-                self._starts[row] = self._starts[len(self._rows)]
+        for row in reversed(range(len(self._rows))):
+            if self._rows[row] not in staying:
+                end = len(self._rows) - 1
+                for layer in self._layers if row < end else ():
+                    layer.move(end, row)
+                self._rows[row], self._starts[row] = self._rows[end], self._starts[end]
+                del self._rows[end]
         self._starts = self._starts[: len(self._rows)]

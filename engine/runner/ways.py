@@ -19,28 +19,37 @@ from filelock import FileLock
 
 from engine.machine import cache_dir, cpu_name
 
-Way = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # (x [T, M], bias [N] or None) -> [T, N]
+# (x [T, M], bias [N] or None, what to add [T, N] or None) -> [T, N]
+Way = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 ROWS = (1, 4, 16, 32, 64, 128, 512)  # measured; what lies between counts as the next, and what is beyond as the last
 MOST = 4e9  # multiply-adds of one product worth measuring: beyond, every way is near the machine's peak
 TOY = 2**18  # bytes of a weight whose measurement would take longer than whatever it saves
 COLD = 64e6  # bytes of weights to go through, so that they come from memory as they do in a model
+ENOUGH = 1e9  # multiply-adds to time at once, where this is reached with fewer weights: then caches matter no more
 MARGIN = 0.85  # another way must take less than this part of the packed one's time, for it costs memory
 
 
 def plain(weight_NM: torch.Tensor) -> Way:
     """torch's own."""
-    return lambda x_TM, bias_N: F.linear(x_TM, weight_NM, bias_N)
+
+    def multiply(x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
+        out_TN = F.linear(x_TM, weight_NM, bias_N)
+        return out_TN if add_TN is None else out_TN.add_(add_TN)
+
+    return multiply
 
 
 def left(weight_NM: torch.Tensor) -> Way:
     """The weight on the left: few rows are then few columns, which MKL takes better."""
 
-    def multiply(x_TM: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+    def multiply(x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
         rows = len(x_TM)
         if rows == 1:
-            x_TM = x_TM.expand(2, -1)  # a product with two columns is three times as fast as with one
+            x_TM = x_TM.repeat(2, 1)  # a product with two columns is three times as fast as with one
         out_TN = (weight_NM @ x_TM.t()).t()[:rows].contiguous()
-        return out_TN if bias_N is None else out_TN.add_(bias_N)
+        for term in (bias_N, add_TN):
+            out_TN = out_TN if term is None else out_TN.add_(term)
+        return out_TN
 
     return multiply
 
@@ -48,8 +57,14 @@ def left(weight_NM: torch.Tensor) -> Way:
 def packed(weight_NM: torch.Tensor) -> Way:
     """oneDNN on a copy of the weight in the order in which its kernels read it."""
     copy = torch.ops.mkldnn._reorder_linear_weight(weight_NM, 32)
-    multiply = torch.ops.mkldnn._linear_pointwise
-    return lambda x_TM, bias_N: multiply(x_TM, copy, bias_N, "none", [], "")
+    ops = torch.ops.mkldnn._linear_pointwise
+
+    def multiply(x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
+        if add_TN is None:
+            return ops(x_TM, copy, bias_N, "none", [], "")
+        return ops.binary(x_TM, add_TN, copy, bias_N, "add")
+
+    return multiply
 
 
 WAYS: dict[str, Callable[[torch.Tensor], Way]] = {"packed": packed, "plain": plain, "left": left}
@@ -102,8 +117,8 @@ def _measure(weights: Sequence[torch.Tensor]) -> list[str]:
         for _ in range(3):
             for name, ways in every.items():
                 started = time.perf_counter()
-                for way in ways:
-                    way(x, None)
+                for way in ways[: 1 + int(ENOUGH / rows / weights[0].numel())]:
+                    way(x, None, None)
                 best[name] = min(best[name], time.perf_counter() - started)
         fastest = min(best, key=lambda name: best[name] * (MARGIN if name == "packed" else 1.0))
         names.append(fastest)
