@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
+from engine.compiled import compiled
 from engine.pages import PagePool
 from engine.runner import int8, packed
-from engine.runner.int8 import Int8, Quantize, weight_limit
+from engine.runner.int8 import Int8, Quantize, Watched, weight_limit
 from engine.runner.packed import PackedRunner
 from engine.workload import make
 from perf.accuracy import accuracy
@@ -38,8 +39,11 @@ def test_a_product_is_that_of_the_integers(rows, bias):
     eased = x.double() * x_ease
     x_scale = eased.abs().amax(1, keepdim=True) / 127
     expected = (eased / x_scale).round() @ (w / w_scale[:, None]).round().t() * w_scale * x_scale
-    out = Int8(weight, peaks, Quantize())(x, b, None)
+    product, add = Int8(weight, peaks, Quantize()), torch.randn(rows, 40)
+    out, kept = product(x, b, None), add.clone()
     torch.testing.assert_close(out.double(), expected if b is None else expected + b, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(product(x, b, add), out + add)
+    assert torch.equal(add, kept), "it is the residual stream, which others still read"
     near = x.double() @ weight.double().t()
     assert (expected - near).norm() < 0.02 * near.norm()
 
@@ -74,6 +78,30 @@ def test_every_level_rounds_to_nearest():
     q, scale = Quantize()(x, torch.ones(2001))
     assert (int(q.min()), int(q.max())) == (1, 255)
     assert float(((q.int() - 128) * scale - x).abs().max()) <= 0.5 / 127 + 1e-6
+
+
+def test_rows_become_the_same_bytes_compiled():
+    function = Quantize()
+    run = compiled(function, [torch.zeros(32, 64), torch.ones(64)], [(0, 1), (0,)], int8.LEVELS, int8.ROUNDER)
+    if run is function:
+        pytest.skip("no C++ compiler here")
+    for rows, inputs in ((1, 64), (7, 24), (32, 577), (300, 1536)):
+        x, ease = torch.randn(rows, inputs) * torch.logspace(-20, 20, rows)[:, None], torch.rand(inputs)
+        (q, scale), (expected, expected_scale) = run(x, ease), function(x, ease)
+        assert torch.equal(q, expected)
+        assert torch.equal(scale, expected_scale)
+    x[0], x[1, 3], x[2, 3] = 0.0, torch.nan, torch.inf
+    torch.testing.assert_close(run(x, ease)[1], function(x, ease)[1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_large_is_large_beside_its_own_row():
+    weight, x = made(9)
+    flat, steep = Watched(weight), Watched(weight)
+    flat(x, None, None)
+    steep(x * torch.logspace(-3, 3, 9)[:, None], None, None)
+    torch.testing.assert_close(steep.peak_M, flat.peak_M)
+    flat(torch.zeros(2, 24), None, None)
+    torch.testing.assert_close(steep.peak_M, flat.peak_M)
 
 
 def test_a_machine_that_overflows_gets_less_range_and_a_wrong_one_is_refused(monkeypatch):
