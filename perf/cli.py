@@ -173,7 +173,7 @@ def accuracy(
     loaded = load_model(model, progress=True)
     if loaded.tokenizer is None:
         raise InputError(f"model={model!r} has no tokenizer: name one that has")
-    for name, value in measure(loaded, loaded.tokenizer(text.read_text()).input_ids[:tokens]).items():
+    for name, value in measure(loaded, loaded.tokenizer(text.read_text(encoding="utf-8")).input_ids[:tokens]).items():
         typer.echo(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
 
 
