@@ -9,6 +9,7 @@ kernel one by one.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -175,9 +176,11 @@ class PackedStep:
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    # numpy's zeros, unlike torch's, take no memory before they are written.
-    count = math.prod(shape) * like.dtype.itemsize
-    return torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(shape)
+    # Fresh memory is zero, and taken when it is written; in huge pages, for attention reads all over it.
+    memory = mmap.mmap(-1, math.prod(shape) * like.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _attend_chunk(q_HTD: torch.Tensor, k_KCD: torch.Tensor, v_KCD: torch.Tensor, options: Options) -> torch.Tensor:
