@@ -318,6 +318,13 @@ def test_what_fails_in_the_proof_makes_the_engine_fall_back_to_padded(tiny, monk
     oracle.check(server.generate([prompt], exactly(limit), progress=False)[0], limit)
 
 
+def test_rope_that_reads_positions_on_the_host_makes_the_engine_fall_back_to_padded(roped):
+    oracle: Oracle = roped("dynamic")
+    with pytest.warns(UserWarning, match="has dynamic RoPE, which reads .*; using runner='padded'"):
+        server = Engine(oracle.loaded)
+    oracle.check(server.generate([[5, 6, 7]], exactly(6), progress=False)[0], 6)
+
+
 def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
     oracle: Oracle = tiny()
     asked = []
