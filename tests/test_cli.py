@@ -278,6 +278,7 @@ def test_ctrl_c_shows_what_finished(elsewhere, wait_for):
         if runs == 0:
             break
     time.sleep(0.3)
+    err = "five interrupts changed nothing"
     try:
         for _ in range(5):  # Python drops an interrupt that falls into a finaliser, and then one presses again
             process.send_signal(signal.SIGINT)
@@ -300,8 +301,10 @@ def test_ctrl_c_shows_what_finished(elsewhere, wait_for):
 
 
 INTERRUPTIBLE = """
+import signal
 import sys
 from engine import Engine, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
 replay = Engine.replay
 def told(self, items, **kwargs):
     if len(items) > 2:  # not the warm-up
