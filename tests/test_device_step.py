@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +19,7 @@ from engine.runner.graphs import DeviceRunner, bucket
 from engine.runner.packed import PackedRunner
 from tests import reference
 from tests.oracle import Oracle
-from tests.test_packed import NAMES, WAYS, drive, exactly, packed as build, work_of
+from tests.test_packed import NAMES, WAYS, check_shuffled, drive, exactly, packed as build, work_of
 
 
 def on_reference(model, pool, deterministic, rows) -> DeviceRunner:
@@ -39,11 +38,7 @@ def test_equals_generate_one_by_one(tiny, name, batch, chunk, page, caching, kv_
     oracle: Oracle = tiny(name, "float64")
     options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
     server = build(oracle, kv_tokens, policy="continuous", **options)
-    work = work_of(64 if batch == 64 else 16)
-    order = list(range(len(work)))
-    random.Random(batch * chunk).shuffle(order)
-    for output, (_, limit) in zip(drive(server, work, order, every=1 + batch // 4), work, strict=True):
-        oracle.check(output, limit)
+    check_shuffled(oracle, server, batch, chunk)
     if (batch, page, kv_tokens) == (64, 1, 200):
         assert server.metrics.counters.preemptions > 0
 
