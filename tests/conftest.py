@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU then, if set before Triton is imported
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and so in all that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from engine.models import PRESETS, LoadedModel, load
 from tests.oracle import Oracle

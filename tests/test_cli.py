@@ -301,10 +301,8 @@ def test_ctrl_c_shows_what_finished(elsewhere, wait_for):
 
 
 INTERRUPTIBLE = """
-import signal
 import sys
 from engine import Engine, cli
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
 replay = Engine.replay
 def told(self, items, **kwargs):
     if len(items) > 2:  # not the warm-up
