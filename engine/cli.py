@@ -23,7 +23,7 @@ PLOTS = (".png", ".svg", ".pdf")
 
 Model = Annotated[str, typer.Option(help="A hub id, a folder, a .gguf file, 'smollm2' or 'random:NAME'; see models.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16 or float64.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16, float64 or int8 (packed on a CPU).")]
 Seed = Annotated[int, typer.Option(help="Seeds the workload, random weights and sampling.")]
 
 
@@ -74,6 +74,8 @@ def bench(
     if plot and find_spec("matplotlib") is None:
         raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
     make(workload, vocab_size=2, seed=seed, arrivals=arrivals)  # bad names and numbers, before a model is loaded
+    if dtype == "int8" and "generate" in dict(pairs):
+        raise InputError("policies has 'generate', which is Transformers' own: leave it out of dtype='int8'")
     config = EngineConfig(device=device, dtype=dtype, seed=seed)
     # The policy that joins no weights: this engine is just asked.
     engine = Engine.from_pretrained(model, replace(config, policy="sequential"), progress=True)
@@ -91,6 +93,7 @@ def bench(
     if not runs:
         raise typer.Exit(130)
     environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(engine.loaded)}
+    environment["dtype"] = engine.config.dtype
     title = f"{workload}, arrivals {arrivals}, on {model} ({environment['dtype']}, {environment['device']})"
     summary = report.summarise(runs)
     Console(width=None if sys.stdout.isatty() else 180).print(report.table(summary, title))

@@ -20,9 +20,11 @@ class EngineConfig:
             in arrival order and runs it to completion; "continuous" admits at every step.
         runner: how keys and values are held: "packed" in pages, without any padding; "padded" in Transformers' own
             cache, with masks (not for "continuous"); "auto" is packed for "continuous" and padded for the other two,
-            and falls back to padded, with a warning, for a model that cannot run packed.
+            and falls back to padded, with a warning, for a model that cannot run packed. (Deterministic and int8
+            engines are always packed.)
         device: "auto" (CUDA if there is one, else the CPU) or a torch device: "cpu", "cuda", "cuda:1".
-        dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16.
+        dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16; or "int8": float32
+            with the linear layers in int8 (packed on a CPU), faster and not quite the same model.
         max_batch_size: requests that share a step at most.
         max_step_tokens: tokens a step computes at most; longer prompts are computed in several. None: 512 packed on a
             CPU, where more do not fit its caches, else 8192. (Padded: positions of one forward pass, padding
@@ -47,7 +49,7 @@ class EngineConfig:
     seed: int = bounded(0, int, 0, 2**63 - 1)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("policy", POLICIES), ("runner", RUNNERS), ("dtype", ("auto", *DTYPES))):
+        for name, allowed in (("policy", POLICIES), ("runner", RUNNERS), ("dtype", ("auto", *DTYPES, "int8"))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         check_fields(self)
@@ -56,11 +58,30 @@ class EngineConfig:
         check("kv_memory", self.kv_memory, *((int, 1) if isinstance(self.kv_memory, int) else (float, 1e-9, 1)))
         if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
             raise InputError("runner='padded' can be neither continuous nor deterministic: use runner='packed'")
+        if self.dtype == "int8" and (self.runner == "padded" or self.device.split(":")[0] not in ("auto", "cpu")):
+            bad = f"runner={self.runner!r}" if self.runner == "padded" else f"device={self.device!r}"
+            raise InputError(f"dtype='int8' runs packed on a CPU, not with {bad}: change one of the two")
+
+    @property
+    def must_pack(self) -> bool:
+        """Whether no runner but the packed one will do."""
+        return self.runner == "packed" or self.deterministic or self.dtype == "int8"
 
     def settled(self, device: str, dtype: str) -> EngineConfig:
-        """For a model on this device and in this dtype, with the runner and the tokens of a step chosen too."""
+        """For a model on this device and in this dtype, with the runner and the tokens of a step chosen too.
+
+        Raises:
+            InputError: for a model that cannot be quantized, where it should be.
+        """
+        if self.dtype == "int8":
+            if not device.startswith("cpu") or dtype != "float32":
+                raise InputError(
+                    f"dtype='int8' quantizes a float32 model on a CPU; this one is {dtype} on {device}: "
+                    "load it with dtype='float32', device='cpu'"
+                )
+            dtype = "int8"
         runner = self.runner
         if runner == "auto":
-            runner = "packed" if self.policy == "continuous" or self.deterministic else "padded"
+            runner = "packed" if self.policy == "continuous" or self.must_pack else "padded"
         tokens = self.max_step_tokens or (512 if runner == "packed" and device.startswith("cpu") else 8192)
         return replace(self, device=device, dtype=dtype, runner=runner, max_step_tokens=tokens)

@@ -29,6 +29,7 @@ from engine.pages import PagePool, RowPool
 from engine.request import FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Runner, Ticket
 from engine.runner.graphs import packed_runner
+from engine.runner.int8 import weight_limit
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
 from engine.scheduler import Scheduler, Step
@@ -77,7 +78,7 @@ class Engine:
         try:
             self._build(config, memory // token_bytes)
         except InputError as error:
-            if config.runner == "padded" or asked.runner == "packed" or asked.deterministic:
+            if config.runner == "padded" or asked.must_pack:
                 raise
             lost = "requests cannot join a running batch, and nothing is shared"
             warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=2)
@@ -98,7 +99,7 @@ class Engine:
         if config.runner == "packed":
             useful = 2 * rows * -(-self.max_positions // config.page_size)
             pool = PagePool(min(capacity // config.page_size, useful), config.page_size, config.prefix_caching)
-            self.runner = packed_runner(self.model, pool, config.deterministic, rows)
+            self.runner = packed_runner(self.model, pool, config.deterministic, rows, config.dtype == "int8")
             self.scheduler = Scheduler(config.policy, rows, tokens, pool)
         else:
             self.runner = PaddedRunner(self.model, tokens)
@@ -109,10 +110,12 @@ class Engine:
         """Load the model that `spec` names (hub id, folder, .gguf file, `smollm2`, `random:NAME`) and build on it.
 
         Raises:
-            InputError: for an unknown or broken model, or a device that is not there.
+            InputError: for an unknown or broken model, or a device or instructions that are not there.
         """
         config = config or EngineConfig()
         device, dtype = placement(config.device, config.dtype)
+        if config.dtype == "int8":
+            weight_limit()  # refuses before a download
         return cls(load(spec, device=device, dtype=dtype, seed=config.seed, progress=progress), config)
 
     @property

@@ -29,7 +29,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def placement(device: str, dtype: str) -> tuple[str, str]:
-    """The device and dtype that "auto" means here, or those given.
+    """The device and dtype to load a model on and in: what "auto" means here, float32 for int8, or those given.
 
     Raises:
         InputError: for a device that is not here: better learnt before a download than after it.
@@ -37,9 +37,9 @@ def placement(device: str, dtype: str) -> tuple[str, str]:
     import torch
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and dtype != "int8" else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device={device!r} is not here ({str(error).splitlines()[0]}): give auto or cpu") from None
-    return device, ("float16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
+    return device, ("float16" if device.startswith("cuda") else "float32") if dtype in ("auto", "int8") else dtype

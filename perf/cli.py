@@ -1,4 +1,4 @@
-"""`python -m perf compare | ab | selftest | report | counters | setup-peer`: arguments, progress, exit codes.
+"""`python -m perf compare | ab | selftest | report | counters | accuracy | setup-peer`: arguments, progress, codes.
 
 Thin: what it does is done elsewhere, and imported when used, so that `compare` and `report` never wait for torch. Exit
 codes are those of perf/runs.py, 130 on Ctrl-C, and 70 where this program itself is at fault, for 1 means a regression.
@@ -158,6 +158,23 @@ def counters(
     from perf.counters import main as run
 
     raise typer.Exit(run(record))
+
+
+@app.command()
+def accuracy(
+    text: Annotated[Path, typer.Argument(help="A text file; its beginning is read.")],
+    model: Annotated[str, typer.Option(help="A model with a tokenizer.")] = "smollm2",
+    tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 2048,
+) -> None:
+    """Show what int8 does to a model on a text: perplexity beside float32's, and how often the top token agrees."""
+    from engine import load as load_model
+    from perf.accuracy import accuracy as measure
+
+    loaded = load_model(model, progress=True)
+    if loaded.tokenizer is None:
+        raise InputError(f"model={model!r} has no tokenizer: name one that has")
+    for name, value in measure(loaded, loaded.tokenizer(text.read_text(encoding="utf-8")).input_ids[:tokens]).items():
+        typer.echo(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
 
 
 @app.command(name="setup-peer")

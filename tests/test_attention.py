@@ -12,10 +12,10 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from engine import InputError
 from engine.attention import attend
-from engine.attention.paged import Options, PackedStep, Piece, Store
+from engine.attention.paged import VECTOR, Options, PackedStep, Piece, Store
 from engine.attention.rows import attend_rows, compiled_rows, rows_of
 
-KV_HEADS, DIM = 2, 4
+KV_HEADS, DIM = 2, 2 * VECTOR
 
 
 def reference(q_HD, k_KCD, v_KCD, scale, window, softcap, sink_H) -> torch.Tensor:
@@ -58,8 +58,8 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
     stores = [Store.zeros((pages, KV_HEADS, size, DIM), torch.zeros((), dtype=torch.float64)) for _ in range(layers)]
     for store in stores:
         store.keys_LKDP.fill_(1e3)
-        store.values_LKPD.fill_(1e3)
-    keys, values = stores[layer].keys_LKDP.transpose(2, 3), stores[layer].values_LKPD
+        store.values_LKBPE.fill_(1e3)
+    keys, blocks = stores[layer].keys_LKDP.transpose(2, 3), stores[layer].values_LKBPE
     first_k, first_v = draw(KV_HEADS, common * size, DIM), draw(KV_HEADS, common * size, DIM)
     pieces, everything, at, begin = [], [], common, 0
     for (computed, new), count in zip(requests, own, strict=True):
@@ -68,7 +68,7 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
         table = ids[:common] + ids[at : at + count]
         for position in range(computed):
             keys[table[position // size], :, position % size] = k[:, position]
-            values[table[position // size], :, position % size] = v[:, position]
+            blocks[table[position // size], :, :, position % size] = v[:, position].unflatten(1, (-1, VECTOR))
         spare = [ids[0]] * int(rng.integers(2))  # a table may be longer than what is computed
         pieces.append(Piece(begin, begin + new, computed, table + spare))
         everything.append((k, v))
@@ -80,8 +80,9 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
     k_new, v_new = (torch.cat([part[i] for part in parts], 1) for i in range(2))
     out = run(step, layer, q, k_new, v_new, 0.7, window, softcap, sink_H)
     assert step.positions_T.tolist() == [c + i for c, n in requests for i in range(n)]
-    untouched = (stores[0].keys_LKDP, stores[0].values_LKPD)
+    untouched = (stores[0].keys_LKDP, stores[0].values_LKBPE)
     assert all(bool((store == 1e3).all()) for store in untouched), "another layer's pages stay as they were"
+    values = blocks.transpose(2, 3).flatten(3)
     for piece, (k, v) in zip(pieces, everything, strict=True):
         for t in range(piece.begin, piece.end):
             past = piece.computed + t - piece.begin + 1
@@ -174,24 +175,24 @@ def test_compiled_rows_give_and_write_what_torch_does(pasts):
     generator = torch.Generator().manual_seed(count)
     stores = [Store.zeros((12 * count, kv_heads, size, dim), torch.zeros(())) for _ in range(2)]
     stores[0].keys_LKDP.normal_(generator=generator)
-    stores[0].values_LKPD.normal_(generator=generator)
-    for half in ("keys_LKDP", "values_LKPD"):
+    stores[0].values_LKBPE.normal_(generator=generator)
+    for half in ("keys_LKDP", "values_LKBPE"):
         getattr(stores[1], half).copy_(getattr(stores[0], half))
     tables = [(list(range(12 * row, 12 * row + 12)), past) for row, past in enumerate(pasts)]
     rows = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
     q, k, v = torch.randn(count, 15, dim, generator=generator).split((9, 3, 3), 1)
     page_R = torch.tensor([pages[past // size] for pages, past in tables])
     where = (page_R, torch.tensor(pasts) % size, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
-    run = compiled_rows(9, kv_heads, size, dim)
+    run = compiled_rows(9, stores[0].keys_LKDP, stores[0].values_LKBPE)
     if run is attend_rows:
         pytest.skip("no C++ compiler here")
     outs = [
-        attend(q, k, v, store.keys_LKDP, store.values_LKPD, *where)
+        attend(q, k, v, store.keys_LKDP, store.values_LKBPE, *where)
         for attend, store in zip((attend_rows, run), stores, strict=True)
     ]
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
     assert torch.equal(stores[0].keys_LKDP, stores[1].keys_LKDP)
-    assert torch.equal(stores[0].values_LKPD, stores[1].values_LKPD)
+    assert torch.equal(stores[0].values_LKBPE, stores[1].values_LKBPE)
 
 
 def test_without_a_compiler_torch_does_it_and_says_so(tmp_path, monkeypatch, caplog):
@@ -201,7 +202,8 @@ def test_without_a_compiler_torch_does_it_and_says_so(tmp_path, monkeypatch, cap
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)
-    assert compiled_rows(9, 3, 16, 64) is attend_rows
+    store = Store.zeros((4, 3, 16, 64), torch.zeros(()))
+    assert compiled_rows(9, store.keys_LKDP, store.values_LKBPE) is attend_rows
     assert "no working C++ compiler" in caplog.text
 
 

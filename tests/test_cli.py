@@ -116,7 +116,8 @@ WRONG = {
     "workload N": (["bench", "--workload", "chat-0"], "workload='chat-0' must .* N from 1 to "),
     "arrivals": (["bench", "--arrivals", "poisson:0"], "arrivals='poisson:0' must be all, poisson:RATE or burst:"),
     "bench seed": (["bench", "--seed", "-1"], "seed=-1 must .* 0"),
-    "bench dtype": ([*BENCH, "--dtype", "int8"], "dtype='int8' must be one of "),
+    "int8 by another": ([*BENCH, "--dtype", "int8", "--policies", "generate"], "policies has 'generate', which is "),
+    "bench dtype": ([*BENCH, "--dtype", "int4"], "dtype='int4' must be one of "),
     "bench device": ([*BENCH, "--device", "gpu"], "device='gpu' is not here"),
     "csv": ([*BENCH, "--csv", "no/folder.csv"], "csv='no/folder.csv' cannot be written: name a file in a folder"),
     "csv is a folder": ([*BENCH, "--csv", "."], "csv='.' cannot be written"),
@@ -311,3 +312,10 @@ def told(self, items, **kwargs):
 Engine.replay = told
 cli.main()
 """
+
+
+def test_bench_in_int8_says_so(run):
+    code, out, _ = run(*BENCH, "--dtype", "int8", "--batch-sizes", "3", "--json", "out.json")
+    assert code == 0
+    assert "int8" in out
+    assert strict(Path("out.json"))["environment"]["dtype"] == "int8"

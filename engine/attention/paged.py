@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 from engine.attention.rows import Rows, attend_rows, in_order, rows_of
 
+VECTOR = 16  # float32 in the widest vector of a CPU
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -41,35 +43,40 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Keys and values of one layer: keys [L, K, D, P], dimension by dimension, and values [L, K, P, D]."""
+    """Keys and values of one layer: keys [L, K, D, P], dimension by dimension, and values [L, K, B, P, E].
+
+    A value's D dimensions are B blocks of E, which fill a vector: whatever is added up then lies side by side.
+    """
 
     keys_LKDP: torch.Tensor
-    values_LKPD: torch.Tensor
+    values_LKBPE: torch.Tensor
 
     @classmethod
     def zeros(cls, shape: tuple[int, int, int, int], like: torch.Tensor) -> Store:
         """For L pages, K heads, P positions, D dimensions: what a mask hides is multiplied too, and 0 hides no NaN."""
         pages, heads, size, dim = shape
-        return cls(_zeros((pages, heads, dim, size), like), _zeros((pages, heads, size, dim), like))
+        blocks = dim // VECTOR if dim % VECTOR == 0 else 1
+        return cls(_zeros((pages, heads, dim, size), like), _zeros((pages, heads, blocks, size, dim // blocks), like))
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self.keys_LKDP[0].nbytes + self.values_LKPD[0].nbytes
+        return self.keys_LKDP[0].nbytes + self.values_LKBPE[0].nbytes
 
     def clear(self, pages: list[int]) -> None:
         """Make pages zero again."""
-        self.keys_LKDP[pages], self.values_LKPD[pages] = 0, 0
+        self.keys_LKDP[pages], self.values_LKBPE[pages] = 0, 0
 
     def write(self, pages_T: torch.Tensor, offsets_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         """Put a key and a value a token where it belongs."""
         self.keys_LKDP[pages_T, :, :, offsets_T] = k_TKD
-        self.values_LKPD[pages_T, :, offsets_T] = v_TKD
+        self.values_LKBPE[pages_T, :, :, offsets_T] = v_TKD.unflatten(2, (self.values_LKBPE.shape[2], -1))
 
     def context(self, pages_C: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` positions of these pages, [K, C, D] each."""
         keys_KCD = self.keys_LKDP[pages_C].permute(1, 0, 3, 2).flatten(1, 2)
-        return keys_KCD[:, :length], self.values_LKPD[pages_C].transpose(0, 1).flatten(1, 2)[:, :length]
+        values_KCD = self.values_LKBPE[pages_C].permute(1, 0, 3, 2, 4).flatten(3, 4).flatten(1, 2)
+        return keys_KCD[:, :length], values_KCD[:, :length]
 
 
 class PackedStep:
@@ -94,9 +101,9 @@ class PackedStep:
     ) -> None:
         self.stores, self.one_by_one, self._attend = stores, one_by_one, rows
         self.options: dict[int, Options] = {}
-        values_LKPD = stores[0].values_LKPD
-        self.page_size, self.device = values_LKPD.shape[2], values_LKPD.device
-        self._wide = torch.promote_types(values_LKPD.dtype, torch.float32)
+        keys_LKDP = stores[0].keys_LKDP
+        self.page_size, self.device = keys_LKDP.shape[3], keys_LKDP.device
+        self._wide = torch.promote_types(keys_LKDP.dtype, torch.float32)
         single = [p for p in pieces if one_by_one or p.end - p.begin == 1]
         self.chunks = [p for p in pieces if not (one_by_one or p.end - p.begin == 1)]
         self._tables = [(p.pages, p.computed + i) for p in single for i in range(p.end - p.begin)]
@@ -156,7 +163,7 @@ class PackedStep:
             self._rows[window] = rows_of(self._tables, self.page_size, window, self._wide, self.device)
         rows = self._rows[window]
         where = (self.page_R, self.offset_R, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
-        tensors = (q_RHD, k_RKD, v_RKD, store.keys_LKDP, store.values_LKPD, *where)
+        tensors = (q_RHD, k_RKD, v_RKD, store.keys_LKDP, store.values_LKBPE, *where)
         if self.one_by_one:  # rows of one request: each sees those before it
             store.write(self.page_R, self.offset_R, k_RKD, v_RKD)
             return attend_rows(*tensors, options.softcap, options.sink_H, add_up=in_order)

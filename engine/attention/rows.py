@@ -1,9 +1,10 @@
 """Attention of rows of one token over pages, as one function of tensors: run by torch, or compiled once a machine.
 
 R rows, N pages that they read, H query heads, K KV heads, G = H / K, D head size, L pages, P page size, X pages of the
-row that has the most. Every page gives its own softmax, and a row puts those of its pages and its own token together
-(flash-decoding; Dao et al., 2023, with a page as the split), so only useful products are computed and nothing is padded
-but the last page. Keys lie dimension by dimension: a page's scores for one query then fill whole vectors.
+row that has the most, B blocks of E dimensions of a value. Every page gives its own softmax, and a row puts those of
+its pages and its own token together (flash-decoding; Dao et al., 2023, with a page as the split), so only useful
+products are computed and nothing is padded but the last page. What a product adds up lies side by side, a vector at a
+time: keys dimension by dimension, and of values a block of every position before the next block.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def attend_rows(
     k_RKD: torch.Tensor,
     v_RKD: torch.Tensor,
     keys_LKDP: torch.Tensor,
-    values_LKPD: torch.Tensor,
+    values_LKBPE: torch.Tensor,
     page_R: torch.Tensor,
     offset_R: torch.Tensor,
     page_N: torch.Tensor,
@@ -72,7 +73,7 @@ def attend_rows(
     """Write the rows' keys and values into their pages and attend with their scaled queries; gives [R, H, D].
 
     Args:
-        keys_LKDP, values_LKPD: the store of a layer, written to.
+        keys_LKDP, values_LKBPE: the store of a layer, written to.
         page_R, offset_R: where each row's own key and value belong.
         page_N, owner_N, bias_NP, place_RX: as in Rows.
         softcap: squashes scores to within +-softcap (Gemma 2).
@@ -91,7 +92,7 @@ def attend_rows(
     peak_NKG = scores_NKGP.amax(-1).clamp_min(torch.finfo(wide).min)  # not -inf, where nothing of a page counts
     weights_NKGP = (scores_NKGP - peak_NKG[..., None]).exp()
     total_NKG = weights_NKGP.sum(-1)
-    mixed_NKGD = multiply(weights_NKGP.to(values_LKPD.dtype), values_LKPD[page_N]).to(wide)
+    mixed_NKBGE = multiply(weights_NKGP[:, :, None].to(values_LKBPE.dtype), values_LKBPE[page_N]).to(wide)
     absent_RX11, place_RX = (place_RX < 0)[..., None, None], place_RX.clamp(min=0)
     peak_RXKG = peak_NKG[place_RX].masked_fill(absent_RX11, -torch.inf)
     peak_RKG = torch.maximum(own_RKG, peak_RXKG.amax(1))
@@ -102,11 +103,14 @@ def attend_rows(
     total_RKG = own_RKG + add_up(share_RXKG * total_NKG[place_RX])
     if sink_H is not None:
         total_RKG = total_RKG + (sink_KG - peak_RKG).exp()
-    mixed_RKGD = own_RKG[..., None] * v_RKD[:, :, None] + add_up(share_RXKG[..., None] * mixed_NKGD[place_RX])
+    v_RKBE = v_RKD.unflatten(2, (values_LKBPE.shape[2], -1))
+    mixed_RKBGE = own_RKG[:, :, None, :, None] * v_RKBE[:, :, :, None]
+    mixed_RKBGE = mixed_RKBGE + add_up(share_RXKG[:, :, :, None, :, None] * mixed_NKBGE[place_RX])
+    out_RKGBE = (mixed_RKBGE / total_RKG[:, :, None, :, None]).to(q_RHD.dtype).transpose(2, 3)
     # Written last: by then the lines that the keys are strewn over have been read.
     keys_LKDP[page_R, :, :, offset_R] = k_RKD
-    values_LKPD[page_R, :, offset_R] = v_RKD
-    return (mixed_RKGD / total_RKG[..., None]).to(q_RHD.dtype).flatten(1, 2)
+    values_LKBPE[page_R, :, :, offset_R] = v_RKBE
+    return out_RKGBE.flatten(3).flatten(1, 2)
 
 
 def in_order(x_RX: torch.Tensor) -> torch.Tensor:
@@ -127,15 +131,14 @@ class AttendRows:
         return (attend_rows(*tensors, multiply=multiply_seen),)  # type: ignore[arg-type, misc]
 
 
-def compiled_rows(heads: int, kv_heads: int, size: int, head_dim: int) -> Callable[..., torch.Tensor]:
-    """`attend_rows` for pages of `size` tokens and tensors only, compiled for this machine if it has a compiler."""
-    rows, pages, longest = 3, 12, 4
+def compiled_rows(heads: int, keys_LKDP: torch.Tensor, values_LKBPE: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """`attend_rows` for a store like this one and tensors only, compiled for this machine if it has a compiler."""
+    rows, pages, longest = 32, 250, 9  # what is worth dividing among threads is judged by these
+    _, kv_heads, head_dim, size = keys_LKDP.shape
     q_RHD, k_RKD, v_RKD = (torch.zeros(rows, count, head_dim) for count in (heads, kv_heads, kv_heads))
-    keys_LKDP = torch.zeros(pages + 1, kv_heads, head_dim, size)
-    values_LKPD = torch.zeros(pages + 1, kv_heads, size, head_dim)
     ids = [torch.zeros(count, dtype=torch.long) for count in (rows, rows, pages, pages)]
     bias_NP, place_RX = torch.zeros(pages, size), torch.zeros(rows, longest, dtype=torch.long)
-    example = (q_RHD, k_RKD, v_RKD, keys_LKDP, values_LKPD, *ids, bias_NP, place_RX)
+    example = (q_RHD, k_RKD, v_RKD, keys_LKDP, values_LKBPE, *ids, bias_NP, place_RX)
     sources = [inspect.getsource(part) for part in (attend_rows, multiply_seen)]
     function = AttendRows()
     fast = compiled(function, example, [(0,)] * 10 + [(0, 1)], sources)

@@ -365,15 +365,15 @@ def _greedy(request: Request) -> bool:
     return plain and (known >= params.min_new_tokens or not request.stop_ids)
 
 
-def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int) -> Runner:
-    """The packed runner for the model's device; `rows` requests share a step at most.
+def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int, int8: bool = False) -> Runner:
+    """The packed runner for the model's device; `rows` requests share a step at most; int8 is for a CPU.
 
     Raises:
         InputError: for a model that cannot run packed.
     """
     if model.device.type == "cuda" and model.dtype.itemsize <= 4:  # no kernel computes in float64
         return DeviceRunner(model, pool, deterministic, rows)
-    return PackedRunner(model, pool, deterministic)
+    return PackedRunner(model, pool, deterministic, int8)
 
 
 def triton_kernels() -> Any:

@@ -21,15 +21,18 @@ from engine.models import kv_shape
 from engine.pages import PagePool
 from engine.request import Request
 from engine.runner import Runner, StepResult, refuse_unknown_cache
+from engine.runner.int8 import quantize, watch
 from engine.runner.lean import lean
 from engine.runner.linear import join, prepare, twin
 from engine.sampler import Choice, sample
 from engine.scheduler import Step
 
 LOG = logging.getLogger(__name__)
+CHUNK = 256  # tokens of a text at a time
 FULL_HEAD = 64  # dimensions of a head from which compiling its attention is worth the wait
-# How far logits of the packed model may lie from the model's own, relative to the largest: rounding, no more.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# How far logits of the packed model may lie from the model's own, relative to the largest: rounding, no more. In int8,
+# where each product has been compared with its integers besides, at most tokens: rounding may turn one of them over.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.int8: 1.5e-1}
 
 
 class PackedRunner(Runner):
@@ -40,15 +43,16 @@ class PackedRunner(Runner):
         pool: the pages' accounting; the store is made to its size.
         deterministic: give each token bitwise the same logits whatever shares its step and however its prompt was
             cut: fixed-size products in every linear layer, and attention one token at a time.
+        int8: quantize the linear layers of a float32 model, once they are proven in float32.
 
     Raises:
         InputError: for a model that cannot run packed, saying why; found out by running it.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False, int8: bool = False) -> None:
         refuse_unpackable(model)
         self.pool = pool
-        self.deterministic = deterministic
+        self.deterministic, self.int8 = deterministic, int8
         self._compile = not deterministic and compilable(model)
         self._rows = _rows(model, pool.page_size) if self._compile else attend_rows
         self.model = self._build(model)
@@ -65,7 +69,8 @@ class PackedRunner(Runner):
             products = lean(packed, known, self.deterministic, self._compile)
             is_lean = bool(products)
             products += join(packed, self.deterministic)
-            self.copied_bytes = prepare(products)
+            watched = watch(products) if self.int8 else {}
+            self.copied_bytes = 0 if self.int8 else prepare(products)
             try:
                 self._prove_equal(packed, tokens, expected_TV)
                 break
@@ -73,7 +78,21 @@ class PackedRunner(Runner):
                 if not is_lean:
                     raise
                 LOG.warning("%s: its layers look like Llama's but are not; they run as they are", error)
+        if self.int8:
+            self.copied_bytes = quantize(watched, self._compile)
+            self._prove_equal(packed, tokens, expected_TV, torch.int8)
         return packed
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """Logits after each token of a text by itself, [T, V]: for measuring what a runner's rounding does."""
+        pages = -(-len(tokens) // self.pool.page_size)
+        stores, found = _stores(self.model, pages, self.pool.page_size), []
+        for begin in range(0, len(tokens), CHUNK):
+            part = tokens[begin : begin + CHUNK]
+            step = PackedStep(stores, [Piece(0, len(part), begin, list(range(pages)))], self.deterministic, self._rows)
+            found.append(_forward(self.model, part, step, list(range(len(part)))))
+        return torch.cat(found)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
@@ -106,7 +125,9 @@ class PackedRunner(Runner):
             kv_bytes=self.pool.pages_used * self._page_bytes,
         )
 
-    def _prove_equal(self, packed: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor) -> dict[int, Options]:
+    def _prove_equal(
+        self, packed: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> dict[int, Options]:
         """Compare logits of two like requests, computed as chunks without and with a past, and token by token.
 
         Gives the layers' options.
@@ -126,7 +147,7 @@ class PackedRunner(Runner):
                 options.update(step.options)
         except (InputError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             raise InputError(f"{type(packed).__name__} cannot run packed: {error}") from error
-        check_equal(packed, "when packed", torch.cat(found, 1), expected_TV)
+        check_equal(packed, "when packed", torch.cat(found, 1), expected_TV, dtype)
         return options
 
 
@@ -144,10 +165,13 @@ def probe(model: PreTrainedModel, count: int) -> tuple[list[int], torch.Tensor]:
     return tokens, model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].double()
 
 
-def check_equal(model: PreTrainedModel, where: str, found: torch.Tensor, expected_TV: torch.Tensor) -> None:
-    """Raise InputError unless logits found `where` are those expected, but for rounding."""
-    off = float((found.double() - expected_TV).abs().max() / expected_TV.abs().max())
-    if not off <= TOLERANCE[model.dtype]:
+def check_equal(
+    model: PreTrainedModel, where: str, found: torch.Tensor, expected_TV: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Raise InputError unless logits found `where` are those expected, but for rounding in a dtype, the model's own."""
+    off_T = (found.double() - expected_TV).abs().amax(-1)
+    off = float((off_T.median() if dtype is torch.int8 else off_T.max()) / expected_TV.abs().max())
+    if not off <= TOLERANCE[dtype or model.dtype]:
         raise InputError(f"{type(model).__name__} gives other logits {where} (off by {off:.1e} of the largest)")
 
 
@@ -176,9 +200,9 @@ def compilable(model: PreTrainedModel) -> bool:
 
 def _rows(model: PreTrainedModel, page_size: int) -> Callable[..., torch.Tensor]:
     """`attend_rows` compiled for a model's shape."""
-    _, kv_heads, head_dim = kv_shape(model.config)
     heads = model.config.get_text_config(decoder=True).num_attention_heads
-    return compiled_rows(heads, kv_heads, page_size, head_dim)
+    store = _stores(model, 64, page_size)[0]
+    return compiled_rows(heads, store.keys_LKDP, store.values_LKBPE)
 
 
 def _stores(model: PreTrainedModel, pages: int, page_size: int) -> list[Store]:

@@ -177,3 +177,10 @@ def test_torch_is_not_imported_where_it_is_not_used(storage, args):
         "except SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env={"PYTHONPATH": str(ROOT)})
+
+
+def test_accuracy_needs_words(run, tmp_path):
+    (tmp_path / "text").write_text("Some words.")
+    code, _, err = run("accuracy", str(tmp_path / "text"), "--model", "random:tiny-llama")
+    assert code == 2
+    assert "model='random:tiny-llama' has no tokenizer: name one that has" in err
