@@ -22,7 +22,7 @@ from tests.oracle import Oracle
 from tests.test_packed import NAMES, WAYS, check_shuffled, drive, exactly, packed as build, work_of
 
 
-def on_reference(model, pool, deterministic, rows) -> DeviceRunner:
+def on_reference(model, pool, deterministic, rows, int8) -> DeviceRunner:
     return DeviceRunner(model, pool, deterministic, rows, reference)
 
 
@@ -255,7 +255,7 @@ def test_the_kernels_serve_a_model(tiny):
     for name in ("tiny-llama", "tiny-gemma3"):
         oracle: Oracle = tiny(name)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.engine, "packed_runner", DeviceRunner)
+            patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args[:4]))
             server = build(oracle, max_batch_size=2, max_step_tokens=30, page_size=4)
         assert isinstance(server.runner.model.base_model.layers[0], FusedLayer), "its fused kernels are proven at load"
         work = work_of(3)
