@@ -24,7 +24,7 @@ from engine.errors import InputError
 from engine.machine import placement
 from engine.memory import kv_memory, out_of_memory
 from engine.metrics import EngineMetrics
-from engine.models import LoadedModel, kv_bytes_per_token, load
+from engine.models import LoadedModel, kv_bytes_per_token, load, positions
 from engine.pages import PagePool, RowPool
 from engine.request import FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Runner, Ticket
@@ -67,9 +67,8 @@ class Engine:
         self.loaded, self.tokenizer, self.spec = loaded, loaded.tokenizer, loaded.spec
         place = str(model.device), str(model.dtype).removeprefix("torch.")
         config = asked.settled(*place)
-        text_config = model.config.get_text_config(decoder=True)
-        self.vocab_size = int(text_config.vocab_size)
-        self.max_positions = int(getattr(text_config, "max_position_embeddings", None) or sys.maxsize)
+        self.vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+        self.max_positions, self._why_no_more = positions(model.config)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
         token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
@@ -333,7 +332,7 @@ class Engine:
         if request.max_len > self.max_positions:
             raise InputError(
                 f"{name} of {len(tokens)} tokens with max_new_tokens={params.max_new_tokens} needs {request.max_len} "
-                f"positions; {self.spec} has {self.max_positions}: shorten one of the two"
+                f"positions; {self.spec} has {self.max_positions}{self._why_no_more}: shorten one of the two"
             )
         if params.stop and self.tokenizer is None:
             raise InputError(f"stop={params.stop!r} needs text, but {self.spec} has no tokenizer: use stop_token_ids")

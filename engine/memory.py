@@ -29,8 +29,11 @@ def kv_memory(model: PreTrainedModel, config: EngineConfig, tokens: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory free on the device now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory free on the device now: on CUDA by the driver's account, and what torch keeps of what it has freed."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from engine.attention.device import DeviceStep
 from engine.attention.paged import Options
+from engine.pages import PagePool
 from engine.runner.graphs import DeviceRunner
 from engine.runner.packed import check_equal
 
@@ -85,8 +86,8 @@ def decode(bench: Any, batch: int, **options: Any) -> dict[str, Any]:
     """`bench.decode` of its main model, compiled, and what compiling it took: seconds, and graphs (1 is all of it)."""
     made: list[CompiledRunner] = []
 
-    def runner(*args: Any) -> CompiledRunner:
-        made.append(CompiledRunner(*args, **options))
+    def runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int, int8: bool) -> CompiledRunner:
+        made.append(CompiledRunner(model, pool, deterministic, rows, **options))
         return made[-1]
 
     torch._dynamo.reset()

@@ -97,4 +97,3 @@ _SHOWN = (
 )
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (*_GATED, *_SHOWN)}
 GATED: tuple[str, ...] = tuple(metric.name for metric in _GATED)
-EXACT: tuple[str, ...] = tuple(metric.name for metric in _GATED if metric.direction == "exact")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU then, if set before Triton is imported
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and so in all that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from engine.models import LoadedModel, load
+from engine.models import PRESETS, LoadedModel, load
 from tests.oracle import Oracle
 
 TINY = ("tiny-qwen2", "tiny-llama", "tiny-gemma3")
@@ -35,6 +39,24 @@ def tiny() -> Callable[..., Oracle]:
         if (name, dtype) not in known:
             known[name, dtype] = Oracle(load(f"random:{name}", dtype=dtype))
         return known[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def roped() -> Callable[[str], Oracle]:
+    """`roped(kind)` gives a tiny Llama whose RoPE changes beyond 32 of its 64 positions (longrope) or all (dynamic)."""
+
+    def get(kind: str) -> Oracle:
+        config = PRESETS["tiny-llama"].config()
+        config.max_position_embeddings = 64
+        config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+        if kind == "longrope":
+            factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+            config.rope_parameters |= {"original_max_position_embeddings": 32, **factors}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        return Oracle(LoadedModel(f"llama with {kind}", model, None, "made"))
 
     return get
 

@@ -279,6 +279,7 @@ def test_ctrl_c_shows_what_finished(elsewhere, wait_for):
         if runs == 0:
             break
     time.sleep(0.3)
+    err = "five interrupts changed nothing"
     try:
         for _ in range(5):  # Python drops an interrupt that falls into a finaliser, and then one presses again
             process.send_signal(signal.SIGINT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,10 +19,10 @@ from engine.runner.graphs import DeviceRunner, bucket
 from engine.runner.packed import PackedRunner
 from tests import reference
 from tests.oracle import Oracle
-from tests.test_packed import NAMES, WAYS, drive, exactly, packed as build, work_of
+from tests.test_packed import NAMES, WAYS, check_shuffled, drive, exactly, packed as build, work_of
 
 
-def on_reference(model, pool, deterministic, rows) -> DeviceRunner:
+def on_reference(model, pool, deterministic, rows, int8) -> DeviceRunner:
     return DeviceRunner(model, pool, deterministic, rows, reference)
 
 
@@ -39,11 +38,7 @@ def test_equals_generate_one_by_one(tiny, name, batch, chunk, page, caching, kv_
     oracle: Oracle = tiny(name, "float64")
     options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
     server = build(oracle, kv_tokens, policy="continuous", **options)
-    work = work_of(64 if batch == 64 else 16)
-    order = list(range(len(work)))
-    random.Random(batch * chunk).shuffle(order)
-    for output, (_, limit) in zip(drive(server, work, order, every=1 + batch // 4), work, strict=True):
-        oracle.check(output, limit)
+    check_shuffled(oracle, server, batch, chunk)
     if (batch, page, kv_tokens) == (64, 1, 200):
         assert server.metrics.counters.preemptions > 0
 
@@ -260,7 +255,7 @@ def test_the_kernels_serve_a_model(tiny):
     for name in ("tiny-llama", "tiny-gemma3"):
         oracle: Oracle = tiny(name)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.engine, "packed_runner", DeviceRunner)
+            patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args[:4]))
             server = build(oracle, max_batch_size=2, max_step_tokens=30, page_size=4)
         assert isinstance(server.runner.model.base_model.layers[0], FusedLayer), "its fused kernels are proven at load"
         work = work_of(3)
@@ -316,6 +311,13 @@ def test_what_fails_in_the_proof_makes_the_engine_fall_back_to_padded(tiny, monk
         server = Engine(oracle.loaded, EngineConfig(kv_memory=10**6))
     (prompt, limit), *_ = work_of(1)
     oracle.check(server.generate([prompt], exactly(limit), progress=False)[0], limit)
+
+
+def test_rope_that_reads_positions_on_the_host_makes_the_engine_fall_back_to_padded(roped):
+    oracle: Oracle = roped("dynamic")
+    with pytest.warns(UserWarning, match="has dynamic RoPE, which reads .*; using runner='padded'"):
+        server = Engine(oracle.loaded)
+    oracle.check(server.generate([[5, 6, 7]], exactly(6), progress=False)[0], 6)
 
 
 def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):

@@ -307,6 +307,20 @@ def test_bad_input_is_refused_before_any_work(tiny, call, message):
     assert engine.metrics.counters.steps == 0
 
 
+@both
+@pytest.mark.parametrize(("kind", "most"), [("longrope", 32), ("dynamic", 64)])
+def test_no_request_reaches_positions_where_rope_would_turn_its_neighbours(roped, config, kind, most):
+    oracle = roped(kind)
+    engine = Engine(oracle.loaded, EngineConfig(**config))
+    prompts = [prompt[: most - 12] for prompt in prompts_of(6, longest=60)]
+    assert max(map(len, prompts)) == most - 12
+    for output in engine.generate(prompts, exactly(12), progress=False):
+        oracle.check(output, 12)
+    reason = r" \(of its 64: beyond, its longrope RoPE .*\)" if kind == "longrope" else ""
+    with pytest.raises(InputError, match=rf"needs {most + 1} positions; llama with {kind} has {most}{reason}: shorten"):
+        engine.generate([[3] * most, [4]], exactly(1), progress=False)
+
+
 def test_ids_of_unfinished_requests_are_unique(tiny):
     engine = Engine(tiny().loaded)
     engine.add_request([1], request_id="mine")

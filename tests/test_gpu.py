@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +14,7 @@ from engine.runner.fused_layer import FusedLayer
 from engine.runner.graphs import DeviceRunner
 from tests.oracle import Oracle
 from tests.test_device_step import run_out_of_memory
-from tests.test_packed import NAMES, WAYS, drive, exactly, packed, work_of
+from tests.test_packed import NAMES, WAYS, check_shuffled, drive, exactly, packed, work_of
 
 pytestmark = pytest.mark.gpu
 
@@ -45,11 +44,7 @@ def test_equals_generate_one_by_one(on_gpu, name, batch, chunk, page, caching, k
     oracle = on_gpu(name)
     options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
     server = build(oracle, kv_tokens or 20_000, **options)
-    work = work_of(64 if batch == 64 else 16)
-    order = list(range(len(work)))
-    random.Random(batch * chunk).shuffle(order)
-    for output, (_, limit) in zip(drive(server, work, order, every=1 + batch // 4), work, strict=True):
-        oracle.check(output, limit)
+    check_shuffled(oracle, server, batch, chunk)
     if (batch, page, kv_tokens) == (64, 1, 200):
         assert server.metrics.counters.preemptions > 0
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from engine.attention.device import DeviceStep
 from engine.attention.paged import Options
 from engine.errors import InputError
-from engine.models import kv_shape
+from engine.models import kv_shape, positions, ropes
 from engine.pages import PagePool
 from engine.request import Request
 from engine.runner import Done, Runner, StepResult, Ticket
@@ -101,6 +101,8 @@ class DeviceRunner(Runner):
         self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False, rows: int = 32, kernels: Any = None
     ) -> None:
         refuse_unpackable(model)
+        if any("dynamic" in rope["rope_type"] for rope in ropes(model.config)):
+            raise InputError(f"{type(model).__name__} has dynamic RoPE, which reads every step's positions on the host")
         self.pool, self.deterministic, self.device = pool, deterministic, model.device
         self.model = packed_twin(model)
         self.copied_bytes = prepare(join(self.model, deterministic))
@@ -110,8 +112,7 @@ class DeviceRunner(Runner):
             [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)] for _ in range(2)
         )
         self.kernels = kernels or triton_kernels()
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self._columns = min(pool.pages, -(-(positions or pool.pages * pool.page_size) // pool.page_size))
+        self._columns = min(pool.pages, -(-positions(model.config)[0] // pool.page_size))
         self._tables_RN = torch.zeros(rows, self._columns, dtype=torch.int32, device=self.device)
         most = bucket(rows)
         self._inputs = torch.zeros(3 * most, dtype=torch.int32, device=self.device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from perf.metrics import EXACT, GATED, METRICS
+from perf.metrics import GATED, METRICS
+
+EXACT = {name for name, metric in METRICS.items() if metric.direction == "exact"}
 
 
 def test_what_the_design_promises_is_gated_with_its_tolerance():
@@ -21,13 +23,13 @@ def test_what_the_design_promises_is_gated_with_its_tolerance():
         "gpu_peak_bytes": ("lower", 0.01, 16 * 2**20),
     }
     assert {name: (METRICS[name].direction, METRICS[name].rel, METRICS[name].floor) for name in promised} == promised
-    assert {"forward_passes", "tokens_computed", "padded_tokens", "output_tokens", "kv_bytes_peak"} <= set(EXACT)
+    assert {"forward_passes", "tokens_computed", "padded_tokens", "output_tokens", "kv_bytes_peak"} <= EXACT
 
 
 def test_every_metric_is_named_once_and_judged_as_its_direction_says():
     assert all(name == metric.name for name, metric in METRICS.items())
     assert len({metric.label for metric in METRICS.values()}) == len(METRICS)
-    assert set(EXACT) < set(GATED) <= set(METRICS)
+    assert EXACT < set(GATED) <= set(METRICS)
     for metric in METRICS.values():
         assert metric.gated == (metric.name in GATED)
         assert (metric.rel > 0) == (metric.gated and metric.direction != "exact")
