@@ -27,7 +27,7 @@ def compiled(
 ) -> Function:
     """What `function` computes from tensors; itself where there is no C++ compiler.
 
-    The first time on a machine this takes some seconds.
+    The first time on a machine this takes about ten seconds, and says so.
 
     Args:
         function: an object whose class's source, `repr` and `key` tell it from all others; gives a tuple.
@@ -57,7 +57,7 @@ def _build(
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     fresh = package.with_suffix(".fresh.pt2")
-    LOG.info("compiling %s for this machine, once: some seconds", type(function).__name__)
+    LOG.warning("compiling %s for this machine, once: about ten seconds", type(function).__name__)
     shapes = tuple(dict.fromkeys(free, torch.export.Dim.AUTO) for free in dynamic)
     options = {
         "assert_indirect_indexing": False,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
 if not torch.cuda.is_available():
@@ -18,6 +19,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 from engine.models import PRESETS, LoadedModel, load
 from tests.oracle import Oracle
 
+settings.register_profile("fixed", derandomize=True, deadline=None)  # the same examples at every run
+settings.load_profile("fixed")
 TINY = ("tiny-qwen2", "tiny-llama", "tiny-gemma3")
 
 

@@ -89,8 +89,8 @@ def sparkline(values: list[float], title: str) -> Markup:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) that cover low to high."""
-    rough = (high - low) / count or abs(high) / count or 1.0
+    """Round values (1, 2 or 5 times a power of ten apart, and told apart by four digits) that cover low to high."""
+    rough = max((high - low) / count, abs(high) * 1e-4) or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -191,17 +191,17 @@ def _bars(chart: Chart) -> tuple[tuple[int, list[Markup], str], list[list[str]]]
     shapes: list[Markup] = []
     rows = [["", chart.y, "before", "note"]]
     for i, bar in enumerate(chart.bars):
-        top, name, value, scale = 42 * i, clean(bar.name), chart.form(bar.value), WIDTH / full
+        top, name, value = 42 * i, clean(bar.name), chart.form(bar.value)
         shown = " ".join(filter(None, (value, bar.note)))
         room = 52 - len(shown)  # characters of 13 units' type that fit beside the value
         label = name if len(name) <= room else f"{name[: room - 1]}…"
         shapes.append(tag("text", label, tag("title", name), x=0, y=top + 14))
         shapes.append(tag("text", shown, x=WIDTH, y=top + 14, class_="end"))
-        for width, css in ((WIDTH, "track"), (bar.value * scale, "s1")):
+        for width, css in ((WIDTH, "track"), (bar.value / full * WIDTH, "s1")):
             shapes.append(tag("rect", x=0, y=top + 22, width=f"{width:.1f}", height=10, rx=2, class_=css))
         if bar.before is not None:
             hint = tag("title", f"before: {chart.form(bar.before)}")
-            shapes.append(tag("path", hint, d=f"M{bar.before * scale:.1f} {top + 19}v16", class_="was"))
+            shapes.append(tag("path", hint, d=f"M{bar.before / full * WIDTH:.1f} {top + 19}v16", class_="was"))
         rows.append([name, value, chart.form(bar.before), bar.note])
     keep = [0, 1, *(i for i in (2, 3) if any(row[i] not in ("-", "") for row in rows[1:]))]
     says = f"{chart.y}. " + "; ".join(f"{bar.name}: {chart.form(bar.value)}" for bar in chart.bars) + "."

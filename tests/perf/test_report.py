@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
@@ -307,6 +307,8 @@ numbers = st.floats(1e-6, 1e12)
 
 
 @given(numbers, numbers)
+@example(1e-6, 1.0000000000000002e-6)
+@example(5.0, 5.0)
 def test_ticks_cover_what_they_are_for(a: float, b: float) -> None:
     low, high = sorted((a, b))
     for found in (ticks(low, high), ticks(0.0, high), log_ticks(low, high)):
@@ -330,6 +332,7 @@ def test_lines_stay_inside_their_picture(points: list[tuple[float, float]], log_
 @given(
     st.lists(st.tuples(st.text(max_size=90), st.floats(0, 1e9), st.none() | st.floats(0, 1e9)), min_size=1, max_size=9)
 )
+@example([("", 5e-324, None)])
 def test_bars_stay_inside_their_picture_and_keep_their_names(some: list[tuple[str, float, float | None]]) -> None:
     parsed = Page(draw(Chart("t", "s", "tokens/s", bars=tuple(Bar(*bar) for bar in some)), "k"))
     assert all(0 <= float(bar["width"] or -1) <= 400 for bar in parsed.all("rect"))
