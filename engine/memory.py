@@ -38,7 +38,9 @@ def free_bytes(device: torch.device) -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch had no memory for a tensor; on the CPU that is a RuntimeError that says so."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
 
 
 @torch.inference_mode()

@@ -176,10 +176,13 @@ class PackedStep:
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    # Fresh memory is zero, and taken when it is written; in huge pages, for attention reads all over it.
-    memory = mmap.mmap(-1, math.prod(shape) * like.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    # numpy's zeros, unlike torch's, take no memory before they are written; nor does fresh memory, of which Linux gives
+    # huge pages if told to: attention reads all over it.
+    count = math.prod(shape) * like.dtype.itemsize
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(shape)
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 

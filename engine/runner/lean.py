@@ -165,10 +165,10 @@ def _known(
     known: dict[str, Function], function: Function, rows: Sequence[torch.Tensor], constants: Sequence[torch.Tensor]
 ) -> Function:
     """A function of rows and constants, compiled once for all layers."""
-    name = f"{function} {inspect.getsource(normer)}"
-    if name not in known:
-        known[name] = compiled(function, [*rows, *constants], [(0,)] * len(rows) + [()] * len(constants), name)
-    return known[name]
+    if repr(function) not in known:
+        dynamic, key = [(0,)] * len(rows) + [()] * len(constants), inspect.getsource(normer)
+        known[repr(function)] = compiled(function, [*rows, *constants], dynamic, key)
+    return known[repr(function)]
 
 
 def is_lean(layer: Any, options: Options) -> bool:
