@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings, strategies as st
-from torch._inductor.exc import InvalidCxxCompiler
 
 from engine import InputError
-from engine.attention import attend
+from engine.attention.interface import attend
 from engine.attention.paged import VECTOR, Options, PackedStep, Piece, Store
-from engine.attention.rows import attend_rows, compiled_rows, rows_of
+from engine.attention.rows import attend_rows, compile_rows, rows_of
+from engine.compiled import Compiler
 
 KV_HEADS, DIM = 2, 2 * VECTOR
 
@@ -169,7 +169,7 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
 
 
 @pytest.mark.parametrize("pasts", [[30], [0, 5], [i * 37 % 190 for i in range(17)]], ids=len)
-def test_compiled_rows_give_and_write_what_torch_does(pasts):
+def test_compiled_rows_give_and_write_what_torch_does(pasts, compiler):
     """In SmolLM2's shape, from parts of one tensor, as a layer hands them over."""
     count, kv_heads, dim, size = len(pasts), 3, 64, 16
     generator = torch.Generator().manual_seed(count)
@@ -183,12 +183,12 @@ def test_compiled_rows_give_and_write_what_torch_does(pasts):
     q, k, v = torch.randn(count, 15, dim, generator=generator).split((9, 3, 3), 1)
     page_R = torch.tensor([pages[past // size] for pages, past in tables])
     where = (page_R, torch.tensor(pasts) % size, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
-    run = compiled_rows(9, stores[0].keys_LKDP, stores[0].values_LKBPE)
-    if run is attend_rows:
-        pytest.skip("no C++ compiler here")
+    run = compile_rows(compiler, 9, stores[0].keys_LKDP, stores[0].values_LKBPE)
+    compiler.finish()
+    assert run.built
     outs = [
         attend(q, k, v, store.keys_LKDP, store.values_LKBPE, *where)
-        for attend, store in zip((attend_rows, run), stores, strict=True)
+        for attend, store in zip((attend_rows, lambda *tensors: run(*tensors)[0]), stores, strict=True)
     ]
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
     assert torch.equal(stores[0].keys_LKDP, stores[1].keys_LKDP)
@@ -197,14 +197,14 @@ def test_compiled_rows_give_and_write_what_torch_does(pasts):
 
 def test_without_a_compiler_torch_does_it_and_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
-
-    def refuse(*args, **kwargs):
-        raise InvalidCxxCompiler
-
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
     store = Store.zeros((4, 3, 16, 64), torch.zeros(()))
-    assert compiled_rows(9, store.keys_LKDP, store.values_LKBPE) is attend_rows
-    assert "no working C++ compiler" in caplog.text
+    compiler = Compiler()
+    run = compile_rows(compiler, 9, store.keys_LKDP, store.values_LKBPE)
+    compiler.finish()
+    assert not run.built
+    assert "not compiled (torch._inductor.exc.InvalidCxxCompiler: No working C++ compiler" in caplog.text
 
 
 def call(**options):

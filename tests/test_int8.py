@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
-from engine.compiled import compiled
 from engine.pages import PagePool
 from engine.runner import int8, packed
 from engine.runner.int8 import Int8, Quantize, Watched, weight_limit
@@ -80,11 +79,11 @@ def test_every_level_rounds_to_nearest():
     assert float(((q.int() - 128) * scale - x).abs().max()) <= 0.5 / 127 + 1e-6
 
 
-def test_rows_become_the_same_bytes_compiled():
+def test_rows_become_the_same_bytes_compiled(compiler):
     function = Quantize()
-    run = compiled(function, [torch.zeros(32, 64), torch.ones(64)], [(0, 1), (0,)], int8.LEVELS, int8.ROUNDER)
-    if run is function:
-        pytest.skip("no C++ compiler here")
+    run = compiler.add(function, *int8.QUANTIZED)
+    compiler.finish()
+    assert run.built
     for rows, inputs in ((1, 64), (7, 24), (32, 577), (300, 1536)):
         x, ease = torch.randn(rows, inputs) * torch.logspace(-20, 20, rows)[:, None], torch.rand(inputs)
         (q, scale), (expected, expected_scale) = run(x, ease), function(x, ease)

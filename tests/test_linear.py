@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.compiled import compiled
+from engine.attention.paged import Store
+from engine.attention.rows import attend_rows, example, rows_of
 from engine.models import LoadedModel, load
 from engine.pages import PagePool
 from engine.runner import ways
-from engine.runner.lean import Gate, LeanLayer, Rotate
+from engine.runner.formulas import Gate, Layer, Rotate, Turn
+from engine.runner.lean import LeanLayer
 from engine.runner.linear import TILE, Product, prepare
 from engine.runner.packed import PackedRunner
 from tests.oracle import Oracle
@@ -103,46 +105,90 @@ def test_layers_with_other_parts_are_left_alone():
     assert not any(isinstance(module, LeanLayer) for module in packed.modules())
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("head_eps", [None, 1e-6])
-def test_what_lies_between_the_products_is_the_same_compiled(head_eps, biased):
-    heads, kv_heads, dim, width, rows = 4, 2, 8, 24, 32
-    qkv = (heads + 2 * kv_heads) * dim
-    constants = [torch.randn(qkv)] * biased + [torch.randn(heads + kv_heads, dim)] * (head_eps is not None)
-    pairs = [
-        (
-            Rotate(heads, kv_heads, dim, 1e-5, head_eps, biased),
-            lambda t: [torch.randn(t, width), torch.randn(t, qkv), *torch.randn(2, t, 1, dim // 2)],
-            constants,
-        ),
-        (
-            Gate(torch.nn.SiLU(), 1e-5, biased),
-            lambda t: [torch.randn(t, width), torch.randn(t, 60)],
-            [torch.randn(60)] * biased,
-        ),
-    ]
-    for function, tensors, fixed in pairs:
-        run = compiled(function, [*tensors(rows), *fixed], [(0,)] * len(tensors(rows)) + [()] * len(fixed))
-        if run is function:
-            pytest.skip("no C++ compiler here")
-        for t in (1, 2, 7, rows, 300):
-            given = [*tensors(t), *fixed]
-            for found, expected in zip(run(*given), function(*given), strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-                assert found.is_contiguous(), "attention views it"
+@pytest.mark.parametrize(("head_eps", "biased"), [(None, False), (1e-6, True)])
+@pytest.mark.parametrize("rows", [[], [40], [3, 0, 70, 17, 16]], ids=len)
+def test_layers_are_the_same_compiled(rows, head_eps, biased, compiler):
+    """Turn and Layer, in a shape of their own, give and write what torch does: for no rows too, and beside chunks."""
+    generator = torch.Generator().manual_seed(len(rows))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    heads, kv_heads, dim, width, inner, size = 6, 2, 32, 48, 40, 16
+    shapes = [((heads + 2 * kv_heads) * dim, width), (width, heads * dim), (2 * inner, width), (width, inner)]
+    weights = [random(*shape) / 8 for shape in shapes]
+    packed = [ways.Packed(weight).copy for weight in weights]
+    rotate, gate = Rotate(heads, kv_heads, dim, 1e-5, head_eps, biased), Gate(torch.nn.SiLU(), 1e-5, biased)
+    turning = [random(shapes[0][0])] * biased + [random(heads + kv_heads, dim)] * (head_eps is not None)
+    gating = [random(2 * inner)] * biased
+    stores = [Store.zeros((40, kv_heads, size, dim), torch.zeros(())) for _ in range(2)]
+    for half in ("keys_LKDP", "values_LKBPE"):
+        getattr(stores[0], half).normal_(generator=generator)
+        getattr(stores[1], half).copy_(getattr(stores[0], half))
+
+    count = 32
+    angle = torch.zeros(count, 1, dim // 2)
+    pages, sizes = example(count, stores[0].keys_LKDP, stores[0].values_LKBPE)
+    given = [torch.zeros(count, width), torch.zeros(count, shapes[0][0]), angle, angle, torch.arange(count)]
+    turn = compiler.add(Turn(rotate), [*given, *pages, *turning], [(0,)] * 5 + sizes + [()] * len(turning))
+    given = [torch.zeros(count, width), angle, angle, *map(torch.zeros, shapes), *pages, *turning, *gating]
+    dynamic = [(0,)] * 3 + [()] * 4 + sizes + [()] * len([*turning, *gating])
+    layer = compiler.add(Layer(rotate, gate), given, dynamic)
+    compiler.finish()
+    assert turn.built
+    assert layer.built
+
+    tables = [(list(range(8 * row, 8 * row + 8)), past) for row, past in enumerate(rows)]
+    read = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
+    page_R = torch.tensor([pages[past // size] for pages, past in tables], dtype=torch.long)
+    offset_R = torch.tensor([past % size for past in rows], dtype=torch.long)
+    where = [page_R, offset_R, read.page_N, read.owner_N, read.bias_NP, read.place_RX]
+    x, (cos, sin) = random(len(rows) + 7, width), random(2, len(rows) + 7, 1, dim // 2)
+    tokens_R = torch.arange(len(rows)) + 4
+    ours, torchs = ([store.keys_LKDP, store.values_LKBPE, *where] for store in stores)
+    product = x @ weights[0].T
+    qkv = rotate(x, product, cos, sin, *turning)
+    attended = attend_rows(*(part[tokens_R] for part in qkv), *torchs) if rows else qkv[0][:0]
+    found = turn(x, product, cos, sin, tokens_R, *ours, *turning)
+    for one, other in zip(found, (*qkv, attended), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    if rows:
+        x, cos, sin = x[tokens_R], cos[tokens_R], sin[tokens_R]
+        mixed = attend_rows(*rotate(x, x @ weights[0].T, cos, sin, *turning), *torchs).flatten(1)
+        middle = x + mixed @ weights[1].T
+        expected = middle + gate(middle, middle @ weights[2].T, *gating)[0] @ weights[3].T
+        found = layer(x, cos, sin, *packed, *ours, *turning, *gating)
+        torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(stores[0].keys_LKDP, stores[1].keys_LKDP)
+    torch.testing.assert_close(stores[0].values_LKBPE, stores[1].values_LKBPE)
 
 
-def test_compiling_takes_one_tensor_given_twice_for_two(tmp_path, monkeypatch):
+def test_compiling_takes_one_tensor_given_twice_for_two(tmp_path, monkeypatch, compiler):
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
-    example = torch.randn(5, 8)
-    function = Subtract()
-    run = compiled(function, [example, example], [(0,), (0,)])
-    if run is function:
-        pytest.skip("no C++ compiler here")
+    like = torch.randn(5, 8)
+    run = compiler.add(Subtract(), [like, like], [(0,), (0,)])
+    compiler.finish()
+    assert run.built
     a, b = torch.randn(2, 9, 8)
     torch.testing.assert_close(run(a, b)[0], a - b)
     torch.testing.assert_close(run(a.t().contiguous().t(), b)[0], a - b)
     assert len(list(tmp_path.glob("subtract-*.pt2"))) == 1
+
+
+def test_a_free_size_stays_free(tmp_path, monkeypatch, compiler, caplog):
+    """A program for one size would read another beyond its end."""
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
+    run = compiler.add(Fixed(), [torch.ones(5, 8)], [(0,)])
+    compiler.finish()
+    assert not run.built
+    assert "gives a free size a meaning" in caplog.text
+    assert torch.equal(run(torch.ones(3, 8))[0], torch.full((3, 8), 3.0)), "torch runs it"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    def __call__(self, a: torch.Tensor) -> tuple[torch.Tensor]:
+        return (a * len(a),)
 
 
 @dataclass(frozen=True)

@@ -127,13 +127,28 @@ class PackedStep:
 
         The queries come scaled already: `options.scale` is not applied.
         """
-        store = self.stores[layer]
         if not self.chunks:
-            return self._attend_rows(store, q_THD, k_TKD, v_TKD, options)
-        out_THD = torch.empty_like(q_THD)
+            return self._attend_rows(layer, q_THD, k_TKD, v_TKD, options)
+        out_RHD = q_THD[:0]
         if self._tables:
             q_RHD, k_RKD, v_RKD = (x_TD[self.tokens_R] for x_TD in (q_THD, k_TKD, v_TKD))
-            out_THD[self.tokens_R] = self._attend_rows(store, q_RHD, k_RKD, v_RKD, options)
+            out_RHD = self._attend_rows(layer, q_RHD, k_RKD, v_RKD, options)
+        return self.attend_chunks(layer, q_THD, k_TKD, v_TKD, options, out_RHD)
+
+    def attend_chunks(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        options: Options,
+        out_RHD: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `attend`, for what is no row; puts the rows' results, [R, H, D], among the others."""
+        if not self.chunks:
+            return out_RHD
+        store, out_THD = self.stores[layer], torch.empty_like(q_THD)
+        out_THD[self.tokens_R] = out_RHD
         for piece, pages in zip(self.chunks, self._contexts, strict=True):
             span, length = slice(piece.begin, piece.end), piece.computed + piece.end - piece.begin
             store.write(self.pages_T[span], self.offsets_T[span], k_TKD[span], v_TKD[span])
@@ -151,25 +166,27 @@ class PackedStep:
             self._rotation = cos_1TD, cos, sin
         return self._rotation[1:]
 
+    def pages(self, layer: int, window: int | None) -> tuple[torch.Tensor, ...]:
+        """What `attend_rows` takes of a layer after the rows' own queries, keys and values."""
+        if window not in self._rows:
+            self._rows[window] = rows_of(self._tables, self.page_size, window, self._wide, self.device)
+        store, rows = self.stores[layer], self._rows[window]
+        where = (self.page_R, self.offset_R, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
+        return store.keys_LKDP, store.values_LKBPE, *where
+
     def _context(self, piece: Piece) -> torch.Tensor:
         """The ids of the pages that hold a piece's request up to its last token."""
         length = piece.computed + piece.end - piece.begin
         return torch.tensor(piece.pages[: -(-length // self.page_size)], device=self.device)
 
     def _attend_rows(
-        self, store: Store, q_RHD: torch.Tensor, k_RKD: torch.Tensor, v_RKD: torch.Tensor, options: Options
+        self, layer: int, q_RHD: torch.Tensor, k_RKD: torch.Tensor, v_RKD: torch.Tensor, options: Options
     ) -> torch.Tensor:
-        window = options.window
-        if window not in self._rows:
-            self._rows[window] = rows_of(self._tables, self.page_size, window, self._wide, self.device)
-        rows = self._rows[window]
-        where = (self.page_R, self.offset_R, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
-        tensors = (q_RHD, k_RKD, v_RKD, store.keys_LKDP, store.values_LKBPE, *where)
-        if self.one_by_one:  # rows of one request: each sees those before it
-            store.write(self.page_R, self.offset_R, k_RKD, v_RKD)
-            return attend_rows(*tensors, options.softcap, options.sink_H, add_up=in_order)
+        tensors = (q_RHD, k_RKD, v_RKD, *self.pages(layer, options.window))
+        if self.one_by_one:
+            return attend_rows(*tensors, softcap=options.softcap, sink_H=options.sink_H, add_up=in_order)
         if options.softcap is not None or options.sink_H is not None:
-            return attend_rows(*tensors, options.softcap, options.sink_H)
+            return attend_rows(*tensors, softcap=options.softcap, sink_H=options.sink_H)
         return self._attend(*tensors)
 
 

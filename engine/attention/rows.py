@@ -9,14 +9,14 @@ time: keys dimension by dimension, and of values a block of every position befor
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from engine.compiled import compiled
+from engine.compiled import Compiled, Compiler, like
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,17 @@ def rows_of(
 
     `tables` has a row's pages and its own position. A row without a past reads one page, of which nothing counts.
     """
-    past_R = np.array([position for _, position in tables])
+    past_R = np.array([position for _, position in tables], dtype=np.int64)
     first_R = np.maximum(0, past_R + 1 - window) // size if window else np.zeros_like(past_R)
     pages_R = np.maximum(1, -(-past_R // size) - first_R)
     owner_N = np.repeat(np.arange(len(tables)), pages_R)
     column_N = np.arange(len(owner_N)) - np.repeat(np.cumsum(pages_R) - pages_R, pages_R)
     spans = zip(tables, first_R, first_R + pages_R, strict=True)
-    page_N = np.concatenate([np.asarray(pages[a:b]) for (pages, _), a, b in spans])
+    page_N = np.concatenate([np.empty(0, np.int64), *(np.asarray(pages[a:b]) for (pages, _), a, b in spans)])
     at_NP = ((first_R[owner_N] + column_N) * size)[:, None] + np.arange(size)
     past_N1 = past_R[owner_N][:, None]
     hidden_NP = (at_NP >= past_N1) | (at_NP <= (past_N1 - window if window else -1))
-    place_RX = np.full((len(tables), int(pages_R.max())), -1, dtype=np.int64)
+    place_RX = np.full((len(tables), int(pages_R.max(initial=1))), -1, dtype=np.int64)
     place_RX[owner_N, column_N] = np.arange(len(owner_N))
     bias_NP = torch.zeros(hidden_NP.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden_NP), -torch.inf)
     page, owner, place = (torch.from_numpy(array).to(device) for array in (page_N, owner_N, place_RX))
@@ -65,6 +65,7 @@ def attend_rows(
     owner_N: torch.Tensor,
     bias_NP: torch.Tensor,
     place_RX: torch.Tensor,
+    *,
     softcap: float | None = None,
     sink_H: torch.Tensor | None = None,
     multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul,
@@ -83,6 +84,9 @@ def attend_rows(
     """
     kv_heads, wide = keys_LKDP.shape[1], bias_NP.dtype
     q_RKGD = q_RHD.unflatten(1, (kv_heads, -1))
+    v_RKBE = v_RKD.unflatten(2, (values_LKBPE.shape[2], -1))
+    keys_LKDP[page_R, :, :, offset_R] = k_RKD  # first: rows of one request see those before them
+    values_LKBPE[page_R, :, :, offset_R] = v_RKBE
 
     def capped(scores: torch.Tensor) -> torch.Tensor:
         return scores.to(wide) if softcap is None else torch.tanh(scores.to(wide) / softcap) * softcap
@@ -103,13 +107,9 @@ def attend_rows(
     total_RKG = own_RKG + add_up(share_RXKG * total_NKG[place_RX])
     if sink_H is not None:
         total_RKG = total_RKG + (sink_KG - peak_RKG).exp()
-    v_RKBE = v_RKD.unflatten(2, (values_LKBPE.shape[2], -1))
     mixed_RKBGE = own_RKG[:, :, None, :, None] * v_RKBE[:, :, :, None]
     mixed_RKBGE = mixed_RKBGE + add_up(share_RXKG[:, :, :, None, :, None] * mixed_NKBGE[place_RX])
     out_RKGBE = (mixed_RKBGE / total_RKG[:, :, None, :, None]).to(q_RHD.dtype).transpose(2, 3)
-    # Written last: by then the lines that the keys are strewn over have been read.
-    keys_LKDP[page_R, :, :, offset_R] = k_RKD
-    values_LKBPE[page_R, :, :, offset_R] = v_RKBE
     return out_RKGBE.flatten(3).flatten(1, 2)
 
 
@@ -128,18 +128,22 @@ class AttendRows:
     """`attend_rows` without options, as the compiler wants it."""
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
-        return (attend_rows(*tensors, multiply=multiply_seen),)  # type: ignore[arg-type, misc]
+        return (attend_rows(*tensors, multiply=multiply_seen),)
 
 
-def compiled_rows(heads: int, keys_LKDP: torch.Tensor, values_LKBPE: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """`attend_rows` for a store like this one and tensors only, compiled for this machine if it has a compiler."""
-    rows, pages, longest = 32, 250, 9  # what is worth dividing among threads is judged by these
-    _, kv_heads, head_dim, size = keys_LKDP.shape
-    q_RHD, k_RKD, v_RKD = (torch.zeros(rows, count, head_dim) for count in (heads, kv_heads, kv_heads))
-    ids = [torch.zeros(count, dtype=torch.long) for count in (rows, rows, pages, pages)]
-    bias_NP, place_RX = torch.zeros(pages, size), torch.zeros(rows, longest, dtype=torch.long)
-    example = (q_RHD, k_RKD, v_RKD, keys_LKDP, values_LKBPE, *ids, bias_NP, place_RX)
-    sources = [inspect.getsource(part) for part in (attend_rows, multiply_seen)]
-    function = AttendRows()
-    fast = compiled(function, example, [(0,)] * 10 + [(0, 1)], sources)
-    return attend_rows if fast is function else lambda *tensors: fast(*tensors)[0]
+def example(rows: int, keys_LKDP: torch.Tensor, values_LKBPE: torch.Tensor) -> tuple[list[torch.Tensor], list[Any]]:
+    """What `attend_rows` takes after the rows' own tensors, to compile it for a store like this one; and which sizes of
+    each may differ. What is worth dividing among threads is judged by the example's sizes."""
+    pages, longest, size = 8 * rows, 9, keys_LKDP.shape[3]
+    ids = [like(count, dtype=torch.long) for count in (rows, rows, pages, pages)]
+    tensors = [keys_LKDP, values_LKBPE, *ids, like(pages, size), like(rows, longest, dtype=torch.long)]
+    return tensors, [(0,)] * 7 + [(0, 1)]
+
+
+def compile_rows(compiler: Compiler, heads: int, keys_LKDP: torch.Tensor, values_LKBPE: torch.Tensor) -> Compiled:
+    """AttendRows for a store like this one, to be compiled."""
+    rows = 32
+    _, kv_heads, head_dim, _ = keys_LKDP.shape
+    own = [like(rows, count, head_dim) for count in (heads, kv_heads, kv_heads)]
+    tensors, dynamic = example(rows, keys_LKDP, values_LKBPE)
+    return compiler.add(AttendRows(), [*own, *tensors], [(0,)] * 3 + dynamic)

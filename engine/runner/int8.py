@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.compiled import Function, compiled
+from engine.compiled import Function
 from engine.errors import InputError
 from engine.runner.linear import Product
 from engine.runner.ways import ROWS, plain
@@ -40,6 +40,9 @@ class Quantize:
         scale_T1 = x_TM.abs().amax(-1, keepdim=True) / LEVELS
         # Adding puts the integer into the lowest bits, of which a byte is kept: fewer passes than rounding.
         return (x_TM / scale_T1 + ROUNDER).view(torch.int32).to(torch.uint8), scale_T1
+
+
+QUANTIZED = ([torch.zeros(32, 64), torch.ones(64)], [(0, 1), (0,)])  # what to compile it for: rows of any width
 
 
 class Int8:
@@ -134,15 +137,12 @@ def watch(products: Sequence[Product]) -> dict[Product, Watched]:
     return watched
 
 
-def quantize(watched: dict[Product, Watched], compile: bool) -> int:
+def quantize(watched: dict[Product, Watched], rows: Function) -> int:
     """Put int8 in place of the float32 weights of products that have run; gives the bytes that they take.
 
-    `compile`: how rows become bytes; the first time on a machine that takes some seconds.
+    `rows`: Quantize, or its like compiled.
     """
-    rows: Function = Quantize()
     bytes_held = 0
-    if compile:
-        rows = compiled(rows, [torch.zeros(32, 64), torch.ones(64)], [(0, 1), (0,)], LEVELS, ROUNDER)
     while watched:  # one after the other, so that no more than one is held twice
         product, old = watched.popitem()
         new = Int8(old.weight_NM, old.peak_M, rows)

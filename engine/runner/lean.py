@@ -8,76 +8,24 @@ scales and the softmax scale. Whether a model's layers really compute this is fo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
-from engine.attention.paged import Options, PackedStep
-from engine.compiled import Function, compiled
+from engine.attention import rows
+from engine.attention.paged import Options, PackedStep, Store
+from engine.compiled import Compiled, Compiler, like
+from engine.runner.formulas import Gate, Layer, Rotate, Turn
 from engine.runner.linear import Product, product_of
+from engine.runner.ways import Packed
 
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-
-
-@dataclass(frozen=True)
-class Rotate:
-    """From the product of rows that were not normed to the queries, keys and values of attention.
-
-    A norm divides a row by one number, and so does it to the row's products: that can wait until they are read anyway.
-    `head_eps` is the epsilon of the norms of queries and keys, None without.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    head_eps: float | None
-    biased: bool
-
-    def __call__(
-        self, x_TM: torch.Tensor, product_TN: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor,
-        *constants: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        """[T, H, D] and twice [T, K, D]; the constants are the bias [N] and the weights of the heads' norms [H + K, D],
-        as far as there are any."""
-        heads_THD = product_TN * normer(x_TM, self.eps)
-        if self.biased:
-            heads_THD = heads_THD + constants[0]
-        heads_THD = heads_THD.unflatten(1, (-1, self.head_dim))
-        qk_THD, v_TKD = heads_THD.split((self.heads + self.kv_heads, self.kv_heads), 1)
-        if self.head_eps is not None:
-            qk_THD = qk_THD * normer(qk_THD, self.head_eps) * constants[-1]
-        a_THE, b_THE = qk_THD.chunk(2, -1)  # dimension i and i + D/2 are a point of a plane, turned by an angle
-        qk_THD = torch.cat([a_THE * cos_T1E - b_THE * sin_T1E, b_THE * cos_T1E + a_THE * sin_T1E], -1)
-        return qk_THD[:, : self.heads].clone(), qk_THD[:, self.heads :].clone(), v_TKD.clone()
-
-
-@dataclass(frozen=True)
-class Gate:
-    """From the product of rows that were not normed, gates beside values, to what goes into the last product."""
-
-    activation: nn.Module
-    eps: float
-    biased: bool
-
-    def __call__(self, x_TM: torch.Tensor, product_TN: torch.Tensor, *bias_N: torch.Tensor) -> tuple[torch.Tensor]:
-        """[T, N / 2]."""
-        both_TN = product_TN * normer(x_TM, self.eps)
-        if self.biased:
-            both_TN = both_TN + bias_N[0]
-        gate_TF, up_TF = both_TN.chunk(2, -1)
-        return (self.activation(gate_TF) * up_TF,)
-
-
-def normer(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """What an RMS norm multiplies the last dimension by, 1 / sqrt(mean(x^2) + eps)."""
-    return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
 class LeanLayer(nn.Module):
@@ -112,16 +60,33 @@ class LeanLayer(nn.Module):
         self.gate_up = Product([torch.cat([gate.weight.data, up.weight.data]) * second_M], [], tiled)
         self.mlp_bias = [torch.cat([gate.bias.data, up.bias.data])] if gate.bias is not None else []
         self.out, self.down = (product_of([layer], tiled) for layer in (attention.o_proj, mlp.down_proj))
-        self.rotate: Function = Rotate(heads, kv_heads, attention.head_dim, eps, head_eps, q.bias is not None)
-        self.gated: Function = Gate(mlp.act_fn, mlp_eps, gate.bias is not None)
+        rotate = Rotate(heads, kv_heads, attention.head_dim, eps, head_eps, q.bias is not None)
+        # Transformers' own SiLU is torch's; torch's is there without importing Transformers.
+        activation = nn.SiLU() if isinstance(mlp.act_fn, SiLUActivation) else mlp.act_fn
+        self.rotate, self.gate = rotate, Gate(activation, mlp_eps, gate.bias is not None)
+        self.turn: Compiled | None = None
+        self.whole: Compiled | None = None
+        self.packed: list[torch.Tensor] = []
+        self.least = 1
 
-    def compile_for(self, known: dict[str, Function]) -> None:
-        """Compile what lies between the products, unless it is known from a layer before."""
-        rows = 32
-        x_TM, angle_T1E = torch.zeros(rows, self.width), torch.zeros(rows, 1, self.head_dim // 2)
-        qkv_TN, both_TN = (torch.zeros(rows, *product.sizes) for product in (self.qkv, self.gate_up))
-        self.rotate = _known(known, self.rotate, (x_TM, qkv_TN, angle_T1E, angle_T1E), self.constants)
-        self.gated = _known(known, self.gated, (x_TM, both_TN), self.mlp_bias)
+    def compile_with(self, compiler: Compiler, store: Store) -> None:
+        """Have attention compiled for stores like this one, and the whole layer if its products are all packed."""
+        count, fixed, free = 32, (), (0,)
+        x_TM, angle_T1E = like(count, self.width), like(count, 1, self.head_dim // 2)
+        product_TN, tokens_R = like(count, sum(self.qkv.sizes)), like(count // 2, dtype=torch.long)
+        pages, sizes = rows.example(count // 2, store.keys_LKDP, store.values_LKBPE)
+        source = inspect.getsource(rows)
+        tensors = [x_TM, product_TN, angle_T1E, angle_T1E, tokens_R, *pages, *self.constants]
+        self.turn = compiler.add(Turn(self.rotate), tensors, [free] * 5 + sizes + [fixed] * len(self.constants), source)
+        self.packed = [product.packed for product in self.products if product.packed is not None]
+        if len(self.packed) < len(self.products) or self.out.bias is not None or self.down.bias is not None:
+            return
+        self.least = 1 if isinstance(self.gate_up.ways[0][1], Packed) else 2  # for one row there may be a faster way
+        pages, sizes = rows.example(count, store.keys_LKDP, store.values_LKBPE)
+        weights, constants = [like(*weight.shape) for weight in self.packed], [*self.constants, *self.mlp_bias]
+        dynamic = [free] * 3 + [fixed] * 4 + sizes + [fixed] * len(constants)
+        tensors = [x_TM, angle_T1E, angle_T1E, *weights, *pages, *constants]
+        self.whole = compiler.add(Layer(self.rotate, self.gate), tensors, dynamic, source)
 
     @property
     def products(self) -> list[Product]:
@@ -137,38 +102,31 @@ class LeanLayer(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """[1, T, M] -> [1, T, M]."""
-        x_TM = hidden_states[0]
-        q_THD, k_TKD, v_TKD = self.rotate(x_TM, self.qkv(x_TM), *packed.rotation(*position_embeddings), *self.constants)
-        mixed_THD = packed.attend(self.index, q_THD, k_TKD, v_TKD, self.options)
+        x_TM, rotation = hidden_states[0], packed.rotation(*position_embeddings)
+        if self.whole is not None and self.whole.built and len(x_TM) >= self.least and not packed.chunks:
+            pages = packed.pages(self.index, self.options.window)
+            return self.whole(x_TM, *rotation, *self.packed, *pages, *self.constants, *self.mlp_bias)[0][None]
+        product_TN = self.qkv(x_TM)
+        if self.turn is not None and self.turn.built:
+            tensors = packed.tokens_R, *packed.pages(self.index, self.options.window), *self.constants
+            q_THD, k_TKD, v_TKD, out_RHD = self.turn(x_TM, product_TN, *rotation, *tensors)
+            mixed_THD = packed.attend_chunks(self.index, q_THD, k_TKD, v_TKD, self.options, out_RHD)
+        else:
+            q_THD, k_TKD, v_TKD = self.rotate(x_TM, product_TN, *rotation, *self.constants)
+            mixed_THD = packed.attend(self.index, q_THD, k_TKD, v_TKD, self.options)
         x_TM = self.out(mixed_THD.flatten(1), x_TM)
-        (inner_TF,) = self.gated(x_TM, self.gate_up(x_TM), *self.mlp_bias)
+        (inner_TF,) = self.gate(x_TM, self.gate_up(x_TM), *self.mlp_bias)
         return self.down(inner_TF, x_TM)[None]
 
 
-def lean(model: PreTrainedModel, options: dict[int, Options], tiled: bool, compile: bool) -> list[Product]:
-    """Put lean layers into `model` where all of its layers can be; gives their products, or none.
-
-    `compile`: also what lies between the products; the first time on a machine that takes some seconds.
-    """
+def lean(model: PreTrainedModel, options: dict[int, Options], tiled: bool) -> list[LeanLayer]:
+    """Put lean layers into `model` where all of its layers can be; gives them, or none."""
     layers: Any = getattr(model.base_model, "layers", ())
     if not all(index in options and is_lean(layer, options[index]) for index, layer in enumerate(layers)):
         return []
-    known: dict[str, Function] = {}
     for index, layer in enumerate(layers):
         layers[index] = LeanLayer(layer, index, options[index], tiled)
-        if compile:
-            layers[index].compile_for(known)
-    return [product for index in range(len(layers)) for product in layers[index].products]
-
-
-def _known(
-    known: dict[str, Function], function: Function, rows: Sequence[torch.Tensor], constants: Sequence[torch.Tensor]
-) -> Function:
-    """A function of rows and constants, compiled once for all layers."""
-    if repr(function) not in known:
-        dynamic, key = [(0,)] * len(rows) + [()] * len(constants), inspect.getsource(normer)
-        known[repr(function)] = compiled(function, [*rows, *constants], dynamic, key)
-    return known[repr(function)]
+    return list(layers)
 
 
 def is_lean(layer: Any, options: Options) -> bool:

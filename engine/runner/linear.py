@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.runner.ways import WAYS, Way, choose
+from engine.runner.ways import WAYS, Packed, Way, choose
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 TILE = 16  # rows of every product when results may not depend on how many rows there are
@@ -47,6 +47,12 @@ class Product:
             return out_TN if add_TN is None else out_TN.add_(add_TN)
         way = next((way for most, way in self.ways if rows <= most), self.ways[-1][1])
         return way(x_TM, self.bias, add_TN)
+
+    @property
+    def packed(self) -> torch.Tensor | None:
+        """The packed weight, if most rows go that way."""
+        way = self.ways[-1][1]
+        return way.copy if isinstance(way, Packed) else None
 
     def joined(self) -> torch.Tensor:
         """The weights one below the other, [N, M]; Parameters among several become views of it."""

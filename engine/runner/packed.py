@@ -9,26 +9,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from transformers import PreTrainedModel
 
-from engine.attention import NAME
+from engine.attention.interface import NAME
 from engine.attention.paged import Options, PackedStep, Piece, Store
-from engine.attention.rows import attend_rows, compiled_rows
+from engine.attention.rows import attend_rows, compile_rows
+from engine.compiled import Compiler, Function, like
 from engine.errors import InputError
 from engine.models import kv_shape
 from engine.pages import PagePool
 from engine.request import Request
 from engine.runner import Runner, StepResult, refuse_unknown_cache
-from engine.runner.int8 import quantize, watch
-from engine.runner.lean import lean
+from engine.runner.int8 import QUANTIZED, Quantize, quantize, watch
+from engine.runner.lean import LeanLayer, lean
 from engine.runner.linear import join, prepare, twin
 from engine.sampler import Choice, sample
 from engine.scheduler import Step
 
 LOG = logging.getLogger(__name__)
 CHUNK = 256  # tokens of a text at a time
+CUTS = ((0, 15, 22, 23, 24), (0, 15, 16, 23, 24))  # where the proof at load cuts its requests
 FULL_HEAD = 64  # dimensions of a head from which compiling its attention is worth the wait
 # How far logits of the packed model may lie from the model's own, relative to the largest: rounding, no more. In int8,
 # where each product has been compared with its integers besides, at most tokens: rounding may turn one of them over.
@@ -53,8 +56,7 @@ class PackedRunner(Runner):
         refuse_unpackable(model)
         self.pool = pool
         self.deterministic, self.int8 = deterministic, int8
-        self._compile = not deterministic and compilable(model)
-        self._rows = _rows(model, pool.page_size) if self._compile else attend_rows
+        self._rows: Callable[..., torch.Tensor] = attend_rows
         self.model = self._build(model)
         self.stores = _stores(self.model, pool.pages, pool.page_size)
         self._page_bytes = sum(store.page_bytes for store in self.stores)
@@ -66,22 +68,40 @@ class PackedRunner(Runner):
         options = self._prove_equal(packed_twin(model), tokens, expected_TV)
         for known in (options, {}):
             packed = packed_twin(model)
-            products = lean(packed, known, self.deterministic, self._compile)
-            is_lean = bool(products)
+            layers = lean(packed, known, self.deterministic)
+            products = [product for layer in layers for product in layer.products]
             products += join(packed, self.deterministic)
             watched = watch(products) if self.int8 else {}
             self.copied_bytes = 0 if self.int8 else prepare(products)
+            rounding = self._compile(model, layers)
             try:
                 self._prove_equal(packed, tokens, expected_TV)
                 break
             except InputError as error:
-                if not is_lean:
+                if not layers:
                     raise
                 LOG.warning("%s: its layers look like Llama's but are not; they run as they are", error)
         if self.int8:
-            self.copied_bytes = quantize(watched, self._compile)
+            self.copied_bytes = quantize(watched, rounding)
             self._prove_equal(packed, tokens, expected_TV, torch.int8)
         return packed
+
+    def _compile(self, model: PreTrainedModel, layers: list[LeanLayer]) -> Function:
+        """Compile what this runner does beside products, if that is worth it; gives what turns rows into bytes."""
+        compiler, rounding = Compiler(), Quantize()
+        if self.deterministic or not compilable(model):
+            return rounding
+        _, kv_heads, head_dim = kv_shape(model.config)
+        store = Store.zeros((64, kv_heads, self.pool.page_size, head_dim), like())
+        heads = model.config.get_text_config(decoder=True).num_attention_heads
+        rows = None if layers else compile_rows(compiler, heads, store.keys_LKDP, store.values_LKBPE)
+        for layer in layers:
+            layer.compile_with(compiler, store)
+        fast = compiler.add(rounding, *QUANTIZED) if self.int8 else rounding
+        compiler.finish()
+        if rows is not None and rows.built:
+            self._rows = lambda *tensors: rows(*tensors)[0]
+        return fast
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> torch.Tensor:
@@ -128,26 +148,29 @@ class PackedRunner(Runner):
     def _prove_equal(
         self, packed: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor, dtype: torch.dtype | None = None
     ) -> dict[int, Options]:
-        """Compare logits of two like requests, computed as chunks without and with a past, and token by token.
+        """Compare logits of two like requests: chunks without and with a past, beside single tokens, and only those.
 
         Gives the layers' options.
         """
         pages = -(-len(tokens) // self.pool.page_size)
-        stores = _stores(packed, 2 * pages, self.pool.page_size)
-        found, options = [], {}
+        stores = _stores(packed, len(CUTS) * pages, self.pool.page_size)
+        found_RTV, options = expected_TV.new_empty(len(CUTS), *expected_TV.shape), {}
         try:
-            for begin, end in ((0, 15), (15, 22), (22, 23), (23, 24)):
-                count = end - begin
-                pieces = [
-                    Piece(i * count, (i + 1) * count, begin, list(range(i * pages, (i + 1) * pages))) for i in range(2)
-                ]
+            for spans in zip(*map(pairwise, CUTS), strict=True):
+                given: list[int] = []
+                pieces = []
+                for row, (begin, end) in enumerate(spans):
+                    table = list(range(row * pages, (row + 1) * pages))
+                    pieces.append(Piece(len(given), len(given) + end - begin, begin, table))
+                    given += tokens[begin:end]
                 step = PackedStep(stores, pieces, self.deterministic, self._rows)
-                logits = _forward(packed, tokens[begin:end] * 2, step, list(range(2 * count)))
-                found.append(logits.unflatten(0, (2, count)))
+                logits_TV = _forward(packed, given, step, list(range(len(given))))
+                for row, ((begin, end), piece) in enumerate(zip(spans, pieces, strict=True)):
+                    found_RTV[row, begin:end] = logits_TV[piece.begin : piece.end]
                 options.update(step.options)
         except (InputError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             raise InputError(f"{type(packed).__name__} cannot run packed: {error}") from error
-        check_equal(packed, "when packed", torch.cat(found, 1), expected_TV, dtype)
+        check_equal(packed, "when packed", found_RTV, expected_TV, dtype)
         return options
 
 
@@ -198,15 +221,8 @@ def compilable(model: PreTrainedModel) -> bool:
     return model.device.type == "cpu" and model.dtype == torch.float32 and kv_shape(model.config)[2] >= FULL_HEAD
 
 
-def _rows(model: PreTrainedModel, page_size: int) -> Callable[..., torch.Tensor]:
-    """`attend_rows` compiled for a model's shape."""
-    heads = model.config.get_text_config(decoder=True).num_attention_heads
-    store = _stores(model, 64, page_size)[0]
-    return compiled_rows(heads, store.keys_LKDP, store.values_LKBPE)
-
-
 def _stores(model: PreTrainedModel, pages: int, page_size: int) -> list[Store]:
     """A layer's keys and values each, empty."""
     layers, kv_heads, head_dim = kv_shape(model.config)
-    like = next(model.parameters())
-    return [Store.zeros((pages, kv_heads, page_size, head_dim), like) for _ in range(layers)]
+    weight = next(model.parameters())
+    return [Store.zeros((pages, kv_heads, page_size, head_dim), weight) for _ in range(layers)]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 
+from engine.compiled import SYMBOLS
 from engine.machine import cache_dir, cpu_name
 
 # (x [T, M], bias [N] or None, what to add [T, N] or None) -> [T, N]
@@ -26,6 +27,7 @@ MOST = 4e9  # multiply-adds of one product worth measuring: beyond, every way is
 TOY = 2**18  # bytes of a weight whose measurement would take longer than whatever it saves
 COLD = 64e6  # bytes of weights to go through, so that they come from memory as they do in a model
 ENOUGH = 1e9  # multiply-adds to time at once, where this is reached with fewer weights: then caches matter no more
+HOPELESS = 1.5  # a way that takes so many times the fastest's time in the first round is out
 MARGIN = 0.85  # another way must take less than this part of the packed one's time, for it costs memory
 
 
@@ -54,20 +56,53 @@ def left(weight_NM: torch.Tensor) -> Way:
     return multiply
 
 
-def packed(weight_NM: torch.Tensor) -> Way:
+class Packed:
     """oneDNN on a copy of the weight in the order in which its kernels read it."""
-    copy = torch.ops.mkldnn._reorder_linear_weight(weight_NM, 32)
-    ops = torch.ops.mkldnn._linear_pointwise
 
-    def multiply(x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
+    def __init__(self, weight_NM: torch.Tensor) -> None:
+        self.copy = torch.ops.mkldnn._reorder_linear_weight(weight_NM, 32)
+
+    def __call__(self, x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
+        """[T, M] -> [T, N]."""
         if add_TN is None:
-            return ops(x_TM, copy, bias_N, "none", [], "")
-        return ops.binary(x_TM, add_TN, copy, bias_N, "add")
-
-    return multiply
+            return torch.ops.mkldnn._linear_pointwise(x_TM, self.copy, bias_N, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x_TM, add_TN, self.copy, bias_N, "add")
 
 
-WAYS: dict[str, Callable[[torch.Tensor], Way]] = {"packed": packed, "plain": plain, "left": left}
+WAYS: dict[str, Callable[[torch.Tensor], Way]] = {"packed": Packed, "plain": plain, "left": left}
+
+# Inductor takes oneDNN's products only by weights that are constants of its program. Under names of our own, which end
+# like the C functions behind them, they are products by any weight.
+LIBRARY = torch.library.Library("dynamic_batch", "DEF")
+LIBRARY.define("_linear_pointwise(Tensor x, Tensor w, Tensor? b, str attr, float[]? scalars, str? algorithm) -> Tensor")
+LIBRARY.define("_linear_pointwise_binary(Tensor x, Tensor other, Tensor w, Tensor? b, str attr) -> Tensor")
+PRODUCT = torch.ops.dynamic_batch._linear_pointwise.default
+PRODUCT_ADD = torch.ops.dynamic_batch._linear_pointwise_binary.default
+SYMBOLS[PRODUCT] = (
+    "AOTITorchError aoti_torch_cpu__linear_pointwise(AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* b, "
+    "const char* attr, const double** scalars, int64_t count, const char** algorithm, AtenTensorHandle* out)"
+)
+SYMBOLS[PRODUCT_ADD] = (
+    "AOTITorchError aoti_torch_cpu__linear_pointwise_binary(AtenTensorHandle x, AtenTensorHandle other, "
+    "AtenTensorHandle w, AtenTensorHandle* b, const char* attr, AtenTensorHandle* out)"
+)
+
+
+@torch.library.register_fake("dynamic_batch::_linear_pointwise", lib=LIBRARY)
+def _product(x_TM: torch.Tensor, weight_NM: torch.Tensor, *options: object) -> torch.Tensor:
+    return x_TM.new_empty(x_TM.shape[0], weight_NM.shape[0])
+
+
+@torch.library.register_fake("dynamic_batch::_linear_pointwise_binary", lib=LIBRARY)
+def _product_add(x_TM: torch.Tensor, add_TN: torch.Tensor, *options: object) -> torch.Tensor:
+    return torch.empty_like(add_TN)
+
+
+def multiply_packed(x_TM: torch.Tensor, weight: torch.Tensor, add_TN: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, M] by the copy that `Packed` made -> [T, N], in a function to be compiled."""
+    if add_TN is None:
+        return PRODUCT(x_TM, weight, None, "none", None, None)
+    return PRODUCT_ADD(x_TM, add_TN, weight, None, "add")
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -115,9 +150,10 @@ def _measure(weights: Sequence[torch.Tensor]) -> list[str]:
         x = torch.full((rows, weights[0].shape[1]), 0.5)
         best = dict.fromkeys(every, float("inf"))
         for _ in range(3):
-            for name, ways in every.items():
+            limit = HOPELESS * min(best.values())
+            for name in [name for name, seconds in best.items() if seconds <= limit]:
                 started = time.perf_counter()
-                for way in ways[: 1 + int(ENOUGH / rows / weights[0].numel())]:
+                for way in every[name][: 1 + int(ENOUGH / rows / weights[0].numel())]:
                     way(x, None, None)
                 best[name] = min(best[name], time.perf_counter() - started)
         fastest = min(best, key=lambda name: best[name] * (MARGIN if name == "packed" else 1.0))
