@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.attention.rows import attend_rows, multiply_seen
-from engine.runner.ways import multiply_packed
+from engine.runner.ways import filled, multiply_packed
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class Layer:
         turning, gating = constants[: self.rotate.constants], constants[self.rotate.constants :]
         q_THD, k_TKD, v_TKD = self.rotate(x_TM, multiply_packed(x_TM, qkv), cos_T1E, sin_T1E, *turning)
         mixed_THD = attend_rows(q_THD, k_TKD, v_TKD, *pages, multiply=multiply_seen)
-        x_TM = multiply_packed(mixed_THD.flatten(1), out, x_TM)
-        (inner_TF,) = self.gate(x_TM, multiply_packed(x_TM, gate_up), *gating)
-        return (multiply_packed(inner_TF, down, x_TM),)
+        x_SM = multiply_packed(filled(mixed_THD.flatten(1)), out, filled(x_TM))  # S: T, or a few
+        (inner_SF,) = self.gate(x_SM, multiply_packed(x_SM, gate_up), *gating)
+        return (multiply_packed(inner_SF, down, x_SM)[: x_TM.shape[0]],)
 
 
 def normer(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -19,9 +19,9 @@ from transformers.activations import SiLUActivation
 from engine.attention import rows
 from engine.attention.paged import Options, PackedStep, Store
 from engine.compiled import Compiled, Compiler, like
+from engine.runner import ways
 from engine.runner.formulas import Gate, Layer, Rotate, Turn
 from engine.runner.linear import Product, product_of
-from engine.runner.ways import Packed
 
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -75,13 +75,15 @@ class LeanLayer(nn.Module):
         x_TM, angle_T1E = like(count, self.width), like(count, 1, self.head_dim // 2)
         product_TN, tokens_R = like(count, sum(self.qkv.sizes)), like(count // 2, dtype=torch.long)
         pages, sizes = rows.example(count // 2, store.keys_LKDP, store.values_LKBPE)
-        source = inspect.getsource(rows)
+        source = inspect.getsource(rows) + inspect.getsource(ways)
         tensors = [x_TM, product_TN, angle_T1E, angle_T1E, tokens_R, *pages, *self.constants]
         self.turn = compiler.add(Turn(self.rotate), tensors, [free] * 5 + sizes + [fixed] * len(self.constants), source)
         self.packed = [product.packed for product in self.products if product.packed is not None]
         if len(self.packed) < len(self.products) or self.out.bias is not None or self.down.bias is not None:
             return
-        self.least = 1 if isinstance(self.gate_up.ways[0][1], Packed) else 2  # for one row there may be a faster way
+        self.least = (
+            1 if isinstance(self.gate_up.ways[0][1], ways.Packed) else 2
+        )  # one row may have a faster way
         pages, sizes = rows.example(count, store.keys_LKDP, store.values_LKBPE)
         weights, constants = [like(*weight.shape) for weight in self.packed], [*self.constants, *self.mlp_bias]
         dynamic = [free] * 3 + [fixed] * 4 + sizes + [fixed] * len(constants)

@@ -27,8 +27,11 @@ MOST = 4e9  # multiply-adds of one product worth measuring: beyond, every way is
 TOY = 2**18  # bytes of a weight whose measurement would take longer than whatever it saves
 COLD = 64e6  # bytes of weights to go through, so that they come from memory as they do in a model
 ENOUGH = 1e9  # multiply-adds to time at once, where this is reached with fewer weights: then caches matter no more
+FEW = 4  # rows that oneDNN multiplies faster than fewer
 HOPELESS = 1.5  # a way that takes so many times the fastest's time in the first round is out
-MARGIN = 0.85  # another way must take less than this part of the packed one's time, for it costs memory
+MARGIN = (
+    0.75  # of the packed one's time is the most another way may take: it costs memory, and a whole layer's one call
+)
 
 
 def plain(weight_NM: torch.Tensor) -> Way:
@@ -64,6 +67,9 @@ class Packed:
 
     def __call__(self, x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
         """[T, M] -> [T, N]."""
+        rows = len(x_TM)
+        if rows < FEW:
+            return self(filled(x_TM), bias_N, None if add_TN is None else filled(add_TN))[:rows]
         if add_TN is None:
             return torch.ops.mkldnn._linear_pointwise(x_TM, self.copy, bias_N, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x_TM, add_TN, self.copy, bias_N, "add")
@@ -103,6 +109,11 @@ def multiply_packed(x_TM: torch.Tensor, weight: torch.Tensor, add_TN: torch.Tens
     if add_TN is None:
         return PRODUCT(x_TM, weight, None, "none", None, None)
     return PRODUCT_ADD(x_TM, add_TN, weight, None, "add")
+
+
+def filled(x_TM: torch.Tensor) -> torch.Tensor:
+    """At least FEW rows: those of x, and zeros."""
+    return F.pad(x_TM, (0, 0, 0, torch.sym_max(0, FEW - x_TM.shape[0])))
 
 
 def can_pack(weight: torch.Tensor) -> bool:
