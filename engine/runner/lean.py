@@ -81,9 +81,7 @@ class LeanLayer(nn.Module):
         self.packed = [product.packed for product in self.products if product.packed is not None]
         if len(self.packed) < len(self.products) or self.out.bias is not None or self.down.bias is not None:
             return
-        self.least = (
-            1 if isinstance(self.gate_up.ways[0][1], ways.Packed) else 2
-        )  # one row may have a faster way
+        self.least = 1 if isinstance(self.gate_up.ways[0][1], ways.Packed) else 2  # one row may have a faster way
         pages, sizes = rows.example(count, store.keys_LKDP, store.values_LKBPE)
         weights, constants = [like(*weight.shape) for weight in self.packed], [*self.constants, *self.mlp_bias]
         dynamic = [free] * 3 + [fixed] * 4 + sizes + [fixed] * len(constants)
