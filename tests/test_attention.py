@@ -38,7 +38,7 @@ def run(step, layer, q_HTD, k_KTD, v_KTD, scale, window=None, softcap=None, sink
     return step.attend(layer, q_THD, k_TKD, v_TKD, Options(scale, window, softcap, sink_H))
 
 
-def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False, spread=1, share=0, one_by_one=False):
+def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False, spread=1, share=0, **kind):
     """Attend one step of `requests` (computed, new) and compare; what no request owns is huge, never NaN.
 
     spread: how many times more pages there are than needed. share: whole pages all requests have in common, at most.
@@ -76,7 +76,7 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
     q = draw(heads, begin, DIM)
     sink_H = draw(heads) if sinks else None
     parts = [(k[:, c:], v[:, c:]) for (c, _), (k, v) in zip(requests, everything, strict=True)]
-    step = PackedStep(stores, pieces, one_by_one)
+    step = PackedStep(stores, pieces, **kind)
     k_new, v_new = (torch.cat([part[i] for part in parts], 1) for i in range(2))
     out = run(step, layer, q, k_new, v_new, 0.7, window, softcap, sink_H)
     assert step.positions_T.tolist() == [c + i for c, n in requests for i in range(n)]
@@ -100,13 +100,13 @@ SINGLE = [(0, 1), (7, 1), (12, 1), (3, 1), (15, 1)]
 CHUNKS = [(0, 5), (4, 3), (9, 8)]
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"one_by_one": True}, {"short": 9}], ids=["chunks", "rows", "short"])
 @pytest.mark.parametrize("spread", [1, 5])
 @pytest.mark.parametrize("size", [1, 4, 16])
 @pytest.mark.parametrize("groups", [1, 3, 4])
 @pytest.mark.parametrize("requests", [MIXED, SINGLE, CHUNKS], ids=["mixed", "single", "chunks"])
-def test_equals_the_textbook(requests, groups, size, spread, one_by_one):
-    check(requests, size, groups, np.random.default_rng(0), spread=spread, one_by_one=one_by_one)
+def test_equals_the_textbook(requests, groups, size, spread, kind):
+    check(requests, size, groups, np.random.default_rng(0), spread=spread, **kind)
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
@@ -139,6 +139,7 @@ def test_requests_may_share_pages(size, one_by_one):
     spread=st.integers(1, 4),
     share=st.integers(0, 3),
     one_by_one=st.booleans(),
+    short=st.integers(0, 20),
     seed=st.integers(0, 9),
 )
 def test_any_step_equals_the_textbook(requests, size, groups, seed, **options):

@@ -89,6 +89,18 @@ def test_greedy_takes_the_first_of_equals(dtype, row, first):
     assert tokens_of(sample(logits_RV, [request(), request()])) == [first, first]
 
 
+@pytest.mark.parametrize("vocab", [50_257, 49_152, 151_936, 512, 64])
+def test_the_largest_of_any_vocabulary_is_found_and_so_is_nan(vocab):
+    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab))
+    for row, at in enumerate([0, 63, vocab - 1]):
+        logits[row, [at, -1]] = 100.0
+    logits[3, 40], logits[4, 40] = torch.nan, torch.inf
+    choices = sample(logits, [request() for _ in range(9)])
+    assert [choices[3].token, choices[4].token] == [None, None]
+    assert [choice.token for choice in choices[:3]] == [0, 63, vocab - 1]
+    assert [choice.token for choice in choices[5:]] == logits[5:].argmax(-1).tolist()
+
+
 def test_greedy_ignores_filters_and_seed():
     logits_RV = random_logits(2)
     requests = [request(top_k=2, top_p=0.3, min_p=0.5, seed=seed) for seed in (1, 2)]

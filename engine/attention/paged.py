@@ -2,8 +2,8 @@
 
 T tokens of the step, H query heads, K KV heads, D head size, L pages, P page size, C context of a chunk.
 
-Tokens that are alone in a step are computed together (`engine.attention.rows`); longer chunks go through torch's fused
-kernel one by one.
+Tokens that are alone in a step are computed together (`engine.attention.rows`), and those of short chunks where that is
+faster; longer chunks go through torch's fused kernel one by one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 
 import numpy as np
 import torch
@@ -89,6 +91,7 @@ class PackedStep:
         one_by_one: treat every token as a row of its own, so that a token's result does not depend on how a prompt
             was cut into chunks or on what else runs.
         rows: `attend_rows`, or its like compiled.
+        short: the tokens of requests that are not longer after the step are rows too, for that is faster.
 
     `options` has each layer's, once the step has been through the model's own attention modules.
     """
@@ -99,14 +102,16 @@ class PackedStep:
         pieces: list[Piece],
         one_by_one: bool = False,
         rows: Callable[..., torch.Tensor] = attend_rows,
+        short: int = 0,
     ) -> None:
         self.stores, self.one_by_one, self._attend = stores, one_by_one, rows
         self.options: dict[int, Options] = {}
         keys_LKDP = stores[0].keys_LKDP
         self.page_size, self.device = keys_LKDP.shape[3], keys_LKDP.device
         self._wide = torch.promote_types(keys_LKDP.dtype, torch.float32)
-        single = [p for p in pieces if one_by_one or p.end - p.begin == 1]
-        self.chunks = [p for p in pieces if not (one_by_one or p.end - p.begin == 1)]
+        apart = [one_by_one or p.end - p.begin == 1 or p.computed + p.end - p.begin <= short for p in pieces]
+        single = list(compress(pieces, apart))
+        self.chunks = [piece for piece, alone in zip(pieces, apart, strict=True) if not alone]
         self._tables = [(p.pages, p.computed + i) for p in single for i in range(p.end - p.begin)]
         where = [np.arange(p.computed, p.computed + p.end - p.begin) for p in pieces]
         pages = [np.asarray(p.pages)[at // self.page_size] for p, at in zip(pieces, where, strict=True)]
@@ -149,9 +154,9 @@ class PackedStep:
             return out_RHD
         store, out_THD = self.stores[layer], torch.empty_like(q_THD)
         out_THD[self.tokens_R] = out_RHD
+        store.write(self.pages_T, self.offsets_T, k_TKD, v_TKD)  # rows have done it already, but it is one call
         for piece, pages in zip(self.chunks, self._contexts, strict=True):
             span, length = slice(piece.begin, piece.end), piece.computed + piece.end - piece.begin
-            store.write(self.pages_T[span], self.offsets_T[span], k_TKD[span], v_TKD[span])
             if pages is None:
                 k_KCD, v_KCD = k_TKD[span].transpose(0, 1), v_TKD[span].transpose(0, 1)
             else:
@@ -208,17 +213,17 @@ def _attend_chunk(q_HTD: torch.Tensor, k_KCD: torch.Tensor, v_KCD: torch.Tensor,
     tokens, context, kv_heads = q_HTD.shape[1], k_KCD.shape[1], k_KCD.shape[0]
     window, sink_H = options.window, options.sink_H
     groups = q_HTD.shape[0] // kv_heads
-    # The query heads that share a key head are heads of one batch entry, and it is read by all of them in place.
-    q_KGTD = q_HTD.unflatten(0, (kv_heads, groups))
-    k_KGCD, v_KGCD = (x[:, None].expand(-1, groups, -1, -1) for x in (k_KCD, v_KCD))
     plain = options.softcap is None and sink_H is None
+    fused = partial(F.scaled_dot_product_attention, q_HTD[None], k_KCD[None], v_KCD[None], scale=1.0, enable_gqa=True)
     if plain and tokens == context and (window is None or window >= context):
-        return F.scaled_dot_product_attention(q_KGTD, k_KGCD, v_KGCD, is_causal=True, scale=1.0).flatten(0, 1)
+        return fused(is_causal=True)[0]
     query_at = torch.arange(context - tokens, context, device=q_HTD.device)[:, None]
     key_at = torch.arange(context, device=q_HTD.device)
     seen_TC = (key_at <= query_at) & (key_at > (query_at - window if window else -1))
     if plain:
-        return F.scaled_dot_product_attention(q_KGTD, k_KGCD, v_KGCD, attn_mask=seen_TC, scale=1.0).flatten(0, 1)
+        return fused(attn_mask=seen_TC)[0]
+    q_KGTD = q_HTD.unflatten(0, (kv_heads, groups))
+    k_KGCD, v_KGCD = (x[:, None].expand(-1, groups, -1, -1) for x in (k_KCD, v_KCD))
     wide = torch.promote_types(q_HTD.dtype, torch.float32)
     scores_KGTC = _capped((q_KGTD @ k_KGCD.transpose(2, 3)).to(wide), options.softcap)
     scores_KGTC = scores_KGTC.masked_fill(~seen_TC, -torch.inf)

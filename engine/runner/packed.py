@@ -31,7 +31,8 @@ from engine.scheduler import Step
 
 LOG = logging.getLogger(__name__)
 CHUNK = 256  # tokens of a text at a time
-CUTS = ((0, 15, 22, 23, 24), (0, 15, 16, 23, 24))  # where the proof at load cuts its requests
+CUTS = ((0, 8, 15, 23, 24), (0, 15, 16, 23, 24))  # where the proof at load cuts its requests; the first cut is short
+SHORT = 160  # tokens of a request up to which compiled attention of rows is faster than torch's of chunks
 FULL_HEAD = 64  # dimensions of a head from which compiling its attention is worth the wait
 # How far logits of the packed model may lie from the model's own, relative to the largest: rounding, no more. In int8,
 # where each product has been compared with its integers besides, at most tokens: rounding may turn one of them over.
@@ -57,6 +58,7 @@ class PackedRunner(Runner):
         self.pool = pool
         self.deterministic, self.int8 = deterministic, int8
         self._rows: Callable[..., torch.Tensor] = attend_rows
+        self._quick = False  # whether rows' attention is compiled into the layers
         self.model = self._build(model)
         self.stores = _stores(self.model, pool.pages, pool.page_size)
         self._page_bytes = sum(store.page_bytes for store in self.stores)
@@ -86,6 +88,9 @@ class PackedRunner(Runner):
             self._prove_equal(packed, tokens, expected_TV, torch.int8)
         return packed
 
+    def _step(self, stores: list[Store], pieces: list[Piece], short: int = SHORT) -> PackedStep:
+        return PackedStep(stores, pieces, self.deterministic, self._rows, short if self._quick else 0)
+
     def _compile(self, model: PreTrainedModel, layers: list[LeanLayer]) -> Function:
         """Compile what this runner does beside products, if that is worth it; gives what turns rows into bytes."""
         compiler, rounding = Compiler(), Quantize()
@@ -99,6 +104,7 @@ class PackedRunner(Runner):
             layer.compile_with(compiler, store)
         fast = compiler.add(rounding, *QUANTIZED) if self.int8 else rounding
         compiler.finish()
+        self._quick = all(layer.turn is not None and layer.turn.built for layer in layers) and bool(layers)
         if rows is not None and rows.built:
             self._rows = lambda *tensors: rows(*tensors)[0]
         return fast
@@ -110,7 +116,7 @@ class PackedRunner(Runner):
         stores, found = _stores(self.model, pages, self.pool.page_size), []
         for begin in range(0, len(tokens), CHUNK):
             part = tokens[begin : begin + CHUNK]
-            step = PackedStep(stores, [Piece(0, len(part), begin, list(range(pages)))], self.deterministic, self._rows)
+            step = self._step(stores, [Piece(0, len(part), begin, list(range(pages)))])
             found.append(_forward(self.model, part, step, list(range(len(part)))))
         return torch.cat(found)
 
@@ -130,7 +136,7 @@ class PackedRunner(Runner):
         ready = [
             (r, piece.end - 1) for (r, n), piece in zip(step, pieces, strict=True) if r.computed + n == len(r.tokens)
         ]
-        packed = PackedStep(self.stores, pieces, self.deterministic, self._rows)
+        packed = self._step(self.stores, pieces)
         requests = [request for request, _ in ready]
         started = time.perf_counter()
         logits_RV = _forward(self.model, tokens, packed, [row for _, row in ready])
@@ -148,7 +154,7 @@ class PackedRunner(Runner):
     def _prove_equal(
         self, packed: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor, dtype: torch.dtype | None = None
     ) -> dict[int, Options]:
-        """Compare logits of two like requests: chunks without and with a past, beside single tokens, and only those.
+        """Compare logits of two like requests: chunks, short ones too, without and with a past, and single tokens.
 
         Gives the layers' options.
         """
@@ -163,7 +169,7 @@ class PackedRunner(Runner):
                     table = list(range(row * pages, (row + 1) * pages))
                     pieces.append(Piece(len(given), len(given) + end - begin, begin, table))
                     given += tokens[begin:end]
-                step = PackedStep(stores, pieces, self.deterministic, self._rows)
+                step = self._step(stores, pieces, CUTS[0][1])
                 logits_TV = _forward(packed, given, step, list(range(len(given))))
                 for row, ((begin, end), piece) in enumerate(zip(spans, pieces, strict=True)):
                     found_RTV[row, begin:end] = logits_TV[piece.begin : piece.end]
