@@ -55,6 +55,13 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]
     ]
 
 
+def takes_largest(request: Request) -> bool:
+    """Whether of a row's logits nothing matters but which is the largest."""
+    params = request.params
+    least = request.output_len >= params.min_new_tokens or not request.stop_ids
+    return params.temperature == 0 and params.repetition_penalty == 1.0 and params.logprobs is None and least
+
+
 def _largest(scores_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `max(-1)`, which on a CPU takes element by element: blocks by vectors, then within the largest one's block."""
     size = math.gcd(scores_RV.shape[1], BLOCK)

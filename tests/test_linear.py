@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine import Engine, EngineConfig, SamplingParams
 from engine.attention.paged import Store
 from engine.attention.rows import attend_rows, example, rows_of
 from engine.models import LoadedModel, load
@@ -51,10 +52,10 @@ def test_ways_are_measured_once_and_read_again(tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "linear.json").read_text())
     assert [key.rpartition(" | ")[2] for key in kept] == ["48x32"]
 
-    monkeypatch.setattr(ways, "_measure", lambda weights: pytest.fail("measured again"))
+    monkeypatch.setattr(ways, "_measure", lambda *given: pytest.fail("measured again"))
     assert ways.choose([lambda: weight]) == first
     (tmp_path / "linear.json").write_text("{broken")
-    monkeypatch.setattr(ways, "_measure", lambda weights: ["plain"] * 3)
+    monkeypatch.setattr(ways, "_measure", lambda *given: ["plain"] * 3)
     assert ways.choose([lambda: weight]) == list(zip(ways.ROWS, ["plain"] * 3, strict=False))
 
 
@@ -103,6 +104,18 @@ def test_layers_built_like_llamas_are_lean(name):
 def test_layers_with_other_parts_are_left_alone():
     packed = runner(load("random:tiny-gemma3").model).model
     assert not any(isinstance(module, LeanLayer) for module in packed.modules())
+
+
+def test_only_tokens_whose_logits_are_wanted_go_through_all_of_the_last_layer(tiny):
+    oracle: Oracle = tiny("tiny-llama")
+    engine = Engine(oracle.loaded, EngineConfig(runner="packed", max_batch_size=3, max_step_tokens=16))
+    base, widths = engine.runner.model.base_model, []
+    base.norm.register_forward_hook(lambda module, given, out: widths.append(out.shape[1]))
+    prompts = [[5, 6, 7], [9] * 20, [3, 1, 4, 1, 5]]
+    outputs = engine.generate(prompts, SamplingParams(max_new_tokens=4, ignore_eos=True), progress=False)
+    for output in outputs:
+        oracle.check(output, 4)
+    assert widths[:3] == [1, 3, 3], "of 3 + 13 tokens, of 1 + 7 + 5, and of three alone"
 
 
 @pytest.mark.parametrize(("head_eps", "biased"), [(None, False), (1e-6, True)])

@@ -93,7 +93,8 @@ class PackedStep:
         rows: `attend_rows`, or its like compiled.
         short: the tokens of requests that are not longer after the step are rows too, for that is faster.
 
-    `options` has each layer's, once the step has been through the model's own attention modules.
+    `options` has each layer's, once the step has been through the model's own attention modules. `wanted_R` are the
+    tokens whose results a last layer may leave it at; None is all.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class PackedStep:
     ) -> None:
         self.stores, self.one_by_one, self._attend = stores, one_by_one, rows
         self.options: dict[int, Options] = {}
+        self.wanted_R: torch.Tensor | None = None
         keys_LKDP = stores[0].keys_LKDP
         self.page_size, self.device = keys_LKDP.shape[3], keys_LKDP.device
         self._wide = torch.promote_types(keys_LKDP.dtype, torch.float32)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Set
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from engine.attention import rows
 from engine.attention.paged import Options, PackedStep, Store
@@ -68,6 +70,7 @@ class LeanLayer(nn.Module):
         self.whole: Compiled | None = None
         self.packed: list[torch.Tensor] = []
         self.least = 1
+        self.last = False  # nothing reads the results of tokens whose logits nobody wants
 
     def compile_with(self, compiler: Compiler, store: Store) -> None:
         """Have attention compiled for stores like this one, and the whole layer if its products are all packed."""
@@ -101,11 +104,13 @@ class LeanLayer(nn.Module):
         packed: PackedStep,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """[1, T, M] -> [1, T, M]."""
+        """[1, T, M] -> [1, T, M], or [1, R, M] if it is the last and no more are wanted."""
         x_TM, rotation = hidden_states[0], packed.rotation(*position_embeddings)
-        if self.whole is not None and self.whole.built and len(x_TM) >= self.least and not packed.chunks:
+        wanted_R = packed.wanted_R if self.last else None
+        whole = self.whole if wanted_R is None and not packed.chunks and len(x_TM) >= self.least else None
+        if whole is not None and whole.built:
             pages = packed.pages(self.index, self.options.window)
-            return self.whole(x_TM, *rotation, *self.packed, *pages, *self.constants, *self.mlp_bias)[0][None]
+            return whole(x_TM, *rotation, *self.packed, *pages, *self.constants, *self.mlp_bias)[0][None]
         product_TN = self.qkv(x_TM)
         if self.turn is not None and self.turn.built:
             tensors = packed.tokens_R, *packed.pages(self.index, self.options.window), *self.constants
@@ -114,6 +119,8 @@ class LeanLayer(nn.Module):
         else:
             q_THD, k_TKD, v_TKD = self.rotate(x_TM, product_TN, *rotation, *self.constants)
             mixed_THD = packed.attend(self.index, q_THD, k_TKD, v_TKD, self.options)
+        if wanted_R is not None:
+            mixed_THD, x_TM = mixed_THD[wanted_R], x_TM[wanted_R]
         x_TM = self.out(mixed_THD.flatten(1), x_TM)
         (inner_TF,) = self.gate(x_TM, self.gate_up(x_TM), *self.mlp_bias)
         return self.down(inner_TF, x_TM)[None]
@@ -126,7 +133,28 @@ def lean(model: PreTrainedModel, options: dict[int, Options], tiled: bool) -> li
         return []
     for index, layer in enumerate(layers):
         layers[index] = LeanLayer(layer, index, options[index], tiled)
+    layers[-1].last = True
+    base = model.base_model
+    if _has(base, {"embed_tokens", "layers", "norm", "rotary_emb"}):
+        base.forward = MethodType(_through_layers, base)
     return list(layers)
+
+
+def _through_layers(
+    base: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, packed: PackedStep, **kwargs: Any
+) -> BaseModelOutputWithPast:
+    """What Transformers' loop over the layers comes to where they have no masks, no cache and no hooks."""
+    hidden_states = base.embed_tokens(input_ids)
+    rotation = base.rotary_emb(hidden_states, position_ids)
+    for layer in base.layers:
+        hidden_states = layer(hidden_states, position_embeddings=rotation, packed=packed)
+    return BaseModelOutputWithPast(last_hidden_state=base.norm(hidden_states))
+
+
+def leaves_out(model: PreTrainedModel) -> bool:
+    """Whether only the tokens that a step wants come out of the last layer."""
+    layers: Any = getattr(model.base_model, "layers", None)
+    return bool(layers) and isinstance(layers[-1], LeanLayer)
 
 
 def is_lean(layer: Any, options: Options) -> bool:

@@ -24,9 +24,10 @@ from engine.pages import PagePool
 from engine.request import Request
 from engine.runner import Runner, StepResult, refuse_unknown_cache
 from engine.runner.int8 import QUANTIZED, Quantize, quantize, watch
-from engine.runner.lean import LeanLayer, lean
+from engine.runner.lean import LeanLayer, lean, leaves_out
 from engine.runner.linear import join, prepare, twin
-from engine.sampler import Choice, sample
+from engine.runner.screened import Screened, screen_largest
+from engine.sampler import Choice, sample, takes_largest
 from engine.scheduler import Step
 
 LOG = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class PackedRunner(Runner):
         self.deterministic, self.int8 = deterministic, int8
         self._rows: Callable[..., torch.Tensor] = attend_rows
         self._quick = False  # whether rows' attention is compiled into the layers
+        self._head: Screened | None = None
         self.model = self._build(model)
         self.stores = _stores(self.model, pool.pages, pool.page_size)
         self._page_bytes = sum(store.page_bytes for store in self.stores)
@@ -86,7 +88,27 @@ class PackedRunner(Runner):
         if self.int8:
             self.copied_bytes = quantize(watched, rounding)
             self._prove_equal(packed, tokens, expected_TV, torch.int8)
+        elif not self.deterministic:
+            self._screen(packed, model, tokens, expected_TV)
         return packed
+
+    def _screen(
+        self, packed: PreTrainedModel, model: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor
+    ) -> None:
+        """Have the largest logits found without computing all of them, where that is quicker and proves right."""
+        head = screen_largest(packed, model)
+        if head is None:
+            return
+        head.largest = True
+        found_RTV, _ = self._probe(packed, tokens, expected_TV)
+        taken_RTV = expected_TV.expand_as(found_RTV).take_along_dim(found_RTV.argmax(-1, keepdim=True), -1)
+        try:
+            check_equal(packed, "where one is taken for the largest", taken_RTV, expected_TV.amax(-1, keepdim=True))
+            self._head = head
+            self.copied_bytes += head.nbytes
+        except InputError as error:
+            LOG.warning("%s: all of them are computed", error)
+            packed.get_output_embeddings().shared.product = head.whole
 
     def _step(self, stores: list[Store], pieces: list[Piece], short: int = SHORT) -> PackedStep:
         return PackedStep(stores, pieces, self.deterministic, self._rows, short if self._quick else 0)
@@ -112,6 +134,8 @@ class PackedRunner(Runner):
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """Logits after each token of a text by itself, [T, V]: for measuring what a runner's rounding does."""
+        if self._head is not None:
+            self._head.largest = False
         pages = -(-len(tokens) // self.pool.page_size)
         stores, found = _stores(self.model, pages, self.pool.page_size), []
         for begin in range(0, len(tokens), CHUNK):
@@ -138,6 +162,8 @@ class PackedRunner(Runner):
         ]
         packed = self._step(self.stores, pieces)
         requests = [request for request, _ in ready]
+        if self._head is not None:
+            self._head.largest = all(map(takes_largest, requests))
         started = time.perf_counter()
         logits_RV = _forward(self.model, tokens, packed, [row for _, row in ready])
         by_request: dict[Request, Choice] = dict(zip(requests, sample(logits_RV, requests), strict=True))
@@ -154,30 +180,39 @@ class PackedRunner(Runner):
     def _prove_equal(
         self, packed: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor, dtype: torch.dtype | None = None
     ) -> dict[int, Options]:
-        """Compare logits of two like requests: chunks, short ones too, without and with a past, and single tokens.
-
-        Gives the layers' options.
-        """
-        pages = -(-len(tokens) // self.pool.page_size)
-        stores = _stores(packed, len(CUTS) * pages, self.pool.page_size)
-        found_RTV, options = expected_TV.new_empty(len(CUTS), *expected_TV.shape), {}
+        """Compare logits; gives the layers' options."""
         try:
-            for spans in zip(*map(pairwise, CUTS), strict=True):
-                given: list[int] = []
-                pieces = []
-                for row, (begin, end) in enumerate(spans):
-                    table = list(range(row * pages, (row + 1) * pages))
-                    pieces.append(Piece(len(given), len(given) + end - begin, begin, table))
-                    given += tokens[begin:end]
-                step = self._step(stores, pieces, CUTS[0][1])
-                logits_TV = _forward(packed, given, step, list(range(len(given))))
-                for row, ((begin, end), piece) in enumerate(zip(spans, pieces, strict=True)):
-                    found_RTV[row, begin:end] = logits_TV[piece.begin : piece.end]
-                options.update(step.options)
+            found_RTV, options = self._probe(packed, tokens, expected_TV)
         except (InputError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             raise InputError(f"{type(packed).__name__} cannot run packed: {error}") from error
         check_equal(packed, "when packed", found_RTV, expected_TV, dtype)
         return options
+
+    def _probe(
+        self, packed: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[int, Options]]:
+        """Logits [2, T, V] of two like requests: chunks, short ones too, without and with a past, and single tokens.
+
+        Those of the first token are not asked for, but taken as expected: leaving out is part of it. Gives the layers'
+        options too.
+        """
+        pages = -(-len(tokens) // self.pool.page_size)
+        stores, options = _stores(packed, len(CUTS) * pages, self.pool.page_size), {}
+        found_RTV = expected_TV.repeat(len(CUTS), 1, 1)
+        for spans in zip(*map(pairwise, CUTS), strict=True):
+            pieces: list[Piece] = []
+            given: list[int] = []
+            asked: list[tuple[int, int]] = []  # row and position of each token
+            for row, (begin, end) in enumerate(spans):
+                table = list(range(row * pages, (row + 1) * pages))
+                pieces.append(Piece(len(given), len(given) + end - begin, begin, table))
+                given += tokens[begin:end]
+                asked += [(row, at) for at in range(begin, end)]
+            step, skipped = self._step(stores, pieces, CUTS[0][1]), int(asked[0] == (0, 0))
+            logits_TV = _forward(packed, given, step, list(range(skipped, len(given))))
+            found_RTV[tuple(torch.tensor(asked[skipped:]).T)] = logits_TV.double()
+            options.update(step.options)
+        return found_RTV, options
 
 
 def refuse_unpackable(model: PreTrainedModel) -> None:
@@ -213,11 +248,15 @@ def packed_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def _forward(model: PreTrainedModel, tokens: list[int], packed: PackedStep, rows: list[int]) -> torch.Tensor:
     """Logits [R, V] of the tokens at `rows`."""
+    keep_R = torch.tensor(rows, dtype=torch.long, device=model.device)
+    left_out = leaves_out(model)
+    if left_out and len(rows) < len(tokens):
+        packed.wanted_R = keep_R
     return model(
         input_ids=torch.tensor([tokens], device=model.device),
         position_ids=packed.positions_T[None],
         use_cache=False,
-        logits_to_keep=torch.tensor(rows, dtype=torch.long, device=model.device),
+        logits_to_keep=0 if left_out else keep_R,  # 0 is all of them
         packed=packed,
     ).logits[0]
 

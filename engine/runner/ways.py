@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -121,7 +121,9 @@ def can_pack(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def choose(weights: Sequence[Callable[[], torch.Tensor]]) -> list[tuple[int, str]]:
+def choose(
+    weights: Sequence[Callable[[], torch.Tensor]], ways: Mapping[str, Callable[[torch.Tensor], Way]] = WAYS
+) -> list[tuple[int, str]]:
     """The fastest ways for weights of one shape [N, M]: (up to so many rows, name of the way), rising.
 
     Measured the first time on a machine, in a second or so; afterwards read from the cache folder. The weights are
@@ -139,10 +141,10 @@ def choose(weights: Sequence[Callable[[], torch.Tensor]]) -> list[tuple[int, str
         torch.__version__,
         os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
     )
-    key = " | ".join((*machine, shape))
+    key = " | ".join((*machine, shape, *([] if ways is WAYS else ways)))
     names = _read(file).get(key)
     if names is None:
-        names = _measure([weight() for weight in weights[: max(1, int(COLD // first.nbytes))]])
+        names = _measure([weight() for weight in weights[: max(1, int(COLD // first.nbytes))]], ways)
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             fresh = file.with_suffix(f".{os.getpid()}")
@@ -151,16 +153,16 @@ def choose(weights: Sequence[Callable[[], torch.Tensor]]) -> list[tuple[int, str
     return list(zip(ROWS, names, strict=False))
 
 
-def _measure(weights: Sequence[torch.Tensor]) -> list[str]:
-    """The name of the fastest way for each of ROWS, as far as it is worth measuring; best of three, interleaved."""
-    every = {name: [make(weight) for weight in weights] for name, make in WAYS.items()}
+def _measure(weights: Sequence[torch.Tensor], ways: Mapping[str, Callable[[torch.Tensor], Way]]) -> list[str]:
+    """The name of the fastest way for each of ROWS, as far as it is worth measuring; best of two, interleaved."""
+    every = {name: [make(weight) for weight in weights] for name, make in ways.items()}
     names: list[str] = []
     for rows in ROWS:
         if names and rows * weights[0].numel() > MOST:
             break
         x = torch.full((rows, weights[0].shape[1]), 0.5)
         best = dict.fromkeys(every, float("inf"))
-        for _ in range(3):
+        for _ in range(2):
             limit = HOPELESS * min(best.values())
             for name in [name for name, seconds in best.items() if seconds <= limit]:
                 started = time.perf_counter()
