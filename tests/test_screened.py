@@ -22,7 +22,6 @@ def always(monkeypatch):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bfloat16 products here")
     monkeypatch.setattr(screened, "choose", lambda weights, ways: [(10**6, "screened")])
-    monkeypatch.setattr(screened, "TOY", 0)
 
 
 def build(weight_VM: torch.Tensor) -> Screened:
@@ -125,7 +124,7 @@ def test_greedy_requests_get_the_same_tokens_and_others_all_logits(tiny, name):
 
 
 def test_what_does_not_prove_right_is_left_out(tiny, monkeypatch, caplog):
-    monkeypatch.setattr(Screened, "screen", lambda self, x_RM: -self.whole(x_RM))
+    monkeypatch.setattr(Screened, "screen", lambda self, x_RM, *_: -self.whole(x_RM))
     oracle: Oracle = tiny("tiny-llama")
     engine = Engine(oracle.loaded, EngineConfig(runner="packed"))
     assert engine.runner._head is None

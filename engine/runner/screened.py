@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.runner.linear import Part, Product
-from engine.runner.ways import TOY, Packed, Way, can_pack, choose
+from engine.runner.ways import ROWS, Packed, choose
 
+SCREENED = "screened"  # the way's name where it is kept
 BLOCK = 64  # tokens that are looked at together first
 DIGITS = 2.0**-8  # of a bfloat16: rounding is off by half of that
 SLACK = 1.001  # for the rounding of the bounds themselves
@@ -32,7 +33,8 @@ class Screened(Product):
 
     def __init__(self, whole: Product, weight_VM: torch.Tensor) -> None:
         super().__init__([weight_VM], [])
-        self.whole, self.weight_VM, self.largest = whole, weight_VM, False
+        self.whole, self.largest = whole, False
+        self.ways = [(ROWS[-1], self.screen)]
         rounded_VM = weight_VM.bfloat16()
         self._packed, self.nbytes = Packed(rounded_VM), rounded_VM.nbytes
         length_V = rounded_VM.float().norm(dim=1) * SLACK
@@ -40,21 +42,17 @@ class Screened(Product):
         lost_V += length_V * weight_VM.shape[1] * torch.finfo(torch.float32).eps
         self._length_CB, self._lost_CB = length_V.view(-1, BLOCK), lost_V.view(-1, BLOCK)
         self._length_C, self._lost_C = self._length_CB.amax(1), self._lost_CB.amax(1)
-        ways: dict[str, Way] = {"whole": lambda x_RM, *_: whole(x_RM), "screened": lambda x_RM, *_: self.screen(x_RM)}
-        rule = choose([lambda: weight_VM], {"whole": lambda _: ways["whole"], "screened": lambda _: ways["screened"]})
-        self.pays = "screened" in {name for _, name in rule}
-        self.ways = [(most, ways[name]) for most, name in rule]
 
     def __call__(self, x_RM: torch.Tensor, add_RV: torch.Tensor | None = None) -> torch.Tensor:
         """[R, M] -> logits [R, V]."""
         return super().__call__(x_RM) if self.largest else self.whole(x_RM, add_RV)
 
-    def screen(self, x_RM: torch.Tensor) -> torch.Tensor:
-        """[R, M] -> [R, V]: the logits of all tokens that may be the largest of their row, and -inf for the others.
+    def screen(self, x_RM: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        """A way: [R, M] -> [R, V], the logits of all tokens that may be the largest of a row, and -inf for the others.
 
         A row with a NaN or an infinity gets -inf throughout.
         """
-        rounded_RM = x_RM.bfloat16()
+        (weight_VM,), rounded_RM = self.weights, x_RM.bfloat16()
         length_R1, lost_R1 = x_RM.norm(dim=1, keepdim=True), (x_RM - rounded_RM).norm(dim=1, keepdim=True)
         logits_RV = self._packed(rounded_RM, None, None).float()
         logits_RCB = logits_RV.unflatten(1, (-1, BLOCK))
@@ -65,10 +63,10 @@ class Screened(Product):
         left_NB = logits_RCB[row_N, block_N]
         off_NB = self._lost_CB[block_N] * length_R1[row_N] + self._length_CB[block_N] * lost_R1[row_N]
         at, within = (left_NB + off_NB + left_NB.abs() * DIGITS >= floor_R1[row_N]).nonzero(as_tuple=True)
-        if len(at) * RARE > len(self.weight_VM):
+        if len(at) * RARE > len(weight_VM):
             return self.whole(x_RM)
         row, token = row_N[at], block_N[at] * BLOCK + within
-        logits_RV.fill_(-torch.inf)[row, token] = (self.weight_VM[token] * x_RM[row]).sum(1)
+        logits_RV.fill_(-torch.inf)[row, token] = (weight_VM[token] * x_RM[row]).sum(1)
         return logits_RV
 
 
@@ -77,12 +75,17 @@ def screen_largest(packed: PreTrainedModel, model: PreTrainedModel) -> Screened 
     part, head = packed.get_output_embeddings(), model.get_output_embeddings()
     if not isinstance(part, Part) or part.shared.product.sizes != [len(head.weight)] or head.bias is not None:
         return None
-    if not can_pack(head.weight) or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if len(head.weight) % BLOCK or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
-    if head.weight.nbytes < TOY or len(head.weight) % BLOCK:
+    whole, weight_VM = part.shared.product, head.weight.data
+
+    def all_of_it(x_RM: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        return whole(x_RM)
+
+    makers = {"whole": lambda _: all_of_it, SCREENED: lambda weight_VM: Screened(whole, weight_VM).screen}
+    rule = choose([lambda: weight_VM], makers)
+    if SCREENED not in {name for _, name in rule}:
         return None
-    screened = Screened(part.shared.product, head.weight.data)
-    if not screened.pays:
-        return None
-    part.shared.product = screened
+    part.shared.product = screened = Screened(whole, weight_VM)
+    screened.ways = [(most, screened.screen if name == SCREENED else all_of_it) for most, name in rule]
     return screened
