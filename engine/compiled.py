@@ -16,6 +16,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,11 +138,12 @@ def _build(orders: list[Order]) -> None:
 def main() -> None:
     """Write the packages that stdin orders, side by side where the system can fork; exits with 1 if one failed."""
     orders: list[Order] = pickle.load(sys.stdin.buffer)
-    import torch._inductor.compile_fx  # once for all children, as is looking at what the processor has
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+    # Once for all children: what Inductor finds out about the processor by compiling, and meanwhile its import.
+    look = threading.Thread(target=_look_at_processor)
+    look.start()
+    import torch._inductor.compile_fx  # noqa: F401
 
-    with torch._inductor.config.patch(OPTIONS):
-        valid_vec_isa_list()
+    look.join()
     if not hasattr(os, "fork"):
         for order in orders:
             write(order)
@@ -161,6 +163,13 @@ def main() -> None:
         children.append(child)
     codes = [os.waitpid(child, 0)[1] for child in children]
     sys.exit(any(codes))
+
+
+def _look_at_processor() -> None:
+    from torch._inductor.cpu_vec_isa import config, valid_vec_isa_list
+
+    with config.patch(OPTIONS):
+        valid_vec_isa_list()
 
 
 def write(order: Order) -> None:

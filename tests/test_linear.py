@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ def test_ways_are_measured_once_and_read_again(tmp_path, monkeypatch):
     first = ways.choose([lambda: weight])
     assert [most for most, _ in first] == list(ways.ROWS)
     assert {name for _, name in first} <= ways.WAYS.keys()
+    assert ways.LONE not in {name for _, name in first[1:]}, "it is for one row"
     kept = json.loads((tmp_path / "linear.json").read_text())
     assert [key.rpartition(" | ")[2] for key in kept] == ["48x32"]
 
@@ -74,6 +76,19 @@ def test_a_product_takes_the_way_of_its_rows_and_the_last_beyond(monkeypatch):
         x = torch.randn(rows, 6)
         torch.testing.assert_close(product(x), F.linear(x, torch.cat([*weights]), torch.cat(biases)))
     assert taken == ["plain", "plain", "left", "left", "left"]
+
+
+@pytest.mark.parametrize(
+    ("available", "tiled", "names", "copies"),
+    [(10**6, False, ["Panels", "Packed"], 2), (10**4, False, ["Packed"], 1), (10**6, True, ["Packed"], 1)],
+)
+def test_a_second_copy_is_held_for_lone_rows_where_memory_is_plenty(monkeypatch, available, tiled, names, copies):
+    monkeypatch.setattr("engine.runner.linear.choose", lambda weights: [(1, ways.LONE), (512, "packed")])
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
+    products = [Product([torch.randn(40, 24)], [], tiled) for _ in range(3)]
+    assert prepare(products) == copies * 3 * 40 * 24 * 4
+    for product in products:
+        assert [type(way).__name__ for _, way in product.ways] == names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

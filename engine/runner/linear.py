@@ -11,15 +11,17 @@ import copy
 from collections.abc import Sequence
 from itertools import chain
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.runner.ways import WAYS, Packed, Way, choose
+from engine.runner.ways import COPIES, LONE, WAYS, Packed, Way, choose
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 TILE = 16  # rows of every product when results may not depend on how many rows there are
+SPARE = 0.1  # of the free memory is the most that second copies of weights may take
 
 
 class Product:
@@ -70,20 +72,34 @@ class Product:
 
 
 def prepare(products: Sequence[Product]) -> int:
-    """Choose the ways of every product; gives the bytes of weights that are then held as packed copies."""
+    """Choose the ways of every product; gives the bytes of weights that are then held as copies.
+
+    A second copy, for lone rows, is made where there is memory to spare.
+    """
     alike: dict[tuple[int, int], list[Product]] = {}
     for product in products:
         alike.setdefault((sum(product.sizes), product.weights[0].shape[1]), []).append(product)
+    rules = {shape: choose([product.copied for product in group]) for shape, group in alike.items()}
+    second = sum(
+        weight.nbytes
+        for shape, group in alike.items()
+        if LONE in {name for _, name in rules[shape]}
+        for product in group
+        for weight in product.weights
+    )
+    spared = second <= SPARE * psutil.virtual_memory().available
     bytes_copied = 0
-    for group in alike.values():
-        rule = choose([product.copied for product in group])[: 1 if group[0].tiled else None]
+    for shape, group in alike.items():
+        rule = [(most, name) for most, name in rules[shape] if spared or name != LONE]
+        if group[0].tiled:
+            rule = [next((way for way in rule if way[0] >= TILE), rule[-1])]
         names = {name for _, name in rule}
         for product in group:
-            weight = product.copied() if names == {"packed"} else product.joined()
+            weight = product.copied() if names <= COPIES else product.joined()
             made = {name: WAYS[name](weight) for name in names}
             product.ways = [(most, made[name]) for most, name in rule]
-            bytes_copied += weight.nbytes * ("packed" in names)
-            product.weights = () if names == {"packed"} else (weight,)
+            bytes_copied += weight.nbytes * len(names & COPIES)
+            product.weights = () if names <= COPIES else (weight,)
     return bytes_copied
 
 

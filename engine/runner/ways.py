@@ -26,12 +26,12 @@ ROWS = (1, 4, 16, 32, 64, 128, 512)  # measured; what lies between counts as the
 MOST = 4e9  # multiply-adds of one product worth measuring: beyond, every way is near the machine's peak
 TOY = 2**18  # bytes of a weight whose measurement would take longer than whatever it saves
 COLD = 64e6  # bytes of weights to go through, so that they come from memory as they do in a model
-ENOUGH = 1e9  # multiply-adds to time at once, where this is reached with fewer weights: then caches matter no more
+ENOUGH = 4e8  # multiply-adds to time at once, where this is reached with fewer weights: then caches matter no more
 FEW = 4  # rows that oneDNN multiplies faster than fewer
+LONG = 0.04  # seconds of rounds for a number of rows, two at least
 HOPELESS = 1.5  # a way that takes so many times the fastest's time in the first round is out
-MARGIN = (
-    0.75  # of the packed one's time is the most another way may take: it costs memory, and a whole layer's one call
-)
+MARGIN = 0.85  # of the packed one's time is the most another way may take, which costs memory and a layer's one call
+WIDE = 32  # outputs of a panel: two vectors; MKL takes twice as long for twice as many
 
 
 def plain(weight_NM: torch.Tensor) -> Way:
@@ -75,7 +75,29 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise.binary(x_TM, add_TN, self.copy, bias_N, "add")
 
 
-WAYS: dict[str, Callable[[torch.Tensor], Way]] = {"packed": Packed, "plain": plain, "left": left}
+class Panels:
+    """One row by a copy of the weight in panels of WIDE outputs, [C, M, WIDE]: a batch of small products.
+
+    Each reads its panel from end to end, at the pace of the memory where oneDNN reaches two thirds of it.
+    """
+
+    def __init__(self, weight_NM: torch.Tensor) -> None:
+        self.size = len(weight_NM)
+        filled_MN = F.pad(weight_NM, (0, 0, 0, -self.size % WIDE)).t()
+        self.copy_CMW = filled_MN.unflatten(1, (-1, WIDE)).transpose(0, 1).contiguous()
+
+    def __call__(self, x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
+        """[T, M] -> [T, N]."""
+        out_CTW = torch.bmm(x_TM.expand(len(self.copy_CMW), -1, -1), self.copy_CMW)
+        out_TN = out_CTW.transpose(0, 1).flatten(1)[:, : self.size].contiguous()
+        for term in (bias_N, add_TN):
+            out_TN = out_TN if term is None else out_TN.add_(term)
+        return out_TN
+
+
+WAYS: dict[str, Callable[[torch.Tensor], Way]] = {"packed": Packed, "panels": Panels, "plain": plain, "left": left}
+COPIES = {"packed", "panels"}  # hold the weight again
+LONE = "panels"  # slow for more rows than one, and not measured there
 
 # Inductor takes oneDNN's products only by weights that are constants of its program. Under names of our own, which end
 # like the C functions behind them, they are products by any weight.
@@ -135,13 +157,8 @@ def choose(
     if first.nbytes < TOY:
         return [(ROWS[-1], "packed")]
     file, shape = cache_dir() / "linear.json", "x".join(map(str, first.shape))
-    machine = (
-        cpu_name(),
-        f"{torch.get_num_threads()} threads",
-        torch.__version__,
-        os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
-    )
-    key = " | ".join((*machine, shape, *([] if ways is WAYS else ways)))
+    threads, isa = f"{torch.get_num_threads()} threads", os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    key = " | ".join((cpu_name(), threads, torch.__version__, isa, ", ".join(ways), shape))
     names = _read(file).get(key)
     if names is None:
         names = _measure([weight() for weight in weights[: max(1, int(COLD // first.nbytes))]], ways)
@@ -154,16 +171,17 @@ def choose(
 
 
 def _measure(weights: Sequence[torch.Tensor], ways: Mapping[str, Callable[[torch.Tensor], Way]]) -> list[str]:
-    """The name of the fastest way for each of ROWS, as far as it is worth measuring; best of two, interleaved."""
+    """The name of the fastest way for each of ROWS, as far as it is worth measuring: best of a few rounds."""
     every = {name: [make(weight) for weight in weights] for name, make in ways.items()}
     names: list[str] = []
     for rows in ROWS:
-        if names and rows * weights[0].numel() > MOST:
+        if set(names) - {LONE} and rows * weights[0].numel() > MOST:
             break
         x = torch.full((rows, weights[0].shape[1]), 0.5)
-        best = dict.fromkeys(every, float("inf"))
-        for _ in range(2):
-            limit = HOPELESS * min(best.values())
+        best = {name: float("inf") for name in every if rows == 1 or name != LONE}
+        rounds, until = 0, time.perf_counter() + LONG
+        while rounds < 2 or time.perf_counter() < until:
+            rounds, limit = rounds + 1, HOPELESS * min(best.values())
             for name in [name for name, seconds in best.items() if seconds <= limit]:
                 started = time.perf_counter()
                 for way in every[name][: 1 + int(ENOUGH / rows / weights[0].numel())]:
