@@ -16,8 +16,8 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,11 +139,10 @@ def main() -> None:
     """Write the packages that stdin orders, side by side where the system can fork; exits with 1 if one failed."""
     orders: list[Order] = pickle.load(sys.stdin.buffer)
     # Once for all children: what Inductor finds out about the processor by compiling, and meanwhile its import.
-    look = threading.Thread(target=_look_at_processor)
-    look.start()
-    import torch._inductor.compile_fx  # noqa: F401
-
-    look.join()
+    with ThreadPoolExecutor(1) as pool:
+        look = pool.submit(_look_at_processor)
+        import torch._inductor.compile_fx  # noqa: F401
+    look.result()  # raises what went wrong
     if not hasattr(os, "fork"):
         for order in orders:
             write(order)
