@@ -11,12 +11,12 @@ import copy
 from collections.abc import Sequence
 from itertools import chain
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.memory import free_bytes
 from engine.runner.ways import COPIES, LONE, WAYS, Packed, Way, choose
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -79,20 +79,17 @@ def prepare(products: Sequence[Product]) -> int:
     alike: dict[tuple[int, int], list[Product]] = {}
     for product in products:
         alike.setdefault((sum(product.sizes), product.weights[0].shape[1]), []).append(product)
-    rules = {shape: choose([product.copied for product in group]) for shape, group in alike.items()}
-    second = sum(
-        weight.nbytes
-        for shape, group in alike.items()
-        if LONE in {name for _, name in rules[shape]}
-        for product in group
-        for weight in product.weights
-    )
-    spared = second <= SPARE * psutil.virtual_memory().available
+    rules = {}
+    for shape, group in alike.items():
+        rule = choose([product.copied for product in group])
+        at_tile = next((way for way in rule if way[0] >= TILE), rule[-1])
+        rules[shape] = [at_tile] if group[0].tiled else rule
+    lone = [group for shape, group in alike.items() if LONE in {name for _, name in rules[shape]}]
+    second = sum(weight.nbytes for group in lone for product in group for weight in product.weights)
+    spared = second <= SPARE * free_bytes(torch.device("cpu"))
     bytes_copied = 0
     for shape, group in alike.items():
         rule = [(most, name) for most, name in rules[shape] if spared or name != LONE]
-        if group[0].tiled:
-            rule = [next((way for way in rule if way[0] >= TILE), rule[-1])]
         names = {name for _, name in rule}
         for product in group:
             weight = product.copied() if names <= COPIES else product.joined()

@@ -35,12 +35,20 @@ FAVOUR = {"packed": 0.75, "panels": 0.88}
 WIDE = 32  # outputs of a panel: two vectors; MKL takes twice as long for twice as many
 
 
+def _plus(out_TN: torch.Tensor, *terms: torch.Tensor | None) -> torch.Tensor:
+    """A product with what there is to be added to it, in place."""
+    for term in terms:
+        if term is not None:
+            out_TN.add_(term)
+    return out_TN
+
+
 def plain(weight_NM: torch.Tensor) -> Way:
     """torch's own."""
 
     def multiply(x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
         out_TN = F.linear(x_TM, weight_NM, bias_N)
-        return out_TN if add_TN is None else out_TN.add_(add_TN)
+        return _plus(out_TN, add_TN)
 
     return multiply
 
@@ -53,9 +61,7 @@ def left(weight_NM: torch.Tensor) -> Way:
         if rows == 1:
             x_TM = x_TM.repeat(2, 1)  # a product with two columns is three times as fast as with one
         out_TN = (weight_NM @ x_TM.t()).t()[:rows].contiguous()
-        for term in (bias_N, add_TN):
-            out_TN = out_TN if term is None else out_TN.add_(term)
-        return out_TN
+        return _plus(out_TN, bias_N, add_TN)
 
     return multiply
 
@@ -91,9 +97,7 @@ class Panels:
         """[T, M] -> [T, N]."""
         out_CTW = torch.bmm(x_TM.expand(len(self.copy_CMW), -1, -1), self.copy_CMW)
         out_TN = out_CTW.transpose(0, 1).flatten(1)[:, : self.size].contiguous()
-        for term in (bias_N, add_TN):
-            out_TN = out_TN if term is None else out_TN.add_(term)
-        return out_TN
+        return _plus(out_TN, bias_N, add_TN)
 
 
 WAYS: dict[str, Callable[[torch.Tensor], Way]] = {"packed": Packed, "panels": Panels, "plain": plain, "left": left}
