@@ -35,6 +35,7 @@ OPTIONS = {
     "aot_inductor.precompile_headers": False,  # would pay from about ten functions on
     "aot_inductor.compile_wrapper_opt_level": "O0",  # it calls the loops; those are optimised
     "aot_inductor.enable_line_tables": False,
+    "cpp.enable_floating_point_contract_flag": "fast",  # a product is added in one instruction
 }
 SYMBOLS: dict[Any, str] = {}  # operators that compiled programs may call, and how C declares each
 
@@ -67,14 +68,12 @@ class Compiler:
 
     _wanted: dict[str, tuple[Order, Compiled]] = field(default_factory=dict)
 
-    def add(
-        self, function: Function, example: Sequence[torch.Tensor], dynamic: Sequence[Sequence[int]], *key: Any
-    ) -> Compiled:
+    def add(self, function: Function, example: Sequence[torch.Tensor], dynamic: Sequence[Sequence[int]]) -> Compiled:
         """A function to be compiled by `finish`; the same for one that is here already.
 
         Args:
-            function: an object whose module's source, `repr` and `key` tell it from all others; gives a tuple. It can
-                be pickled.
+            function: an object that its `repr`, the source of its module and of those that this takes functions from
+                tell from all others; gives a tuple. It can be pickled.
             example: tensors like those to come, as `like` gives them; of each, the sizes in the dimensions listed in
                 `dynamic` may differ.
         """
@@ -84,7 +83,7 @@ class Compiler:
         if known not in self._wanted:
             threads = torch.get_num_threads()
             what = (
-                inspect.getsource(sys.modules[type(function).__module__]), known, key, torch.__version__, cpu_name(),
+                _sources(function), known, OPTIONS, torch.__version__, cpu_name(),
                 torch.backends.cpu.get_cpu_capability(), threads,
             )  # fmt: skip
             digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
@@ -114,6 +113,13 @@ class Compiler:
 def like(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor without values, to show a compiler."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _sources(function: Function) -> list[str]:
+    home = sys.modules[type(function).__module__]
+    used = {thing.__module__ for thing in vars(home).values() if inspect.isfunction(thing)}
+    ours = {name for name in used if name.partition(".")[0] == __name__.partition(".")[0]}
+    return [inspect.getsource(sys.modules[name]) for name in sorted(ours | {home.__name__})]
 
 
 def _loaded(package: Path) -> Function:

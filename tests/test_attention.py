@@ -183,7 +183,7 @@ def test_compiled_rows_give_and_write_what_torch_does(pasts, compiler):
     rows = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
     q, k, v = torch.randn(count, 15, dim, generator=generator).split((9, 3, 3), 1)
     page_R = torch.tensor([pages[past // size] for pages, past in tables])
-    where = (page_R, torch.tensor(pasts) % size, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
+    where = (page_R, torch.tensor(pasts) % size, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_XR)
     run = compile_rows(compiler, 9, stores[0].keys_LKDP, stores[0].values_LKBPE)
     compiler.finish()
     assert run.built

@@ -170,7 +170,7 @@ def test_layers_are_the_same_compiled(rows, head_eps, biased, compiler):
     read = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
     page_R = torch.tensor([pages[past // size] for pages, past in tables], dtype=torch.long)
     offset_R = torch.tensor([past % size for past in rows], dtype=torch.long)
-    where = [page_R, offset_R, read.page_N, read.owner_N, read.bias_NP, read.place_RX]
+    where = [page_R, offset_R, read.page_N, read.owner_N, read.bias_NP, read.place_XR]
     x, (cos, sin) = random(len(rows) + 7, width), random(2, len(rows) + 7, 1, dim // 2)
     tokens_R = torch.arange(len(rows)) + 4
     ours, torchs = ([store.keys_LKDP, store.values_LKBPE, *where] for store in stores)

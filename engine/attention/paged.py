@@ -178,7 +178,7 @@ class PackedStep:
         if window not in self._rows:
             self._rows[window] = rows_of(self._tables, self.page_size, window, self._wide, self.device)
         store, rows = self.stores[layer], self._rows[window]
-        where = (self.page_R, self.offset_R, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_RX)
+        where = (self.page_R, self.offset_R, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_XR)
         return store.keys_LKDP, store.values_LKBPE, *where
 
     def _context(self, piece: Piece) -> torch.Tensor:

@@ -18,6 +18,8 @@ import torch
 
 from engine.compiled import Compiled, Compiler, like
 
+SUMS = 8  # side by side in one loop: they stay in registers
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -26,7 +28,7 @@ class Rows:
     page_N: torch.Tensor  # the pages read
     owner_N: torch.Tensor  # the row that each belongs to
     bias_NP: torch.Tensor  # 0 where a position counts for its row, -inf elsewhere
-    place_RX: torch.Tensor  # each row's pages among the N; -1 after its last
+    place_XR: torch.Tensor  # each row's pages among the N, one below the other; -1 after its last
 
 
 def rows_of(
@@ -46,11 +48,16 @@ def rows_of(
     at_NP = ((first_R[owner_N] + column_N) * size)[:, None] + np.arange(size)
     past_N1 = past_R[owner_N][:, None]
     hidden_NP = (at_NP >= past_N1) | (at_NP <= (past_N1 - window if window else -1))
-    place_RX = np.full((len(tables), int(pages_R.max(initial=1))), -1, dtype=np.int64)
-    place_RX[owner_N, column_N] = np.arange(len(owner_N))
+    place_XR = np.full((int(pages_R.max(initial=1)), len(tables)), -1, dtype=np.int64)
+    place_XR[column_N, owner_N] = np.arange(len(owner_N))
     bias_NP = torch.zeros(hidden_NP.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden_NP), -torch.inf)
-    page, owner, place = (torch.from_numpy(array).to(device) for array in (page_N, owner_N, place_RX))
+    page, owner, place = (torch.from_numpy(array).to(device) for array in (page_N, owner_N, place_XR))
     return Rows(page, owner, bias_NP.to(device), place)
+
+
+def multiply(a_NKGX: torch.Tensor, b_NKBXY: torch.Tensor) -> torch.Tensor:
+    """Products of matrices, [N, K, G, B, Y]."""
+    return (a_NKGX[:, :, None] @ b_NKBXY).transpose(2, 3)
 
 
 def attend_rows(
@@ -64,11 +71,11 @@ def attend_rows(
     page_N: torch.Tensor,
     owner_N: torch.Tensor,
     bias_NP: torch.Tensor,
-    place_RX: torch.Tensor,
+    place_XR: torch.Tensor,
     *,
     softcap: float | None = None,
     sink_H: torch.Tensor | None = None,
-    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = multiply,
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda x_RX: x_RX.sum(1),
 ) -> torch.Tensor:
     """Write the rows' keys and values into their pages and attend with their scaled queries; gives [R, H, D].
@@ -76,10 +83,10 @@ def attend_rows(
     Args:
         keys_LKDP, values_LKBPE: the store of a layer, written to.
         page_R, offset_R: where each row's own key and value belong.
-        page_N, owner_N, bias_NP, place_RX: as in Rows.
+        page_N, owner_N, bias_NP, place_XR: as in Rows.
         softcap: squashes scores to within +-softcap (Gemma 2).
         sink_H: a score that takes its share of each head's weight and gives no value (gpt-oss).
-        multiply: batched matrix product.
+        multiply: what takes its place.
         add_up: sum over the second dimension, a row's pages.
     """
     kv_heads, wide = keys_LKDP.shape[1], bias_NP.dtype
@@ -91,12 +98,14 @@ def attend_rows(
     def capped(scores: torch.Tensor) -> torch.Tensor:
         return scores.to(wide) if softcap is None else torch.tanh(scores.to(wide) / softcap) * softcap
 
-    own_RKG = capped(multiply(q_RKGD, k_RKD[..., None])[..., 0])
-    scores_NKGP = capped(multiply(q_RKGD[owner_N], keys_LKDP[page_N])) + bias_NP[:, None, None]
+    own_RKG = capped((q_RKGD.to(wide) * k_RKD[:, :, None].to(wide)).sum(-1))
+    scores_NKGP = capped(multiply(q_RKGD[owner_N], keys_LKDP[page_N][:, :, None])[:, :, :, 0])
+    scores_NKGP = scores_NKGP + bias_NP[:, None, None]
     peak_NKG = scores_NKGP.amax(-1).clamp_min(torch.finfo(wide).min)  # not -inf, where nothing of a page counts
     weights_NKGP = (scores_NKGP - peak_NKG[..., None]).exp()
     total_NKG = weights_NKGP.sum(-1)
-    mixed_NKBGE = multiply(weights_NKGP[:, :, None].to(values_LKBPE.dtype), values_LKBPE[page_N]).to(wide)
+    mixed_NKGBE = multiply(weights_NKGP.to(values_LKBPE.dtype), values_LKBPE[page_N]).to(wide)
+    place_RX = place_XR.t()
     absent_RX11, place_RX = (place_RX < 0)[..., None, None], place_RX.clamp(min=0)
     peak_RXKG = peak_NKG[place_RX].masked_fill(absent_RX11, -torch.inf)
     peak_RKG = torch.maximum(own_RKG, peak_RXKG.amax(1))
@@ -107,9 +116,9 @@ def attend_rows(
     total_RKG = own_RKG + add_up(share_RXKG * total_NKG[place_RX])
     if sink_H is not None:
         total_RKG = total_RKG + (sink_KG - peak_RKG).exp()
-    mixed_RKBGE = own_RKG[:, :, None, :, None] * v_RKBE[:, :, :, None]
-    mixed_RKBGE = mixed_RKBGE + add_up(share_RXKG[:, :, :, None, :, None] * mixed_NKBGE[place_RX])
-    out_RKGBE = (mixed_RKBGE / total_RKG[:, :, None, :, None]).to(q_RHD.dtype).transpose(2, 3)
+    mixed_RKGBE = own_RKG[..., None, None] * v_RKBE[:, :, None]
+    mixed_RKGBE = mixed_RKGBE + add_up(share_RXKG[..., None, None] * mixed_NKGBE[place_RX])
+    out_RKGBE = (mixed_RKGBE / total_RKG[..., None, None]).to(q_RHD.dtype)
     return out_RKGBE.flatten(3).flatten(1, 2)
 
 
@@ -118,9 +127,14 @@ def in_order(x_RX: torch.Tensor) -> torch.Tensor:
     return x_RX.cumsum(1)[:, -1]
 
 
-def multiply_seen(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A product of matrices that a compiler sees through, and fuses with what comes before and after."""
-    return (a[..., None] * b[..., None, :, :]).sum(-2)
+def multiply_seen(a_NKGX: torch.Tensor, b_NKBXY: torch.Tensor) -> torch.Tensor:
+    """As `multiply`, but a compiler sees through it, and fuses it with what comes before and after.
+
+    A group's heads are sums of their own, if they are few: the compiler makes one loop of those, which reads b once.
+    """
+    if a_NKGX.shape[2] > SUMS:
+        return (a_NKGX[:, :, :, None, :, None] * b_NKBXY[:, :, None]).sum(-2)
+    return torch.stack([(a_NKX[:, :, None, :, None] * b_NKBXY).sum(-2) for a_NKX in a_NKGX.unbind(2)], 2)
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,7 @@ def example(rows: int, keys_LKDP: torch.Tensor, values_LKBPE: torch.Tensor) -> t
     each may differ. What is worth dividing among threads is judged by the example's sizes."""
     pages, longest, size = 8 * rows, 9, keys_LKDP.shape[3]
     ids = [like(count, dtype=torch.long) for count in (rows, rows, pages, pages)]
-    tensors = [keys_LKDP, values_LKBPE, *ids, like(pages, size), like(rows, longest, dtype=torch.long)]
+    tensors = [keys_LKDP, values_LKBPE, *ids, like(pages, size), like(longest, rows, dtype=torch.long)]
     return tensors, [(0,)] * 7 + [(0, 1)]
 
 

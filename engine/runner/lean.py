@@ -7,7 +7,6 @@ scales and the softmax scale. Whether a model's layers really compute this is fo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Set
 from types import MethodType
 from typing import Any
@@ -78,9 +77,8 @@ class LeanLayer(nn.Module):
         x_TM, angle_T1E = like(count, self.width), like(count, 1, self.head_dim // 2)
         product_TN, tokens_R = like(count, sum(self.qkv.sizes)), like(count // 2, dtype=torch.long)
         pages, sizes = rows.example(count // 2, store.keys_LKDP, store.values_LKBPE)
-        source = inspect.getsource(rows) + inspect.getsource(ways)
         tensors = [x_TM, product_TN, angle_T1E, angle_T1E, tokens_R, *pages, *self.constants]
-        self.turn = compiler.add(Turn(self.rotate), tensors, [free] * 5 + sizes + [fixed] * len(self.constants), source)
+        self.turn = compiler.add(Turn(self.rotate), tensors, [free] * 5 + sizes + [fixed] * len(self.constants))
         self.packed = [product.packed for product in self.products if product.packed is not None]
         if len(self.packed) < len(self.products) or self.out.bias is not None or self.down.bias is not None:
             return
@@ -89,7 +87,7 @@ class LeanLayer(nn.Module):
         weights, constants = [like(*weight.shape) for weight in self.packed], [*self.constants, *self.mlp_bias]
         dynamic = [free] * 3 + [fixed] * 4 + sizes + [fixed] * len(constants)
         tensors = [x_TM, angle_T1E, angle_T1E, *weights, *pages, *constants]
-        self.whole = compiler.add(Layer(self.rotate, self.gate), tensors, dynamic, source)
+        self.whole = compiler.add(Layer(self.rotate, self.gate), tensors, dynamic)
 
     @property
     def products(self) -> list[Product]:
