@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings, strategies as st
 from engine import InputError
 from engine.attention.interface import attend
 from engine.attention.paged import VECTOR, Options, PackedStep, Piece, Store
-from engine.attention.rows import attend_rows, compile_rows, rows_of
+from engine.attention.rows import SUMS, attend_rows, compile_rows, rows_of
 from engine.compiled import Compiler
 
 KV_HEADS, DIM = 2, 2 * VECTOR
@@ -169,10 +169,11 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
             assert torch.equal(logits(cuts, company), alone)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (SUMS + 1, 1)])
 @pytest.mark.parametrize("pasts", [[30], [0, 5], [i * 37 % 190 for i in range(17)]], ids=len)
-def test_compiled_rows_give_and_write_what_torch_does(pasts, compiler):
-    """In SmolLM2's shape, from parts of one tensor, as a layer hands them over."""
-    count, kv_heads, dim, size = len(pasts), 3, 64, 16
+def test_compiled_rows_give_and_write_what_torch_does(pasts, heads, kv_heads, compiler):
+    """In SmolLM2's shape, and one with too many heads for one loop; from parts of one tensor, as a layer has them."""
+    count, dim, size = len(pasts), 64, 16
     generator = torch.Generator().manual_seed(count)
     stores = [Store.zeros((12 * count, kv_heads, size, dim), torch.zeros(())) for _ in range(2)]
     stores[0].keys_LKDP.normal_(generator=generator)
@@ -181,10 +182,11 @@ def test_compiled_rows_give_and_write_what_torch_does(pasts, compiler):
         getattr(stores[1], half).copy_(getattr(stores[0], half))
     tables = [(list(range(12 * row, 12 * row + 12)), past) for row, past in enumerate(pasts)]
     rows = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
-    q, k, v = torch.randn(count, 15, dim, generator=generator).split((9, 3, 3), 1)
+    sizes = heads, kv_heads, kv_heads
+    q, k, v = torch.randn(count, sum(sizes), dim, generator=generator).split(sizes, 1)
     page_R = torch.tensor([pages[past // size] for pages, past in tables])
     where = (page_R, torch.tensor(pasts) % size, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_XR)
-    run = compile_rows(compiler, 9, stores[0].keys_LKDP, stores[0].values_LKBPE)
+    run = compile_rows(compiler, heads, stores[0].keys_LKDP, stores[0].values_LKBPE)
     compiler.finish()
     assert run.built
     outs = [

@@ -18,7 +18,7 @@ import torch
 
 from engine.compiled import Compiled, Compiler, like
 
-SUMS = 8  # side by side in one loop: they stay in registers
+SUMS = 8  # side by side in one loop, at most: they stay in registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def rows_of(
 
 
 def multiply(a_NKGX: torch.Tensor, b_NKBXY: torch.Tensor) -> torch.Tensor:
-    """Products of matrices, [N, K, G, B, Y]."""
+    """Each of a group's heads by each of its matrices, [N, K, G, B, Y]."""
     return (a_NKGX[:, :, None] @ b_NKBXY).transpose(2, 3)
 
 
