@@ -33,7 +33,7 @@ from engine.scheduler import Step
 LOG = logging.getLogger(__name__)
 CHUNK = 256  # tokens of a text at a time
 CUTS = ((0, 8, 15, 23, 24), (0, 15, 16, 23, 24))  # where the proof at load cuts its requests; the first cut is short
-SHORT = 384  # tokens of a request up to which compiled attention of rows is faster than torch's of chunks
+SHORT = 288  # tokens of a request up to which compiled attention of rows is about as fast as torch's, or faster
 FULL_HEAD = 64  # dimensions of a head from which compiling its attention is worth the wait
 # How far logits of the packed model may lie from the model's own, relative to the largest: rounding, no more. In int8,
 # where each product has been compared with its integers besides, at most tokens: rounding may turn one of them over.
