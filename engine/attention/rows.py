@@ -56,7 +56,7 @@ def rows_of(
 
 
 def multiply(a_NKGX: torch.Tensor, b_NKBXY: torch.Tensor) -> torch.Tensor:
-    """Each of a group's heads by each of its matrices, [N, K, G, B, Y]."""
+    """Each head of a group by each of its B matrices, [N, K, G, B, Y]."""
     return (a_NKGX[:, :, None] @ b_NKBXY).transpose(2, 3)
 
 
@@ -86,7 +86,7 @@ def attend_rows(
         page_N, owner_N, bias_NP, place_XR: as in Rows.
         softcap: squashes scores to within +-softcap (Gemma 2).
         sink_H: a score that takes its share of each head's weight and gives no value (gpt-oss).
-        multiply: what takes its place.
+        multiply: as the function of that name.
         add_up: sum over the second dimension, a row's pages.
     """
     kv_heads, wide = keys_LKDP.shape[1], bias_NP.dtype
@@ -105,8 +105,7 @@ def attend_rows(
     weights_NKGP = (scores_NKGP - peak_NKG[..., None]).exp()
     total_NKG = weights_NKGP.sum(-1)
     mixed_NKGBE = multiply(weights_NKGP.to(values_LKBPE.dtype), values_LKBPE[page_N]).to(wide)
-    place_RX = place_XR.t()
-    absent_RX11, place_RX = (place_RX < 0)[..., None, None], place_RX.clamp(min=0)
+    absent_RX11, place_RX = (place_XR.t() < 0)[..., None, None], place_XR.t().clamp(min=0)
     peak_RXKG = peak_NKG[place_RX].masked_fill(absent_RX11, -torch.inf)
     peak_RKG = torch.maximum(own_RKG, peak_RXKG.amax(1))
     if sink_H is not None:
