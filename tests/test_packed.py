@@ -196,6 +196,19 @@ def test_equals_generate_on_a_real_model(smollm2):
         oracle.check(output, 8)
 
 
+def test_a_real_model_says_the_same_by_panels_and_packed(smollm2, monkeypatch):
+    """Whichever way a whole layer multiplies, with rows of nobody beside the step's."""
+    monkeypatch.setattr("engine.runner.linear.choose", lambda weights: [(1, "panels"), (512, "packed")])
+    prompts, params = [[5 + i, 17, 3] for i in range(5)], exactly(6)
+    by_most = {}
+    for most in (0, 4, 512):
+        monkeypatch.setattr("engine.runner.packed.kept", lambda *given, most=most: [(most, "layer by panels")])
+        engine = packed(Oracle(smollm2), 1_000, max_batch_size=8)
+        assert {layer.most for layer in engine.runner.model.base_model.layers} == {most}
+        by_most[most] = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
+    assert by_most[0] == by_most[4] == by_most[512]
+
+
 @pytest.mark.parametrize("page", [16, 4])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3", "tiny-qwen2"])
 def test_deterministic_means_the_same_bits_in_any_company(tiny, name, page):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.attention.rows import attend_rows, multiply_seen
-from engine.runner.ways import filled, multiply_packed
+from engine.runner.ways import FEW, multiply_packed, multiply_panels
 
 
 @dataclass(frozen=True)
@@ -94,27 +94,36 @@ class Turn:
 
 @dataclass(frozen=True)
 class Layer:
-    """A whole layer for rows of one token, its products by weights that oneDNN has packed."""
+    """A whole layer for rows of one token, its products by weights that oneDNN has packed, or by weights in panels."""
 
     rotate: Rotate
     gate: Gate
+    panels: bool
 
     def __call__(
-        self, x_TM: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor, *tensors: torch.Tensor
+        self, x_BRM: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor]:
-        """[T, M] -> [T, M].
+        """[B, FEW, M] -> the same, T rows in all.
 
-        The other tensors are the packed weights of the four products, the eight of `attend_rows` after keys and values
-        of the rows, and the constants of Rotate and Gate.
+        The other tensors are the weights of the four products, the eight of `attend_rows` after keys and values of the
+        rows, and the constants of Rotate and Gate.
         """
-        (qkv, out, gate_up, down), pages = tensors[:4], tensors[4:12]
-        constants = tensors[12:]
+        weights, pages, constants = tensors[:4], tensors[4:12], tensors[12:]
         turning, gating = constants[: self.rotate.constants], constants[self.rotate.constants :]
-        q_THD, k_TKD, v_TKD = self.rotate(x_TM, multiply_packed(x_TM, qkv), cos_T1E, sin_T1E, *turning)
+        x_TM = x_BRM.flatten(0, 1)
+        qkv = (self.rotate.heads + 2 * self.rotate.kv_heads) * self.rotate.head_dim
+        sizes = qkv, x_TM.shape[1], 2 * weights[3].shape[1], x_TM.shape[1]
+
+        def multiply(index: int, x_TM: torch.Tensor, add_TN: torch.Tensor | None = None) -> torch.Tensor:
+            if self.panels:
+                return multiply_panels(x_TM, weights[index], sizes[index], add_TN)
+            return multiply_packed(x_TM, weights[index], add_TN)
+
+        q_THD, k_TKD, v_TKD = self.rotate(x_TM, multiply(0, x_TM), cos_T1E, sin_T1E, *turning)
         mixed_THD = attend_rows(q_THD, k_TKD, v_TKD, *pages, multiply=multiply_seen)
-        x_SM = multiply_packed(filled(mixed_THD.flatten(1)), out, filled(x_TM))  # S: T, or a few
-        (inner_SF,) = self.gate(x_SM, multiply_packed(x_SM, gate_up), *gating)
-        return (multiply_packed(inner_SF, down, x_SM)[: x_TM.shape[0]],)
+        x_TM = multiply(1, mixed_THD.flatten(1), x_TM)
+        (inner_TF,) = self.gate(x_TM, multiply(2, x_TM), *gating)
+        return (multiply(3, inner_TF, x_TM).unflatten(0, (-1, FEW)),)
 
 
 def normer(x: torch.Tensor, eps: float) -> torch.Tensor:

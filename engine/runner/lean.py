@@ -20,13 +20,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from engine.attention import rows
 from engine.attention.paged import Options, PackedStep, Store
 from engine.compiled import Compiled, Compiler, like
-from engine.runner import ways
 from engine.runner.formulas import Gate, Layer, Rotate, Turn
 from engine.runner.linear import Product, product_of
+from engine.runner.ways import FEW
 
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+PACKED, PANELS = "packed", "panels"  # copies of weights that a compiled layer multiplies by
 
 
 class LeanLayer(nn.Module):
@@ -66,28 +67,35 @@ class LeanLayer(nn.Module):
         activation = nn.SiLU() if isinstance(mlp.act_fn, SiLUActivation) else mlp.act_fn
         self.rotate, self.gate = rotate, Gate(activation, mlp_eps, gate.bias is not None)
         self.turn: Compiled | None = None
-        self.whole: Compiled | None = None
-        self.packed: list[torch.Tensor] = []
-        self.least = 1
+        self.wholes: dict[str, tuple[Compiled, list[torch.Tensor]]] = {}  # PACKED and PANELS, each with its weights
+        self.most = 0  # rows that go through PANELS
         self.last = False  # nothing reads the results of tokens whose logits nobody wants
 
     def compile_with(self, compiler: Compiler, store: Store) -> None:
-        """Have attention compiled for stores like this one, and the whole layer if its products are all packed."""
+        """Have attention compiled for stores like this one, and the whole layer if its products can be part of that."""
         count, fixed, free = 32, (), (0,)
-        x_TM, angle_T1E = like(count, self.width), like(count, 1, self.head_dim // 2)
+        x_TM, angles = like(count, self.width), [like(count, 1, self.head_dim // 2)] * 2
         product_TN, tokens_R = like(count, sum(self.qkv.sizes)), like(count // 2, dtype=torch.long)
         pages, sizes = rows.example(count // 2, store.keys_LKDP, store.values_LKBPE)
-        tensors = [x_TM, product_TN, angle_T1E, angle_T1E, tokens_R, *pages, *self.constants]
+        tensors = [x_TM, product_TN, *angles, tokens_R, *pages, *self.constants]
         self.turn = compiler.add(Turn(self.rotate), tensors, [free] * 5 + sizes + [fixed] * len(self.constants))
-        self.packed = [product.packed for product in self.products if product.packed is not None]
-        if len(self.packed) < len(self.products) or self.out.bias is not None or self.down.bias is not None:
+        if self.out.bias is not None or self.down.bias is not None:
             return
-        self.least = 1 if isinstance(self.gate_up.ways[0][1], ways.Packed) else 2  # one row may have a faster way
         pages, sizes = rows.example(count, store.keys_LKDP, store.values_LKBPE)
-        weights, constants = [like(*weight.shape) for weight in self.packed], [*self.constants, *self.mlp_bias]
+        constants, x_BRM = [*self.constants, *self.mlp_bias], like(count // FEW, FEW, self.width)
         dynamic = [free] * 3 + [fixed] * 4 + sizes + [fixed] * len(constants)
-        tensors = [x_TM, angle_T1E, angle_T1E, *weights, *pages, *constants]
-        self.whole = compiler.add(Layer(self.rotate, self.gate), tensors, dynamic)
+        for name in (PACKED, PANELS):
+            weights = [weight for product in self.products if (weight := getattr(product, name)) is not None]
+            if len(weights) == len(self.products):
+                shown = [like(*weight.shape) for weight in weights]
+                tensors = [x_BRM, *angles, *shown, *pages, *constants]
+                layer = Layer(self.rotate, self.gate, name == PANELS)
+                self.wholes[name] = compiler.add(layer, tensors, dynamic), weights
+
+    @property
+    def two_ways(self) -> bool:
+        """Whether it can be computed as a whole by PACKED and by PANELS."""
+        return len(self.wholes) == 2 and all(whole.built for whole, _ in self.wholes.values())
 
     @property
     def products(self) -> list[Product]:
@@ -105,10 +113,11 @@ class LeanLayer(nn.Module):
         """[1, T, M] -> [1, T, M], or [1, R, M] if it is the last and no more are wanted."""
         x_TM, rotation = hidden_states[0], packed.rotation(*position_embeddings)
         wanted_R = packed.wanted_R if self.last else None
-        whole = self.whole if wanted_R is None and not packed.chunks and len(x_TM) >= self.least else None
-        if whole is not None and whole.built:
+        whole, weights = self.wholes.get(PANELS if len(x_TM) <= self.most else PACKED, (None, []))
+        if whole is not None and whole.built and wanted_R is None and not packed.chunks:
             pages = packed.pages(self.index, self.options.window)
-            return whole(x_TM, *rotation, *self.packed, *pages, *self.constants, *self.mlp_bias)[0][None]
+            x_BRM = x_TM.unflatten(0, (-1, FEW))
+            return whole(x_BRM, *rotation, *weights, *pages, *self.constants, *self.mlp_bias)[0].flatten(0, 1)[None]
         product_TN = self.qkv(x_TM)
         if self.turn is not None and self.turn.built:
             tensors = packed.tokens_R, *packed.pages(self.index, self.options.window), *self.constants

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.memory import free_bytes
-from engine.runner.ways import COPIES, LONE, WAYS, Packed, Way, choose
+from engine.runner.ways import COPIES, LONE, WAYS, Packed, Panels, Way, choose
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 TILE = 16  # rows of every product when results may not depend on how many rows there are
@@ -38,6 +38,7 @@ class Product:
         self.weights, self.tiled = weights, tiled
         self.bias = torch.cat([bias.data for bias in biases]) if biases else None
         self.sizes = [len(weight) for weight in weights]
+        self.shape = sum(self.sizes), weights[0].shape[1]
         self.ways: list[tuple[int, Way]] = []  # up to so many rows, this way
 
     def __call__(self, x_TM: torch.Tensor, add_TN: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,6 +56,12 @@ class Product:
         """The packed weight, if most rows go that way."""
         way = self.ways[-1][1]
         return way.copy if isinstance(way, Packed) else None
+
+    @property
+    def panels(self) -> torch.Tensor | None:
+        """The weight in panels, if one row goes that way."""
+        way = self.ways[0][1]
+        return way.copy_CMW if isinstance(way, Panels) else None
 
     def joined(self) -> torch.Tensor:
         """The weights one below the other, [N, M]; Parameters among several become views of it."""
@@ -74,22 +81,24 @@ class Product:
 def prepare(products: Sequence[Product]) -> int:
     """Choose the ways of every product; gives the bytes of weights that are then held as copies.
 
-    A second copy, for lone rows, is made where there is memory to spare.
+    A second copy, for lone rows, is made where it is faster for most of the weights and there is memory to spare: of
+    all of them, for a compiled layer takes all of its products one way.
     """
     alike: dict[tuple[int, int], list[Product]] = {}
     for product in products:
-        alike.setdefault((sum(product.sizes), product.weights[0].shape[1]), []).append(product)
-    rules = {}
+        alike.setdefault(product.shape, []).append(product)
+    rules, held = {}, {}
     for shape, group in alike.items():
         rule = choose([product.copied for product in group])
         at_tile = next((way for way in rule if way[0] >= TILE), rule[-1])
         rules[shape] = [at_tile] if group[0].tiled else rule
-    lone = [group for shape, group in alike.items() if LONE in {name for _, name in rules[shape]}]
-    second = sum(weight.nbytes for group in lone for product in group for weight in product.weights)
-    spared = second <= SPARE * free_bytes(torch.device("cpu"))
+        held[shape] = sum(weight.nbytes for product in group for weight in product.weights)
+    lone = sum(held[shape] for shape, rule in rules.items() if LONE in {name for _, name in rule})
+    spared = 2 * lone > sum(held.values()) and sum(held.values()) <= SPARE * free_bytes(torch.device("cpu"))
     bytes_copied = 0
     for shape, group in alike.items():
-        rule = [(most, name) for most, name in rules[shape] if spared or name != LONE]
+        rule = [(most, name) for most, name in rules[shape] if name != LONE]
+        rule = [(1, LONE), *(way for way in rule if way[0] > 1)] if spared else rule
         names = {name for _, name in rule}
         for product in group:
             weight = product.copied() if names <= COPIES else product.joined()

@@ -1,4 +1,4 @@
-"""The packed runner: every token of a step in one row, no padding anywhere, keys and values in pages.
+"""The packed runner: every token of a step in one row, no padding to lengths, keys and values in pages.
 
 The model is unmodified: it is called with token ids, position ids and one keyword more, which reaches the attention
 function registered under `engine.attention.NAME`. Any mix of prompts, parts of prompts and decodes is one pass.
@@ -7,6 +7,7 @@ function registered under `engine.attention.NAME`. Any mix of prompts, parts of 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -27,6 +28,7 @@ from engine.runner.int8 import QUANTIZED, Quantize, quantize, watch
 from engine.runner.lean import LeanLayer, lean, leaves_out
 from engine.runner.linear import join, prepare, twin
 from engine.runner.screened import Screened, screen_largest
+from engine.runner.ways import COLD, FEW, ROWS, Way, fastest_ways, filled, kept
 from engine.sampler import Choice, sample, takes_largest
 from engine.scheduler import Step
 
@@ -85,12 +87,53 @@ class PackedRunner(Runner):
                 if not layers:
                     raise
                 LOG.warning("%s: its layers look like Llama's but are not; they run as they are", error)
+        if layers and all(layer.two_ways for layer in layers):
+            self._choose_ways(packed, layers, tokens, expected_TV)
         if self.int8:
             self.copied_bytes = quantize(watched, rounding)
             self._prove_equal(packed, tokens, expected_TV, torch.int8)
         elif not self.deterministic:
             self._screen(packed, model, tokens, expected_TV)
         return packed
+
+    def _choose_ways(
+        self, packed: PreTrainedModel, layers: list[LeanLayer], tokens: list[int], expected_TV: torch.Tensor
+    ) -> None:
+        """Find up to how many rows whole layers are quicker by panels than packed, if they prove right by panels."""
+
+        def use(most: int) -> None:
+            for layer in layers:
+                layer.most = most
+
+        use(ROWS[-1])
+        try:
+            self._prove_equal(packed, tokens, expected_TV)
+        except InputError as error:
+            LOG.warning("%s: by panels, so its layers multiply by packed weights", error)
+            return use(0)
+
+        stores, first = _stores(packed, 0, self.pool.page_size), layers[0]
+        counts = {max(FEW, rows) for rows in ROWS}
+        steps = {count: self._step(stores, [Piece(i, i + 1, 0, [0]) for i in range(count)]) for count in counts}
+        angle_1TD = torch.zeros(1, ROWS[-1], first.head_dim)
+        shapes = [product.shape for product in first.products]
+        size, names = sum(map(math.prod, shapes)), ["layer by panels", "packed layer"]
+
+        def way(layer: LeanLayer, most: int) -> Way:
+            def run(x_TM: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+                layer.most, x_TM = most, filled(x_TM)
+                angles = (angle_1TD[:, : len(x_TM)],) * 2
+                return layer(x_TM[None], position_embeddings=angles, packed=steps[len(x_TM)])[0]
+
+            return run
+
+        def measure() -> list[str]:
+            some = layers[: 1 + int(COLD / size / 4)]
+            by_panels, by_packed = ([way(layer, most) for layer in some] for most in (ROWS[-1], 0))
+            return fastest_ways(dict(zip(names, (by_panels, by_packed), strict=True)), size // first.width, first.width)
+
+        rule = kept(str(shapes), names, measure)
+        use(max((most for most, name in rule if name == names[0]), default=0))
 
     def _screen(
         self, packed: PreTrainedModel, model: PreTrainedModel, tokens: list[int], expected_TV: torch.Tensor
@@ -111,7 +154,12 @@ class PackedRunner(Runner):
             packed.get_output_embeddings().shared.product = head.whole
 
     def _step(self, stores: list[Store], pieces: list[Piece], short: int = SHORT) -> PackedStep:
-        return PackedStep(stores, pieces, self.deterministic, self._rows, short if self._quick else 0)
+        """A step; compiled layers get rows of nobody too, in the spare page, for they take FEW at a time."""
+        if not self._quick:
+            return PackedStep(stores, pieces, self.deterministic, self._rows)
+        end, spare = pieces[-1].end, len(stores[0].keys_LKDP) - 1
+        nobody = [Piece(at, at + 1, 0, [spare]) for at in range(end, end + -end % FEW)]
+        return PackedStep(stores, pieces + nobody, rows=self._rows, short=short)
 
     def _compile(self, model: PreTrainedModel, layers: list[LeanLayer]) -> Function:
         """Compile what this runner does beside products, if that is worth it; gives what turns rows into bytes."""
@@ -249,14 +297,15 @@ def packed_twin(model: PreTrainedModel) -> PreTrainedModel:
 def _forward(model: PreTrainedModel, tokens: list[int], packed: PackedStep, rows: list[int]) -> torch.Tensor:
     """Logits [R, V] of the tokens at `rows`."""
     keep_R = torch.tensor(rows, dtype=torch.long, device=model.device)
-    left_out = leaves_out(model)
-    if left_out and len(rows) < len(tokens):
+    if leaves_out(model) and len(rows) < len(tokens):
         packed.wanted_R = keep_R
+    ids_T = torch.zeros_like(packed.positions_T)  # those of nobody come last
+    ids_T[: len(tokens)] = torch.tensor(tokens)
     return model(
-        input_ids=torch.tensor([tokens], device=model.device),
+        input_ids=ids_T[None],
         position_ids=packed.positions_T[None],
         use_cache=False,
-        logits_to_keep=0 if left_out else keep_R,  # 0 is all of them
+        logits_to_keep=keep_R if packed.wanted_R is None else 0,  # 0 is all of them
         packed=packed,
     ).logits[0]
 
@@ -267,7 +316,7 @@ def compilable(model: PreTrainedModel) -> bool:
 
 
 def _stores(model: PreTrainedModel, pages: int, page_size: int) -> list[Store]:
-    """A layer's keys and values each, empty."""
+    """A layer's keys and values each, empty, with one page to spare."""
     layers, kv_heads, head_dim = kv_shape(model.config)
     weight = next(model.parameters())
-    return [Store.zeros((pages, kv_heads, page_size, head_dim), weight) for _ in range(layers)]
+    return [Store.zeros((pages + 1, kv_heads, page_size, head_dim), weight) for _ in range(layers)]

@@ -27,12 +27,13 @@ MOST = 4e9  # multiply-adds of one product worth measuring: beyond, every way is
 TOY = 2**18  # bytes of a weight whose measurement would take longer than whatever it saves
 COLD = 64e6  # bytes of weights to go through, so that they come from memory as they do in a model
 ENOUGH = 4e8  # multiply-adds to time at once, where this is reached with fewer weights: then caches matter no more
-FEW = 4  # rows that oneDNN multiplies faster than fewer
+FEW = 4  # rows that oneDNN multiplies faster than fewer, and that compiled products take at a time
 LONG = 0.04  # seconds of rounds for a number of rows, two at least
 HOPELESS = 1.5  # a way that takes so many times the fastest's time in the first round is out
 # What a way's time counts as: others than the packed one cost a layer's one call, and gain little by being near it.
 FAVOUR = {"packed": 0.75, "panels": 0.88}
-WIDE = 32  # outputs of a panel: two vectors; MKL takes twice as long for twice as many
+PANELS = 3  # side by side: with FEW rows, sums that fit the registers of any CPU
+WIDE = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8  # outputs of a panel: a vector
 
 
 def _plus(out_TN: torch.Tensor, *terms: torch.Tensor | None) -> torch.Tensor:
@@ -83,14 +84,15 @@ class Packed:
 
 
 class Panels:
-    """One row by a copy of the weight in panels of WIDE outputs, [C, M, WIDE]: a batch of small products.
+    """One row by a copy of the weight in panels of W outputs, [C, M, W]: a batch of small products.
 
-    Each reads its panel from end to end, at the pace of the memory where oneDNN reaches two thirds of it.
+    Each reads its panel from end to end, at the pace of the memory where oneDNN reaches two thirds of it. Compiled
+    (`multiply_panels`), they suit more rows.
     """
 
     def __init__(self, weight_NM: torch.Tensor) -> None:
         self.size = len(weight_NM)
-        filled_MN = F.pad(weight_NM, (0, 0, 0, -self.size % WIDE)).t()
+        filled_MN = F.pad(weight_NM, (0, 0, 0, -self.size % (PANELS * WIDE))).t()
         self.copy_CMW = filled_MN.unflatten(1, (-1, WIDE)).transpose(0, 1).contiguous()
 
     def __call__(self, x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
@@ -138,6 +140,30 @@ def multiply_packed(x_TM: torch.Tensor, weight: torch.Tensor, add_TN: torch.Tens
     return PRODUCT_ADD(x_TM, add_TN, weight, None, "add")
 
 
+def multiply_panels(
+    x_TM: torch.Tensor, panels_CMW: torch.Tensor, size: int, add_TN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[T, M], T a multiple of FEW, by the copy that `Panels` made -> [T, size], in a function to be compiled.
+
+    FEW rows by PANELS side by side are sums of one loop: they stay in registers while it reads the weight once. That is
+    the inner loop of every good matrix product (Goto and van de Geijn, 2008), and for few rows all there is to it.
+    """
+    row_1BM1s = _stored(x_TM).unflatten(0, (-1, FEW))[None, ..., None].unbind(2)
+    panel_C1MWs = panels_CMW.unflatten(0, (-1, PANELS))[:, :, None].unbind(1)
+    sums_CSBW = torch.stack([(row * panel).sum(2) for row in row_1BM1s for panel in panel_C1MWs], 1)
+    out_BRCPW = sums_CSBW.unflatten(1, (FEW, PANELS)).permute(3, 1, 0, 2, 4)
+    if add_TN is not None:
+        add_TN = F.pad(add_TN, (0, panels_CMW.shape[0] * WIDE - size))
+        out_BRCPW = out_BRCPW + add_TN.unflatten(0, (-1, FEW)).unflatten(2, out_BRCPW.shape[2:])
+    return _stored(out_BRCPW).flatten(2).flatten(0, 1)[:, :size]
+
+
+def _stored(x: torch.Tensor) -> torch.Tensor:
+    """The same, but a compiler stores it as it is rather than compute it anew wherever it is read."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x.as_strided(x.shape, x.stride())
+
+
 def filled(x_TM: torch.Tensor) -> torch.Tensor:
     """At least FEW rows: those of x, and zeros."""
     return F.pad(x_TM, (0, 0, 0, torch.sym_max(0, FEW - x_TM.shape[0])))
@@ -161,35 +187,51 @@ def choose(
         return [(ROWS[-1], "plain")]
     if first.nbytes < TOY:
         return [(ROWS[-1], "packed")]
-    file, shape = cache_dir() / "linear.json", "x".join(map(str, first.shape))
+    several = weights[: max(1, int(COLD // first.nbytes))]
+
+    def measure() -> list[str]:
+        made = [weight() for weight in several]
+        return fastest_ways({name: [make(weight) for weight in made] for name, make in ways.items()}, *first.shape)
+
+    return kept("x".join(map(str, first.shape)), list(ways), measure)
+
+
+def kept(what: str, names: Sequence[str], measure: Callable[[], list[str]]) -> list[tuple[int, str]]:
+    """(up to so many rows, the fastest of the names): what `measure` gives, or gave before on this machine."""
+    file = cache_dir() / "linear.json"
     threads, isa = f"{torch.get_num_threads()} threads", os.environ.get("ONEDNN_MAX_CPU_ISA", "")
-    key = " | ".join((cpu_name(), threads, torch.__version__, isa, ", ".join(ways), shape))
-    names = _read(file).get(key)
-    if names is None:
-        names = _measure([weight() for weight in weights[: max(1, int(COLD // first.nbytes))]], ways)
+    key = " | ".join((cpu_name(), threads, torch.__version__, isa, ", ".join(names), what))
+    fastest = _read(file).get(key)
+    if fastest is None:
+        fastest = measure()
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             fresh = file.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps({**_read(file), key: names}, indent=1))
+            fresh.write_text(json.dumps({**_read(file), key: fastest}, indent=1))
             fresh.replace(file)
-    return list(zip(ROWS, names, strict=False))
+    return list(zip(ROWS, fastest, strict=False))
 
 
-def _measure(weights: Sequence[torch.Tensor], ways: Mapping[str, Callable[[torch.Tensor], Way]]) -> list[str]:
-    """The name of the fastest way for each of ROWS, as far as it is worth measuring: best of a few rounds."""
-    every = {name: [make(weight) for weight in weights] for name, make in ways.items()}
+def fastest_ways(every: Mapping[str, Sequence[Way]], outputs: int, inputs: int) -> list[str]:
+    """The name of the fastest way for each of ROWS, as far as it is worth measuring: best of a few rounds.
+
+    Args:
+        every: of each way by its name, several of the same size, with weights of their own.
+        outputs, inputs: of one of them, in numbers; their product is its multiply-adds a row.
+    """
     names: list[str] = []
+    size = outputs * inputs
     for rows in ROWS:
-        if set(names) - {LONE} and rows * weights[0].numel() > MOST:
+        if set(names) - {LONE} and rows * size > MOST:
             break
-        x = torch.full((rows, weights[0].shape[1]), 0.5)
+        x = torch.full((rows, inputs), 0.5)
         best = {name: float("inf") for name in every if rows == 1 or name != LONE}
         rounds, until = 0, time.perf_counter() + LONG
         while rounds < 2 or time.perf_counter() < until:
             rounds, limit = rounds + 1, HOPELESS * min(best.values())
             for name in [name for name, seconds in best.items() if seconds <= limit]:
                 started = time.perf_counter()
-                for way in every[name][: 1 + int(ENOUGH / rows / weights[0].numel())]:
+                for way in every[name][: 1 + int(ENOUGH / rows / size)]:
                     way(x, None, None)
                 best[name] = min(best[name], time.perf_counter() - started)
         fastest = min(best, key=lambda name: best[name] * FAVOUR.get(name, 1.0))
