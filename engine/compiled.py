@@ -96,7 +96,7 @@ class Compiler:
     def finish(self) -> None:
         """Build what is missing, and put all that is built in place of what torch runs.
 
-        The first time on a machine this takes about twenty seconds, and says so. What can't be compiled, as without a
+        The first time on a machine this takes half a minute or more, and says so. What can't be compiled, as without a
         C++ compiler, torch goes on running, with a warning.
         """
         orders = [order for order, _ in self._wanted.values()]
@@ -132,7 +132,7 @@ def _build(orders: list[Order]) -> None:
     """Write the packages of as many orders as can be; warns of a failure."""
     if not orders:
         return
-    LOG.warning("compiling %d functions for this machine, once: about twenty seconds", len(orders))
+    LOG.warning("compiling %d functions for this machine, once: half a minute or more", len(orders))
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "from engine.compiled import main; main()"]
     done = subprocess.run(command, input=pickle.dumps(orders), env=paths, capture_output=True)

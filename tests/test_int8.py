@@ -159,8 +159,9 @@ def test_logits_stay_near_the_models_own_and_weights_are_held_once(tiny, name):
     with torch.inference_mode():
         expected, found = model(torch.tensor([tokens])).logits[0], runner.logits(tokens)
     off = float((found - expected).norm() / expected.norm())
-    assert 1e-4 < off < 0.15, "quantized, and not far off"
-    assert float((found.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.75
+    coarser = int8.LIMITS[0] / weight_limit()  # 2 without VNNI
+    assert 1e-4 < off < 0.15 * coarser, "quantized, and not far off"
+    assert float((found.argmax(-1) == expected.argmax(-1)).float().mean()) > 1 - 0.25 * coarser
     linear = sum(m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear)
     assert linear < runner.copied_bytes < 1.5 * linear, "a byte a weight, and the scales"
 
@@ -204,7 +205,7 @@ def test_accuracy_is_measured_and_tells_a_coarser_model(tiny, monkeypatch):
     tokens = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     found = accuracy(loaded, tokens)
     assert found["tokens"] == 299
-    assert found["same_top_1"] > 0.75
+    assert found["same_top_1"] > 1 - 0.25 * int8.LIMITS[0] / weight_limit()
     assert found["kl_nats"] > 0
     monkeypatch.setitem(packed.TOLERANCE, torch.int8, torch.inf)  # it would be refused
     monkeypatch.setattr(int8, "weight_limit", lambda: 15)  # five bits
