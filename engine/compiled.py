@@ -17,7 +17,6 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,11 +143,11 @@ def _build(orders: list[Order]) -> None:
 def main() -> None:
     """Write the packages that stdin orders, side by side where the system can fork; exits with 1 if one failed."""
     orders: list[Order] = pickle.load(sys.stdin.buffer)
-    # Once for all children: what Inductor finds out about the processor by compiling, and meanwhile its import.
-    with ThreadPoolExecutor(1) as pool:
-        look = pool.submit(_look_at_processor)
-        import torch._inductor.compile_fx  # noqa: F401
-    look.result()  # raises what went wrong
+    # Once for all children: Inductor's import, and what it finds out about the processor. One after the other: its
+    # modules import each other, and two threads that do so at once find some half made.
+    import torch._inductor.compile_fx
+
+    _look_at_processor()
     if not hasattr(os, "fork"):
         for order in orders:
             write(order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -207,7 +208,7 @@ def test_without_a_compiler_torch_does_it_and_says_so(tmp_path, monkeypatch, cap
     run = compile_rows(compiler, 9, store.keys_LKDP, store.values_LKBPE)
     compiler.finish()
     assert not run.built
-    assert "not compiled (torch._inductor.exc.InvalidCxxCompiler: No working C++ compiler" in caplog.text
+    assert re.search(r"not compiled \(.*InvalidCxxCompiler: No working C\+\+ compiler", caplog.text)
 
 
 def call(**options):
