@@ -145,7 +145,7 @@ def main() -> None:
     orders: list[Order] = pickle.load(sys.stdin.buffer)
     # Once for all children: Inductor's import, and what it finds out about the processor. One after the other: its
     # modules import each other, and two threads that do so at once find some half made.
-    import torch._inductor.compile_fx
+    import torch._inductor.compile_fx  # noqa: F401
 
     _look_at_processor()
     if not hasattr(os, "fork"):
