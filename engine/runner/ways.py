@@ -30,8 +30,8 @@ ENOUGH = 4e8  # multiply-adds to time at once, where this is reached with fewer 
 FEW = 4  # rows that oneDNN multiplies faster than fewer, and that compiled products take at a time
 LONG = 0.04  # seconds of rounds for a number of rows, two at least
 HOPELESS = 1.5  # a way that takes so many times the fastest's time in the first round is out
-# What a way's time counts as: others than the packed one cost a layer's one call, and gain little by being near it.
-FAVOUR = {"packed": 0.75, "panels": 0.88}
+# What a way's time counts as: others than these two cost a layer's one call, and gain little by being near them.
+FAVOUR = {"packed": 0.75, "panels": 0.75}
 PANELS = 3  # side by side: with FEW rows, sums that fit the registers of any CPU
 WIDE = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8  # outputs of a panel: a vector
 
