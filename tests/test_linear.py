@@ -85,13 +85,13 @@ def test_a_product_takes_the_way_of_its_rows_and_the_last_beyond(monkeypatch):
 @pytest.mark.parametrize("lone", [[True, True, True], [True, False, True]])
 def test_a_second_copy_is_held_for_lone_rows_where_memory_is_plenty(monkeypatch, available, tiled, names, copies, lone):
     """Of all weights, where that is best for most."""
-    rules = iter([(1, ways.LONE if is_lone else "packed"), (512, "packed")] for is_lone in lone)
+    rules = iter([(1, ways.LONE)] * is_lone + [(512, "packed")] for is_lone in lone)
     monkeypatch.setattr("engine.runner.linear.choose", lambda weights: next(rules))
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
     products = [Product([torch.randn(size, 24)], [], tiled) for size in (40, 41, 42)]
     assert prepare(products) == copies * (40 + 41 + 42) * 24 * 4
     for product in products:
-        assert list(dict.fromkeys(type(way).__name__ for _, way in product.ways)) == names
+        assert [type(way).__name__ for _, way in product.ways] == names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -137,7 +137,7 @@ def test_only_tokens_whose_logits_are_wanted_go_through_all_of_the_last_layer(ti
 
 
 @pytest.mark.parametrize(("head_eps", "biased"), [(None, False), (1e-6, True)])
-@pytest.mark.parametrize("rows", [[], [40, 0, 5, 16], [3, 0, 70, 17, 16, 1, 2, 33]], ids=len)
+@pytest.mark.parametrize("rows", [[], [40], [3, 0, 70, 17, 16]], ids=len)
 def test_layers_are_the_same_compiled(rows, head_eps, biased, compiler):
     """Turn and Layer, in a shape of their own, give and write what torch does: for no rows too, and beside chunks.
 
@@ -175,14 +175,17 @@ def test_layers_are_the_same_compiled(rows, head_eps, biased, compiler):
     compiler.finish()
     assert all(compiled.built for compiled in (turn, layers[0][0], layers[1][0]))
 
-    tables = [(list(range(8 * row, 8 * row + 8)), past) for row, past in enumerate(rows)]
-    read = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
-    page_R = torch.tensor([pages[past // size] for pages, past in tables], dtype=torch.long)
-    offset_R = torch.tensor([past % size for past in rows], dtype=torch.long)
-    where = [page_R, offset_R, read.page_N, read.owner_N, read.bias_NP, read.place_XR]
+    def places(rows: list[int]) -> tuple[list[torch.Tensor], ...]:
+        tables = [(list(range(8 * row, 8 * row + 8)), past) for row, past in enumerate(rows)]
+        read = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
+        page_R = torch.tensor([pages[past // size] for pages, past in tables], dtype=torch.long)
+        offset_R = torch.tensor([past % size for past in rows], dtype=torch.long)
+        where = [page_R, offset_R, read.page_N, read.owner_N, read.bias_NP, read.place_XR]
+        return tuple([store.keys_LKDP, store.values_LKBPE, *where] for store in stores)
+
     x, (cos, sin) = random(len(rows) + 7, width), random(2, len(rows) + 7, 1, dim // 2)
     tokens_R = torch.arange(len(rows)) + 4
-    ours, torchs = ([store.keys_LKDP, store.values_LKBPE, *where] for store in stores)
+    ours, torchs = places(rows)
     product = x @ weights[0].T
     qkv = rotate(x, product, cos, sin, *turning)
     attended = attend_rows(*(part[tokens_R] for part in qkv), *torchs) if rows else qkv[0][:0]
@@ -190,7 +193,10 @@ def test_layers_are_the_same_compiled(rows, head_eps, biased, compiler):
     for one, other in zip(found, (*qkv, attended), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     if rows:
-        x, cos, sin = x[tokens_R], cos[tokens_R], sin[tokens_R]
+        filled = [*rows, *[0] * (-len(rows) % ways.FEW)]
+        ours, torchs = places(filled)
+        span = slice(4, 4 + len(filled))
+        x, cos, sin = x[span], cos[span], sin[span]
         mixed = attend_rows(*rotate(x, x @ weights[0].T, cos, sin, *turning), *torchs).flatten(1)
         middle = x + mixed @ weights[1].T
         expected = middle + gate(middle, middle @ weights[2].T, *gating)[0] @ weights[3].T

@@ -112,25 +112,26 @@ class PackedRunner(Runner):
             LOG.warning("%s: by panels, so its layers multiply by packed weights", error)
             return use(0)
 
-        stores, first = _stores(packed, 0, self.pool.page_size), layers[0]
-        counts = {max(FEW, rows) for rows in ROWS}
-        steps = {count: self._step(stores, [Piece(i, i + 1, 0, [0]) for i in range(count)]) for count in counts}
-        angle_1TD = torch.zeros(1, ROWS[-1], first.head_dim)
+        first, names = layers[0], ["layer by panels", "packed layer"]
         shapes = [product.shape for product in first.products]
-        size, names = sum(map(math.prod, shapes)), ["layer by panels", "packed layer"]
-
-        def way(layer: LeanLayer, most: int) -> Way:
-            def run(x_TM: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
-                layer.most, x_TM = most, filled(x_TM)
-                angles = (angle_1TD[:, : len(x_TM)],) * 2
-                return layer(x_TM[None], position_embeddings=angles, packed=steps[len(x_TM)])[0]
-
-            return run
 
         def measure() -> list[str]:
+            stores, angle_1TD = _stores(packed, 0, self.pool.page_size), torch.zeros(1, ROWS[-1], first.head_dim)
+            counts = {max(FEW, rows) for rows in ROWS}
+            steps = {count: self._step(stores, [Piece(i, i + 1, 0, [0]) for i in range(count)]) for count in counts}
+
+            def way(layer: LeanLayer, most: int) -> Way:
+                def run(x_TM: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+                    layer.most, x_TM = most, filled(x_TM)
+                    angles = (angle_1TD[:, : len(x_TM)],) * 2
+                    return layer(x_TM[None], position_embeddings=angles, packed=steps[len(x_TM)])[0]
+
+                return run
+
+            size = sum(map(math.prod, shapes))
             some = layers[: 1 + int(COLD / size / 4)]
             by_panels, by_packed = ([way(layer, most) for layer in some] for most in (ROWS[-1], 0))
-            return fastest_ways(dict(zip(names, (by_panels, by_packed), strict=True)), size // first.width, first.width)
+            return fastest_ways(dict(zip(names, (by_panels, by_packed), strict=True)), size, first.width)
 
         rule = kept(str(shapes), names, measure)
         use(max((most for most, name in rule if name == names[0]), default=0))

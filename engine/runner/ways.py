@@ -32,7 +32,7 @@ LONG = 0.04  # seconds of rounds for a number of rows, two at least
 HOPELESS = 1.5  # a way that takes so many times the fastest's time in the first round is out
 # What a way's time counts as: others than these two cost a layer's one call, and gain little by being near them.
 FAVOUR = {"packed": 0.75, "panels": 0.75}
-PANELS = 3  # side by side: with FEW rows, sums that fit the registers of any CPU
+ABREAST = 3  # panels read at once: with FEW rows, sums that fit the registers of any CPU
 WIDE = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8  # outputs of a panel: a vector
 
 
@@ -92,7 +92,7 @@ class Panels:
 
     def __init__(self, weight_NM: torch.Tensor) -> None:
         self.size = len(weight_NM)
-        filled_MN = F.pad(weight_NM, (0, 0, 0, -self.size % (PANELS * WIDE))).t()
+        filled_MN = F.pad(weight_NM, (0, 0, 0, -self.size % (ABREAST * WIDE))).t()
         self.copy_CMW = filled_MN.unflatten(1, (-1, WIDE)).transpose(0, 1).contiguous()
 
     def __call__(self, x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
@@ -145,13 +145,13 @@ def multiply_panels(
 ) -> torch.Tensor:
     """[T, M], T a multiple of FEW, by the copy that `Panels` made -> [T, size], in a function to be compiled.
 
-    FEW rows by PANELS side by side are sums of one loop: they stay in registers while it reads the weight once. That is
+    FEW rows by ABREAST panels are sums of one loop: they stay in registers while it reads the weight once. That is
     the inner loop of every good matrix product (Goto and van de Geijn, 2008), and for few rows all there is to it.
     """
     row_1BM1s = _stored(x_TM).unflatten(0, (-1, FEW))[None, ..., None].unbind(2)
-    panel_C1MWs = panels_CMW.unflatten(0, (-1, PANELS))[:, :, None].unbind(1)
+    panel_C1MWs = panels_CMW.unflatten(0, (-1, ABREAST))[:, :, None].unbind(1)
     sums_CSBW = torch.stack([(row * panel).sum(2) for row in row_1BM1s for panel in panel_C1MWs], 1)
-    out_BRCPW = sums_CSBW.unflatten(1, (FEW, PANELS)).permute(3, 1, 0, 2, 4)
+    out_BRCPW = sums_CSBW.unflatten(1, (FEW, ABREAST)).permute(3, 1, 0, 2, 4)
     if add_TN is not None:
         add_TN = F.pad(add_TN, (0, panels_CMW.shape[0] * WIDE - size))
         out_BRCPW = out_BRCPW + add_TN.unflatten(0, (-1, FEW)).unflatten(2, out_BRCPW.shape[2:])
@@ -191,7 +191,8 @@ def choose(
 
     def measure() -> list[str]:
         made = [weight() for weight in several]
-        return fastest_ways({name: [make(weight) for weight in made] for name, make in ways.items()}, *first.shape)
+        every = {name: [make(weight) for weight in made] for name, make in ways.items()}
+        return fastest_ways(every, first.numel(), first.shape[1])
 
     return kept("x".join(map(str, first.shape)), list(ways), measure)
 
@@ -212,19 +213,19 @@ def kept(what: str, names: Sequence[str], measure: Callable[[], list[str]]) -> l
     return list(zip(ROWS, fastest, strict=False))
 
 
-def fastest_ways(every: Mapping[str, Sequence[Way]], outputs: int, inputs: int) -> list[str]:
+def fastest_ways(every: Mapping[str, Sequence[Way]], size: int, width: int) -> list[str]:
     """The name of the fastest way for each of ROWS, as far as it is worth measuring: best of a few rounds.
 
     Args:
         every: of each way by its name, several of the same size, with weights of their own.
-        outputs, inputs: of one of them, in numbers; their product is its multiply-adds a row.
+        size: multiply-adds of one of them, a row.
+        width: of a row.
     """
     names: list[str] = []
-    size = outputs * inputs
     for rows in ROWS:
         if set(names) - {LONE} and rows * size > MOST:
             break
-        x = torch.full((rows, inputs), 0.5)
+        x = torch.full((rows, width), 0.5)
         best = {name: float("inf") for name in every if rows == 1 or name != LONE}
         rounds, until = 0, time.perf_counter() + LONG
         while rounds < 2 or time.perf_counter() < until:
