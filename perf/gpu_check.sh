@@ -6,9 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OUT=${OUT:-gpu-check}
 mkdir -p "$OUT"
 workers=()
-python3 -c 'import xdist' 2> /dev/null && workers=(-n 6)  # most of the time is compilation
-# By -k, no worker outlives its time and slows what is measured next.
-timeout -k 10 260 python3 -m pytest -q -m gpu --require-gpu -p no:cacheprovider --maxfail=25 "${workers[@]}" \
+python3 -c 'import xdist' 2> /dev/null && workers=(-n 10)  # most of the time is compilation
+# Interrupted, it still says what failed by then; by -k, no worker outlives its time and slows what is measured next.
+timeout -s INT -k 15 "${TESTS:-245}" python3 -m pytest -q -m gpu --require-gpu -p no:cacheprovider --tb=short \
+    --durations=10 "${workers[@]}" \
     tests/test_kernels.py tests/test_gpu.py > "$OUT/gpu_tests.log" 2>&1
 tests=$?
 grep -E '^(FAILED|ERROR)|^E  ' "$OUT/gpu_tests.log" | head -60
