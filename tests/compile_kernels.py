@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from engine.attention import kernels
-from engine.runner import fused
+from engine.attention import kernels, launch as launching, write
+from engine.runner import fused, thin
 
 SHARED = 227 * 1024
 STACK = 64  # bytes: a compiler's own, not spilled registers
@@ -32,7 +32,7 @@ known: dict[str, dict] = {}  # what each kernel was specialised on, by its types
 
 def compile_instead(function: JITFunction, *args, grid, warmup=False, **named) -> None:
     """Stands for JITFunction.run."""
-    options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+    options = {name: named.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in named}
     values = dict(zip([parameter.name for parameter in function.params], args, strict=False)) | named
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
@@ -79,7 +79,7 @@ def launch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, win
         joined = torch.empty(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
         q, k, v = joined.split([heads, kv_heads, kv_heads], 1)
         angles, slots = torch.empty(tokens, dim, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
-        kernels.write_pages(k, v, slots, store, store, (q, angles, angles))
+        write.write_pages(k, v, slots, store, store, (q, angles, angles))
     options = (window, softcap, torch.zeros(heads) if sinks else None)
     tiles = torch.zeros(8, 2, dtype=torch.int32)
     for some, split in ((ints, 64), (ints[1:], 256)):
@@ -87,8 +87,24 @@ def launch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, win
         kernels.attend_rows(q[: len(some)], store, store, tables, some, 4096, 0.1, *options, owners_B=some, split=split)
 
 
+def layer(tokens: int, dtype: torch.dtype) -> None:
+    """What thin products of a layer like Qwen2.5-0.5B's launch."""
+    x, inner = torch.empty(tokens, 896, dtype=dtype), torch.empty(tokens, 4864, dtype=dtype)
+    heads = thin.thin_product(x, torch.empty(1152, 896, dtype=dtype)).unflatten(-1, (-1, 64))
+    (q, k, v), store = heads.split([14, 2, 2], 2), torch.empty(9, 2, 16, 64, dtype=dtype)
+    angles, slots = torch.empty(tokens, 64, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
+    write.write_pages(k, v, slots, store, store, (q, angles, angles), torch.empty(1152, dtype=dtype))
+    for given, weight in ((x, torch.empty(896, 896, dtype=dtype)), (inner, torch.empty(896, 4864, dtype=dtype))):
+        fused.add_rms_norm(thin.thin_product(given, weight), x, x[0], 1e-5, summed=True)
+    thin.thin_gated(x, torch.empty(9728, 896, dtype=dtype), "silu")
+
+
 def main() -> None:
     JITFunction.run = compile_instead
+    launching.DEPENDENT.update(PDL=True, launch_pdl=True)
+    for tokens in (1, 31, 64):
+        layer(tokens, torch.float16)
+    layer(7, torch.bfloat16)
     launch(14, 2, 64, torch.float16)
     launch(32, 8, 128, torch.bfloat16, window=4096)
     launch(4, 1, 256, torch.bfloat16, window=512, softcap=50.0)

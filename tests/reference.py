@@ -16,11 +16,17 @@ def write_pages(
     keys_LKPD: torch.Tensor,
     values_LKPD: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    bias_N: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """As kernels.write_pages."""
+    """As write.write_pages."""
     q_THD = None
     if rope is not None:
         q_THD, cos_TE, sin_TE = rope
+        if k_TKD.dim() == 4:  # partial sums
+            sizes = [x.shape[-2] for x in (q_THD, k_TKD, v_TKD)]
+            biases = [0, 0, 0] if bias_N is None else bias_N.view(-1, k_TKD.shape[-1]).split(sizes)
+            sums = [x.sum(0) + bias for x, bias in zip((q_THD, k_TKD, v_TKD), biases, strict=True)]
+            q_THD, k_TKD, v_TKD = (x.to(keys_LKPD.dtype) for x in sums)
         q_THD, k_TKD = (_rotated(x, cos_TE[:, None], sin_TE[:, None]) for x in (q_THD, k_TKD))
     kept_T = (slots_T >= 0).nonzero()[:, 0]
     page_T, place_T = slots_T[kept_T] // keys_LKPD.shape[2], slots_T[kept_T] % keys_LKPD.shape[2]
@@ -141,9 +147,16 @@ def step_inputs(
 
 
 def add_rms_norm(
-    x_TC: torch.Tensor, residual_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float, plus_one: bool = False
+    x_TC: torch.Tensor,
+    residual_TC: torch.Tensor | None,
+    weight_C: torch.Tensor,
+    eps: float,
+    plus_one: bool = False,
+    summed: bool = False,
 ) -> torch.Tensor:
     """As fused.add_rms_norm."""
+    if summed:
+        x_TC = x_TC.sum(0).to(weight_C.dtype)
     if residual_TC is not None:
         x_TC = residual_TC.add_(x_TC)
     wide = x_TC.to(torch.promote_types(x_TC.dtype, torch.float32))
@@ -154,3 +167,20 @@ def add_rms_norm(
 def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
     """As fused.gated."""
     return (F.silu(gate_TI) if activation == "silu" else F.gelu(gate_TI, approximate="tanh")) * up_TI
+
+
+def few_rows(dtype: torch.dtype) -> int:
+    """As thin.few_rows; a small number, so that tests see steps of more."""
+    return 5
+
+
+def thin_product(x_TM: torch.Tensor, weight_NM: torch.Tensor) -> torch.Tensor:
+    """As thin.thin_product, in three parts."""
+    wide = torch.promote_types(x_TM.dtype, torch.float32)
+    parts = zip(x_TM.to(wide).tensor_split(3, 1), weight_NM.to(wide).tensor_split(3, 1), strict=True)
+    return torch.stack([x @ weight.T for x, weight in parts])
+
+
+def thin_gated(x_TM: torch.Tensor, weight_NM: torch.Tensor, activation: str) -> torch.Tensor:
+    """As thin.thin_gated."""
+    return gated(*F.linear(x_TM, weight_NM).chunk(2, -1), activation)

@@ -12,9 +12,10 @@ from hypothesis import Phase, given, settings, strategies as st
 import engine.attention.device
 import engine.engine
 import engine.memory
+import engine.runner.ways
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.models import kv_bytes_per_token
-from engine.runner.fused_layer import ACTIVATIONS, FusedLayer, FusedNorm, LastNorm
+from engine.runner.fused_layer import ACTIVATIONS, Angles, FusedLayer, FusedNorm, LastNorm
 from engine.runner.graphs import DeviceRunner, bucket
 from engine.runner.packed import PackedRunner
 from tests import reference
@@ -28,8 +29,9 @@ def on_reference(model, pool, deterministic, rows, int8) -> DeviceRunner:
 
 @pytest.fixture(autouse=True)
 def _device_runner(monkeypatch):
-    """The runner for a GPU, on the CPU by way of the reference functions."""
+    """The runner for a GPU, on the CPU by way of the reference functions; its weights stay as they are."""
     monkeypatch.setattr(engine.engine, "packed_runner", on_reference)
+    monkeypatch.setattr(engine.runner.ways, "can_pack", lambda weight: False)
 
 
 @pytest.mark.parametrize(("batch", "chunk", "page", "caching", "kv_tokens"), WAYS)
@@ -256,8 +258,10 @@ def test_the_kernels_serve_a_model(tiny):
         oracle: Oracle = tiny(name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args[:4]))
+            patch.setattr("engine.runner.thin.few_rows", lambda dtype: 4)  # none, for this dtype
             server = build(oracle, max_batch_size=2, max_step_tokens=30, page_size=4)
         assert isinstance(server.runner.model.base_model.layers[0], FusedLayer), "its fused kernels are proven at load"
+        assert server.runner.model.base_model.layers[0].stream.few == 4
         work = work_of(3)
         for output, (_, limit) in zip(drive(server, work), work, strict=True):
             oracle.check(output, limit)
@@ -274,8 +278,9 @@ def test_buckets_waste_little():
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_like_llamas_or_gemmas_are_fused(tiny, name):
     model = build(tiny(name)).runner.model.base_model
-    assert all(isinstance(layer, FusedLayer) for layer in model.layers)
+    assert all(isinstance(layer, FusedLayer) and layer.stream.few == 5 for layer in model.layers)
     assert isinstance(model.norm, LastNorm)
+    assert isinstance(model.rotary_emb, Angles)
     assert not any("RMSNorm" in type(module).__name__ for module in model.modules())
 
 
@@ -292,11 +297,27 @@ def test_other_layers_keep_their_own_code_and_get_fused_norms(tiny, monkeypatch)
 
 def test_layers_that_only_look_like_llamas_run_as_they_are(tiny, monkeypatch, caplog):
     oracle: Oracle = tiny("tiny-llama")
-    forward = FusedLayer.forward
-    monkeypatch.setattr(FusedLayer, "forward", lambda self, *args, **kwargs: 1.2 * forward(self, *args, **kwargs))
+    add = FusedLayer._add
+
+    def louder(self, *args):
+        add(self, *args)
+        self.stream.added = 1.2 * self.stream.added
+
+    monkeypatch.setattr(FusedLayer, "_add", louder)
     server = build(oracle)
     assert "gives other logits on the device" in caplog.text
     assert not any(isinstance(module, FusedLayer | FusedNorm) for module in server.runner.model.modules())
+    for output, (_, limit) in zip(drive(server, work_of(5)), work_of(5), strict=True):
+        oracle.check(output, limit)
+
+
+def test_thin_products_that_are_wrong_are_left_out(tiny, monkeypatch, caplog):
+    oracle: Oracle = tiny("tiny-llama")
+    right = reference.thin_product
+    monkeypatch.setattr(reference, "thin_product", lambda *args: 1.2 * right(*args))
+    server = build(oracle)
+    assert "steps of few rows take the same products as others" in caplog.text
+    assert {layer.stream.few for layer in server.runner.model.base_model.layers} == {0}
     for output, (_, limit) in zip(drive(server, work_of(5)), work_of(5), strict=True):
         oracle.check(output, limit)
 

@@ -16,7 +16,9 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 
 kernels = pytest.importorskip("engine.attention.kernels", reason="needs Triton")
+write = pytest.importorskip("engine.attention.write", reason="needs Triton")
 fused = pytest.importorskip("engine.runner.fused", reason="needs Triton")
+thin = pytest.importorskip("engine.runner.thin", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -256,7 +258,7 @@ def test_pages_get_keys_and_values_where_the_slots_say(dim, rotated, tokens, dty
             return torch.cat([x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None], rest], -1)
 
         turned = [turn(q), turn(k)]
-    out = kernels.write_pages(k, v, slots.to(DEVICE), keys, values, rope)
+    out = write.write_pages(k, v, slots.to(DEVICE), keys, values, rope)
     if rope is None:
         assert out is None
     else:
@@ -295,6 +297,62 @@ def test_norm_of_heads_in_a_joined_product(tokens, heads, order):
     found = fused.add_rms_norm(x.to(DEVICE), None, torch.ones(32, device=DEVICE), 1e-5)
     close(found, x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt())
     assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 40, 130])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (80, 300), (200, 1000)])
+def test_thin_products_and_what_sums_them(outputs, inputs, rows, dtype):
+    """Parts of a product, by themselves and with the norm that reads them."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, inputs, generator=generator).to(dtype).to(DEVICE) for n in (rows, outputs))
+    residual, scale = (torch.randn(*n, outputs, generator=generator).to(dtype).to(DEVICE) for n in ((rows,), ()))
+    parts = thin.thin_product(x, weight)
+    assert parts.dtype == torch.float32
+    exact = x.double() @ weight.double().T
+    close(parts.double().sum(0), exact, 5e-6)
+    total = exact + residual.double()
+    found = fused.add_rms_norm(parts, residual, scale, 1e-5, summed=True)
+    assert found.dtype == dtype
+    close(found, total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double(), 2 * TOLERANCE[dtype])
+    close(residual, total, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 40, 70])
+@pytest.mark.parametrize("activation", fused.ACTIVATIONS)
+def test_thin_gated_product(activation, rows, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, 300, generator=generator).to(dtype).to(DEVICE) for n in (rows, 2 * 90))
+    gate, up = (x.double() @ weight.double().T / 300**0.5).chunk(2, 1)
+    active = (
+        torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+    )
+    close(thin.thin_gated(x, weight / 300**0.5, activation), active * up, 3 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_pages_get_what_partial_sums_come_to(bias, dtype):
+    """As if the product had been whole: what rounds once here is rounded once there."""
+    generator = torch.Generator().manual_seed(0)
+    heads, kv_heads, dim, tokens = 3, 2, 32, 5
+    outputs = (heads + 2 * kv_heads) * dim
+    parts = torch.randn(3, tokens, outputs, generator=generator).to(DEVICE)
+    bias_N = torch.randn(outputs, generator=generator).to(dtype).to(DEVICE) if bias else None
+    whole = parts[0] + parts[1] + parts[2]
+    whole = (whole + bias_N.float() if bias else whole).to(dtype)
+    angles = tuple(torch.randn(tokens, dim, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    slots = torch.tensor([3, 17, -1, 40, 0], device=DEVICE)
+    found = []
+    for joined in (parts, whole):
+        q, k, v = joined.unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], -2)
+        stores = [torch.full((3, kv_heads, 16, dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)]
+        out = write.write_pages(k, v, slots, *stores, (q, *angles), bias_N if joined is parts else None)
+        assert out.dtype == dtype
+        found.append((out, *stores))
+    for summed, expected in zip(*found, strict=True):
+        close(summed, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -356,5 +414,6 @@ def test_the_compiler_takes_every_kernel_and_none_spills(tmp_path):
         "_gated",
         "_best_of_part",
         "_best_of_row",
+        "_thin",
     ):
         assert f"{name} " in done.stdout

@@ -47,16 +47,18 @@ class DeviceStep:
         v_TKD: torch.Tensor,
         options: Options,
         angles_2TE: tuple[torch.Tensor, torch.Tensor] | None = None,
+        bias_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write the step's keys and values into their pages and attend; gives [T, H, D].
 
-        Queries are scaled and they and keys are rotated already; with cosines and sines, neither is.
+        Queries are scaled and they and keys are rotated already; with cosines and sines, neither is. With these, all
+        three may also be partial sums, [S, T, H or K, D], that lack a bias (`write_pages`).
         """
         store, scale = (self.keys_LKPD[layer], self.values_LKPD[layer]), 1.0
         if angles_2TE is None:
             self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, *store)
         else:
-            q_THD = self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, *store, (q_THD, *angles_2TE))
+            q_THD = self.kernels.write_pages(k_TKD, v_TKD, self.slots_T, *store, (q_THD, *angles_2TE), bias_N)
             scale = options.scale
         how = scale, options.window, options.softcap, options.sink_H
         out_THD = q_THD.new_empty(q_THD.shape)

@@ -1,4 +1,4 @@
-"""Triton kernels over paged keys and values: write them, attend chunks, attend rows of one token.
+"""Triton kernels over paged keys and values: attend chunks, attend rows of one token.
 
 Nothing here knows a request or a scheduler: lengths and block tables are tensors that a kernel reads, so that a CUDA
 graph that holds it never goes stale; Python numbers are shapes, or bounds of a grid whose idle programs end at once.
@@ -17,91 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.attention.launch import DEPENDENT, follow
+
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, so softmax works in powers of two
 LOWEST = tl.constexpr(-1e30)  # a running maximum before any score: finite, so that no difference is NaN
 MAX_SPLITS = 128  # with two KV heads this fills 132 multiprocessors at batch 1
-COMBINED = tl.constexpr(8)  # splits that are put together at a time
-
-
-def write_pages(
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    slots_T: torch.Tensor,
-    keys_LKPD: torch.Tensor,
-    values_LKPD: torch.Tensor,
-    rope: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor | None:
-    """Write the step's keys and values into their pages, in one launch with the rotation of queries and keys.
-
-    Args:
-        k_TKD, v_TKD: any strides between tokens and heads (views of a joined product will do).
-        slots_T: where each token goes: page * P + place in the page. A negative slot is written nowhere.
-        rope: (q_THD, cos_TE, sin_TE) to rotate the first E of D elements of queries and keys as Llama does (RoPE;
-            Su et al., 2021), in float32; None where the model has done so.
-
-    Returns:
-        The rotated queries [T, H, D], contiguous; None without `rope`.
-    """
-    tokens, kv_heads, dim = k_TKD.shape
-    q_THD, cos_TE, sin_TE = (k_TKD, k_TKD, k_TKD) if rope is None else rope
-    heads, rotated = (0, 0) if rope is None else (q_THD.shape[1], cos_TE.shape[-1])
-    out_THD = k_TKD if rope is None else q_THD.new_empty(q_THD.shape)
-    block = 16 if tokens >= 512 else 1  # few tokens: many programs; many tokens: more work in each
-    _write[triton.cdiv(tokens, block), heads + 2 * kv_heads](
-        q_THD, k_TKD, v_TKD, cos_TE, sin_TE, slots_T, out_THD, keys_LKPD, values_LKPD, tokens,
-        *q_THD.stride()[:2], *k_TKD.stride()[:2], *v_TKD.stride()[:2], cos_TE.stride(0), sin_TE.stride(0),
-        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, ROTATED=rotated, PAGE=keys_LKPD.shape[2], BLOCK_T=block,
-        BLOCK_D=triton.next_power_of_2(dim), num_warps=4 if block > 1 else 1,
-    )  # fmt: skip
-    return None if rope is None else out_THD
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _write(
-    q, k, v, cos, sin, slots, out, keys, values, tokens,
-    q_token, q_head, k_token, k_head, v_token, v_head, cos_token, sin_token,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One head of a few tokens: of the queries, then of the keys, then of the values."""
-    t_T = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    head = tl.program_id(1)
-    d_D = tl.arange(0, BLOCK_D)
-    here_TD = (t_T < tokens)[:, None] & (d_D < DIM)[None, :]
-    if head < HEADS:
-        row_T1 = (q + t_T * q_token + head * q_head)[:, None]
-        x_TD = _rotated(row_T1, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED)
-        at_TD = (t_T * HEADS + head)[:, None] * DIM + d_D[None, :]
-        tl.store(out + at_TD, x_TD.to(out.dtype.element_ty), mask=here_TD)
-    else:
-        slot_T = tl.load(slots + t_T, mask=t_T < tokens, other=-1).to(tl.int64)
-        kept_TD = here_TD & (slot_T >= 0)[:, None]
-        kv_head = (head - HEADS) % KV_HEADS
-        at_T = ((slot_T // PAGE) * KV_HEADS + kv_head) * PAGE + slot_T % PAGE
-        at_TD = at_T[:, None] * DIM + d_D[None, :]
-        if head < HEADS + KV_HEADS:
-            row_T1 = (k + t_T * k_token + kv_head * k_head)[:, None]
-            x_TD = _rotated(row_T1, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED)
-            tl.store(keys + at_TD, x_TD.to(keys.dtype.element_ty), mask=kept_TD)
-        else:
-            v_TD = tl.load((v + t_T * v_token + kv_head * v_head)[:, None] + d_D[None, :], mask=here_TD, other=0.0)
-            tl.store(values + at_TD, v_TD, mask=kept_TD)
-
-
-@triton.jit
-def _rotated(row_T1, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED: tl.constexpr):
-    """A head of some tokens in float32, its first ROTATED elements turned by pairs that lie ROTATED / 2 apart."""
-    x_TD = tl.load(row_T1 + d_D[None, :], mask=here_TD, other=0.0).to(tl.float32)
-    if ROTATED:
-        half: tl.constexpr = ROTATED // 2
-        turned_TD = here_TD & (d_D < ROTATED)[None, :]
-        pair_D = tl.where(d_D < half, d_D + half, d_D - half)
-        y_TD = tl.load(row_T1 + pair_D[None, :], mask=turned_TD, other=0.0).to(tl.float32)
-        c_TD = tl.load(cos + (t_T * cos_token)[:, None] + d_D[None, :], mask=turned_TD, other=1.0).to(tl.float32)
-        s_TD = tl.load(sin + (t_T * sin_token)[:, None] + d_D[None, :], mask=turned_TD, other=0.0).to(tl.float32)
-        # Fused by hand: the compiler may fuse one way here and another for blocks of other sizes, with other bits.
-        x_TD = tl.fma(tl.where((d_D < half)[None, :], -y_TD, y_TD), s_TD, x_TD * c_TD)
-    return x_TD
+COMBINED = tl.constexpr(16)  # splits that are put together at a time
 
 
 @triton.jit
@@ -182,7 +103,7 @@ def attend_chunks(
         q_THD if sink_H is None else sink_H, scale, softcap or 0.0, *q_THD.stride()[:2], tables_RN.stride(0),
         KV_HEADS=kv_heads, GROUPS=groups, DIM=dim, PAGE=page, WINDOW=window or 0, SOFTCAP=softcap is not None,
         SINKS=sink_H is not None, TOKENS=rows // groups, BLOCK_M=rows, BLOCK_C=block,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), num_warps=warps, num_stages=stages,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), num_warps=warps, num_stages=stages, **DEPENDENT,
     )  # fmt: skip
     return out_THD
 
@@ -208,9 +129,10 @@ def _chunks(
     q, out, keys, values, tables, begins, ends, computed, tiles, sinks, scale, softcap, q_token, q_head, table_row,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one request and the query heads of one KV head."""
+    follow(PDL)
     request, first = tl.load(tiles + tl.program_id(0) * 2), tl.load(tiles + tl.program_id(0) * 2 + 1)
     if request < 0:
         return
@@ -298,7 +220,8 @@ def attend_rows(
     peaks_BHS = torch.empty(rows, heads, splits, dtype=torch.float32, device=q_BHD.device)
     out_BHD = q_BHD.new_empty(q_BHD.shape) if out_BHD is None else out_BHD
     shape = dict(
-        DIM=dim, WINDOW=window or 0, BLOCK_C=block, BLOCK_D=max(16, triton.next_power_of_2(dim)), MAX_SPLITS=MAX_SPLITS
+        DIM=dim, WINDOW=window or 0, BLOCK_C=block, BLOCK_D=max(16, triton.next_power_of_2(dim)), MAX_SPLITS=MAX_SPLITS,
+        **DEPENDENT,
     )  # fmt: skip
     _rows[rows, kv_heads, splits](
         q_BHD, keys_LKPD, values_LKPD, tables_RN, lengths_B, lengths_B if owners_B is None else owners_B, parts_BHSD,
@@ -328,9 +251,10 @@ def _rows(
     q, keys, values, tables, lengths, owners, parts, peaks, scale, softcap, q_row, q_head, table_row, splits, least,
     OWNERS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and the query heads of one KV head: a partial result and the log of its weight."""
+    follow(PDL)
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     first, span = _span(length, least, WINDOW, BLOCK_C, MAX_SPLITS)
@@ -365,9 +289,10 @@ def _rows(
 def _combine(
     parts, peaks, lengths, sinks, out, splits, least,
     HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Put together the splits of one row and head, COMBINED at a time, always from the first."""
+    follow(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + row)
     first, span = _span(length, least, WINDOW, BLOCK_C, MAX_SPLITS)

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.attention.launch import DEPENDENT, follow, lead
+
 ACTIVATIONS = ("silu", "gelu_tanh")
 PART = 4096  # logits that one program looks at: 38 programs a row for a vocabulary of 152k
 
@@ -35,15 +37,17 @@ def step_inputs(
     lengths_T = torch.empty(tokens, dtype=torch.int32, device=inputs_3T.device)
     _inputs[triton.cdiv(tokens, 128),](
         inputs_3T, last_B, tables_RN, ids_T, positions_T, slots_T, lengths_T, tokens, tables_RN.stride(0),
-        PAGE=page, BLOCK=128,
+        PAGE=page, BLOCK=128, **DEPENDENT,
     )  # fmt: skip
     return ids_T, positions_T, slots_T, lengths_T
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["positions"])
 def _inputs(
-    inputs, last, tables, ids, positions, slots, lengths, tokens, table_row, PAGE: tl.constexpr, BLOCK: tl.constexpr
-):
+    inputs, last, tables, ids, positions, slots, lengths, tokens, table_row,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    follow(PDL)
     t_T = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here_T = t_T < tokens
     given_T = tl.load(inputs + t_T, mask=here_T, other=0)
@@ -60,42 +64,59 @@ def _inputs(
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight_C: torch.Tensor, eps: float, plus_one: bool = False
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight_C: torch.Tensor,
+    eps: float,
+    plus_one: bool = False,
+    summed: bool = False,
 ) -> torch.Tensor:
     """RMSNorm of x, or of residual + x, which then becomes the new residual, in place.
 
     Args:
         x: [..., C], such as heads that lie in a joined product.
+        summed: x is [S, T, C], partial sums of a product [T, C] in the dtype of the weight (`thin_product`).
         residual: as many rows, contiguous; the sum is rounded to their dtype before it is normed, as a model does.
         plus_one: scale by 1 + weight (Gemma).
 
     Returns:
-        Contiguous, in the shape and dtype of x; computed in float32 (Zhang and Sennrich, 2019).
+        Contiguous, in the shape and dtype of x (of the product, where it is summed); computed in float32 (Zhang and
+        Sennrich, 2019).
     """
-    x_XYC = x.reshape(-1, *x.shape[-2:])
-    (outer, inner, size), block = x_XYC.shape, triton.next_power_of_2(x.shape[-1])
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    parts, part, one = (x.shape[0], x.stride(0), x[0]) if summed else (0, 0, x)
+    x_XYC = one.reshape(-1, *one.shape[-2:])
+    (outer, inner, size), block = x_XYC.shape, triton.next_power_of_2(one.shape[-1])
+    out = torch.empty(one.shape, dtype=weight_C.dtype if summed else x.dtype, device=x.device)
     _norm[(outer * inner,)](
-        x_XYC, x if residual is None else residual, weight_C, out, eps, inner, *x_XYC.stride()[:2],
-        SIZE=size, ADD=residual is not None, PLUS_ONE=plus_one, BLOCK=block, num_warps=min(16, max(4, block // 512)),
+        x_XYC, out if residual is None else residual, weight_C, out, eps, inner, *x_XYC.stride()[:2], part,
+        SIZE=size, ADD=residual is not None, PLUS_ONE=plus_one, PARTS=parts, BLOCK=block,
+        num_warps=min(16, max(4, block // 512)), **DEPENDENT,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["inner"])
+@triton.jit(do_not_specialize=["inner", "part"])
 def _norm(
-    x, residual, weight, out, eps, inner, x_outer, x_inner,
-    SIZE: tl.constexpr, ADD: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, out, eps, inner, x_outer, x_inner, part,
+    SIZE: tl.constexpr, ADD: tl.constexpr, PLUS_ONE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    lead(PDL)
     row, c_C = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    weight_C = tl.load(weight + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+    follow(PDL)
     at_C = row * SIZE + c_C
-    x_C = tl.load(x + row // inner * x_outer + row % inner * x_inner + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+    x += row // inner * x_outer + row % inner * x_inner
+    x_C = tl.load(x + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+    for s in tl.static_range(1, PARTS):
+        x_C += tl.load(x + s * part + c_C, mask=c_C < SIZE, other=0.0)
+    if PARTS:  # as the product would be rounded
+        x_C = x_C.to(out.dtype.element_ty).to(tl.float32)
     if ADD:
         x_C += tl.load(residual + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
         x_C = x_C.to(residual.dtype.element_ty)
         tl.store(residual + at_C, x_C, mask=c_C < SIZE)
         x_C = x_C.to(tl.float32)
-    weight_C = tl.load(weight + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
     if PLUS_ONE:
         weight_C += 1.0
     out_C = x_C * (1.0 / tl.sqrt(tl.sum(x_C * x_C, 0) / SIZE + eps)) * weight_C
@@ -111,22 +132,32 @@ def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.
     out_TI = torch.empty(tokens, size, dtype=gate_TI.dtype, device=gate_TI.device)
     _gated[tokens, triton.cdiv(size, 1024)](
         gate_TI, up_TI, out_TI, gate_TI.stride(0), up_TI.stride(0),
-        SIZE=size, GELU=activation == "gelu_tanh", BLOCK=1024,
+        SIZE=size, GELU=activation == "gelu_tanh", BLOCK=1024, **DEPENDENT,
     )  # fmt: skip
     return out_TI
 
 
 @triton.jit
-def _gated(gate, up, out, gate_row, up_row, SIZE: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(
+    gate, up, out, gate_row, up_row, SIZE: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     i_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_I = tl.load(gate + row * gate_row + i_I, mask=i_I < SIZE, other=0.0).to(tl.float32)
     up_I = tl.load(up + row * up_row + i_I, mask=i_I < SIZE, other=0.0).to(tl.float32)
-    twice_I = x_I
+    out_I = activated(x_I, up_I, out.dtype.element_ty, GELU)
+    tl.store(out + row * SIZE + i_I, out_I.to(out.dtype.element_ty), mask=i_I < SIZE)
+
+
+@triton.jit
+def activated(gate, up, KIND: tl.constexpr, GELU: tl.constexpr):
+    """activation(gate) * up in float32, both factors rounded to KIND as a model's modules round them."""
+    x = gate.to(KIND).to(tl.float32)
+    twice = x
     if GELU:  # (1 + tanh(y)) / 2 is the sigmoid of 2 y
-        twice_I = 1.5957691216057308 * (x_I + 0.044715 * x_I * x_I * x_I)
-    active_I = (x_I / (1.0 + tl.exp(-twice_I))).to(gate.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * SIZE + i_I, (active_I * up_I).to(out.dtype.element_ty), mask=i_I < SIZE)
+        twice = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return (x / (1.0 + tl.exp(-twice))).to(KIND).to(tl.float32) * up.to(KIND).to(tl.float32)
 
 
 def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
@@ -139,13 +170,18 @@ def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
     peaks_BS = torch.empty(rows, parts, dtype=torch.float32, device=logits_BV.device)
     tokens_BS = torch.empty(rows, parts, dtype=torch.int32, device=logits_BV.device)
     tokens_B = torch.empty(rows, dtype=torch.int64, device=logits_BV.device)
-    _best_of_part[rows, parts](logits_BV, peaks_BS, tokens_BS, logits_BV.stride(0), VOCABULARY=vocabulary, PART=PART)
-    _best_of_row[(rows,)](peaks_BS, tokens_BS, tokens_B, PARTS=parts, BLOCK=triton.next_power_of_2(parts), num_warps=1)
+    _best_of_part[rows, parts](
+        logits_BV, peaks_BS, tokens_BS, logits_BV.stride(0), VOCABULARY=vocabulary, PART=PART, **DEPENDENT
+    )
+    _best_of_row[(rows,)](
+        peaks_BS, tokens_BS, tokens_B, PARTS=parts, BLOCK=triton.next_power_of_2(parts), num_warps=1, **DEPENDENT
+    )
     return tokens_B
 
 
 @triton.jit
-def _best_of_part(logits, peaks, tokens, logits_row, VOCABULARY: tl.constexpr, PART: tl.constexpr):
+def _best_of_part(logits, peaks, tokens, logits_row, VOCABULARY: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v_V = part * PART + tl.arange(0, PART)
     x_V = tl.load(logits + row * logits_row + v_V, mask=v_V < VOCABULARY, other=float("-inf")).to(tl.float32)
@@ -156,7 +192,8 @@ def _best_of_part(logits, peaks, tokens, logits_row, VOCABULARY: tl.constexpr, P
 
 
 @triton.jit
-def _best_of_row(peaks, tokens, out, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _best_of_row(peaks, tokens, out, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     s_S = tl.arange(0, BLOCK)
     peak_S = tl.load(peaks + row * PARTS + s_S, mask=s_S < PARTS, other=float("-inf"))

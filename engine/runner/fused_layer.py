@@ -14,14 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from engine.attention.paged import Options
 from engine.runner.lean import ATTENTION, LAYER, MLP
-from engine.runner.linear import Part
+from engine.runner.linear import Part, Product
 
 AFTER = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}  # then the one post attention is no MLP's
+POSITIONS = 2**18  # of so many at most, cosines and sines are kept: 128 MB with heads of 128
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
@@ -33,15 +35,48 @@ class FusedNorm(nn.Module):
         super().__init__()
         self.weight, self.eps, self.plus_one, self.kernels = weight, eps, plus_one, kernels
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., M] -> [..., M], of residual + x if there is a residual, which then becomes that sum."""
-        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps, self.plus_one)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, summed: bool = False) -> torch.Tensor:
+        """[..., M] -> [..., M], of residual + x if there is a residual, which then becomes that sum.
+
+        `summed`: x is [S, T, M], partial sums of a product.
+        """
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps, self.plus_one, summed)
 
 
 class Stream:
-    """The residual stream between layers, which Transformers' own loop over layers does not carry."""
+    """The residual stream between layers, which Transformers' own loop over layers does not carry.
+
+    `added` is what the last layer adds to x_TM, partial sums of it where `summed`. Steps of up to `few` rows take thin
+    products.
+    """
 
     x_TM: torch.Tensor
+    added: torch.Tensor
+    summed = False
+    few = 0
+
+
+class Angles(nn.Module):
+    """Cosines and sines of every position, looked up; takes the place of a model's rotary embedding.
+
+    Args:
+        rotary: the module. positions: how many. like: of the kind its results shall be.
+    """
+
+    def __init__(self, rotary: nn.Module, positions: int, like: torch.Tensor) -> None:
+        super().__init__()
+        self.rotary, self.like = rotary, like
+        self.positions_1P = torch.arange(positions, device=like.device)[None]
+        self.tables: dict[str | None, torch.Tensor] = {}
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Two [1, T, E] for positions [1, T], of a kind of layers where a model has several."""
+        if layer_type not in self.tables:
+            kind = () if layer_type is None else (layer_type,)
+            self.tables[layer_type] = torch.cat(self.rotary(self.like, self.positions_1P, *kind), -1)[0]
+        return F.embedding(position_ids, self.tables[layer_type]).chunk(2, -1)
 
 
 class FusedLayer(nn.Module):
@@ -67,24 +102,56 @@ class FusedLayer(nn.Module):
         self.heads = [size // self.head_dim for size in self.qkv.sizes]
         self.activation = ACTIVATIONS[type(mlp.act_fn).__name__]
 
+    @property
+    def is_thin(self) -> bool:
+        """Whether its products can be thin: what is read next adds biases to those of attention's inputs alone."""
+        products = self.qkv, self.out, self.gate_up, self.down
+        return not any(product.tiled for product in products) and all(product.bias is None for product in products[1:])
+
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, position_embeddings: tuple, packed: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """[1, T, M] -> [1, T, M]."""
-        x_TM, stream = hidden_states[0], self.stream
+        """[1, T, M], of which the first layer alone reads more than the shape: what a layer adds is in the stream."""
+        stream, kernels = self.stream, self.kernels
+        thin = hidden_states.shape[1] <= stream.few
         if self.index == 0:
-            stream.x_TM, normed_TM = x_TM, self.before[0](x_TM)
+            stream.x_TM = hidden_states[0]
+            normed_TM = self.before[0](stream.x_TM)
         else:
-            normed_TM = self.before[0](x_TM, stream.x_TM)
-        heads_THD = self.qkv(normed_TM).unflatten(-1, (-1, self.head_dim))
-        q_THD, k_TKD, v_TKD = heads_THD.split(self.heads, 1)
+            normed_TM = self.before[0](stream.added, stream.x_TM, stream.summed)
+        bias_N = None
+        if thin and not self.head_norms:
+            heads, bias_N = kernels.thin_product(normed_TM, self.qkv.weights[0]), self.qkv.bias
+        else:
+            heads = self.qkv(normed_TM)
+        q, k, v = heads.unflatten(-1, (-1, self.head_dim)).split(self.heads, -2)
         if self.head_norms:
-            q_THD, k_TKD = (norm(x) for norm, x in zip(self.head_norms, (q_THD, k_TKD), strict=True))
+            q, k = (norm(x) for norm, x in zip(self.head_norms, (q, k), strict=True))
         cos_1TE, sin_1TE = position_embeddings
-        mixed_THD = packed.attend(self.index, q_THD, k_TKD, v_TKD, self.options, (cos_1TE[0], sin_1TE[0]))
-        normed_TM = self.before[1](self.after[0](self.out(mixed_THD.flatten(1))), stream.x_TM)
-        gate_TI, up_TI = self.gate_up(normed_TM).chunk(2, -1)
-        return self.after[1](self.down(self.kernels.gated(gate_TI, up_TI, self.activation)))[None]
+        mixed_THD = packed.attend(self.index, q, k, v, self.options, (cos_1TE[0], sin_1TE[0]), bias_N)
+        self._add(mixed_THD.flatten(1), self.out, self.after[0], thin)
+        normed_TM = self.before[1](stream.added, stream.x_TM, stream.summed)
+        if thin:
+            active_TI = kernels.thin_gated(normed_TM, self.gate_up.weights[0], self.activation)
+        else:
+            active_TI = kernels.gated(*self.gate_up(normed_TM).chunk(2, -1), self.activation)
+        self._add(active_TI, self.down, self.after[1], thin)
+        return hidden_states
+
+    def _add(self, x_TM: torch.Tensor, product: Product, norm: nn.Module, thin: bool) -> None:
+        """Leave a product in the stream, by way of a norm where the model has one there."""
+        stream = self.stream
+        stream.summed = thin
+        stream.added = self.kernels.thin_product(x_TM, product.weights[0]) if thin else product(x_TM)
+        if isinstance(norm, FusedNorm):
+            stream.added, stream.summed = norm(stream.added, summed=stream.summed), False
+
+    @property
+    def may_be_thin(self) -> bool:
+        """Whether its products may be thin: plain weights, none cut into tiles, a bias at attention's inputs alone."""
+        products = self.qkv, self.out, self.gate_up, self.down
+        plain = all(product.weights and not product.tiled for product in products)
+        return plain and all(product.bias is None for product in products[1:])
 
 
 class LastNorm(nn.Module):
@@ -96,16 +163,20 @@ class LastNorm(nn.Module):
 
     def forward(self, x_1TM: torch.Tensor) -> torch.Tensor:
         """[1, T, M] -> [1, T, M]."""
-        return self.norm(x_1TM[0], self.stream.x_TM)[None]
+        return self.norm(self.stream.added, self.stream.x_TM, self.stream.summed)[None]
 
 
-def fuse(model: PreTrainedModel, options: dict[int, Options], kernels: Any) -> Callable[[], None]:
+def fuse(
+    model: PreTrainedModel, options: dict[int, Options], kernels: Any, positions: int
+) -> tuple[Stream, Callable[[], None]]:
     """Replace each norm of `model` that the kernel equals, and its layers if all are plain; gives what undoes it.
 
     Args:
         options: of each layer's attention, as the model passes them.
-        kernels: where `add_rms_norm` and `gated` come from.
+        kernels: where `add_rms_norm`, `gated` and thin products come from.
+        positions: that a request may take.
     """
+    stream = Stream()
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def replace(module: nn.Module, name: str, by: nn.Module) -> None:
@@ -123,11 +194,15 @@ def fuse(model: PreTrainedModel, options: dict[int, Options], kernels: Any) -> C
                 replace(module, name, norm)
     layers, last = getattr(model.base_model, "layers", None), getattr(model.base_model, "norm", None)
     if isinstance(layers, nn.ModuleList) and isinstance(last, FusedNorm) and all(map(is_plain, layers)):
-        stream = Stream()
-        for index, layer in enumerate(layers):
-            replace(layers, str(index), FusedLayer(layer, index, options[index], stream, kernels))
+        fused = [FusedLayer(layer, index, options[index], stream, kernels) for index, layer in enumerate(layers)]
+        for layer in fused:
+            replace(layers, str(layer.index), layer)
         replace(model.base_model, "norm", LastNorm(last, stream))
-    return undo
+        stream.few = kernels.few_rows(model.dtype) if all(layer.may_be_thin for layer in fused) else 0
+        rotary = getattr(model.base_model, "rotary_emb", None)
+        if rotary is not None and positions <= POSITIONS:
+            replace(model.base_model, "rotary_emb", Angles(rotary, positions, last.weight))
+    return stream, undo
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -90,8 +90,8 @@ class DeviceRunner(Runner):
         model, pool, deterministic: as for PackedRunner. Deterministic steps attend every token as a row of its own,
             cut by its own length alone.
         rows: requests that share a step, at most.
-        kernels: what else has the functions of engine/attention/kernels.py and engine/runner/fused.py and shall
-            compute instead of them; on a CPU these run in Triton's interpreter only.
+        kernels: what else has the functions of `triton_kernels` and shall compute instead of them; on a CPU these run
+            in Triton's interpreter only.
 
     Raises:
         InputError: for a model that cannot run packed.
@@ -141,12 +141,21 @@ class DeviceRunner(Runner):
         tokens, expected_TV = probe(model, min(24, self.pool.pages * self.pool.page_size))
         ids_T = np.array(tokens)
         options = self._prove(ids_T, expected_TV)
-        undo = fuse(self.model, options, self.kernels)
+        stream, undo = fuse(self.model, options, self.kernels, self._columns * self.pool.page_size)
+        few, stream.few = stream.few, 0
         try:
             self._prove(ids_T, expected_TV)
         except InputError as error:
             LOG.warning("%s; its layers run as they are", error)
             undo()
+            return
+        if few:
+            try:
+                stream.few = few
+                self._prove(ids_T, expected_TV)
+            except InputError as error:
+                LOG.warning("%s; steps of few rows take the same products as others", error)
+                stream.few = 0
 
     def _prove(self, ids_T: np.ndarray, expected_TV: torch.Tensor) -> dict[int, Options]:
         """Compute tokens as a chunk, a chunk with a past and one alone; gives the options of each layer's attention.
@@ -378,7 +387,8 @@ def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, r
 
 def triton_kernels() -> Any:
     """What a device step calls, as Triton kernels; imported when needed, since a CPU can do without Triton."""
-    from engine.attention import kernels
-    from engine.runner import fused
+    from engine.attention import kernels, write
+    from engine.runner import fused, thin
 
-    return SimpleNamespace(**{name: value for room in (kernels, fused) for name, value in vars(room).items()})
+    rooms = kernels, write, fused, thin
+    return SimpleNamespace(**{name: value for room in rooms for name, value in vars(room).items()})

@@ -1,0 +1,36 @@
+"""How every Triton kernel is launched: on a Hopper GPU each may begin while the one before it ends."""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def _dependent() -> dict[str, bool]:
+    """Options of a launch: a Hopper GPU may begin a kernel while the one before it ends."""
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return dict(PDL=True, launch_pdl=True) if able else dict(PDL=False)
+
+
+DEPENDENT = _dependent()
+
+
+@triton.jit
+def lead(PDL: tl.constexpr):
+    """Let the next kernel be launched: a program calls it as soon as it runs (programmatic dependent launch)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """As `lead`, and wait for what the kernels before have written.
+
+    Every program of every kernel calls it before it reads what is not a weight. So a kernel ends only after the one
+    before it has, and nothing is overwritten that is still read.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
