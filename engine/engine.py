@@ -129,13 +129,16 @@ class Engine:
             if self.tokenizer is None:
                 raise InputError(f"{name} is text, but {self.spec} has no tokenizer: give token ids")
             prompt = self.tokenizer(prompt).input_ids if prompt else []
-        if not isinstance(prompt, Sequence | np.ndarray) or not all(isinstance(t, int | np.integer) for t in prompt):
-            raise InputError(f"{name}={prompt!r} must be text or a list of token ids")
-        ids = [int(token) for token in prompt]
-        if not ids:
+        if isinstance(prompt, Sequence | np.ndarray) and not len(prompt):
             raise InputError(f"{name} is empty: give at least one token")
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # lists of different lengths
+            ids = np.array(None)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InputError(f"{name}={prompt!r} must be text or a list of token ids")
         self._check_vocabulary(name, ids)
-        return ids
+        return ids.tolist()
 
     def chat(self, message: str) -> list[int]:
         """Token ids of a user's message in the model's chat template, up to where its answer begins."""
@@ -336,16 +339,16 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise InputError(f"stop={params.stop!r} needs text, but {self.spec} has no tokenizer: use stop_token_ids")
-        self._check_vocabulary("stop_token_ids", params.stop_token_ids)
+        self._check_vocabulary("stop_token_ids", np.array(params.stop_token_ids))
         self.scheduler.memory.check(request)
         if self.tokenizer is not None and (on_chunk is not None or params.stop):
             request.text = TextStream(self.tokenizer, params.stop)
         return request
 
-    def _check_vocabulary(self, name: str, ids: Sequence[int]) -> None:
-        bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
-        if bad is not None:
-            raise InputError(f"{name} has token id {bad}; the ids of {self.spec} are 0 to {self.vocab_size - 1}")
+    def _check_vocabulary(self, name: str, ids: np.ndarray) -> None:
+        bad = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if len(bad):
+            raise InputError(f"{name} has token id {bad[0]}; the ids of {self.spec} are 0 to {self.vocab_size - 1}")
 
     def _queue(self, request: Request) -> None:
         self._requests[request.id] = request

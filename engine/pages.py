@@ -85,10 +85,10 @@ class PagePool(_Pool):
 
     def seal(self, request: Request) -> None:
         """Let others find those of its pages that have become full of computed tokens."""
+        if not self.prefix_caching:
+            return
         size, table, (done, mark) = self.page_size, self.tables[request], self._sealed[request]
         full = min(request.computed, len(request.tokens)) // size  # the last computed token may be pending
-        if not self.prefix_caching or done >= full:
-            return
         for at in range(done, full):
             key = (mark, tuple(request.tokens[at * size : (at + 1) * size]))
             page = self._cached.setdefault(key, table[at])

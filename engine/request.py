@@ -137,6 +137,15 @@ class Request:
     stop_reason: int | str | None = None
     error: str | None = None
     result: RequestOutput | None = None
+    max_len: int = field(init=False)  # the most tokens it can ever have
+    greedy: bool = field(
+        init=False
+    )  # of the tokens that it may have it takes the likeliest, and nothing else is asked for
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.max_len = self.prompt_len + params.max_new_tokens
+        self.greedy = params.temperature == 0 and params.repetition_penalty == 1.0 and params.logprobs is None
 
     @property
     def output_ids(self) -> list[int]:
@@ -147,11 +156,6 @@ class Request:
     def output_len(self) -> int:
         """How many output tokens there are so far."""
         return len(self.tokens) - self.prompt_len
-
-    @property
-    def max_len(self) -> int:
-        """The most tokens it can ever have."""
-        return self.prompt_len + self.params.max_new_tokens
 
     def append(self, token: int, now: float) -> None:
         """Take an output token that reached the host at `now` seconds; end on a stop token or the length limit."""

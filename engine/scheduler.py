@@ -54,14 +54,15 @@ class Scheduler:
         fresh, preempted = not self.running, len(self.waiting)
         step: Step = []
         left = self.max_step_tokens
-        spare = max(0, left - sum(_wanted(r) == 1 for r in self.running))  # for more than one token
+        wants = list(map(_wanted, self.running))
+        spare = max(0, left - wants.count(1))  # for more than one token
         at = 0
         # Whoever was preempted just now would only be preempted again, so nobody is admitted then.
         while at < len(self.running) or (
             (fresh or (self.continuous and spare and len(self.waiting) <= preempted)) and self._admit(now)
         ):
             request = self.running[at]
-            wanted = _wanted(request)
+            wanted = wants[at] if at < len(wants) else _wanted(request)  # preempted ones only leave at the end
             count = min(wanted, left, spare) if wanted > 1 else min(wanted, left)
             if count and self._make_room(request, request.computed + count):
                 step.append((request, count))

@@ -169,7 +169,7 @@ def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.
     return (F.silu(gate_TI) if activation == "silu" else F.gelu(gate_TI, approximate="tanh")) * up_TI
 
 
-def few_rows(dtype: torch.dtype) -> int:
+def few_rows(dtype: torch.dtype, layer_bytes: int) -> int:
     """As thin.few_rows; a small number, so that tests see steps of more."""
     return 5
 

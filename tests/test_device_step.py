@@ -258,7 +258,7 @@ def test_the_kernels_serve_a_model(tiny):
         oracle: Oracle = tiny(name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args[:4]))
-            patch.setattr("engine.runner.thin.few_rows", lambda dtype: 4)  # none, for this dtype
+            patch.setattr("engine.runner.thin.few_rows", lambda dtype, layer_bytes: 4)  # none, for this dtype
             server = build(oracle, max_batch_size=2, max_step_tokens=30, page_size=4)
         assert isinstance(server.runner.model.base_model.layers[0], FusedLayer), "its fused kernels are proven at load"
         assert server.runner.model.base_model.layers[0].stream.few == 4

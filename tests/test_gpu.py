@@ -103,7 +103,7 @@ def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype):
         with torch.inference_mode():
             lines = runner._place(requests)
             inputs = np.stack([[r.tokens[-1] for r in requests], [r.computed for r in requests], lines])
-            eager = runner._logits(runner._upload(inputs), len(requests), 4096, None, 0)
+            eager = runner._logits(*runner._upload(inputs), len(requests), 4096, None, 0)
             replayed = runner._replay(inputs, int(inputs[1].max()) + 1, greedy=False)[: len(requests)]
         torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=5e-2 if dtype == "float16" else 1e-3)
         checked += 1

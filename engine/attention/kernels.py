@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.attention.launch import DEPENDENT, follow
+from engine.attention.launch import DEPENDENT, follow, lead
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, so softmax works in powers of two
 LOWEST = tl.constexpr(-1e30)  # a running maximum before any score: finite, so that no difference is NaN
@@ -45,6 +45,7 @@ def _fold(
         here_CD = tl.broadcast_to((d_D < DIM)[None, :], (BLOCK_C, BLOCK_D))
     at_CD = ((page_C.to(tl.int64) * (KV_HEADS * PAGE) + c_C % PAGE) * DIM)[:, None] + d_D[None, :]
     k_CD = tl.load(keys + at_CD, mask=here_CD, other=0.0)
+    v_CD = tl.load(values + at_CD, mask=here_CD, other=0.0)  # on its way while the keys are used
     scores_MC = tl.dot(q_MD, tl.trans(k_CD), input_precision="ieee") * scale
     if SOFTCAP:
         scores_MC = softcap * (1.0 - 2.0 / (tl.exp(2.0 / softcap * scores_MC) + 1.0))  # tanh
@@ -57,7 +58,6 @@ def _fold(
     new_M = tl.maximum(peak_M, tl.max(scores_MC, 1))
     weights_MC = tl.exp2(scores_MC - new_M[:, None])
     faded_M = tl.exp2(peak_M - new_M)
-    v_CD = tl.load(values + at_CD, mask=here_CD, other=0.0)
     total_M = total_M * faded_M + tl.sum(weights_MC, 1)
     acc_MD = tl.dot(weights_MC.to(v_CD.dtype), v_CD, acc_MD * faded_M[:, None], input_precision="ieee")
     return acc_MD, new_M, total_M
@@ -254,16 +254,17 @@ def _rows(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and the query heads of one KV head: a partial result and the log of its weight."""
-    follow(PDL)
+    lead(PDL)
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
-    first, span = _span(length, least, WINDOW, BLOCK_C, MAX_SPLITS)
-    begin = first + split * span
-    if begin >= length:
-        return
     owner = row
     if OWNERS:
         owner = tl.load(owners + row).to(tl.int64)
+    first, span = _span(length, least, WINDOW, BLOCK_C, MAX_SPLITS)
+    begin = first + split * span
+    follow(PDL)
+    if begin >= length:
+        return
     m_M = tl.arange(0, BLOCK_M)
     head_M = kv_head * GROUPS + m_M
     d_D = tl.arange(0, BLOCK_D)
@@ -292,11 +293,12 @@ def _combine(
     MAX_SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Put together the splits of one row and head, COMBINED at a time, always from the first."""
-    follow(PDL)
+    lead(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + row)
     first, span = _span(length, least, WINDOW, BLOCK_C, MAX_SPLITS)
     used = tl.cdiv(length - first, span)
+    follow(PDL)
     d_D = tl.arange(0, BLOCK_D)
     at_row = (row * HEADS + head) * splits
     peak, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)

@@ -28,8 +28,10 @@ def lead(PDL: tl.constexpr):
 def follow(PDL: tl.constexpr):
     """As `lead`, and wait for what the kernels before have written.
 
-    Every program of every kernel calls it before it reads what is not a weight. So a kernel ends only after the one
-    before it has, and nothing is overwritten that is still read.
+    Every program of every kernel calls it before it writes, or reads what is neither a weight nor an input of the whole
+    step (those are complete before the model begins, for its embedding is looked up by a kernel that begins when all
+    before it have ended). So a kernel ends only after the one before it has, and nothing is overwritten that is still
+    read.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

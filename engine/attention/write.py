@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.attention.launch import DEPENDENT, follow
+from engine.attention.launch import DEPENDENT, follow, lead
 
 
 def write_pages(
@@ -63,7 +63,7 @@ def _write(
     PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of a few tokens: of the queries, then of the keys, then of the values."""
-    follow(PDL)
+    lead(PDL)
     t_T = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     head = tl.program_id(1)
     d_D = tl.arange(0, BLOCK_D)
@@ -72,7 +72,7 @@ def _write(
         row_T1 = (q + t_T * q_token + head * q_head)[:, None]
         x_TD = _rotated(
             row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED, PARTS, BIAS,
-            out.dtype.element_ty,
+            out.dtype.element_ty, PDL,
         )  # fmt: skip
         at_TD = (t_T * HEADS + head)[:, None] * DIM + d_D[None, :]
         tl.store(out + at_TD, x_TD.to(out.dtype.element_ty), mask=here_TD)
@@ -86,11 +86,12 @@ def _write(
             row_T1 = (k + t_T * k_token + kv_head * k_head)[:, None]
             x_TD = _rotated(
                 row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED, PARTS,
-                BIAS, keys.dtype.element_ty,
+                BIAS, keys.dtype.element_ty, PDL,
             )  # fmt: skip
             tl.store(keys + at_TD, x_TD.to(keys.dtype.element_ty), mask=kept_TD)
         else:
             row_T1 = (v + t_T * v_token + kv_head * v_head)[:, None]
+            follow(PDL)
             v_TD = _whole(row_T1, bias + head * DIM, part, d_D, here_TD, PARTS, BIAS, values.dtype.element_ty)
             tl.store(values + at_TD, v_TD.to(values.dtype.element_ty), mask=kept_TD)
 
@@ -111,17 +112,18 @@ def _whole(row_T1, bias, part, d_D, here_TD, PARTS: tl.constexpr, BIAS: tl.const
 @triton.jit
 def _rotated(
     row_T1, bias, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD,
-    ROTATED: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr,
+    ROTATED: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A head of some tokens in float32, its first ROTATED elements turned by pairs that lie ROTATED / 2 apart."""
+    half: tl.constexpr = ROTATED // 2
+    turned_TD = here_TD & (d_D < ROTATED)[None, :]
+    pair_D = tl.where(d_D < half, d_D + half, d_D - half)
+    c_TD = tl.load(cos + (t_T * cos_token)[:, None] + d_D[None, :], mask=turned_TD, other=1.0).to(tl.float32)
+    s_TD = tl.load(sin + (t_T * sin_token)[:, None] + d_D[None, :], mask=turned_TD, other=0.0).to(tl.float32)
+    follow(PDL)
     x_TD = _whole(row_T1, bias, part, d_D, here_TD, PARTS, BIAS, KIND)
     if ROTATED:
-        half: tl.constexpr = ROTATED // 2
-        turned_TD = here_TD & (d_D < ROTATED)[None, :]
-        pair_D = tl.where(d_D < half, d_D + half, d_D - half)
         y_TD = _whole(row_T1, bias, part, pair_D, turned_TD, PARTS, BIAS, KIND)
-        c_TD = tl.load(cos + (t_T * cos_token)[:, None] + d_D[None, :], mask=turned_TD, other=1.0).to(tl.float32)
-        s_TD = tl.load(sin + (t_T * sin_token)[:, None] + d_D[None, :], mask=turned_TD, other=0.0).to(tl.float32)
         # Fused by hand: the compiler may fuse one way here and another for blocks of other sizes, with other bits.
         x_TD = tl.fma(tl.where((d_D < half)[None, :], -y_TD, y_TD), s_TD, x_TD * c_TD)
     return x_TD

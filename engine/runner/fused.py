@@ -87,10 +87,11 @@ def add_rms_norm(
     x_XYC = one.reshape(-1, *one.shape[-2:])
     (outer, inner, size), block = x_XYC.shape, triton.next_power_of_2(one.shape[-1])
     out = torch.empty(one.shape, dtype=weight_C.dtype if summed else x.dtype, device=x.device)
+    block_s = triton.next_power_of_2(max(1, parts))
     _norm[(outer * inner,)](
         x_XYC, out if residual is None else residual, weight_C, out, eps, inner, *x_XYC.stride()[:2], part,
-        SIZE=size, ADD=residual is not None, PLUS_ONE=plus_one, PARTS=parts, BLOCK=block,
-        num_warps=min(16, max(4, block // 512)), **DEPENDENT,
+        SIZE=size, ADD=residual is not None, PLUS_ONE=plus_one, PARTS=parts, BLOCK=block, BLOCK_S=block_s,
+        num_warps=min(16, max(4, block * block_s // 1024 if summed else block // 512)), **DEPENDENT,
     )  # fmt: skip
     return out
 
@@ -99,7 +100,7 @@ def add_rms_norm(
 def _norm(
     x, residual, weight, out, eps, inner, x_outer, x_inner, part,
     SIZE: tl.constexpr, ADD: tl.constexpr, PLUS_ONE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     lead(PDL)
     row, c_C = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -107,11 +108,12 @@ def _norm(
     follow(PDL)
     at_C = row * SIZE + c_C
     x += row // inner * x_outer + row % inner * x_inner
-    x_C = tl.load(x + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
-    for s in tl.static_range(1, PARTS):
-        x_C += tl.load(x + s * part + c_C, mask=c_C < SIZE, other=0.0)
-    if PARTS:  # as the product would be rounded
-        x_C = x_C.to(out.dtype.element_ty).to(tl.float32)
+    if PARTS:  # rounded as the product would be
+        s_S1 = tl.arange(0, BLOCK_S)[:, None]
+        x_SC = tl.load(x + s_S1 * part + c_C[None, :], mask=(s_S1 < PARTS) & (c_C < SIZE)[None, :], other=0.0)
+        x_C = tl.sum(x_SC, 0).to(out.dtype.element_ty).to(tl.float32)
+    else:
+        x_C = tl.load(x + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
     if ADD:
         x_C += tl.load(residual + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
         x_C = x_C.to(residual.dtype.element_ty)

@@ -99,6 +99,7 @@ class FusedLayer(nn.Module):
         self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
         self.qkv, self.out = attention.q_proj.shared.product, attention.o_proj.shared.product
         self.gate_up, self.down = mlp.gate_proj.shared.product, mlp.down_proj.shared.product
+        self.products: tuple[Product, ...] = self.qkv, self.out, self.gate_up, self.down
         self.heads = [size // self.head_dim for size in self.qkv.sizes]
         self.activation = ACTIVATIONS[type(mlp.act_fn).__name__]
 
@@ -149,9 +150,8 @@ class FusedLayer(nn.Module):
     @property
     def may_be_thin(self) -> bool:
         """Whether its products may be thin: plain weights, none cut into tiles, a bias at attention's inputs alone."""
-        products = self.qkv, self.out, self.gate_up, self.down
-        plain = all(product.weights and not product.tiled for product in products)
-        return plain and all(product.bias is None for product in products[1:])
+        plain = all(product.weights and not product.tiled for product in self.products)
+        return plain and all(product.bias is None for product in self.products[1:])
 
 
 class LastNorm(nn.Module):
@@ -198,7 +198,8 @@ def fuse(
         for layer in fused:
             replace(layers, str(layer.index), layer)
         replace(model.base_model, "norm", LastNorm(last, stream))
-        stream.few = kernels.few_rows(model.dtype) if all(layer.may_be_thin for layer in fused) else 0
+        if all(layer.may_be_thin for layer in fused):
+            stream.few = kernels.few_rows(model.dtype, sum(w.nbytes for p in fused[0].products for w in p.weights))
         rotary = getattr(model.base_model, "rotary_emb", None)
         if rotary is not None and positions <= POSITIONS:
             replace(model.base_model, "rotary_emb", Angles(rotary, positions, last.weight))

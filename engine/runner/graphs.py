@@ -192,12 +192,17 @@ class DeviceRunner(Runner):
     def _launch(self, step: Step) -> Ticket:
         started = time.perf_counter()
         self.pool.dirty.clear()  # no kernel reads beyond what its request has written
-        rows_first = sorted(step, key=lambda item: item[1] > 1)
+        rows_first = step if all(count == 1 for _, count in step) else sorted(step, key=lambda item: item[1] > 1)
         ids: list[int] = []
         ends: dict[Request, int] = {}
         for request, count in rows_first:
-            begin, end = request.computed, request.computed + count
-            ids += request.tokens[begin:end] if end <= len(request.tokens) else [-1 - self._sources[request]]
+            tokens, begin = request.tokens, request.computed
+            if begin + count > len(tokens):
+                ids.append(-1 - self._sources[request])
+            elif count == 1:
+                ids.append(tokens[begin])
+            else:
+                ids += tokens[begin : begin + count]
             ends[request] = len(ids)
         lines_R = self._place([request for request, _ in rows_first])
         counts_R = np.array([count for _, count in rows_first])
@@ -206,7 +211,7 @@ class DeviceRunner(Runner):
         within_T = np.arange(len(ids)) - np.repeat(ends_R - counts_R, counts_R)
         positions_T, lines_T = np.repeat(computed_R, counts_R) + within_T, np.repeat(lines_R, counts_R)
         ready = [r for r, n in step if r.computed + n == len(r.tokens) + r.pending]
-        greedy = all(_greedy(request) for request in ready)
+        greedy = all(map(_greedy, ready))
         inputs_3T = np.stack([np.array(ids), positions_T, lines_T])
         if len(ids) == len(step):
             at = {request: ends[request] - 1 for request in ready}
@@ -250,17 +255,21 @@ class DeviceRunner(Runner):
             line, old, known = self._lines.get(request) or (self._free_lines.pop(), pages, 0)
             if old is not pages:  # preempted and admitted again: other pages
                 known = 0
-            fresh += [(line, column, pages[column]) for column in range(known, len(pages))]
-            self._lines[request] = line, pages, len(pages)
+            if known < len(pages):
+                fresh += [(line, column, pages[column]) for column in range(known, len(pages))]
+                self._lines[request] = line, pages, len(pages)
             lines.append(line)
         if fresh:
-            line_X, column_X, page_X = self._upload(np.array(fresh).T)
+            line_X, column_X, page_X = self._upload(*np.array(fresh).T)
             self._tables_RN[line_X, column_X] = page_X
         return np.array(lines)
 
-    def _upload(self, array: np.ndarray) -> torch.Tensor:
-        """An array of integers on the device as int32, without waiting for it."""
-        return self._pinned(array).to(self.device, non_blocking=True)
+    def _upload(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Arrays of integers on the device as int32, by one copy that is not waited for; each begins aligned."""
+        flat = [np.pad(array.ravel(), (0, -array.size % 4)) for array in arrays]
+        together = self._pinned(np.concatenate(flat)).to(self.device, non_blocking=True)
+        parts = together.split([len(part) for part in flat])
+        return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
     def _pinned(self, array: np.ndarray) -> torch.Tensor:
         """An array of integers as int32, in memory that a GPU reads by itself; torch keeps it until that is done."""
@@ -326,21 +335,28 @@ class DeviceRunner(Runner):
 
         spans_3R: where in the step each request's tokens begin and end, and how many precede them.
         """
-        inputs = self._upload(inputs_3T)
-        rows, chunks = inputs_3T.shape[1], None
+        rows, chunks, several = inputs_3T.shape[1], None, []
         if not self.deterministic:
-            single = int((spans_3R[1] - spans_3R[0] == 1).sum())  # they come first
-            rows, several_3R = single, spans_3R[:, single:]
-            size = self.keys[0].shape
-            groups = self.model.config.get_text_config(decoder=True).num_attention_heads // size[1]
-            tile = self.kernels.chunk_tokens(groups, size[3], self.keys[0].element_size())
-            tiles = [(r, t) for r, (begin, end, _) in enumerate(several_3R.T) for t in range(begin, end, tile)]
-            tiles.sort(key=lambda at: several_3R[0, at[0]] - several_3R[2, at[0]] - at[1])  # longest context first
-            if tiles:
-                tables_RN = self._tables_RN[self._upload(lines_R[single:])]
-                chunks = (tables_RN, *self._upload(several_3R), self._upload(np.array(tiles)))
+            rows = int((spans_3R[1] - spans_3R[0] == 1).sum())  # they come first
+            several = [lines_R[rows:], *spans_3R[:, rows:], self._tiles(spans_3R[:, rows:])]
+        inputs, keep_B, *several = self._upload(inputs_3T, np.array(keep), *several)
+        if several and len(several[0]):
+            lines, *rest = several
+            chunks = (self._tables_RN[lines], *rest)
         length = int(inputs_3T[1, :rows].max()) + 1 if rows else 1
-        return self._logits(inputs, rows, length, chunks, self._upload(np.array(keep)).long(), options)
+        return self._logits(inputs, rows, length, chunks, keep_B.long(), options)
+
+    def _tiles(self, spans_3R: np.ndarray) -> np.ndarray:
+        """The work of `attend_chunks`, [X, 2]: the longest contexts come first."""
+        kv_heads, _, head_dim = self.keys[0].shape[1:]
+        groups = self.model.config.get_text_config(decoder=True).num_attention_heads // kv_heads
+        each = self.kernels.chunk_tokens(groups, head_dim, self.keys[0].element_size())
+        begins_R, ends_R, computed_R = spans_3R
+        first = [np.arange(begin, end, each) for begin, end in zip(begins_R, ends_R, strict=True)]
+        request_X = np.repeat(np.arange(len(first)), [len(tokens) for tokens in first])
+        first_X = np.concatenate([*first, np.zeros(0, dtype=int)])
+        order_X = np.argsort((begins_R - computed_R)[request_X] - first_X, kind="stable")
+        return np.stack([request_X, first_X], 1)[order_X]
 
     def _logits(
         self,
@@ -368,10 +384,8 @@ class DeviceRunner(Runner):
 
 def _greedy(request: Request) -> bool:
     """Whether its next token is the likeliest, with nothing else asked for."""
-    params = request.params
-    known = request.output_len + request.pending
-    plain = params.temperature == 0 and params.repetition_penalty == 1.0 and params.logprobs is None
-    return plain and (known >= params.min_new_tokens or not request.stop_ids)
+    known = len(request.tokens) + request.pending - request.prompt_len
+    return request.greedy and (known >= request.params.min_new_tokens or not request.stop_ids)
 
 
 def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int, int8: bool = False) -> Runner:
