@@ -17,7 +17,7 @@ def kv_memory(model: PreTrainedModel, config: EngineConfig, tokens: int) -> int:
         InputError: if more is asked for than there is.
     """
     free, rows = free_bytes(model.device), config.max_batch_size
-    taken = sum(step_bytes(model, count, rows) for count in (tokens, rows))  # a prefill's, and the graphs'
+    taken = 2 * step_bytes(model, tokens, rows) + step_bytes(model, rows, rows)  # by itself, and of the graphs
     if not isinstance(config.kv_memory, int):
         return int(config.kv_memory * max(0, free - taken))
     if config.kv_memory > free - taken:

@@ -16,8 +16,9 @@ import engine.runner.ways
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.models import kv_bytes_per_token
 from engine.runner.fused_layer import ACTIVATIONS, Angles, FusedLayer, FusedNorm, LastNorm
-from engine.runner.graphs import DeviceRunner, bucket
+from engine.runner.graphs import DeviceRunner, bucket, chunk_bucket
 from engine.runner.packed import PackedRunner
+from engine.runner.replay import upload
 from tests import reference
 from tests.oracle import Oracle
 from tests.test_packed import NAMES, WAYS, check_shuffled, drive, exactly, packed as build, work_of
@@ -212,13 +213,13 @@ def test_a_step_that_fails_takes_its_requests_alone_and_loses_no_token_read_late
 
 
 def run_out_of_memory(oracle: Oracle, server: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drive requests through a runner that has memory for 40 tokens a step, and check what they get."""
+    """Drive requests through a runner that has memory for 72 tokens a step, and check what they get."""
     logits = DeviceRunner._logits
 
-    def little_memory(self, inputs, *rest):
-        if inputs.shape[1] > 40:
+    def little_memory(self, sizes, *rest):
+        if sizes.rows + sizes.tokens > 72:
             raise torch.OutOfMemoryError("planted")
-        return logits(self, inputs, *rest)
+        return logits(self, sizes, *rest)
 
     monkeypatch.setattr(DeviceRunner, "_logits", little_memory)
     for output, (_, limit) in zip(drive(server, work_of(16), every=8), work_of(16), strict=True):
@@ -267,7 +268,41 @@ def test_the_kernels_serve_a_model(tiny):
             oracle.check(output, limit)
 
 
+def test_steps_with_chunks_are_padded_when_their_sizes_come_again(tiny, monkeypatch):
+    """And give what they give as they are, padding and all."""
+    oracle: Oracle = tiny("tiny-qwen2")
+    server = build(oracle, max_batch_size=8, max_step_tokens=50, page_size=4)
+    runner, run = server.runner, server.runner.graphs.run
+    padded = []
+
+    def checked(sizes, laid):
+        exact = laid.sizes(greedy=False)
+        assert all(size <= bound for size, bound in zip(exact[:6], sizes[:6], strict=True))
+        found = run(sizes._replace(greedy=False), laid)[: len(laid.keep_K)].clone()
+        plain = runner._logits(exact, upload(laid.ints(exact), runner.device))
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+        padded.append(sizes)
+        return run(sizes, laid)
+
+    monkeypatch.setattr(runner.graphs, "run", checked)
+    for output, (_, limit) in zip(drive(server, work_of(40)), work_of(40), strict=True):
+        oracle.check(output, limit)
+    assert sum(bool(sizes.tokens and sizes.rows) for sizes in padded) > 5
+    assert sum(not sizes.tokens for sizes in padded) > 5
+
+
+def test_large_steps_run_as_they_are(tiny, monkeypatch):
+    """A graph would only add padding to what keeps a GPU busy for longer than the host takes to launch it."""
+    server = build(tiny("tiny-qwen2"), max_batch_size=8, max_step_tokens=50, page_size=4)
+    monkeypatch.setattr("engine.runner.graphs.SHORT", 1.0)
+    drive(server, work_of(20))
+    assert {sizes.tokens for sizes in server.runner.graphs.known} == {0}
+
+
 def test_buckets_waste_little():
+    for tokens in range(1, 9000):
+        assert tokens <= chunk_bucket(tokens) <= max(tokens + 63, 1.25 * tokens)
+    assert len({chunk_bucket(tokens) for tokens in range(1, 8193)}) == 24
     for rows in range(1, 600):
         assert rows <= bucket(rows) <= max(rows + 15, 2 * rows - 1)
         assert rows < 80 or bucket(rows) < 1.1 * rows
@@ -350,7 +385,7 @@ def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
         return 1000
 
     monkeypatch.setattr(engine.memory, "step_bytes", step_bytes)
-    monkeypatch.setattr(engine.memory, "free_bytes", lambda device: 1_012_000)
+    monkeypatch.setattr(engine.memory, "free_bytes", lambda device: 1_013_000)
     token_bytes = kv_bytes_per_token(oracle.model.config, 4)
     for share in (0.5, 1.0):
         server = Engine(
@@ -358,5 +393,5 @@ def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
         )
         assert server.scheduler.memory.pages == int(share * 1_010_000) // token_bytes
     assert asked[-2:] == [(4096, 3), (3, 3)], "no request is longer than the model's positions"
-    with pytest.raises(InputError, match=r"kv_memory=2000000 .* 1012000 bytes are free, and a step .* takes 2000"):
+    with pytest.raises(InputError, match=r"kv_memory=2000000 .* 1013000 bytes are free, and a step .* takes 3000"):
         Engine(oracle.loaded, EngineConfig(kv_memory=2_000_000))

@@ -1,15 +1,15 @@
 """Steps whose tokens stay on the device, so that the next step is launched before the host has read this one's.
 
 A token that the device has chosen and the host has not seen is *pending*: the next step's input names it by where it
-lies, and everything else that a step needs (positions, pages, who runs) the host knows without it. Steps in which
-every request computes one token are CUDA graphs. All of it but the capture also runs on a CPU.
+lies, and everything else that a step needs (positions, pages, who runs) the host knows without it.
 
-Steps with longer chunks are launched kernel by kernel. By arithmetic, not measurement: ten launches of 8 us a layer
-are 2 ms for 24 layers, which a 0.5B model's matrix products alone take from 1,100 tokens on (at half of 790 TFLOP/s),
-and reading a 7B model's weights takes 3 ms; so graphs could only shorten the TTFT of a short prompt that comes nearly
-alone to a small model, by 2 ms at most, and there would be one for every number of tokens, tiles, rows and last tokens.
+Launching ten kernels a layer takes the host about half a millisecond (measured: 13 ms for 24 layers), which is more
+than most steps of a small model take a GPU. So steps are CUDA graphs: those in which every request computes one token
+from the first on, those with chunks when their sizes come again, unless they keep a GPU busy for longer than that. All
+of it but the capture also runs on a CPU.
 
-T tokens of the step, B rows of one token (they come first), R requests, X table entries, V vocabulary.
+T tokens of the step, B rows of one token (they come first), R requests of several, X table entries or tiles, K tokens
+whose logits are wanted, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from engine.runner import Done, Runner, StepResult, Ticket
 from engine.runner.fused_layer import fuse
 from engine.runner.linear import join, prepare
 from engine.runner.packed import PackedRunner, check_equal, packed_twin, probe, refuse_unpackable
+from engine.runner.replay import Graphs, Laid, Sizes, upload
 from engine.sampler import Choice, sample
 from engine.scheduler import Step
 
 LOG = logging.getLogger(__name__)
 BOUND = 1024  # least context that a graph's grid is made for; more in powers of four
 FEW_ROWS = 32  # up to so many rows, short splits are needed to fill a GPU
+SHORT = 1.5e11  # multiply-adds of a layer, which take an H200 about as long as a host takes to launch its kernels
 
 
 def bucket(rows: int) -> int:
@@ -49,6 +51,12 @@ def bucket(rows: int) -> int:
         return 1 << (rows - 1).bit_length()
     unit = 8 if rows <= 160 else 16
     return -(-rows // unit) * unit
+
+
+def chunk_bucket(tokens: int) -> int:
+    """How many tokens of chunks the graph for so many has: four sizes an octave, from 64 on."""
+    unit = max(64, (1 << (tokens - 1).bit_length()) // 8)
+    return -(-tokens // unit) * unit
 
 
 class InFlight:
@@ -114,20 +122,23 @@ class DeviceRunner(Runner):
         self.kernels = kernels or triton_kernels()
         self._columns = min(pool.pages, -(-positions(model.config)[0] // pool.page_size))
         self._tables_RN = torch.zeros(rows, self._columns, dtype=torch.int32, device=self.device)
-        most = bucket(rows)
-        self._inputs = torch.zeros(3 * most, dtype=torch.int32, device=self.device)
-        self._last_B = torch.zeros(most, dtype=torch.int64, device=self.device)  # the tokens of the step before
+        self._most = bucket(rows)
+        # The tokens of the step before: of its rows, then of what else it kept.
+        self._last_B = torch.zeros(2 * self._most, dtype=torch.int64, device=self.device)
         self._sources: dict[Request, int] = {}  # whose they are
         self._lines: dict[Request, tuple[int, list[int], int]] = {}  # line of the tables, its pages, how many are there
         self._free_lines = list(range(rows))[::-1]
-        self._graphs: dict[tuple[int, int, bool], Callable[[], torch.Tensor | None]] = {}
         self._page_bytes = sum(store[0].nbytes for store in (*self.keys, *self.values))
-        self._sampled_BV: torch.Tensor | None = None  # logits of a step that is not greedy, for one graph at a time
+        self._sampled_KV: torch.Tensor | None = None  # logits of a step that is not greedy, for one graph at a time
+        heads = model.config.get_text_config(decoder=True).num_attention_heads
+        self._tile = self.kernels.chunk_tokens(heads // kv_heads, head_dim, model.dtype.itemsize)
+        outer: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+        ends = {id(module.weight): module.weight.numel() for module in outer}
+        self._layer_weights = (model.num_parameters() - sum(ends.values())) // layers
+        self.graphs = Graphs(self._compute, self._last_B)
+        self._seen: set[Sizes] = set()  # of steps with chunks
         cuda = self.device.type == "cuda"
         self._here = torch.cuda.device(self.device if cuda else -1)  # Triton launches where torch's current device is
-        # One stream and one pool for all captures, or each would keep a workspace of cuBLAS and memory of its own.
-        self._side: Any = torch.cuda.Stream(self.device) if cuda else None
-        self._memory: Any = torch.cuda.graph_pool_handle() if cuda else None
         with self._here:
             self._fuse(model)
 
@@ -169,8 +180,11 @@ class DeviceRunner(Runner):
         for begin, end in itertools.pairwise(sorted({0, tokens // 2, tokens - 1, tokens})):
             inputs_3T = np.stack([ids_T[begin:end], np.arange(begin, end), np.zeros(end - begin, dtype=int)])
             spans_3R = np.array([[0], [end - begin], [begin]])
+            step = self._laid(inputs_3T, np.arange(end - begin), np.zeros(1, dtype=int), spans_3R)
+            sizes = step.sizes(greedy=False)
             try:
-                found.append(self._mixed(inputs_3T, spans_3R, np.zeros(1), list(range(end - begin)), options))
+                ints_I = upload(step.ints(sizes), self.device)
+                found.append(self._logits(sizes, ints_I, options))
             except Exception as error:
                 raise InputError(f"{type(self.model).__name__} cannot run packed: {error}") from error
         check_equal(self.model, "on the device", torch.cat(found), expected_TV)
@@ -212,17 +226,17 @@ class DeviceRunner(Runner):
         positions_T, lines_T = np.repeat(computed_R, counts_R) + within_T, np.repeat(lines_R, counts_R)
         ready = [r for r, n in step if r.computed + n == len(r.tokens) + r.pending]
         greedy = all(map(_greedy, ready))
-        inputs_3T = np.stack([np.array(ids), positions_T, lines_T])
-        if len(ids) == len(step):
-            at = {request: ends[request] - 1 for request in ready}
-            logits_BV = self._replay(inputs_3T, int(positions_T.max()) + 1, greedy)
-            logits_RV = logits_BV if greedy or logits_BV is None else logits_BV[[at[request] for request in ready]]
+        single = len(ids) == len(step)
+        at = {request: ends[request] - 1 if single else row for row, request in enumerate(ready)}
+        keep_K = np.arange(len(ids)) if single else np.array([ends[request] - 1 for request in ready], dtype=int)
+        spans_3R = np.stack([ends_R - counts_R, ends_R, computed_R])
+        laid = self._laid(np.stack([np.array(ids), positions_T, lines_T]), keep_K, lines_R, spans_3R)
+        sizes = self._padded(laid, greedy, single)
+        if sizes is None:
+            sizes = laid.sizes(greedy)
+            logits_KV = self._compute(sizes, upload(laid.ints(sizes), self.device))
         else:
-            at = {request: row for row, request in enumerate(ready)}
-            spans_3R = np.stack([ends_R - counts_R, ends_R, computed_R])
-            logits_RV = self._mixed(inputs_3T, spans_3R, lines_R, [ends[request] - 1 for request in ready])
-            if greedy and ready:
-                self._last_B[: len(ready)] = self.kernels.best_tokens(logits_RV)
+            logits_KV = self.graphs.run(sizes, laid)
         self._sources = at if greedy else {}
 
         def result(choices: list[Choice | None]) -> StepResult:
@@ -239,8 +253,8 @@ class DeviceRunner(Runner):
             tokens_B = self._last_B.to("cpu", non_blocking=True, copy=True)
             done = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
             return InFlight(tokens_B, done, [at.get(request) for request, _ in step], result)
-        assert logits_RV is not None
-        by_request = dict(zip(ready, sample(logits_RV, ready), strict=True))
+        assert logits_KV is not None
+        by_request = dict(zip(ready, sample(logits_KV[[at[request] for request in ready]], ready), strict=True))
         return Done(result([by_request.get(request) for request, _ in step]))
 
     def _place(self, requests: list[Request]) -> np.ndarray:
@@ -260,126 +274,81 @@ class DeviceRunner(Runner):
                 self._lines[request] = line, pages, len(pages)
             lines.append(line)
         if fresh:
-            line_X, column_X, page_X = self._upload(*np.array(fresh).T)
+            line_X, column_X, page_X = upload(np.array(fresh).T, self.device)
             self._tables_RN[line_X, column_X] = page_X
         return np.array(lines)
 
-    def _upload(self, *arrays: np.ndarray) -> list[torch.Tensor]:
-        """Arrays of integers on the device as int32, by one copy that is not waited for; each begins aligned."""
-        flat = [np.pad(array.ravel(), (0, -array.size % 4)) for array in arrays]
-        together = self._pinned(np.concatenate(flat)).to(self.device, non_blocking=True)
-        parts = together.split([len(part) for part in flat])
-        return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
-
-    def _pinned(self, array: np.ndarray) -> torch.Tensor:
-        """An array of integers as int32, in memory that a GPU reads by itself; torch keeps it until that is done."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
-
-    def _replay(self, inputs_3T: np.ndarray, length: int, greedy: bool) -> torch.Tensor | None:
-        """Compute rows of one token; their tokens are in `_last_B` then, or if not greedy, gives logits [B, V]."""
-        rows = bucket(inputs_3T.shape[1])
-        bound, most = BOUND, self._columns * self.pool.page_size
-        while bound < min(length, most):
-            bound *= 4
-        key = (rows, min(bound, most), greedy)
-        if key not in self._graphs:
-            self._graphs[key] = self._captured(*key)
-        padded_3B = np.tile(np.array([[0], [-1], [0]]), rows)  # a row of no length, which writes no key and no value
-        padded_3B[:, : inputs_3T.shape[1]] = inputs_3T
-        self._inputs[: 3 * rows].copy_(self._pinned(padded_3B).view(-1), non_blocking=True)
-        return self._graphs[key]()
-
-    def _captured(self, rows: int, max_length: int, greedy: bool) -> Callable[[], torch.Tensor | None]:
-        """A call that computes `rows` rows from `_inputs`: on CUDA a graph, in one memory pool with all others."""
-
-        def compute() -> torch.Tensor | None:
-            logits_BV = self._logits(self._inputs[: 3 * rows].view(3, rows), rows, max_length, None, 0)
-            if greedy:
-                self._last_B[:rows] = self.kernels.best_tokens(logits_BV)
-                return None
-            if self._sampled_BV is None:
-                self._sampled_BV = logits_BV.new_empty(len(self._last_B), logits_BV.shape[1])
-            return self._sampled_BV[:rows].copy_(logits_BV)
-
-        if self.device.type != "cuda":
-            return compute
-        started, kept_B = time.perf_counter(), self._last_B.clone()
-        self._inputs.fill_(-1)
-        self._inputs[2 * rows : 3 * rows] = 0
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):  # compiles kernels and makes libraries' workspaces, which a capture may not
-            compute()
-        torch.cuda.current_stream().wait_stream(self._side)
-        self._last_B.copy_(kept_B)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._memory, self._side, capture_error_mode="thread_local"):
-            logits_BV = compute()
-        LOG.info("captured %d rows of up to %d tokens in %.2f s", rows, max_length, time.perf_counter() - started)
-
-        def replay() -> torch.Tensor | None:
-            graph.replay()
-            return logits_BV
-
-        return replay
-
-    def _mixed(
-        self,
-        inputs_3T: np.ndarray,
-        spans_3R: np.ndarray,
-        lines_R: np.ndarray,
-        keep: list[int],
-        options: dict[int, Options] | None = None,
-    ) -> torch.Tensor:
-        """Logits [len(keep), V] of the tokens at `keep`, where requests may compute several; those of one come first.
-
-        spans_3R: where in the step each request's tokens begin and end, and how many precede them.
-        """
-        rows, chunks, several = inputs_3T.shape[1], None, []
-        if not self.deterministic:
-            rows = int((spans_3R[1] - spans_3R[0] == 1).sum())  # they come first
-            several = [lines_R[rows:], *spans_3R[:, rows:], self._tiles(spans_3R[:, rows:])]
-        inputs, keep_B, *several = self._upload(inputs_3T, np.array(keep), *several)
-        if several and len(several[0]):
-            lines, *rest = several
-            chunks = (self._tables_RN[lines], *rest)
-        length = int(inputs_3T[1, :rows].max()) + 1 if rows else 1
-        return self._logits(inputs, rows, length, chunks, keep_B.long(), options)
-
-    def _tiles(self, spans_3R: np.ndarray) -> np.ndarray:
-        """The work of `attend_chunks`, [X, 2]: the longest contexts come first."""
-        kv_heads, _, head_dim = self.keys[0].shape[1:]
-        groups = self.model.config.get_text_config(decoder=True).num_attention_heads // kv_heads
-        each = self.kernels.chunk_tokens(groups, head_dim, self.keys[0].element_size())
+    def _laid(self, inputs_3T: np.ndarray, keep_K: np.ndarray, lines_R: np.ndarray, spans_3R: np.ndarray) -> Laid:
+        """A step of tokens in the order of its requests: those of one token come first."""
+        rows = inputs_3T.shape[1] if self.deterministic else int((spans_3R[1] - spans_3R[0] == 1).sum())
+        several = slice(len(lines_R) if self.deterministic else rows, None)
+        lines_R, spans_3R = lines_R[several], spans_3R[:, several]
         begins_R, ends_R, computed_R = spans_3R
-        first = [np.arange(begin, end, each) for begin, end in zip(begins_R, ends_R, strict=True)]
+        first = [np.arange(begin, end, self._tile) for begin, end in zip(begins_R, ends_R, strict=True)]
         request_X = np.repeat(np.arange(len(first)), [len(tokens) for tokens in first])
         first_X = np.concatenate([*first, np.zeros(0, dtype=int)])
-        order_X = np.argsort((begins_R - computed_R)[request_X] - first_X, kind="stable")
-        return np.stack([request_X, first_X], 1)[order_X]
+        longest_first_X = np.argsort((begins_R - computed_R)[request_X] - first_X, kind="stable")
+        tiles_X2 = np.stack([request_X, first_X], 1)[longest_first_X]
+        return Laid(rows, inputs_3T, keep_K, lines_R, spans_3R, tiles_X2)
 
-    def _logits(
-        self,
-        inputs_3T: torch.Tensor,
-        rows: int,
-        max_length: int,
-        chunks: tuple[torch.Tensor, ...] | None,
-        keep: torch.Tensor | int,
-        options: dict[int, Options] | None = None,
-    ) -> torch.Tensor:
-        """The model's logits for tokens given by id (or where a pending one lies), position and line of the tables."""
-        size = self.pool.page_size
+    def _padded(self, laid: Laid, greedy: bool, single: bool) -> Sizes | None:
+        """The sizes of a graph for a step, `single` if each of its requests computes one token; None if it has none."""
+        exact = laid.sizes(greedy)
+        bound, most = BOUND, self._columns * self.pool.page_size
+        while bound < min(exact.bound, most):
+            bound *= 4
+        bound = min(bound, most)
+        if single:
+            rows = bucket(exact.rows)
+            return Sizes(rows, 0, 0, 0, rows, bound, greedy)
+        tokens = chunk_bucket(exact.tokens)
+        if self.deterministic or tokens * self._layer_weights > SHORT:
+            return None
+        rows, requests = (min(self._most, _power(least, base, n)) if n else 0
+                          for least, base, n in ((8, 4, exact.rows), (1, 8, exact.requests)))  # fmt: skip
+        tiles = -(-tokens // self._tile) + requests
+        sizes = Sizes(rows, tokens, requests, tiles, rows + requests, bound if rows else 1, greedy)
+        if sizes in self._seen:
+            return sizes
+        self._seen.add(sizes)  # sizes that come but once are not worth a capture
+        return None
+
+    def _compute(self, sizes: Sizes, ints_I: torch.Tensor) -> torch.Tensor | None:
+        """Compute a step; its tokens are in `_last_B` then, or if not greedy, gives logits [K, V]."""
+        logits_KV = self._logits(sizes, ints_I)
+        if sizes.greedy:
+            if sizes.kept:
+                self._last_B[: sizes.kept] = self.kernels.best_tokens(logits_KV)
+            return None
+        if self._sampled_KV is None:
+            self._sampled_KV = logits_KV.new_empty(len(self._last_B), logits_KV.shape[1])
+        return self._sampled_KV[: sizes.kept].copy_(logits_KV)
+
+    def _logits(self, sizes: Sizes, ints_I: torch.Tensor, options: dict[int, Options] | None = None) -> torch.Tensor:
+        """The model's logits, [K, V], for a step that lies in an array on the device."""
+        inputs_3T, keep_K, lines_R, spans_3R, tiles_X2 = sizes.parts(ints_I)
+        rows = sizes.rows
         ids_T, positions_T, slots_T, lengths_T = self.kernels.step_inputs(
-            inputs_3T, self._last_B, self._tables_RN, size
+            inputs_3T, self._last_B, self._tables_RN, self.pool.page_size
         )
+        chunks = (self._tables_RN[lines_R], *spans_3R, tiles_X2) if sizes.requests else None
         step = DeviceStep(
             self.keys, self.values, self.kernels, slots_T, self._tables_RN, lengths_T[:rows], inputs_3T[2, :rows],
-            max_length, 64 if self.deterministic or rows <= FEW_ROWS else 256, chunks,
+            sizes.bound, 64 if self.deterministic or rows <= FEW_ROWS else 256, chunks,
             {} if options is None else options,
         )  # fmt: skip
+        every = sizes.kept == rows and not sizes.tokens
         return self.model(
-            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, logits_to_keep=keep, packed=step
-        ).logits[0]
+            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False,
+            logits_to_keep=0 if every else keep_K.long(), packed=step,
+        ).logits[0]  # fmt: skip
+
+
+def _power(least: int, base: int, number: int) -> int:
+    """The least of `least`, `least` * base, ... that is not less than the number."""
+    while least < number:
+        least *= base
+    return least
 
 
 def _greedy(request: Request) -> bool:

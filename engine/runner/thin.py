@@ -68,7 +68,7 @@ def _product_shape(outputs: int, inputs: int) -> Shape:
 def _gated_shape(outputs: int, inputs: int) -> Shape:
     """All inputs in one part, for an activation is of whole sums; as much work for every multiprocessor."""
     programs = _processors() * triton.cdiv(outputs, TILE * _processors())
-    return Shape(triton.cdiv(outputs, programs), inputs, BLOCK // 2, 4, 3)
+    return Shape(max(16, triton.cdiv(outputs, programs)), inputs, BLOCK // 2, 4, 3)
 
 
 @cache
