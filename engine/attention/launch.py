@@ -26,13 +26,12 @@ def lead(PDL: tl.constexpr):
 
 @triton.jit
 def follow(PDL: tl.constexpr):
-    """As `lead`, and wait for what the kernels before have written.
+    """Wait for what the kernels before have written, then let the next one be launched, if it has not been.
 
     Every program of every kernel calls it before it writes, or reads what is neither a weight nor an input of the whole
-    step (those are complete before the model begins, for its embedding is looked up by a kernel that begins when all
-    before it have ended). So a kernel ends only after the one before it has, and nothing is overwritten that is still
-    read.
+    step. So a kernel ends only after the one before it has, and nothing is overwritten that is still read. A step's
+    inputs are there earlier: a model's first norm does not `lead`, so nothing after it begins before they are.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

@@ -102,7 +102,8 @@ def _norm(
     SIZE: tl.constexpr, ADD: tl.constexpr, PLUS_ONE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    lead(PDL)
+    if ADD:  # the first norm of a model has nothing to add
+        lead(PDL)
     row, c_C = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     weight_C = tl.load(weight + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
     follow(PDL)
