@@ -10,9 +10,11 @@ T tokens of the step, K tokens whose logits are wanted, R requests of several to
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,17 +34,29 @@ class Sizes(NamedTuple):
     bound: int  # no row's context is longer
     greedy: bool
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the parts of the array: those of `Laid`, in its order."""
-        tokens, requests = self.rows + self.tokens, self.requests
-        return (3, tokens), (self.kept,), (requests,), (3, requests), (self.tiles, 2)
+    def parts(self, ints_I: Any) -> list[Any]:
+        """The parts of the array, as Laid has them, on the host or the device; each is aligned to 16 bytes."""
+        return [ints_I[begin:end].reshape(shape) for begin, end, shape in places(self)[:-1]]
 
-    def parts(self, ints_I: torch.Tensor) -> list[torch.Tensor]:
-        """The parts of the array on the device, each aligned to 16 bytes."""
-        sizes = [int(np.prod(shape)) for shape in self.shapes]
-        spans = ints_I.split([size + -size % 4 for size in sizes])
-        return [x[:size].view(shape) for x, size, shape in zip(spans, sizes, self.shapes, strict=True)]
+
+@lru_cache(4096)
+def places(sizes: Sizes) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Where in an array of integers each part begins and ends, and its shape; the last begins where all have ended."""
+    tokens, requests, at = sizes.rows + sizes.tokens, sizes.requests, 0
+    found: list[tuple[int, int, tuple[int, ...]]] = []
+    shapes: tuple[tuple[int, ...], ...] = (
+        (3, tokens),
+        (sizes.kept,),
+        (requests,),
+        (3, requests),
+        (sizes.tiles, 2),
+        (0,),
+    )
+    for shape in shapes:
+        size = math.prod(shape)
+        found.append((at, at + size, shape))
+        at += size + -size % 4
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +87,19 @@ class Laid:
     def ints(self, sizes: Sizes) -> np.ndarray:
         """The array, int32 [I], padded to these sizes."""
         rows, shift = self.rows, sizes.rows - self.rows
-        parts = [np.zeros(shape, dtype=np.int32) for shape in sizes.shapes]
-        inputs_3T, keep_K, lines_R, spans_3R, tiles_X2 = parts
-        inputs_3T[1], tiles_X2[:, 0] = -1, -1
+        ints_I = np.zeros(places(sizes)[-1][0], dtype=np.int32)
+        inputs_3T, keep_K, lines_R, spans_3R, tiles_X2 = sizes.parts(ints_I)
+        inputs_3T[1] = -1
         inputs_3T[:, :rows] = self.inputs_3T[:, :rows]
-        inputs_3T[:, sizes.rows :][:, : self.inputs_3T.shape[1] - rows] = self.inputs_3T[:, rows:]
-        keep_K[: len(self.keep_K)] = self.keep_K + shift * (self.keep_K >= rows)
-        lines_R[: len(self.lines_R)] = self.lines_R
-        spans_3R[:, : len(self.lines_R)] = self.spans_3R + np.array([[shift], [shift], [0]])
-        tiles_X2[: len(self.tiles_X2)] = self.tiles_X2 + np.array([0, shift])
-        return np.concatenate([np.pad(part.ravel(), (0, -part.size % 4)) for part in parts])
+        keep_K[: len(self.keep_K)] = self.keep_K
+        if sizes.tokens:
+            inputs_3T[:, sizes.rows :][:, : self.inputs_3T.shape[1] - rows] = self.inputs_3T[:, rows:]
+            keep_K[: len(self.keep_K)] += shift * (self.keep_K >= rows)
+            lines_R[: len(self.lines_R)] = self.lines_R
+            spans_3R[:, : len(self.lines_R)] = self.spans_3R + np.array([[shift], [shift], [0]])
+            tiles_X2[:, 0] = -1
+            tiles_X2[: len(self.tiles_X2)] = self.tiles_X2 + np.array([0, shift])
+        return ints_I
 
 
 NOBODY = Laid(0, *(np.zeros(shape, dtype=np.int32) for shape in ((3, 0), (0,), (0,), (3, 0), (0, 2))))
