@@ -90,6 +90,7 @@ def test_half_precision_by_the_margin_of_float32(on_gpu, name, dtype):
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3", "qwen2.5-0.5b"])
 def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype, monkeypatch):
     """With longer and shorter contexts than at the capture, with and without chunks, and with padding."""
+    monkeypatch.setattr("engine.runner.graphs.OFTEN", 1)
     server = build(on_gpu(name, dtype), max_batch_size=16, page_size=4, max_step_tokens=50, prefix_caching=False)
     runner, run = server.runner, server.runner.graphs.run
     replayed = []

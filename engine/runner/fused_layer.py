@@ -1,4 +1,4 @@
-"""Decoder layers in ten kernels: modules of a packed model replaced where they compute what a fused kernel does.
+"""Decoder layers in nine kernels: modules of a packed model replaced where they compute what a fused kernel does.
 
 A norm is known by its results, not by its name: it is replaced where the kernel gives the same on random rows. A layer
 built like Llama's (a norm before attention and one before a gated MLP) or Gemma's (one after each as well) is replaced
