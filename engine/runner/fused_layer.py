@@ -103,12 +103,6 @@ class FusedLayer(nn.Module):
         self.heads = [size // self.head_dim for size in self.qkv.sizes]
         self.activation = ACTIVATIONS[type(mlp.act_fn).__name__]
 
-    @property
-    def is_thin(self) -> bool:
-        """Whether its products can be thin: what is read next adds biases to those of attention's inputs alone."""
-        products = self.qkv, self.out, self.gate_up, self.down
-        return not any(product.tiled for product in products) and all(product.bias is None for product in products[1:])
-
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, position_embeddings: tuple, packed: Any, **kwargs: Any
     ) -> torch.Tensor:

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,7 @@ class InFlight:
         return self._result([None if row is None else _choice(tokens[row]) for row in self._rows])
 
 
+@lru_cache(2**16)  # a token is chosen again and again, and making a Choice is dear
 def _choice(token: int) -> Choice:
     return Choice(token) if token >= 0 else Choice(None, error="the model gave logits that are NaN or infinite")
 
