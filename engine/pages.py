@@ -89,6 +89,8 @@ class PagePool(_Pool):
             return
         size, table, (done, mark) = self.page_size, self.tables[request], self._sealed[request]
         full = min(request.computed, len(request.tokens)) // size  # the last computed token may be pending
+        if done >= full:
+            return
         for at in range(done, full):
             key = (mark, tuple(request.tokens[at * size : (at + 1) * size]))
             page = self._cached.setdefault(key, table[at])

@@ -138,9 +138,7 @@ class Request:
     error: str | None = None
     result: RequestOutput | None = None
     max_len: int = field(init=False)  # the most tokens it can ever have
-    greedy: bool = field(
-        init=False
-    )  # of the tokens that it may have it takes the likeliest, and nothing else is asked for
+    greedy: bool = field(init=False)  # it takes the likeliest token that it may have, and wants nothing else
 
     def __post_init__(self) -> None:
         params = self.params

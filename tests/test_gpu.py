@@ -79,9 +79,8 @@ def test_half_precision_by_the_margin_of_float32(on_gpu, name, dtype):
             answers = slice(len(output.prompt_token_ids) - 1, -1)
             logits_TV, half_TV = (model(ids).logits[0, answers].float() for model in (wide, oracle.model))
         off = float((half_TV - logits_TV).abs().max())
-        assert off < 0.75 * float(logits_TV.std()), (
-            "rounding alone would decide: the best lies 3 or more above the mean"
-        )
+        least = 0.75 if (name, dtype) == ("tiny-qwen2", "bfloat16") else 0.5  # the best lies 3 or more above the mean
+        assert off < least * float(logits_TV.std()), "rounding alone would decide"
         chosen_T = logits_TV.gather(1, torch.tensor(output.token_ids, device="cuda")[:, None])[:, 0]
         assert float((logits_TV.amax(-1) - chosen_T).max()) <= 2 * off
 
@@ -96,20 +95,21 @@ def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype, monkeypatc
     replayed = []
 
     def checked(sizes, laid):
-        """The step's logits both ways, and then the step: its keys and values are written three times, the same."""
-        plain = sizes._replace(greedy=False)
-        found = run(plain, laid)[: len(laid.keep_K)].clone()
-        exact = laid.sizes(greedy=False)
-        eager = runner._logits(exact, upload(laid.ints(exact), runner.device))
+        """The step's logits three ways, and then the step: its keys and values are written each time, the same."""
+        kept, half = len(laid.keep_K), dtype == "float16"
+        padded, exact = sizes._replace(greedy=False), laid.sizes(greedy=False)
+        found = run(padded, laid)[:kept].clone()
+        same, other = (runner._logits(size, upload(laid.ints(size), runner.device))[:kept] for size in (padded, exact))
+        torch.testing.assert_close(found, same, rtol=1e-4, atol=5e-2 if half else 1e-3)
         # Of other sizes, products go other ways: in 16 bits logits with a spread of 2.4 differ by a tenth then.
-        torch.testing.assert_close(found, eager, rtol=1e-4, atol=0.3 if dtype == "float16" else 1e-3)
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=0.3 if half else 1e-3)
         replayed.append(bool(sizes.tokens))
         return run(sizes, laid)
 
     monkeypatch.setattr(runner.graphs, "run", checked)
     server.generate([prompt for prompt, _ in work_of(40)], exactly(20), progress=False)
-    assert replayed.count(True) > 5
-    assert replayed.count(False) > 5
+    assert replayed.count(True) > 15
+    assert replayed.count(False) > 20
 
 
 def test_contexts_that_outgrow_a_graphs_bound_get_another(on_gpu):

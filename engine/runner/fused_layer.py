@@ -55,6 +55,10 @@ class Stream:
     summed = False
     few = 0
 
+    def normed(self, norm: nn.Module) -> torch.Tensor:
+        """The norm of the stream, [T, M], which then holds what was to be added."""
+        return norm(self.added, self.x_TM, self.summed)
+
 
 class Angles(nn.Module):
     """Cosines and sines of every position, looked up; takes the place of a model's rotary embedding.
@@ -80,7 +84,7 @@ class Angles(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """Takes the place of a decoder layer; gives what is to be added to `stream` instead of the sum.
+    """Takes the place of a decoder layer; leaves in `stream` what is to be added to it, instead of giving the sum.
 
     Args:
         layer: a layer that `is_plain`, its norms FusedNorms and its linear layers Parts of joined products.
@@ -113,7 +117,7 @@ class FusedLayer(nn.Module):
             stream.x_TM = hidden_states[0]
             normed_TM = self.before[0](stream.x_TM)
         else:
-            normed_TM = self.before[0](stream.added, stream.x_TM, stream.summed)
+            normed_TM = stream.normed(self.before[0])
         bias_N = None
         if thin and not self.head_norms:
             heads, bias_N = kernels.thin_product(normed_TM, self.qkv.weights[0]), self.qkv.bias
@@ -125,7 +129,7 @@ class FusedLayer(nn.Module):
         cos_1TE, sin_1TE = position_embeddings
         mixed_THD = packed.attend(self.index, q, k, v, self.options, (cos_1TE[0], sin_1TE[0]), bias_N)
         self._add(mixed_THD.flatten(1), self.out, self.after[0], thin)
-        normed_TM = self.before[1](stream.added, stream.x_TM, stream.summed)
+        normed_TM = stream.normed(self.before[1])
         if thin:
             active_TI = kernels.thin_gated(normed_TM, self.gate_up.weights[0], self.activation)
         else:
@@ -157,7 +161,7 @@ class LastNorm(nn.Module):
 
     def forward(self, x_1TM: torch.Tensor) -> torch.Tensor:
         """[1, T, M] -> [1, T, M]."""
-        return self.norm(self.stream.added, self.stream.x_TM, self.stream.summed)[None]
+        return self.stream.normed(self.norm)[None]
 
 
 def fuse(

@@ -44,14 +44,7 @@ def places(sizes: Sizes) -> list[tuple[int, int, tuple[int, ...]]]:
     """Where in an array of integers each part begins and ends, and its shape; the last begins where all have ended."""
     tokens, requests, at = sizes.rows + sizes.tokens, sizes.requests, 0
     found: list[tuple[int, int, tuple[int, ...]]] = []
-    shapes: tuple[tuple[int, ...], ...] = (
-        (3, tokens),
-        (sizes.kept,),
-        (requests,),
-        (3, requests),
-        (sizes.tiles, 2),
-        (0,),
-    )
+    shapes: list[tuple[int, ...]] = [(3, tokens), (sizes.kept,), (requests,), (3, requests), (sizes.tiles, 2), (0,)]
     for shape in shapes:
         size = math.prod(shape)
         found.append((at, at + size, shape))
