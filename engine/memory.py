@@ -37,8 +37,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch had no memory for a tensor; on the CPU that is a RuntimeError that says so."""
-    return isinstance(error, torch.OutOfMemoryError) or (
+    """Whether there was no memory for a tensor or an array; torch's on a CPU raise a RuntimeError that says so."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "not enough memory" in str(error)
     )
 

@@ -15,8 +15,6 @@ import torch
 
 from engine.request import Request, TokenLogprob
 
-BLOCK = 512  # scores to look through by vectors
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -41,7 +39,7 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]
     scores_RV = _penalised(logits_RV, requests)
     peak_R, tokens_R = _largest(scores_RV)
     if scores_RV is not logits_RV:
-        peak_R = logits_RV.amax(-1)  # NaN counts as the largest, so the peak tells whether a row is sound
+        peak_R, _ = _largest(logits_RV)  # NaN counts as the largest, so the peak tells whether a row is sound
     draws = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     if draws:
         rows = torch.tensor(draws, device=logits_RV.device)
@@ -55,22 +53,16 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]
     ]
 
 
-def takes_largest(request: Request) -> bool:
-    """Whether of a row's logits nothing matters but which is the largest."""
-    params = request.params
-    least = request.output_len >= params.min_new_tokens or not request.stop_ids
-    return params.temperature == 0 and params.repetition_penalty == 1.0 and params.logprobs is None and least
-
-
 def _largest(scores_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `max(-1)`, which on a CPU takes element by element: blocks by vectors, then within the largest one's block."""
-    size = math.gcd(scores_RV.shape[1], BLOCK)
-    if scores_RV.device.type != "cpu" or size < BLOCK / 8:
+    """As `max(-1)`: the largest scores and their tokens; a NaN counts as the largest.
+
+    On a CPU by numpy, whose one thread looks at a vector at a time, and leaves none behind that spins for a while as
+    torch's do.
+    """
+    if scores_RV.device.type != "cpu" or scores_RV.dtype in (torch.bfloat16, torch.float16):
         return tuple(scores_RV.max(-1))  # type: ignore[return-value]
-    blocks_RBS = scores_RV.unflatten(1, (-1, size))
-    peak_R, block_R = blocks_RBS.amax(-1).max(-1)
-    within_RS = blocks_RBS[torch.arange(len(block_R)), block_R]
-    return peak_R, block_R * size + within_RS.argmax(-1)
+    tokens_R = torch.from_numpy(scores_RV.numpy().argmax(-1))
+    return scores_RV.gather(1, tokens_R[:, None])[:, 0], tokens_R
 
 
 def _penalised(logits_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:

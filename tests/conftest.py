@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 
@@ -17,7 +16,6 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and so in all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from engine.compiled import Compiler
 from engine.models import PRESETS, LoadedModel, load
 from tests.oracle import Oracle
 
@@ -33,14 +31,6 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(threads if any("smollm2" in name for name in request.fixturenames) else 1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def compiler() -> Compiler:
-    """One that works: what it does not compile is a failure."""
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("no C++ compiler here")
-    return Compiler()
 
 
 @pytest.fixture(scope="session")

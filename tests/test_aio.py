@@ -73,12 +73,12 @@ def test_bad_input_reaches_its_caller_alone(tiny):
 def test_the_workers_death_reaches_every_waiter_and_every_later_call(tiny):
     engine = Engine(tiny().loaded)
 
-    def fail(module, inputs):
+    def fail(step):
         raise RuntimeError("boom")
 
     async def run():
         async with AsyncEngine(engine) as served:
-            engine.runner.model.register_forward_pre_hook(fail)
+            engine.runner.run = fail
             waits = [served.generate([5, 6], exactly(9)) for _ in range(3)]
             found = await asyncio.gather(*waits, return_exceptions=True)
             with pytest.raises(RuntimeError, match="boom"):
@@ -102,15 +102,20 @@ def test_closing_tells_whoever_still_waits(tiny):
     asyncio.run(run())
 
 
-def test_out_of_memory_makes_steps_smaller(tiny):
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), MemoryError()]
+)
+def test_out_of_memory_makes_steps_smaller(tiny, error):
     oracle = tiny()
     engine = Engine(oracle.loaded, EngineConfig(max_batch_size=8))
+    run = engine.runner.run
 
-    def fail(module, args, kwargs):
-        if kwargs["input_ids"].shape[1] > 20:
-            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+    def fail(step):
+        if sum(count for _, count in step) > 20:
+            raise error
+        return run(step)
 
-    engine.runner.model.register_forward_pre_hook(fail, with_kwargs=True)
+    engine.runner.run = fail
     for output in engine.generate(prompts_of(12), exactly(9), progress=False):
         oracle.check(output, 9)
     assert engine.scheduler.max_step_tokens <= 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +12,6 @@ from hypothesis import Phase, given, settings, strategies as st
 from engine import InputError
 from engine.attention.interface import attend
 from engine.attention.paged import VECTOR, Options, PackedStep, Piece, Store
-from engine.attention.rows import SUMS, attend_rows, compile_rows, rows_of
-from engine.compiled import Compiler
 
 KV_HEADS, DIM = 2, 2 * VECTOR
 
@@ -101,7 +98,7 @@ SINGLE = [(0, 1), (7, 1), (12, 1), (3, 1), (15, 1)]
 CHUNKS = [(0, 5), (4, 3), (9, 8)]
 
 
-@pytest.mark.parametrize("kind", [{}, {"one_by_one": True}, {"short": 9}], ids=["chunks", "rows", "short"])
+@pytest.mark.parametrize("kind", [{}, {"one_by_one": True}], ids=["chunks", "rows"])
 @pytest.mark.parametrize("spread", [1, 5])
 @pytest.mark.parametrize("size", [1, 4, 16])
 @pytest.mark.parametrize("groups", [1, 3, 4])
@@ -140,7 +137,6 @@ def test_requests_may_share_pages(size, one_by_one):
     spread=st.integers(1, 4),
     share=st.integers(0, 3),
     one_by_one=st.booleans(),
-    short=st.integers(0, 20),
     seed=st.integers(0, 9),
 )
 def test_any_step_equals_the_textbook(requests, size, groups, seed, **options):
@@ -168,47 +164,6 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
     for cuts in ([(0, 30)], [(0, 7), (7, 8), (8, 30)], [(i, i + 1) for i in range(30)]):
         for company in (0, 1, 9):
             assert torch.equal(logits(cuts, company), alone)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (SUMS + 1, 1)])
-@pytest.mark.parametrize("pasts", [[30], [0, 5], [i * 37 % 190 for i in range(17)]], ids=len)
-def test_compiled_rows_give_and_write_what_torch_does(pasts, heads, kv_heads, compiler):
-    """In SmolLM2's shape, and one with too many heads for one loop; from parts of one tensor, as a layer has them."""
-    count, dim, size = len(pasts), 64, 16
-    generator = torch.Generator().manual_seed(count)
-    stores = [Store.zeros((12 * count, kv_heads, size, dim), torch.zeros(())) for _ in range(2)]
-    stores[0].keys_LKDP.normal_(generator=generator)
-    stores[0].values_LKBPE.normal_(generator=generator)
-    for half in ("keys_LKDP", "values_LKBPE"):
-        getattr(stores[1], half).copy_(getattr(stores[0], half))
-    tables = [(list(range(12 * row, 12 * row + 12)), past) for row, past in enumerate(pasts)]
-    rows = rows_of(tables, size, None, torch.float32, torch.device("cpu"))
-    sizes = heads, kv_heads, kv_heads
-    q, k, v = torch.randn(count, sum(sizes), dim, generator=generator).split(sizes, 1)
-    page_R = torch.tensor([pages[past // size] for pages, past in tables])
-    where = (page_R, torch.tensor(pasts) % size, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_XR)
-    run = compile_rows(compiler, heads, stores[0].keys_LKDP, stores[0].values_LKBPE)
-    compiler.finish()
-    assert run.built
-    outs = [
-        attend(q, k, v, store.keys_LKDP, store.values_LKBPE, *where)
-        for attend, store in zip((attend_rows, lambda *tensors: run(*tensors)[0]), stores, strict=True)
-    ]
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
-    assert torch.equal(stores[0].keys_LKDP, stores[1].keys_LKDP)
-    assert torch.equal(stores[0].values_LKBPE, stores[1].values_LKBPE)
-
-
-def test_without_a_compiler_torch_does_it_and_says_so(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    store = Store.zeros((4, 3, 16, 64), torch.zeros(()))
-    compiler = Compiler()
-    run = compile_rows(compiler, 9, store.keys_LKDP, store.values_LKBPE)
-    compiler.finish()
-    assert not run.built
-    assert re.search(r"not compiled \(.*InvalidCxxCompiler: No working C\+\+ compiler", caplog.text)
 
 
 def call(**options):

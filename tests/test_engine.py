@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings, strategies as st
 
 from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParams
 from engine.request import StreamChunk
+from engine.sampler import sample
 from engine.workload import WorkItem, make
 from tests.conftest import TINY
 from tests.oracle import Oracle
@@ -204,18 +205,18 @@ def test_a_callback_may_abort_and_may_fail_without_harm_to_others(tiny, config):
 
 
 @both
-def test_nan_logits_fail_their_request_alone(tiny, config):
+def test_nan_logits_fail_their_request_alone(tiny, config, monkeypatch):
     oracle = tiny()
     engine = Engine(oracle.loaded, EngineConfig(**config))
     prompts = [[7] * 9, [8] * 9, [9] * 9]
 
-    def poison(module, inputs, logits):
-        logits = logits.clone()
-        (logits[0] if config["runner"] == "packed" else logits)[1] = torch.nan
-        return logits
+    def poisoned(logits_RV, requests):
+        logits_RV[1] = torch.nan
+        return sample(logits_RV, requests)
 
     requests = [engine.add_request(prompt, exactly(5)) for prompt in prompts]
-    with engine.runner.model.lm_head.register_forward_hook(poison):
+    with monkeypatch.context() as patch:
+        patch.setattr(f"engine.runner.{engine.config.runner}.sample", poisoned)
         engine.step()
     while engine.has_work:
         engine.step()
@@ -226,16 +227,18 @@ def test_nan_logits_fail_their_request_alone(tiny, config):
 
 
 @both
-def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(tiny, config):
+def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(tiny, config, monkeypatch):
     oracle = tiny()
     engine = Engine(oracle.loaded, EngineConfig(max_batch_size=2, **config))
     requests = [engine.add_request(prompt, exactly(5)) for prompt in prompts_of(4)]
 
-    def fail(module, inputs):
+    def fail(step):
         raise RuntimeError("boom")
 
-    with engine.runner.model.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="boom"):
-        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", fail)
+        with pytest.raises(RuntimeError, match="boom"):
+            engine.step()
     while engine.has_work:
         engine.step()
     assert [request.result.finish_reason for request in requests] == ["error", "error", "length", "length"]
@@ -243,16 +246,18 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(tiny, confi
 
 
 @both
-def test_interrupt_gives_back_what_there_is(tiny, capsys, config):
+def test_interrupt_gives_back_what_there_is(tiny, capsys, config, monkeypatch):
     oracle = tiny()
     engine = Engine(oracle.loaded, EngineConfig(max_batch_size=3, **config))
-    calls = iter(range(100))
+    calls, run = iter(range(100)), engine.runner.run
 
-    def interrupt(module, inputs):
+    def interrupt(step):
         if next(calls) == 8:
             raise KeyboardInterrupt
+        return run(step)
 
-    with engine.runner.model.register_forward_pre_hook(interrupt):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", interrupt)
         outputs = engine.generate(prompts_of(7), [exactly(3)] * 3 + [exactly(9)] * 4, progress=False)
     assert [output.finish_reason for output in outputs] == ["length"] * 3 + ["abort"] * 4
     assert not engine.has_work

@@ -196,19 +196,6 @@ def test_equals_generate_on_a_real_model(smollm2):
         oracle.check(output, 8)
 
 
-def test_a_real_model_says_the_same_by_panels_and_packed(smollm2, monkeypatch):
-    """Whichever way a whole layer multiplies, with rows of nobody beside the step's."""
-    monkeypatch.setattr("engine.runner.linear.choose", lambda weights: [(1, "panels"), (512, "packed")])
-    prompts, params = [[5 + i, 17, 3] for i in range(5)], exactly(6)
-    by_most = {}
-    for most in (0, 4, 512):
-        monkeypatch.setattr("engine.runner.packed.kept", lambda *given, most=most: [(most, "layer by panels")])
-        engine = packed(Oracle(smollm2), 1_000, max_batch_size=8)
-        assert {layer.most for layer in engine.runner.model.base_model.layers} == {most}
-        by_most[most] = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
-    assert by_most[0] == by_most[4] == by_most[512]
-
-
 @pytest.mark.parametrize("page", [16, 4])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3", "tiny-qwen2"])
 def test_deterministic_means_the_same_bits_in_any_company(tiny, name, page):
@@ -268,44 +255,43 @@ def test_padded_cannot_be_continuous():
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
-def test_nan_fails_its_request_alone_and_its_pages_poison_nobody(tiny, name):
-    oracle: Oracle = tiny(name)
-    engine = packed(oracle, 160, max_batch_size=3)
-    prompts = [prompt for prompt, _ in work_of(3)]
-    poisoned: list[int] = []
-
-    def poison(module, inputs, output):
-        output[:, len(prompts[0]) : len(prompts[0]) + len(prompts[1])] = torch.nan  # the second request's hidden states
-        poisoned.append(1)
-        return output
-
+def test_nan_fails_its_request_alone_and_its_pages_poison_nobody(name):
+    oracle = Oracle(load(f"random:{name}"))
+    engine, weight_VM = packed(oracle, 160, max_batch_size=3), oracle.model.get_input_embeddings().weight
+    work = [([min(token, 250) for token in prompt], limit) for prompt, limit in work_of(16)]
+    prompts = [prompt for prompt, _ in work[:3]]
+    prompts[1] = [251, *prompts[1]]
     requests = [engine.add_request(prompt, exactly(6)) for prompt in prompts]
-    with engine.runner.model.get_input_embeddings().register_forward_hook(poison):
-        engine.step()
+    sound_M = weight_VM[251].clone()
+    weight_VM[251] = torch.nan  # a token of the second request alone
+    engine.step()
+    weight_VM[251] = sound_M
     while engine.has_work:
         engine.step()
-    assert poisoned == [1]
     assert requests[1].result.finish_reason == "error"
     assert "NaN" in requests[1].result.error
     for i in (0, 2):
         oracle.check(requests[i].result, 6)
-    again = [(prompts[1], 6), *work_of(16)]  # the same prompt again, and enough others to use every page
+    again = [(prompts[1], 6), *work]  # the same prompt again, and enough others to use every page
     for output, (_, limit) in zip(drive(engine, again), again, strict=True):
         oracle.check(output, limit)
 
 
-def test_nan_logits_fail_their_request_alone(tiny):
-    oracle: Oracle = tiny("tiny-llama")
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
+def test_nan_logits_fail_their_request_alone(tiny, name, monkeypatch):
+    oracle: Oracle = tiny(name)
     engine = packed(oracle, 160)
     work = work_of(4)
 
-    def poison(module, inputs, logits):
-        logits = logits.clone()
-        logits[0, 2] = torch.nan
-        return logits
+    def poisoned(*step):
+        logits_RV = right(*step)
+        logits_RV[2] = torch.nan
+        return logits_RV
 
     requests = [engine.add_request(prompt, exactly(5)) for prompt, _ in work]
-    with engine.runner.model.lm_head.register_forward_hook(poison):
+    right = engine.runner.model.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner.model, "logits", poisoned)
         engine.step()
     while engine.has_work:
         engine.step()

@@ -2,15 +2,14 @@
 
 T tokens of the step, H query heads, K KV heads, D head size, L pages, P page size, C context of a chunk.
 
-Tokens that are alone in a step are computed together (`engine.attention.rows`), and those of short chunks where that is
-faster; longer chunks go through torch's fused kernel one by one.
+Tokens that are alone in a step are computed together (`engine.attention.rows`); chunks go through torch's fused kernel
+one by one.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.attention.rows import Rows, attend_rows, in_order, rows_of
+from engine.attention.rows import Rows, attend_rows, by_sum, in_order, rows_of
 
 VECTOR = 16  # float32 in the widest vector of a CPU
 
@@ -59,7 +58,7 @@ class Store:
         """For L pages, K heads, P positions, D dimensions: what a mask hides is multiplied too, and 0 hides no NaN."""
         pages, heads, size, dim = shape
         blocks = dim // VECTOR if dim % VECTOR == 0 else 1
-        return cls(_zeros((pages, heads, dim, size), like), _zeros((pages, heads, blocks, size, dim // blocks), like))
+        return cls(zeros((pages, heads, dim, size), like), zeros((pages, heads, blocks, size, dim // blocks), like))
 
     @property
     def page_bytes(self) -> int:
@@ -90,28 +89,17 @@ class PackedStep:
         pieces: the requests of the step, in the order of their tokens.
         one_by_one: treat every token as a row of its own, so that a token's result does not depend on how a prompt
             was cut into chunks or on what else runs.
-        rows: `attend_rows`, or its like compiled.
-        short: the tokens of requests that are not longer after the step are rows too, for that is faster.
 
-    `options` has each layer's, once the step has been through the model's own attention modules. `wanted_R` are the
-    tokens whose results a last layer may leave it at; None is all.
+    `options` has each layer's, once the step has been through the model's own attention modules.
     """
 
-    def __init__(
-        self,
-        stores: list[Store],
-        pieces: list[Piece],
-        one_by_one: bool = False,
-        rows: Callable[..., torch.Tensor] = attend_rows,
-        short: int = 0,
-    ) -> None:
-        self.stores, self.one_by_one, self._attend = stores, one_by_one, rows
+    def __init__(self, stores: list[Store], pieces: list[Piece], one_by_one: bool = False) -> None:
+        self.stores, self.one_by_one = stores, one_by_one
         self.options: dict[int, Options] = {}
-        self.wanted_R: torch.Tensor | None = None
         keys_LKDP = stores[0].keys_LKDP
         self.page_size, self.device = keys_LKDP.shape[3], keys_LKDP.device
         self._wide = torch.promote_types(keys_LKDP.dtype, torch.float32)
-        apart = [one_by_one or p.end - p.begin == 1 or p.computed + p.end - p.begin <= short for p in pieces]
+        apart = [one_by_one or p.end - p.begin == 1 for p in pieces]
         single = list(compress(pieces, apart))
         self.chunks = [piece for piece, alone in zip(pieces, apart, strict=True) if not alone]
         self._tables = [(p.pages, p.computed + i) for p in single for i in range(p.end - p.begin)]
@@ -125,7 +113,6 @@ class PackedStep:
         self.page_R, self.offset_R = self.pages_T[self.tokens_R], self.offsets_T[self.tokens_R]
         self._contexts = [self._context(piece) if piece.computed else None for piece in self.chunks]
         self._rows: dict[int | None, Rows] = {}
-        self._rotation: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def attend(
         self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, options: Options
@@ -140,20 +127,6 @@ class PackedStep:
         if self._tables:
             q_RHD, k_RKD, v_RKD = (x_TD[self.tokens_R] for x_TD in (q_THD, k_TKD, v_TKD))
             out_RHD = self._attend_rows(layer, q_RHD, k_RKD, v_RKD, options)
-        return self.attend_chunks(layer, q_THD, k_TKD, v_TKD, options, out_RHD)
-
-    def attend_chunks(
-        self,
-        layer: int,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        options: Options,
-        out_RHD: torch.Tensor,
-    ) -> torch.Tensor:
-        """As `attend`, for what is no row; puts the rows' results, [R, H, D], among the others."""
-        if not self.chunks:
-            return out_RHD
         store, out_THD = self.stores[layer], torch.empty_like(q_THD)
         out_THD[self.tokens_R] = out_RHD
         store.write(self.pages_T, self.offsets_T, k_TKD, v_TKD)  # rows have done it already, but it is one call
@@ -165,13 +138,6 @@ class PackedStep:
                 k_KCD, v_KCD = store.context(pages, length)
             out_THD[span] = _attend_chunk(q_THD[span].transpose(0, 1), k_KCD, v_KCD, options).transpose(0, 1)
         return out_THD
-
-    def rotation(self, cos_1TD: torch.Tensor, sin_1TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary embeddings of half the dimensions, [T, 1, D/2]; the other half's are the same. Made once a step."""
-        if self._rotation is None or self._rotation[0] is not cos_1TD:
-            cos, sin = (x[0, :, None, : x.shape[-1] // 2].contiguous() for x in (cos_1TD, sin_1TD))
-            self._rotation = cos_1TD, cos, sin
-        return self._rotation[1:]
 
     def pages(self, layer: int, window: int | None) -> tuple[torch.Tensor, ...]:
         """What `attend_rows` takes of a layer after the rows' own queries, keys and values."""
@@ -190,14 +156,12 @@ class PackedStep:
         self, layer: int, q_RHD: torch.Tensor, k_RKD: torch.Tensor, v_RKD: torch.Tensor, options: Options
     ) -> torch.Tensor:
         tensors = (q_RHD, k_RKD, v_RKD, *self.pages(layer, options.window))
-        if self.one_by_one:
-            return attend_rows(*tensors, softcap=options.softcap, sink_H=options.sink_H, add_up=in_order)
-        if options.softcap is not None or options.sink_H is not None:
-            return attend_rows(*tensors, softcap=options.softcap, sink_H=options.sink_H)
-        return self._attend(*tensors)
+        add_up = in_order if self.one_by_one else by_sum
+        return attend_rows(*tensors, softcap=options.softcap, sink_H=options.sink_H, add_up=add_up)
 
 
-def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros of the kind of `like`, which on a CPU take no memory before they are written."""
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     # numpy's zeros, unlike torch's, take no memory before they are written; nor does fresh memory, of which Linux gives

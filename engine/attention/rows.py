@@ -1,4 +1,4 @@
-"""Attention of rows of one token over pages, as one function of tensors: run by torch, or compiled once a machine.
+"""Attention of rows of one token over pages, as one function of tensors.
 
 R rows, N pages that they read, H query heads, K KV heads, G = H / K, D head size, L pages, P page size, X pages of the
 row that has the most, B blocks of E dimensions of a value. Every page gives its own softmax, and a row puts those of
@@ -11,14 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-
-from engine.compiled import Compiled, Compiler, like
-
-SUMS = 8  # side by side in one loop, at most: they stay in registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +50,14 @@ def rows_of(
     return Rows(page, owner, bias_NP.to(device), place)
 
 
-def multiply(a_NKGX: torch.Tensor, b_NKBXY: torch.Tensor) -> torch.Tensor:
-    """Each head of a group by each of its B matrices, [N, K, G, B, Y]."""
-    return (a_NKGX[:, :, None] @ b_NKBXY).transpose(2, 3)
+def by_sum(x_RX: torch.Tensor) -> torch.Tensor:
+    """Sum over a row's pages."""
+    return x_RX.sum(1)
+
+
+def in_order(x_RX: torch.Tensor) -> torch.Tensor:
+    """Sum over a row's pages strictly in their order, so that the bits do not depend on how many columns there are."""
+    return x_RX.cumsum(1)[:, -1]
 
 
 def attend_rows(
@@ -75,8 +75,7 @@ def attend_rows(
     *,
     softcap: float | None = None,
     sink_H: torch.Tensor | None = None,
-    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = multiply,
-    add_up: Callable[[torch.Tensor], torch.Tensor] = lambda x_RX: x_RX.sum(1),
+    add_up: Callable[[torch.Tensor], torch.Tensor] = by_sum,
 ) -> torch.Tensor:
     """Write the rows' keys and values into their pages and attend with their scaled queries; gives [R, H, D].
 
@@ -86,7 +85,6 @@ def attend_rows(
         page_N, owner_N, bias_NP, place_XR: as in Rows.
         softcap: squashes scores to within +-softcap (Gemma 2).
         sink_H: a score that takes its share of each head's weight and gives no value (gpt-oss).
-        multiply: as the function of that name.
         add_up: sum over the second dimension, a row's pages.
     """
     kv_heads, wide = keys_LKDP.shape[1], bias_NP.dtype
@@ -99,12 +97,12 @@ def attend_rows(
         return scores.to(wide) if softcap is None else torch.tanh(scores.to(wide) / softcap) * softcap
 
     own_RKG = capped((q_RKGD.to(wide) * k_RKD[:, :, None].to(wide)).sum(-1))
-    scores_NKGP = capped(multiply(q_RKGD[owner_N], keys_LKDP[page_N][:, :, None])[:, :, :, 0])
+    scores_NKGP = capped(_multiply(q_RKGD[owner_N], keys_LKDP[page_N][:, :, None])[:, :, :, 0])
     scores_NKGP = scores_NKGP + bias_NP[:, None, None]
     peak_NKG = scores_NKGP.amax(-1).clamp_min(torch.finfo(wide).min)  # not -inf, where nothing of a page counts
     weights_NKGP = (scores_NKGP - peak_NKG[..., None]).exp()
     total_NKG = weights_NKGP.sum(-1)
-    mixed_NKGBE = multiply(weights_NKGP.to(values_LKBPE.dtype), values_LKBPE[page_N]).to(wide)
+    mixed_NKGBE = _multiply(weights_NKGP.to(values_LKBPE.dtype), values_LKBPE[page_N]).to(wide)
     absent_RX11, place_RX = (place_XR.t() < 0)[..., None, None], place_XR.t().clamp(min=0)
     peak_RXKG = peak_NKG[place_RX].masked_fill(absent_RX11, -torch.inf)
     peak_RKG = torch.maximum(own_RKG, peak_RXKG.amax(1))
@@ -121,42 +119,6 @@ def attend_rows(
     return out_RKGBE.flatten(3).flatten(1, 2)
 
 
-def in_order(x_RX: torch.Tensor) -> torch.Tensor:
-    """Sum over a row's pages strictly in their order, so that the bits do not depend on how many columns there are."""
-    return x_RX.cumsum(1)[:, -1]
-
-
-def multiply_seen(a_NKGX: torch.Tensor, b_NKBXY: torch.Tensor) -> torch.Tensor:
-    """As `multiply`, but a compiler sees through it, and fuses it with what comes before and after.
-
-    A group's heads are sums of their own, if they are few: the compiler makes one loop of those, which reads b once.
-    """
-    if a_NKGX.shape[2] > SUMS:
-        return (a_NKGX[:, :, :, None, :, None] * b_NKBXY[:, :, None]).sum(-2)
-    return torch.stack([(a_NKX[:, :, None, :, None] * b_NKBXY).sum(-2) for a_NKX in a_NKGX.unbind(2)], 2)
-
-
-@dataclass(frozen=True)
-class AttendRows:
-    """`attend_rows` without options, as the compiler wants it."""
-
-    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
-        return (attend_rows(*tensors, multiply=multiply_seen),)
-
-
-def example(rows: int, keys_LKDP: torch.Tensor, values_LKBPE: torch.Tensor) -> tuple[list[torch.Tensor], list[Any]]:
-    """What `attend_rows` takes after the rows' own tensors, to compile it for a store like this one; and which sizes of
-    each may differ. What is worth dividing among threads is judged by the example's sizes."""
-    pages, longest, size = 8 * rows, 9, keys_LKDP.shape[3]
-    ids = [like(count, dtype=torch.long) for count in (rows, rows, pages, pages)]
-    tensors = [keys_LKDP, values_LKBPE, *ids, like(pages, size), like(longest, rows, dtype=torch.long)]
-    return tensors, [(0,)] * 7 + [(0, 1)]
-
-
-def compile_rows(compiler: Compiler, heads: int, keys_LKDP: torch.Tensor, values_LKBPE: torch.Tensor) -> Compiled:
-    """AttendRows for a store like this one, to be compiled."""
-    rows = 32
-    _, kv_heads, head_dim, _ = keys_LKDP.shape
-    own = [like(rows, count, head_dim) for count in (heads, kv_heads, kv_heads)]
-    tensors, dynamic = example(rows, keys_LKDP, values_LKBPE)
-    return compiler.add(AttendRows(), [*own, *tensors], [(0,)] * 3 + dynamic)
+def _multiply(a_NKGX: torch.Tensor, b_NKBXY: torch.Tensor) -> torch.Tensor:
+    """Each head of a group by each of its B matrices, [N, K, G, B, Y]."""
+    return (a_NKGX[:, :, None] @ b_NKBXY).transpose(2, 3)

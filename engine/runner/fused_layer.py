@@ -19,13 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.attention.paged import Options
-from engine.runner.lean import ATTENTION, LAYER, MLP
+from engine.runner.lean import ACTIVATIONS, ATTENTION, LAYER, MLP
 from engine.runner.linear import Part, Product
 
 AFTER = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}  # then the one post attention is no MLP's
 POSITIONS = 2**18  # of so many at most, cosines and sines are kept: 128 MB with heads of 128
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
 
 class FusedNorm(nn.Module):

@@ -35,9 +35,10 @@ from engine.models import kv_shape, positions, ropes
 from engine.pages import PagePool
 from engine.request import Request
 from engine.runner import Done, Runner, StepResult, Ticket
+from engine.runner.eager import packed_twin
 from engine.runner.fused_layer import fuse
 from engine.runner.linear import join, prepare
-from engine.runner.packed import PackedRunner, check_equal, packed_twin, probe, refuse_unpackable
+from engine.runner.packed import PackedRunner, check_equal, probe, refuse_unpackable
 from engine.runner.replay import NOBODY, Graphs, Laid, Sizes, upload
 from engine.sampler import Choice, sample
 from engine.scheduler import Step

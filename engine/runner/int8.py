@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from engine.compiled import Function
 from engine.errors import InputError
 from engine.runner.linear import Product
 from engine.runner.ways import ROWS, plain
@@ -27,22 +25,15 @@ EXACT = 1e-6  # of the largest: float32 sums of integers, one rounding of each
 FAR = 2.0  # of the median input: whatever is larger gives the root of its excess to the weights
 
 
-@dataclass(frozen=True)
-class Quantize:
-    """Rows of float32, each input times its own factor, as bytes around ZERO.
+def rounded(x_TM: torch.Tensor, ease_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of float32, each input times its own factor, as bytes around ZERO [T, M], and the scale of each row [T, 1].
 
     A row that holds a NaN or an infinity gets a scale that makes its results no numbers; one of zeros gets scale 0.
     """
-
-    def __call__(self, x_TM: torch.Tensor, ease_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bytes [T, M], and the scale of each row [T, 1]."""
-        x_TM = x_TM * ease_M
-        scale_T1 = x_TM.abs().amax(-1, keepdim=True) / LEVELS
-        # Adding puts the integer into the lowest bits, of which a byte is kept: fewer passes than rounding.
-        return (x_TM / scale_T1 + ROUNDER).view(torch.int32).to(torch.uint8), scale_T1
-
-
-QUANTIZED = ([torch.zeros(32, 64), torch.ones(64)], [(0, 1), (0,)])  # what to compile it for: rows of any width
+    x_TM = x_TM * ease_M
+    scale_T1 = x_TM.abs().amax(-1, keepdim=True) / LEVELS
+    # Adding puts the integer into the lowest bits, of which a byte is kept: fewer passes than rounding.
+    return (x_TM / scale_T1).add_(ROUNDER).view(torch.int32).to(torch.uint8), scale_T1
 
 
 class Int8:
@@ -51,17 +42,16 @@ class Int8:
     Args:
         weight_NM: float32, on a CPU. It is not kept.
         peak_M: how large each input has been, beside the others of its row.
-        quantize: Quantize, or its like compiled.
 
     Raises:
         InputError: where this machine's kernel does not give what the integers give.
     """
 
-    def __init__(self, weight_NM: torch.Tensor, peak_M: torch.Tensor, quantize: Function) -> None:
+    def __init__(self, weight_NM: torch.Tensor, peak_M: torch.Tensor) -> None:
         limit = weight_limit()
         tiny = torch.finfo(torch.float32).tiny
         eased_M = (peak_M / (FAR * peak_M.median()).clamp(min=tiny)).clamp_(1.0, 2.0**16).sqrt_()
-        self.ease_M, self._quantize = eased_M.reciprocal(), quantize
+        self.ease_M = eased_M.reciprocal()
         weight_NM = weight_NM * eased_M
         self.scale_N = (weight_NM.abs().amax(1) / limit).clamp_(min=tiny)
         whole_NM = (weight_NM / self.scale_N[:, None]).round_()
@@ -74,11 +64,10 @@ class Int8:
         if not off <= EXACT * float(expected_2N.abs().max()):
             raise InputError(f"dtype='int8': this machine's int8 products are wrong (off by {off:.1e}): use float32")
 
-    def __call__(self, x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, x_TM: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         """[T, M] -> [T, N]."""
-        q_TM, scale_T1 = self._quantize(x_TM, self.ease_M)
-        out_TN = self._multiply(q_TM)
-        out_TN = out_TN.mul_(scale_T1) if add_TN is None else torch.addcmul(add_TN, out_TN, scale_T1)
+        q_TM, scale_T1 = rounded(x_TM, self.ease_M)
+        out_TN = self._multiply(q_TM).mul_(scale_T1)
         return out_TN if bias_N is None else out_TN.add_(bias_N)
 
     def _multiply(self, q_TM: torch.Tensor) -> torch.Tensor:
@@ -122,11 +111,11 @@ class Watched:
         self.weight_NM, self._multiply = weight_NM, plain(weight_NM)
         self.peak_M = torch.zeros(weight_NM.shape[1])
 
-    def __call__(self, x_TM: torch.Tensor, bias_N: torch.Tensor | None, add_TN: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, x_TM: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
         """[T, M] -> [T, N]."""
         size_TM = x_TM.abs() / x_TM.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         self.peak_M = torch.maximum(self.peak_M, size_TM.amax(0))
-        return self._multiply(x_TM, bias_N, add_TN)
+        return self._multiply(x_TM, bias_N)
 
 
 def watch(products: Sequence[Product]) -> dict[Product, Watched]:
@@ -137,15 +126,12 @@ def watch(products: Sequence[Product]) -> dict[Product, Watched]:
     return watched
 
 
-def quantize(watched: dict[Product, Watched], rows: Function) -> int:
-    """Put int8 in place of the float32 weights of products that have run; gives the bytes that they take.
-
-    `rows`: Quantize, or its like compiled.
-    """
+def quantize(watched: dict[Product, Watched]) -> int:
+    """Put int8 in place of the float32 weights of products that have run; gives the bytes that they take."""
     bytes_held = 0
     while watched:  # one after the other, so that no more than one is held twice
         product, old = watched.popitem()
-        new = Int8(old.weight_NM, old.peak_M, rows)
+        new = Int8(old.weight_NM, old.peak_M)
         product.ways = [(ROWS[-1], new)]
         bytes_held += new.nbytes
     return bytes_held

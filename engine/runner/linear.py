@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.memory import free_bytes
-from engine.runner.ways import COPIES, LONE, WAYS, Packed, Panels, Way, choose
+from engine.runner.ways import COPIES, WAYS, Way, choose
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 TILE = 16  # rows of every product when results may not depend on how many rows there are
-SPARE = 0.1  # of the free memory is the most that second copies of weights may take
 
 
 class Product:
@@ -41,27 +39,14 @@ class Product:
         self.shape = sum(self.sizes), weights[0].shape[1]
         self.ways: list[tuple[int, Way]] = []  # up to so many rows, this way
 
-    def __call__(self, x_TM: torch.Tensor, add_TN: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, M] -> [T, N], with something added on the way."""
+    def __call__(self, x_TM: torch.Tensor) -> torch.Tensor:
+        """[T, M] -> [T, N]."""
         rows = len(x_TM)
         if self.tiled:
             tiles = F.pad(x_TM, (0, 0, 0, -rows % TILE)).split(TILE)
-            out_TN = torch.cat([self.ways[0][1](tile, self.bias, None) for tile in tiles])[:rows]
-            return out_TN if add_TN is None else out_TN.add_(add_TN)
+            return torch.cat([self.ways[0][1](tile, self.bias) for tile in tiles])[:rows]
         way = next((way for most, way in self.ways if rows <= most), self.ways[-1][1])
-        return way(x_TM, self.bias, add_TN)
-
-    @property
-    def packed(self) -> torch.Tensor | None:
-        """The packed weight, if most rows go that way."""
-        way = self.ways[-1][1]
-        return way.copy if isinstance(way, Packed) else None
-
-    @property
-    def panels(self) -> torch.Tensor | None:
-        """The weight in panels, if one row goes that way."""
-        way = self.ways[0][1]
-        return way.copy_CMW if isinstance(way, Panels) else None
+        return way(x_TM, self.bias)
 
     def joined(self) -> torch.Tensor:
         """The weights one below the other, [N, M]; Parameters among several become views of it."""
@@ -79,26 +64,15 @@ class Product:
 
 
 def prepare(products: Sequence[Product]) -> int:
-    """Choose the ways of every product; gives the bytes of weights that are then held as copies.
-
-    A second copy, for lone rows, is made where it is faster for most of the weights and there is memory to spare: of
-    all of them, for a compiled layer takes all of its products one way.
-    """
+    """Choose the ways of every product; gives the bytes of weights that are then held as copies."""
     alike: dict[tuple[int, int], list[Product]] = {}
     for product in products:
         alike.setdefault(product.shape, []).append(product)
-    rules, held = {}, {}
-    for shape, group in alike.items():
-        rule = choose([product.copied for product in group])
-        at_tile = next((way for way in rule if way[0] >= TILE), rule[-1])
-        rules[shape] = [at_tile] if group[0].tiled else rule
-        held[shape] = sum(weight.nbytes for product in group for weight in product.weights)
-    lone = sum(held[shape] for shape, rule in rules.items() if LONE in {name for _, name in rule})
-    spared = 2 * lone > sum(held.values()) and sum(held.values()) <= SPARE * free_bytes(torch.device("cpu"))
     bytes_copied = 0
-    for shape, group in alike.items():
-        rule = [(most, name) for most, name in rules[shape] if name != LONE]
-        rule = [(1, LONE), *(way for way in rule if way[0] > 1)] if spared else rule
+    for group in alike.values():
+        rule = choose([product.copied for product in group])
+        if group[0].tiled:
+            rule = [next((way for way in rule if way[0] >= TILE), rule[-1])]
         names = {name for _, name in rule}
         for product in group:
             weight = product.copied() if names <= COPIES else product.joined()

@@ -1,0 +1,317 @@
+"""The compiled step of models built like Llama: what the model gives, to the bit in any company, by any threads."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from numba import njit
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.attention.paged import Piece
+from engine.cpu import fast, tile
+from engine.cpu.attend import QUERIES
+from engine.cpu.fast import address
+from engine.cpu.model import LeanModel
+from engine.cpu.step import BLOCK, DEPTH
+from engine.cpu.sync import Team, meet, take
+from engine.models import LoadedModel, load
+from engine.pages import PagePool
+from engine.runner.eager import EagerModel
+from engine.runner.packed import PackedRunner
+from tests.oracle import Oracle
+
+LEAN = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral")
+
+
+@njit
+def wide(x_RM, w_MW, out_RW, scales_R, scaled, add):
+    rows, size = x_RM.shape
+    tile.multiply_wide(
+        rows, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW), 4 * out_RW.shape[1],
+        address(scales_R) if scaled else 0, add, address(w_MW), address(w_MW),
+    )  # fmt: skip
+
+
+@njit
+def narrow(x_RM, w_MW, out_RW, scales_R, scaled, add):
+    rows, size = x_RM.shape
+    tile.multiply_narrow(
+        rows, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW), 4 * out_RW.shape[1],
+        address(scales_R) if scaled else 0, add, 0, 0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("add", [0, 1])
+@pytest.mark.parametrize(("multiply", "width"), [(wide, tile.WIDE), (narrow, tile.NARROW)])
+def test_tiles_multiply_and_a_row_knows_no_neighbours(multiply, width, add, scaled):
+    rng = np.random.default_rng(0)
+    w, scales = rng.normal(size=(38, width)).astype(np.float32), rng.normal(size=20).astype(np.float32)
+    x, before = (rng.normal(size=(20, count)).astype(np.float32) for count in (38, width))
+    expected = x.astype(float) @ w * (scales[:, None] if scaled else 1) + before * add
+    alone = before.copy()
+    for r in range(20):
+        multiply(x[r : r + 1], w, alone[r : r + 1], scales[r : r + 1], scaled, add)
+    np.testing.assert_allclose(alone, expected, rtol=1e-5, atol=1e-5)
+    for rows in range(20):
+        out = before.copy()
+        multiply(x[:rows], w, out[:rows], scales[:rows], scaled, add)
+        assert np.array_equal(out[:rows], alone[:rows])
+        assert np.array_equal(out[rows:], before[rows:]), "nothing beyond is touched"
+
+
+@njit
+def of_vectors(x_N, out_N, up_N):
+    for n in range(0, len(x_N), tile.NARROW):
+        fast.soften(address(x_N) + 4 * n, np.float32(0.0))
+    for n in range(0, len(out_N), tile.LANES):
+        fast.silu(address(out_N) + 4 * n, address(up_N) + 4 * n)
+
+
+@njit
+def gelu(x_N, up_N):
+    for n in range(0, len(x_N), tile.LANES):
+        fast.gelu(address(x_N) + 4 * n, address(up_N) + 4 * n)
+
+
+def test_functions_of_vectors_are_right_to_the_last_places():
+    x = np.concatenate([np.linspace(-87, 88, 4000), np.linspace(-1, 1, 96)]).astype(np.float32)
+    up = np.random.default_rng(0).normal(size=len(x)).astype(np.float32)
+    power, gated = x.copy(), x.copy()
+    of_vectors(power, gated, up)
+    np.testing.assert_allclose(power, np.exp(x.astype(float)), rtol=3e-7)
+    exact = torch.from_numpy(x).double()
+    torch.testing.assert_close(
+        torch.from_numpy(gated).double(), nn.functional.silu(exact) * torch.from_numpy(up), rtol=1e-6, atol=1e-30
+    )
+    gated = x.copy()
+    gelu(gated, up)
+    expected = nn.functional.gelu(exact, approximate="tanh") * torch.from_numpy(up)
+    torch.testing.assert_close(torch.from_numpy(gated).double(), expected, rtol=1e-5, atol=1e-6)
+    beyond = np.array([-np.inf, -1e30, 1e30, np.inf] * 4, np.float32)
+    of_vectors(beyond, gated[:0], up[:0])
+    assert (beyond[:2] < 1e-37).all()
+    assert (beyond[2:4] > 1e37).all()
+    numbers = np.array([np.nan, *range(15)], np.float32)
+    of_vectors(numbers, gated[:0], up[:0])
+    assert np.isnan(numbers).tolist() == [True] + [False] * 15
+
+
+@njit(nogil=True)
+def count_up(index, size, counts, taken, rounds):
+    """Threads that meet after each round find all that the others have done."""
+    found = True
+    for turn in range(rounds):
+        taken[index, take(address(counts) + 8)] += 1
+        meet(address(counts), size * (2 * turn + 1))
+        found = found and taken[:, : size * (turn + 1)].sum() == size * (turn + 1)
+        meet(address(counts), size * (2 * turn + 2))
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_threads_meet_and_take_each_number_once(size):
+    team, rounds, found = Team(size), 200, []
+    for _ in range(3):
+        counts, taken = np.zeros(2, np.int64), np.zeros((size, size * rounds), np.int64)
+        team.run(lambda index, counts=counts, taken=taken: found.append(count_up(index, size, counts, taken, rounds)))
+        assert (taken.sum(0) == 1).all()
+    assert found == [True] * 3 * size
+
+
+def test_what_one_thread_raises_is_raised_and_the_team_goes_on():
+    team, main = Team(3), threading.get_ident()
+
+    def fail(index: int) -> None:
+        if index == 2:
+            raise ValueError("in a thread")
+
+    with pytest.raises(ValueError, match="in a thread"):
+        team.run(fail)
+    with pytest.raises(ZeroDivisionError):
+        team.run(lambda index: 1 // (threading.get_ident() - main))
+    seen = []
+    team.run(seen.append)
+    assert sorted(seen) == [0, 1, 2]
+
+
+def lean(model, page: int = 16, pages: int = 200) -> LeanModel:
+    plain = EagerModel(model, page, joined=False)
+    plain.hold(1)
+    plain.logits([5], [Piece(0, 1, 0, [0])], [0])
+    found = LeanModel(model, [plain.options[i] for i in range(len(plain.options))], page)
+    found.hold(pages)
+    return found
+
+
+def made(seed: int = 0, **changes) -> torch.nn.Module:
+    """A model built like Llama in a shape of its own."""
+    sizes = dict(vocab_size=259, hidden_size=96, intermediate_size=136, num_hidden_layers=2, num_attention_heads=6)
+    sizes |= dict(num_key_value_heads=2, head_dim=32, initializer_range=0.3)
+    config = AutoConfig.for_model(changes.pop("kind", "llama"), **(sizes | changes))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():  # made as ones and zeros, which hide much
+            if "norm" in name or "bias" in name:
+                parameter.normal_(1.0, 0.3)
+    return model
+
+
+SHAPES = {
+    "plain": {},
+    "biases": dict(attention_bias=True, mlp_bias=True),
+    "gelu": dict(hidden_act="gelu_pytorch_tanh"),
+    "qwen2": dict(kind="qwen2"),
+    "qwen3": dict(kind="qwen3"),
+    "window": dict(kind="mistral", sliding_window=9),
+    "alone": dict(num_attention_heads=1, num_key_value_heads=1),
+    "group": dict(hidden_size=98, num_attention_heads=QUERIES + 1, num_key_value_heads=1, head_dim=16),
+    "deep": dict(hidden_size=DEPTH + 36, intermediate_size=2 * DEPTH + 6),
+}
+
+
+@pytest.mark.parametrize("page", [16, 5, 40])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
+    """In chunks that share steps with others, whose sizes fill no block, and one by one."""
+    model = made(**SHAPES[shape])
+    packed, rng = lean(model, page), np.random.default_rng(0)
+    texts = [rng.integers(0, 259, size).tolist() for size in (BLOCK + 37, 1, 30)]
+    with torch.inference_mode():
+        expected = [model(torch.tensor([text])).logits[0] for text in texts]
+        pages = -(-len(texts[0]) // page)
+        tables = [list(range(row * pages, (row + 1) * pages)) for row in range(3)]
+        for cuts in (([0, 101], [0, 1], [0, 30]), ([0, 7, 70, 100, 101], [0, 0, 1, 1, 1], [0, 13, 14, 14, 30])):
+            for begins, ends in zip(list(zip(*cuts, strict=True))[:-1], list(zip(*cuts, strict=True))[1:], strict=True):
+                tokens, pieces, at = [], [], []
+                for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+                    if begin < end:
+                        pieces.append(Piece(len(tokens), len(tokens) + end - begin, begin, tables[row]))
+                        tokens += texts[row][begin:end]
+                        at += [(row, i) for i in range(begin, end)]
+                found = packed.logits(tokens, pieces, list(range(len(tokens))))
+                close = torch.stack([expected[row][i] for row, i in at])
+                torch.testing.assert_close(found, close, rtol=1e-3, atol=1e-4 * float(close.abs().max()))
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=9),
+    cut=st.integers(1, 100),
+    threads=st.sampled_from([1, 2, 3]),
+    name=st.sampled_from(["plain", "window", "qwen3"]),
+)
+def test_the_bits_are_the_same_in_any_company(lengths, cut, threads, name):
+    """All prompts at once by several threads, and each alone by one, in chunks of some size."""
+    packed = lean(made(**SHAPES[name]), 8)
+    texts = [[(31 * i + 7 * k) % 259 for k in range(length)] for i, length in enumerate(lengths)]
+    tables = [list(range(12 * i, 12 * i + 12)) for i in range(len(texts))]
+    packed.use(threads)
+    ends = np.cumsum([0, *lengths]).tolist()
+    pieces = [Piece(a, b, 0, table) for a, b, table in zip(ends[:-1], ends[1:], tables, strict=True)]
+    together = packed.logits(list(chain(*texts)), pieces, [end - 1 for end in ends[1:]])
+    packed.use(1)
+    packed.hold(200)
+    for i, text in enumerate(texts):
+        for begin in range(0, len(text), cut):
+            part = text[begin : begin + cut]
+            alone = packed.logits(part, [Piece(0, len(part), begin, tables[i])], [len(part) - 1])
+        assert torch.equal(alone[0], together[i])
+
+
+def test_only_wanted_tokens_go_through_all_of_the_last_layer():
+    packed = lean(made())
+    text = [(7 * k) % 259 for k in range(70)]
+    whole = packed.logits(text, [Piece(0, 70, 0, list(range(5)))], list(range(70)))
+    for wanted in ([69], [0, 1, 30, 68], []):
+        packed.hold(5)
+        assert torch.equal(packed.logits(text, [Piece(0, 70, 0, list(range(5)))], wanted), whole[wanted])
+
+
+def test_a_token_that_is_no_number_spoils_its_request_alone():
+    model = made()
+    packed = lean(model)
+    texts = [[5, 6, 7], [5, 250, 7], [5, 6, 8]]
+
+    def run() -> torch.Tensor:
+        pieces = [Piece(3 * i, 3 * i + 3, 0, [i]) for i in range(3)]
+        return packed.logits(list(chain(*texts)), pieces, [2, 5, 8])
+
+    clean = run()
+    model.get_input_embeddings().weight[250] = torch.nan
+    spoilt = run()
+    assert torch.equal(spoilt[[0, 2]], clean[[0, 2]])
+    assert spoilt[1].isnan().all()
+    model.get_input_embeddings().weight[250] = 0.5
+    packed.clear([1])
+    assert run().isfinite().all()
+
+
+def runner(model) -> PackedRunner:
+    return PackedRunner(model, PagePool(8, 16))
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_models_built_like_llama_are_compiled_and_their_weights_held_once_more(name):
+    model = load(f"random:{name}").model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    packed = runner(model)
+    assert isinstance(packed.model, LeanModel)
+    linear = sum(module.weight.nbytes for module in model.modules() if type(module) is nn.Linear)
+    assert linear <= packed.copied_bytes <= 1.5 * linear, "and what fills the last panels"
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tiny-gemma3", "tiny-llama"])
+def test_models_with_other_parts_or_numbers_run_as_they_are(name):
+    model = load(f"random:{name}", dtype="float64" if name == "tiny-llama" else "float32").model
+    assert isinstance(runner(model).model, EagerModel)
+
+
+def test_layers_that_only_look_like_llamas_run_as_they_are(caplog):
+    model = made(kind="granite", residual_multiplier=0.5)  # scales what layers add
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(runner(model).model, EagerModel)
+    assert "look like Llama's but are not" in caplog.text
+    loaded = LoadedModel("granite", model, None, "random")
+    engine = Engine(loaded, EngineConfig(kv_memory=2**24))
+    for output in engine.generate([[5, 6, 7], [8] * 20], SamplingParams(max_new_tokens=6, ignore_eos=True)):
+        Oracle(loaded).check(output, 6)
+
+
+def test_without_numba_a_model_runs_as_it_is_and_says_so(tiny, monkeypatch, caplog):
+    monkeypatch.setitem(__import__("sys").modules, "engine.cpu.model", None)
+    with caplog.at_level(logging.WARNING):
+        packed = runner(tiny("tiny-llama").model)
+    assert isinstance(packed.model, EagerModel)
+    assert "not compiled (import of engine.cpu.model halted" in caplog.text
+
+
+def test_a_step_is_compiled_once_a_machine(tmp_path):
+    """A process of its own, for what is compiled here stays in this one."""
+    import subprocess
+    import sys
+
+    code = """
+from engine import Engine, EngineConfig, load
+engine = Engine(load("random:tiny-llama"), EngineConfig(kv_memory=2**22))
+from engine.cpu.step import step
+print(len(step.stats.cache_hits), len(step.stats.cache_misses))
+"""
+    env = {**__import__("os").environ, "DYNAMIC_BATCH_CACHE": str(tmp_path)}
+    found = [
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    ]
+    assert found == [["0", "1"], ["1", "0"]]
+    assert math.isclose(len(list(tmp_path.glob("numba-*/*/step*.nbc"))), 1)
