@@ -29,7 +29,6 @@ from engine.pages import PagePool, RowPool
 from engine.request import FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Runner, Ticket
 from engine.runner.graphs import packed_runner
-from engine.runner.int8 import weight_limit
 from engine.runner.padded import PaddedRunner
 from engine.sampler import Choice
 from engine.scheduler import Scheduler, Step
@@ -110,12 +109,10 @@ class Engine:
         """Load the model that `spec` names (hub id, folder, .gguf file, `smollm2`, `random:NAME`) and build on it.
 
         Raises:
-            InputError: for an unknown or broken model, or a device or instructions that are not there.
+            InputError: for an unknown or broken model, or a device that is not there.
         """
         config = config or EngineConfig()
         device, dtype = placement(config.device, config.dtype)
-        if config.dtype == "int8":
-            weight_limit()  # refuses before a download
         return cls(load(spec, device=device, dtype=dtype, seed=config.seed, progress=progress), config)
 
     @property

@@ -37,7 +37,7 @@ def wide(x_RM, w_MW, out_RW, scales_R, scaled, add):
     rows, size = x_RM.shape
     tile.multiply_wide(
         rows, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW), 4 * out_RW.shape[1],
-        address(scales_R) if scaled else 0, add, address(w_MW), address(w_MW),
+        address(scales_R) if scaled else 0, 0, add, address(w_MW), address(w_MW),
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def narrow(x_RM, w_MW, out_RW, scales_R, scaled, add):
     rows, size = x_RM.shape
     tile.multiply_narrow(
         rows, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW), 4 * out_RW.shape[1],
-        address(scales_R) if scaled else 0, add, 0, 0,
+        address(scales_R) if scaled else 0, 0, add, 0, 0,
     )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def _block(
             for p in range(0, filled * ITEM, NARROW * ITEM):
                 ask = multiply_narrow(
                     rows, address(q_RD), size * ITEM, keys + here * shape.kv_heads * page_bytes + p, filled * ITEM,
-                    size, to + p, row, 0, 0, ask, ask + page_bytes,
+                    size, to + p, row, 0, 0, 0, ask, ask + page_bytes,
                 )  # fmt: skip
         for r in range(rows):
             own = position + r // group
@@ -140,7 +140,7 @@ def _block(
             for b in range(0, size // NARROW):
                 ask = multiply_narrow(
                     rows, weights, row, values + here * shape.kv_heads * page_bytes + b * filled * NARROW * ITEM,
-                    NARROW * ITEM, filled, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, 0, 1, ask,
+                    NARROW * ITEM, filled, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, 0, 0, 1, ask,
                     ask + page_bytes,
                 )  # fmt: skip
         begin = end

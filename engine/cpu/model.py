@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 
 from engine.attention.paged import Options, Piece, zeros
 from engine.cpu.attend import QUERIES, SPAN, Heads
-from engine.cpu.step import BLOCK, PHASES, Plan, Shape, Space, Weights, step
+from engine.cpu.step import BLOCK, PHASES, Panels, Plan, Shape, Space, Weights, step
 from engine.cpu.sync import team
 from engine.cpu.tile import NARROW, WIDE
 from engine.runner.lean import ACTIVATIONS
+
+LEVELS = 127  # of an int8 weight, on either side of 0
 
 
 class LeanModel:
@@ -79,8 +81,6 @@ class LeanModel:
             head_bias_LV=_rows([model], lambda model: model.get_output_embeddings().bias),
             head_norm_LQD=np.stack([_array(head_norm(layer), (0, size)) for layer in layers]),
         )
-        products = (self.weights.qkv, self.weights.out, self.weights.gate_up, self.weights.down, self.weights.head)
-        self.copied_bytes = sum(weight.nbytes for weight in products)
         self.shape = Shape(
             len(layers), attention.q_proj.in_features, heads, kv_heads, size, mlp.gate_proj.out_features, page_size,
             ACTIVATIONS[type(mlp.act_fn).__name__] == "gelu_tanh", first.input_layernorm.variance_epsilon,
@@ -107,6 +107,18 @@ class LeanModel:
     @property
     def _filled_page(self) -> int:
         return -(-self._page_size // NARROW) * NARROW
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the weights of products, which the model holds too."""
+        products = [part for part in self.weights if isinstance(part, Panels)]
+        return sum(part.numbers.nbytes + part.scales_LCW.nbytes for part in products)
+
+    def quantize(self) -> None:
+        """Turn the weights of products into int8: one scale an output, to nearest, symmetric."""
+        for name in ("qkv", "out", "gate_up", "down", "head"):  # one after the other, so that no more is held twice
+            rounded: dict[str, Any] = {name: _rounded(getattr(self.weights, name))}
+            self.weights = self.weights._replace(**rounded)
 
     def hold(self, pages: int) -> None:
         """Make room for the keys and values of so many pages, all of them zero."""
@@ -148,7 +160,7 @@ class LeanModel:
             inner_TF=_room(count, _filled(shape.inner)),
             logits_RV=logits_RV.numpy(),
             counts=np.zeros(16 + PHASES * shape.layers, np.int64),
-            scales_ST=_room(size, BLOCK),
+            norms_ST=_room(size, BLOCK),
             both_S2TW=_room(size, 2, BLOCK, WIDE),
             heads=self._heads,
         )
@@ -178,7 +190,16 @@ def _blocks(rows: torch.Tensor) -> torch.Tensor:
     return filled.unflatten(0, (-1, WIDE))
 
 
-def _panels(layers: Sequence[Any], weights: Callable[[Any], list[torch.Tensor]]) -> np.ndarray:
+def _rounded(panels: Panels) -> Panels:
+    numbers = torch.from_numpy(panels.numbers)
+    scales_LCW = (numbers.abs().amax(2) / LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
+    rounded = torch.empty(numbers.shape, dtype=torch.int8)
+    for layer, scales_CW in enumerate(scales_LCW):
+        rounded[layer] = (numbers[layer] / scales_CW[:, None]).round_()
+    return Panels(rounded.numpy(), scales_LCW.numpy())
+
+
+def _panels(layers: Sequence[Any], weights: Callable[[Any], list[torch.Tensor]]) -> Panels:
     """Weights [N, M] of each layer as panels [L, C, M, W]; those of several products of a layer take turns."""
     panels = None
     for index, layer in enumerate(layers):
@@ -188,7 +209,7 @@ def _panels(layers: Sequence[Any], weights: Callable[[Any], list[torch.Tensor]])
             panels = torch.empty(len(layers), *blocks_CMW.shape)
         panels[index].copy_(blocks_CMW)
     assert panels is not None
-    return panels.numpy()
+    return Panels(panels.numpy(), _room(len(layers), 0, WIDE))
 
 
 def _rows(layers: Sequence[Any], vector: Callable[[Any], torch.Tensor | None]) -> np.ndarray:

@@ -21,7 +21,7 @@ from engine.cpu.attend import Heads, attend, rotate
 from engine.cpu.fast import address, gelu, inverse_rms, silu
 from engine.cpu.kept import kept
 from engine.cpu.sync import meet, take
-from engine.cpu.tile import LANES, LINE, WIDE, multiply_wide
+from engine.cpu.tile import LANES, LINE, WIDE, multiply_int8, multiply_wide
 
 BLOCK = 64  # rows that go through a panel together: with DEPTH numbers of each, they stay in the second cache
 DEPTH = 768  # inner steps at a time
@@ -29,15 +29,22 @@ PHASES = 6  # of a layer
 ITEM = 4  # bytes of a float32
 
 
+class Panels(NamedTuple):
+    """Weights of a product in each layer, in the order in which they are read: float32, or int8 with scales."""
+
+    numbers: np.ndarray  # [L, C, inner size, W]
+    scales_LCW: np.ndarray  # of each output, or 0 panels
+
+
 class Weights(NamedTuple):
-    """Of a model: products by panels [C, inner size, W] of each layer, what a norm or softmax scales by folded in."""
+    """Of a model, what a norm or softmax scales by folded in."""
 
     embedding_VM: np.ndarray
-    qkv: np.ndarray  # [L, C, M, W]
-    out: np.ndarray  # [L, C, H * D, W]
-    gate_up: np.ndarray  # [L, C, M, W], a panel of gates before each of values
-    down: np.ndarray  # [L, C, F, W]
-    head: np.ndarray  # [1, C, M, W], the output layer
+    qkv: Panels
+    out: Panels
+    gate_up: Panels  # a panel of gates before each of values
+    down: Panels
+    head: Panels  # the output layer
     qkv_bias_LN: np.ndarray  # biases have no columns where there are none
     out_bias_LM: np.ndarray
     gate_up_bias_LN: np.ndarray
@@ -86,27 +93,34 @@ class Space(NamedTuple):
     inner_TF: np.ndarray
     logits_RV: np.ndarray
     counts: np.ndarray  # int64: arrivals, then a number for each phase
-    scales_ST: np.ndarray  # of S threads each its own, from here on
+    norms_ST: np.ndarray  # of each thread its own, from here on
     both_S2TW: np.ndarray
     heads: Heads
 
 
 @njit(error_model="numpy")
-def _panel(rows, x, x_row, size, panel, out, out_row, scales, add, ahead):
-    """out [rows, WIDE] (+)= scales * x [rows, size] by one panel; asks for the panel at `ahead` meanwhile."""
-    end = ahead + size * WIDE * ITEM
+def _panel(rows, x, x_row, size, panels_CMW, scales_CW, panel, out, out_row, row_scales, add, following):
+    """out [rows, WIDE] (+)= row_scales * x [rows, size] by one panel; asks for the `following` one meanwhile."""
+    item, scales = panels_CMW.itemsize, address(scales_CW) + panel * WIDE * ITEM if len(scales_CW) else 0
+    length = size * WIDE * item
+    w, ahead = address(panels_CMW) + panel * length, address(panels_CMW) + following * length
+    end = ahead + length
     for k in range(0, size, DEPTH):
-        ahead = multiply_wide(
-            rows, x + k * ITEM, x_row, panel + k * WIDE * ITEM, WIDE * ITEM, min(DEPTH, size - k), out, out_row,
-            scales, 1 if add or k > 0 else 0, ahead, end,
-        )  # fmt: skip
+        x_k, w_k, count, more = x + k * ITEM, w + k * WIDE * item, min(DEPTH, size - k), 1 if add or k > 0 else 0
+        if item == 1:
+            ahead = multiply_int8(
+                rows, x_k, x_row, w_k, WIDE, count, out, out_row, row_scales, scales, more, ahead, end
+            )  # fmt: skip
+        else:
+            ahead = multiply_wide(
+                rows, x_k, x_row, w_k, WIDE * ITEM, count, out, out_row, row_scales, scales, more, ahead, end
+            )  # fmt: skip
 
 
 @njit(error_model="numpy")
-def _product(counter, rows, x_TM, size, eps, panels_CMW, out_TN, bias_N, scales_T):
+def _product(counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TN, bias_N, norms_T):
     """out = norm(x) by panels + bias, for the first `rows` of x; out += x by panels + bias where eps < 0."""
-    panels, step = len(panels_CMW), size * WIDE * ITEM
-    x_row, out_row, first = x_TM.shape[1] * ITEM, out_TN.shape[1] * ITEM, address(panels_CMW)
+    panels, x_row, out_row = len(panels_CMW), x_TM.shape[1] * ITEM, out_TN.shape[1] * ITEM
     units, known = (rows + BLOCK - 1) // BLOCK * panels, -1
     unit = take(counter)
     while unit < units:
@@ -116,12 +130,11 @@ def _product(counter, rows, x_TM, size, eps, panels_CMW, out_TN, bias_N, scales_
         end = min(begin + BLOCK, rows)
         if eps >= 0 and block != known:
             known = block
-            inverse_rms(x_TM, begin, end, size, eps, scales_T)
-        ahead = first + (following % panels if following < units else panel) * step
+            inverse_rms(x_TM, begin, end, size, eps, norms_T)
         _panel(
-            end - begin, address(x_TM) + begin * x_row, x_row, size, first + panel * step,
-            address(out_TN) + begin * out_row + panel * WIDE * ITEM, out_row,
-            address(scales_T) if eps >= 0 else 0, 0 if eps >= 0 else 1, ahead,
+            end - begin, address(x_TM) + begin * x_row, x_row, size, panels_CMW, scales_CW, panel,
+            address(out_TN) + begin * out_row + panel * WIDE * ITEM, out_row, address(norms_T) if eps >= 0 else 0,
+            0 if eps >= 0 else 1, following % panels if following < units else panel,
         )  # fmt: skip
         if len(bias_N):
             for t in range(begin, end):
@@ -131,10 +144,9 @@ def _product(counter, rows, x_TM, size, eps, panels_CMW, out_TN, bias_N, scales_
 
 
 @njit(error_model="numpy")
-def _gated(counter, rows, x_TM, size, eps, panels_CMW, out_TF, bias_N, with_gelu, scales_T, both_2TW):
+def _gated(counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TF, bias_N, with_gelu, norms_T, both_2TW):
     """out = activation(norm(x) by gates) * (norm(x) by values), for the first `rows` of x."""
-    pairs, step = len(panels_CMW) // 2, size * WIDE * ITEM
-    x_row, first, row = x_TM.shape[1] * ITEM, address(panels_CMW), WIDE * ITEM
+    pairs, x_row, row = len(panels_CMW) // 2, x_TM.shape[1] * ITEM, WIDE * ITEM
     gate, up = address(both_2TW[0]), address(both_2TW[1])
     units, known = (rows + BLOCK - 1) // BLOCK * pairs, -1
     unit = take(counter)
@@ -145,13 +157,13 @@ def _gated(counter, rows, x_TM, size, eps, panels_CMW, out_TF, bias_N, with_gelu
         end = min(begin + BLOCK, rows)
         if block != known:
             known = block
-            inverse_rms(x_TM, begin, end, size, eps, scales_T)
+            inverse_rms(x_TM, begin, end, size, eps, norms_T)
         for half in range(2):
             panel = 2 * pair + half
-            beyond = panel + 1 if half == 0 else 2 * (following % pairs) if following < units else panel
             _panel(
-                end - begin, address(x_TM) + begin * x_row, x_row, size, first + panel * step,
-                address(both_2TW[half]), row, address(scales_T), 0 if eps >= 0 else 1, first + beyond * step,
+                end - begin, address(x_TM) + begin * x_row, x_row, size, panels_CMW, scales_CW, panel,
+                up if half else gate, row, address(norms_T), 0 if eps >= 0 else 1,
+                panel + 1 if half == 0 else 2 * (following % pairs) if following < units else panel,
             )  # fmt: skip
             if len(bias_N):
                 for t in range(end - begin):
@@ -168,6 +180,11 @@ def _gated(counter, rows, x_TM, size, eps, panels_CMW, out_TF, bias_N, with_gelu
         unit = following
 
 
+@njit
+def _of(panels, bias_LN, layer):
+    return panels.numbers[layer], panels.scales_LCW[layer], bias_LN[layer]
+
+
 @kept
 def step(thread, threads, weights, shape, plan, keys_LXKDP, values_LXKBPV, space):
     """Compute a step: what thread `thread` of so many does. `space.counts` is all zero before.
@@ -176,7 +193,7 @@ def step(thread, threads, weights, shape, plan, keys_LXKDP, values_LXKBPV, space
     """
     x_TM, qkv_TN, mixed_TN, inner_TF = space.x_TM, space.qkv_TN, space.mixed_TN, space.inner_TF
     width, rows, wanted_R = shape.width, len(plan.ids_T), plan.wanted_R
-    scales_T, both_2TW = space.scales_ST[thread], space.both_S2TW[thread]
+    norms_T, both_2TW = space.norms_ST[thread], space.both_S2TW[thread]
     arrivals = address(space.counts)
     counter = arrivals + LINE
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):
@@ -185,8 +202,8 @@ def step(thread, threads, weights, shape, plan, keys_LXKDP, values_LXKBPV, space
     met = meet(arrivals, threads)
     for layer in range(shape.layers):
         keys_XKDP, values_XKBPV = keys_LXKDP[layer], values_LXKBPV[layer]
-        bias_N = weights.qkv_bias_LN[layer]
-        _product(counter, rows, x_TM, width, shape.eps, weights.qkv[layer], qkv_TN, bias_N, scales_T)
+        panels_CMW, scales_CW, bias_N = _of(weights.qkv, weights.qkv_bias_LN, layer)
+        _product(counter, rows, x_TM, width, shape.eps, panels_CMW, scales_CW, qkv_TN, bias_N, norms_T)
         met = meet(arrivals, met + threads)
         head_norm_QD, key_D = weights.head_norm_LQD[layer], space.heads.key_SD[thread]
         rotate(counter + 8, qkv_TN, shape, head_norm_QD, plan, keys_XKDP, values_XKBPV, key_D)
@@ -205,17 +222,19 @@ def step(thread, threads, weights, shape, plan, keys_LXKDP, values_LXKBPV, space
                     for m in range(width):
                         x_TM[r, m] = x_TM[wanted_R[r], m]
             met = meet(arrivals, met + threads)
-        size, bias_N = shape.heads * shape.head_dim, weights.out_bias_LM[layer]
-        _product(counter + 24, rows, mixed_TN, size, -1.0, weights.out[layer], x_TM, bias_N, scales_T)
+        panels_CMW, scales_CW, bias_N = _of(weights.out, weights.out_bias_LM, layer)
+        size = shape.heads * shape.head_dim
+        _product(counter + 24, rows, mixed_TN, size, -1.0, panels_CMW, scales_CW, x_TM, bias_N, norms_T)
         met = meet(arrivals, met + threads)
-        panels_CMW, bias_N = weights.gate_up[layer], weights.gate_up_bias_LN[layer]
+        panels_CMW, scales_CW, bias_N = _of(weights.gate_up, weights.gate_up_bias_LN, layer)
         _gated(
-            counter + 32, rows, x_TM, width, shape.mlp_eps, panels_CMW, inner_TF, bias_N, shape.gelu, scales_T, both_2TW
-        )
+            counter + 32, rows, x_TM, width, shape.mlp_eps, panels_CMW, scales_CW, inner_TF, bias_N, shape.gelu,
+            norms_T, both_2TW,
+        )  # fmt: skip
         met = meet(arrivals, met + threads)
-        bias_N = weights.down_bias_LM[layer]
-        _product(counter + 40, rows, inner_TF, shape.inner, -1.0, weights.down[layer], x_TM, bias_N, scales_T)
+        panels_CMW, scales_CW, bias_N = _of(weights.down, weights.down_bias_LM, layer)
+        _product(counter + 40, rows, inner_TF, shape.inner, -1.0, panels_CMW, scales_CW, x_TM, bias_N, norms_T)
         met = meet(arrivals, met + threads)
         counter += 8 * PHASES
-    logits_RV, bias_V = space.logits_RV, weights.head_bias_LV[0]
-    _product(counter, rows, x_TM, width, shape.last_eps, weights.head[0], logits_RV, bias_V, scales_T)
+    panels_CMW, scales_CW, bias_N = _of(weights.head, weights.head_bias_LV, 0)
+    _product(counter, rows, x_TM, width, shape.last_eps, panels_CMW, scales_CW, space.logits_RV, bias_N, norms_T)

@@ -33,19 +33,20 @@ LINE = 64  # bytes that the memory gives at once
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
-def _tile(rows: int, vectors: int, chains: int) -> Any:
-    """A function of addresses: (x, x_row, w, w_row, size, out, out_row, scales, add, ahead) -> none.
+def _tile(rows: int, vectors: int, chains: int, number: ir.Type) -> Any:
+    """A function of addresses: (x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead) -> none.
 
-    out[r, :] = (out[r, :] if add) + scales[r] * sum over k < size of x[r, k] * w[k, :], without scales where their
-    address is 0. Rows are so many bytes apart; size is even. Meanwhile asks for what lies from `ahead` on.
-    There is one chain of each sum, or another for every second k: few sums by themselves would wait for each other.
+    out[r, :] = (out[r, :] if add) + row_scales[r] * scales[:] * sum over k < size of x[r, k] * w[k, :], without those
+    whose address is 0. w holds numbers of a kind, all else is float32. Rows are so many bytes apart; size is even.
+    Meanwhile asks for what lies from `ahead` on. There is one chain of each sum, or another for every second k: few
+    sums by themselves would wait for each other.
     """
     vec = ir.VectorType(_F32, LANES)
-    name = f"tile_{rows}_{vectors}_{chains}"
-    kind = ir.FunctionType(ir.VoidType(), [_I64] * 10)
+    name = f"tile_{rows}_{vectors}_{chains}_{number}"
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * 11)
 
     @intrinsic
-    def tile(typing, x, x_row, w, w_row, size, out, out_row, scales, add, ahead):
+    def tile(typing, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead):
         def call(context, builder, signature, args):
             fresh = name not in builder.module.globals
             function = declared(builder.module, name, kind)
@@ -56,10 +57,10 @@ def _tile(rows: int, vectors: int, chains: int) -> Any:
             builder.call(function, args)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), call
+        return types.void(*[types.int64] * 11), call
 
     def body(function: ir.Function) -> None:
-        x, x_row, w, w_row, size, out, out_row, scales, add, ahead = function.args
+        x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead = function.args
         entry, loop, done = map(function.append_basic_block, ("entry", "loop", "done"))
         b, wanted = ir.IRBuilder(entry), [(r, v) for r in range(rows) for v in range(vectors)]
         fma = declared(function.module, f"llvm.fma.v{LANES}f32", ir.FunctionType(vec, [vec] * 3))
@@ -74,10 +75,18 @@ def _tile(rows: int, vectors: int, chains: int) -> Any:
             value.align = 4
             return value
 
+        def weight(address: ir.Value) -> ir.Value:
+            if number is _F32:
+                return load(address, vec)
+            few = b.load(at(address, ir.VectorType(number, LANES)))
+            few.align = 1
+            return b.sitofp(few, vec)
+
         def spread(address: ir.Value) -> ir.Value:
             first = b.insert_element(ir.Constant(vec, ir.Undefined), load(address, _F32), _I32(0))
             return b.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
+        size_of = 4 if number is _F32 else 1
         xs = [b.add(x, b.mul(x_row, _I64(r))) for r in range(rows)]
         b.branch(loop)
         b.position_at_end(loop)
@@ -89,7 +98,7 @@ def _tile(rows: int, vectors: int, chains: int) -> Any:
             phi.add_incoming(ir.Constant(vec, [0.0] * LANES), entry)
         sums, next_w = dict(begun), w_k
         for turn in range(AT_ONCE):
-            w_vs = [load(b.add(next_w, _I64(4 * LANES * v)), vec) for v in range(vectors)]
+            w_vs = [weight(b.add(next_w, _I64(size_of * LANES * v))) for v in range(vectors)]
             for r in range(rows):
                 x_rk = spread(b.add(xs[r], b.mul(b.add(k, _I64(turn)), _I64(4))))
                 for v in range(vectors):
@@ -106,15 +115,20 @@ def _tile(rows: int, vectors: int, chains: int) -> Any:
         b.cbranch(b.icmp_signed("<", next_k, size), loop, done)
         b.position_at_end(done)
         totals = {(r, v): functools.reduce(b.fadd, [sums[c, r, v] for c in range(chains)]) for r, v in wanted}
-        for value, change in ((scales, "scale"), (add, "add")):
+
+        def scaled(r: int, v: int) -> ir.Value:
+            return b.fmul(totals[r, v], spread(b.add(row_scales, _I64(4 * r))))
+
+        def weighed(r: int, v: int) -> ir.Value:
+            return b.fmul(totals[r, v], load(b.add(scales, _I64(4 * LANES * v)), vec))
+
+        def added(r: int, v: int) -> ir.Value:
+            return b.fadd(totals[r, v], load(_place(b, out, out_row, r, v), vec))
+
+        for given, change in ((row_scales, scaled), (scales, weighed), (add, added)):
             before = b.block
-            with b.if_then(b.icmp_signed("!=", value, _I64(0))):
-                changed = {}
-                for r, v in wanted:
-                    if change == "scale":
-                        changed[r, v] = b.fmul(totals[r, v], spread(b.add(scales, _I64(4 * r))))
-                    else:
-                        changed[r, v] = b.fadd(totals[r, v], load(_place(b, out, out_row, r, v), vec))
+            with b.if_then(b.icmp_signed("!=", given, _I64(0))):
+                changed = {(r, v): change(r, v) for r, v in wanted}
                 inside = b.block
             for key in wanted:
                 phi = b.phi(vec)
@@ -136,39 +150,39 @@ def declared(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function
     return module.globals[name] if name in module.globals else ir.Function(module, kind, name)
 
 
-def _by_rows(most: int, vectors: int, chains: int) -> Any:
+def _by_rows(most: int, vectors: int, chains: int, number: ir.Type = _F32) -> Any:
     """A function of (rows, the arguments of a tile but the last, ahead, end) -> ahead: tiles of at most so many rows.
 
     Each goes on asking from where the one before it stopped, until `end`.
     """
-    full, four, three, two, one = (_tile(rows, vectors, chains) for rows in (most, 4, 3, 2, 1))
+    full, four, three, two, one = (_tile(rows, vectors, chains, number) for rows in (most, 4, 3, 2, 1))
 
     @njit
-    def multiply(rows, x, x_row, w, w_row, size, out, out_row, scales, add, ahead, end):
-        left, asked, scaled = rows, size // AT_ONCE * chains * LINE, 4 if scales != 0 else 0
+    def multiply(rows, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead, end):
+        left, asked, scaled = rows, size // AT_ONCE * chains * LINE, 4 if row_scales != 0 else 0
         while left > 0:
             line = ahead if ahead < end else w  # what is there already costs nothing
             if left >= most:
-                full(x, x_row, w, w_row, size, out, out_row, scales, add, line)
+                full(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = most
             elif left >= 4:
-                four(x, x_row, w, w_row, size, out, out_row, scales, add, line)
+                four(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = 4
             elif left == 3:
-                three(x, x_row, w, w_row, size, out, out_row, scales, add, line)
+                three(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = 3
             elif left == 2:
-                two(x, x_row, w, w_row, size, out, out_row, scales, add, line)
+                two(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = 2
             else:
-                one(x, x_row, w, w_row, size, out, out_row, scales, add, line)
+                one(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = 1
-            x, out, scales = x + did * x_row, out + did * out_row, scales + did * scaled
+            x, out, row_scales = x + did * x_row, out + did * out_row, row_scales + did * scaled
             left, ahead = left - did, ahead + asked
         return ahead
 
     return multiply
 
 
-multiply_wide = _by_rows(ROWS, VECTORS, 1)
+multiply_wide, multiply_int8 = _by_rows(ROWS, VECTORS, 1), _by_rows(ROWS, VECTORS, 1, ir.IntType(8))
 multiply_narrow = _by_rows(3 if LANES < NARROW else ROWS, NARROW // LANES, 2)

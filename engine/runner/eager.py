@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from engine.attention.interface import NAME
 from engine.attention.paged import Options, PackedStep, Piece, Store
 from engine.models import kv_shape
-from engine.runner.int8 import quantize, watch
 from engine.runner.linear import join, prepare, twin
 
 
@@ -23,7 +22,6 @@ class EagerModel:
         model: it is not changed, and its weights are shared.
         joined: put joined products in place of its linear layers.
         deterministic: products of a fixed size, and attention one token at a time.
-        int8: watch what goes through the products, until `quantize`.
     """
 
     def __init__(
@@ -38,8 +36,7 @@ class EagerModel:
         self.options: dict[int, Options] = {}  # of each layer's attention, once a step has been through it
         self._page_size, self._deterministic = page_size, deterministic
         products = join(self.twin, deterministic) if joined else []
-        self._watched = watch(products) if int8 else {}
-        self.copied_bytes = 0 if int8 else prepare(products)
+        self.copied_bytes = prepare(products)
 
     def hold(self, pages: int) -> None:
         """Make room for the keys and values of so many pages, all of them zero, and one page to spare."""
@@ -57,10 +54,6 @@ class EagerModel:
         """Make pages zero again."""
         for store in self.stores:
             store.clear(pages)
-
-    def quantize(self) -> None:
-        """Turn the weights of the products that have been watched into int8."""
-        self.copied_bytes = quantize(self._watched)
 
     def logits(self, tokens: list[int], pieces: list[Piece], rows: list[int]) -> torch.Tensor:
         """Logits [R, V] of the tokens at `rows`, of a step of these pieces."""

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -26,19 +26,22 @@ from engine.runner.lean import is_lean
 from engine.sampler import Choice, sample
 from engine.scheduler import Step
 
+if TYPE_CHECKING:
+    from engine.cpu.model import LeanModel
+
 LOG = logging.getLogger(__name__)
 CHUNK = 256  # tokens of a text at a time
 CUTS = ((0, 8, 15, 23, 24), (0, 15, 16, 23, 24))  # where the proof at load cuts its requests; the first cut is short
-# How far logits of the packed model may lie from the model's own, relative to the largest: rounding, no more. In int8,
-# where each product has been compared with its integers besides, at most tokens: rounding may turn one of them over.
+# How far logits of the packed model may lie from the model's own, relative to the largest: rounding, no more. In int8
+# at most tokens: rounding may turn one of them over.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.int8: 1.5e-1}
 
 
 class PagedModel(Protocol):
     """What computes logits over pages of keys and values."""
 
-    copied_bytes: int
-
+    @property
+    def copied_bytes(self) -> int: ...
     @property
     def page_bytes(self) -> int: ...
     def hold(self, pages: int) -> None: ...
@@ -54,7 +57,7 @@ class PackedRunner(Runner):
         pool: the pages' accounting; the store is made to its size.
         deterministic: give each token bitwise the same logits whatever shares its step and however its prompt was
             cut. A compiled model does so anyway; others take fixed-size products, and attention one token at a time.
-        int8: quantize the linear layers of a float32 model, once they are proven in float32.
+        int8: round the weights of linear layers to int8, once they are proven in float32.
 
     Raises:
         InputError: for a model that cannot run packed, saying why; found out by running it.
@@ -77,21 +80,25 @@ class PackedRunner(Runner):
                 found_RTV = self._probe(packed, tokens, expected_TV)
             check_equal(model, "when packed", found_RTV, expected_TV, dtype)
 
-        lean = None if int8 else self._lean(model)
+        lean = self._lean(model)
         if lean is not None:
             try:
                 prove(lean)
-                return lean
             except InputError as error:
                 LOG.warning("%s: its layers look like Llama's but are not; they run as they are", error)
-        eager = EagerModel(model, self.pool.page_size, True, deterministic, int8)
-        prove(eager)
+                lean = None
+        if lean is None and int8:
+            raise InputError(f"dtype='int8' is for models built like Llama; {type(model).__name__} is not: use float32")
+        if lean is None:
+            eager = EagerModel(model, self.pool.page_size, True, deterministic)
+            prove(eager)
+            return eager
         if int8:
-            eager.quantize()
-            prove(eager, torch.int8)
-        return eager
+            lean.quantize()
+            prove(lean, torch.int8)
+        return lean
 
-    def _lean(self, model: PreTrainedModel) -> PagedModel | None:
+    def _lean(self, model: PreTrainedModel) -> LeanModel | None:
         """The compiled model, if this one has the parts for it."""
         plain = EagerModel(model, self.pool.page_size, joined=False)
         plain.hold(1)
