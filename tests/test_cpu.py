@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import threading
+import time
 from itertools import chain
 
 import numpy as np
@@ -17,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.attention.paged import Piece
-from engine.cpu import fast, tile
+from engine.cpu import fast, kept, tile
 from engine.cpu.attend import QUERIES
 from engine.cpu.fast import address
 from engine.cpu.model import LeanModel
@@ -129,7 +131,7 @@ def test_threads_meet_and_take_each_number_once(size):
 
 
 def test_what_one_thread_raises_is_raised_and_the_team_goes_on():
-    team, main = Team(3), threading.get_ident()
+    team = Team(3)
 
     def fail(index: int) -> None:
         if index == 2:
@@ -137,11 +139,48 @@ def test_what_one_thread_raises_is_raised_and_the_team_goes_on():
 
     with pytest.raises(ValueError, match="in a thread"):
         team.run(fail)
-    with pytest.raises(ZeroDivisionError):
-        team.run(lambda index: 1 // (threading.get_ident() - main))
     seen = []
     team.run(seen.append)
     assert sorted(seen) == [0, 1, 2]
+
+
+def test_an_interrupt_waits_for_every_thread_and_harms_no_later_job():
+    team, entered, seen = Team(2), threading.Semaphore(0), []
+
+    def slow(index: int) -> None:
+        entered.release()
+        time.sleep(0.2)
+        seen.append(index)
+
+    def interrupt() -> None:
+        entered.acquire()
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        team.run(slow)
+    thread.join()
+    assert sorted(seen) == [0, 1]
+    for _ in range(5):
+        seen.clear()
+        team.run(seen.append)
+        assert sorted(seen) == [0, 1]
+
+
+def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):
+    right = kept.numba.njit
+
+    def refuse(function, cache=False, **options):
+        if cache:
+            raise RuntimeError("no locator available")
+        return right(function, **options)
+
+    monkeypatch.setattr(kept.numba, "njit", refuse)
+    assert kept.kept(lambda x: x + 1)(2) == 3
+    assert "not kept (no locator available)" in caplog.text
 
 
 def lean(model, page: int = 16, pages: int = 200) -> LeanModel:

@@ -137,7 +137,7 @@ def _block(
             here, following = pages[table + page], pages[table + min(page + AHEAD, last)]
             ask = values + following * shape.kv_heads * page_bytes
             weights = address(scores_RP) + (page - begin) * filled * ITEM
-            for b in range(0, size // NARROW):
+            for b in range(size // NARROW):
                 ask = multiply_narrow(
                     rows, weights, row, values + here * shape.kv_heads * page_bytes + b * filled * NARROW * ITEM,
                     NARROW * ITEM, filled, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, 0, 0, 1, ask,

@@ -63,44 +63,52 @@ def meet(address, arrivals):
 class Team:
     """Threads that sleep until there is something to run.
 
-    Args:
-        size: how many, the caller's own included.
+    The caller is none of them: whatever interrupts it, all of them run a job to its end, or they would wait for each
+    other forever.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._one = threading.Lock()
-        self._job: Callable[[int], Any] = int
-        self._errors: list[BaseException] = []
-        self._starts = [threading.Semaphore(0) for _ in range(1, size)]
+        self._job: tuple[Callable[[int], Any], list[BaseException | None]] = (int, [])
+        self._starts = [threading.Semaphore(0) for _ in range(size)]
         self._ended = threading.Semaphore(0)
-        for index, start in enumerate(self._starts, 1):
+        for index, start in enumerate(self._starts):
             threading.Thread(target=self._work, args=(index, start), name=f"team-{index}", daemon=True).start()
 
     def run(self, job: Callable[[int], Any]) -> None:
-        """Call job(0) here and job(1), job(2), ... in the others, all at once; returns when all have.
+        """Call job(0), job(1), ..., each in a thread of its own, all at once; returns when all have.
 
         Raises what one of them raised.
         """
         with self._one:
-            self._job = job
-            for start in self._starts:
-                start.release()
-            try:
-                job(0)
-            finally:
-                for _ in self._starts:
-                    self._ended.acquire()
-            if self._errors:
-                raise self._errors.pop()
+            ended: list[BaseException | None] = []
+            self._job, interrupt = (job, ended), None
+            while len(ended) < self.size:
+                try:
+                    for start in self._starts:  # once more after an interrupt: who has begun takes no notice
+                        start.release()
+                    while len(ended) < self.size:
+                        self._ended.acquire()
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            for raised in (interrupt, *ended):
+                if raised is not None:
+                    raise raised
 
     def _work(self, index: int, start: threading.Semaphore) -> None:
+        last = None
         while True:
             start.acquire()
+            job, ended = self._job
+            if ended is last:
+                continue
+            last, raised = ended, None
             try:
-                self._job(index)
+                job(index)
             except BaseException as error:
-                self._errors.append(error)
+                raised = error
+            ended.append(raised)
             self._ended.release()
 
 
