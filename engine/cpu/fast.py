@@ -83,15 +83,12 @@ def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable
     """Makes a function that compiled code can call from one that writes it: (vectors, arguments) -> result or None."""
 
     def make(write: Callable[..., Any]) -> Any:
-        def types_and_code(typing, *given):
-            def call(context, builder, signature, args):
-                value = write(_Vectors(builder, count), *args)
-                return context.get_dummy_value() if value is None else value
+        def call(context, builder, signature, args):
+            value = write(_Vectors(builder, count), *args)
+            return context.get_dummy_value() if value is None else value
 
-            return result(*arguments), call
-
-        names = ", ".join(f"a{i}" for i in range(len(arguments)))
-        return intrinsic(eval(f"lambda typing, {names}: make(typing, {names})", {"make": types_and_code}))
+        made = result(*arguments), call
+        return intrinsic((lambda typing, a: made) if len(arguments) == 1 else (lambda typing, a, b: made))
 
     return make
 
