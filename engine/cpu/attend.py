@@ -15,13 +15,12 @@ from numba import njit
 
 from engine.cpu.fast import FAST, address, exp, largest, shrink, soften
 from engine.cpu.sync import take
-from engine.cpu.tile import NARROW, multiply_narrow
+from engine.cpu.tile import ITEM, NARROW, multiply_narrow
 
 AHEAD = 2  # pages: what is asked for while one is read
 SPAN = 64  # positions, in whole pages, that a softmax looks at together
 QUERIES = 48  # rows that go through a page together, at most, where a group has no more heads
 TURN, MANY = 8, 64  # so many tokens have their heads turned at once where there are many
-ITEM = 4
 
 
 class Heads(NamedTuple):

@@ -21,12 +21,11 @@ from engine.cpu.attend import Heads, attend, rotate
 from engine.cpu.fast import address, gelu, inverse_rms, silu
 from engine.cpu.kept import kept
 from engine.cpu.sync import meet, take
-from engine.cpu.tile import LANES, LINE, WIDE, multiply_int8, multiply_wide
+from engine.cpu.tile import ITEM, LANES, LINE, WIDE, multiply_int8, multiply_wide
 
 BLOCK = 64  # rows that go through a panel together: with DEPTH numbers of each, they stay in the second cache
 DEPTH = 768  # inner steps at a time
 PHASES = 6  # of a layer
-ITEM = 4  # bytes of a float32
 
 
 class Panels(NamedTuple):

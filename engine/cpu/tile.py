@@ -29,6 +29,7 @@ WIDE = VECTORS * LANES  # outputs of a tile of a weight
 NARROW = 16  # outputs of a tile of keys or values
 AT_ONCE = 2  # inner steps of a turn of the loop; for each turn, a line of what is read next is asked for a chain
 LINE = 64  # bytes that the memory gives at once
+ITEM = 4  # bytes of a float32
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
@@ -86,7 +87,7 @@ def _tile(rows: int, vectors: int, chains: int, number: ir.Type) -> Any:
             first = b.insert_element(ir.Constant(vec, ir.Undefined), load(address, _F32), _I32(0))
             return b.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
-        size_of = 4 if number is _F32 else 1
+        item = ITEM if number is _F32 else 1
         xs = [b.add(x, b.mul(x_row, _I64(r))) for r in range(rows)]
         b.branch(loop)
         b.position_at_end(loop)
@@ -98,7 +99,7 @@ def _tile(rows: int, vectors: int, chains: int, number: ir.Type) -> Any:
             phi.add_incoming(ir.Constant(vec, [0.0] * LANES), entry)
         sums, next_w = dict(begun), w_k
         for turn in range(AT_ONCE):
-            w_vs = [weight(b.add(next_w, _I64(size_of * LANES * v))) for v in range(vectors)]
+            w_vs = [weight(b.add(next_w, _I64(item * LANES * v))) for v in range(vectors)]
             for r in range(rows):
                 x_rk = spread(b.add(xs[r], b.mul(b.add(k, _I64(turn)), _I64(4))))
                 for v in range(vectors):
