@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.attention.paged import Piece
-from engine.cpu import fast, kept, tile
+from engine.cpu import compiled, fast, tile
 from engine.cpu.attend import QUERIES
 from engine.cpu.fast import address
 from engine.cpu.model import LeanModel
@@ -38,8 +38,8 @@ LEAN = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral")
 def wide(x_RM, w_MW, out_RW, scales_R, scaled, add):
     rows, size = x_RM.shape
     tile.multiply_wide(
-        rows, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW), 4 * out_RW.shape[1],
-        address(scales_R) if scaled else 0, 0, add, address(w_MW), address(w_MW),
+        rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW),
+        4 * out_RW.shape[1], address(scales_R) if scaled else 0, 0, add, address(w_MW), address(w_MW),
     )  # fmt: skip
 
 
@@ -47,8 +47,8 @@ def wide(x_RM, w_MW, out_RW, scales_R, scaled, add):
 def narrow(x_RM, w_MW, out_RW, scales_R, scaled, add):
     rows, size = x_RM.shape
     tile.multiply_narrow(
-        rows, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW), 4 * out_RW.shape[1],
-        address(scales_R) if scaled else 0, 0, add, 0, 0,
+        rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW),
+        4 * out_RW.shape[1], address(scales_R) if scaled else 0, 0, add, 0, 0,
     )  # fmt: skip
 
 
@@ -171,15 +171,15 @@ def test_an_interrupt_waits_for_every_thread_and_harms_no_later_job():
 
 
 def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):
-    right = kept.numba.njit
+    right = compiled.numba.njit
 
     def refuse(function, cache=False, **options):
         if cache:
             raise RuntimeError("no locator available")
         return right(function, **options)
 
-    monkeypatch.setattr(kept.numba, "njit", refuse)
-    assert kept.kept(lambda x: x + 1)(2) == 3
+    monkeypatch.setattr(compiled.numba, "njit", refuse)
+    assert compiled.whole(lambda x: x + 1)(2) == 3
     assert "not kept (no locator available)" in caplog.text
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from engine.cpu.compiled import part
 from engine.cpu.fast import FAST, address, exp, largest, shrink, soften
 from engine.cpu.sync import take
 from engine.cpu.tile import ITEM, NARROW, multiply_narrow
@@ -24,9 +24,8 @@ TURN, MANY = 8, 64  # so many tokens have their heads turned at once where there
 
 
 class Heads(NamedTuple):
-    """Room for the heads that S threads are at: a key, and R queries."""
+    """Room for the heads that S threads are at: R queries."""
 
-    key_SD: np.ndarray
     queries_SRD: np.ndarray
     scores_SRP: np.ndarray
     mixed_SRD: np.ndarray
@@ -34,9 +33,9 @@ class Heads(NamedTuple):
     totals_SR: np.ndarray
 
 
-@njit(error_model="numpy")
-def rotate(counter, qkv_TN, shape, head_norm_QD, plan, keys_XKDP, values_XKBPV, key_D):
-    """Turn the queries in place, and the keys on their way into their pages, where the values go too."""
+@part()
+def rotate(counter, qkv_TN, shape, head_norm_QD, plan, keys_XKDP, values_XKBPV):
+    """Turn queries and keys in place, and put keys and values into their pages."""
     rows, heads, kv_heads, size = len(plan.ids_T), shape.heads, shape.kv_heads, shape.head_dim
     group, at_once = heads // kv_heads, TURN if rows > MANY else 1
     units = (rows + at_once - 1) // at_once * kv_heads
@@ -44,25 +43,25 @@ def rotate(counter, qkv_TN, shape, head_norm_QD, plan, keys_XKDP, values_XKBPV, 
     while unit < units:
         block, kv_head = unit // kv_heads, unit % kv_heads
         for t in range(block * at_once, min(rows, (block + 1) * at_once)):
-            for h in range(kv_head * group, (kv_head + 1) * group):
-                _turn(qkv_TN, t, h, shape, head_norm_QD, plan.cos_TE, plan.sin_TE, qkv_TN[t], h * size)
-            _turn(qkv_TN, t, heads + kv_head, shape, head_norm_QD, plan.cos_TE, plan.sin_TE, key_D, 0)
+            for g in range(group + 1):
+                head = kv_head * group + g if g < group else heads + kv_head
+                _turn(qkv_TN, t, head, shape, head_norm_QD, plan.cos_TE, plan.sin_TE)
             while plan.begin_J[piece] > t:
                 piece -= 1
             while plan.begin_J[piece + 1] <= t:
                 piece += 1
             position = plan.computed_J[piece] + t - plan.begin_J[piece]
             page, at = plan.pages[plan.table_J[piece] + position // shape.page], position % shape.page
-            value = (heads + kv_heads + kv_head) * size
+            key, value = (heads + kv_head) * size, (heads + kv_heads + kv_head) * size
             for d in range(size):
-                keys_XKDP[page, kv_head, d, at] = key_D[d]
+                keys_XKDP[page, kv_head, d, at] = qkv_TN[t, key + d]
             for d in range(size):
                 values_XKBPV[page, kv_head, d // NARROW, at, d % NARROW] = qkv_TN[t, value + d]
         unit = take(counter)
 
 
-@njit(fastmath=FAST, error_model="numpy")
-def _turn(qkv_TN, t, head, shape, head_norm_QD, cos_TE, sin_TE, out_N, to):
+@part(fastmath=FAST)
+def _turn(qkv_TN, t, head, shape, head_norm_QD, cos_TE, sin_TE):
     """Norm a head where the model has norms, and turn it: dimensions i and i + E are a point of a plane."""
     size, half, begin = shape.head_dim, shape.head_dim // 2, head * shape.head_dim
     if len(head_norm_QD):
@@ -74,11 +73,11 @@ def _turn(qkv_TN, t, head, shape, head_norm_QD, cos_TE, sin_TE, out_N, to):
             qkv_TN[t, begin + d] *= scale * head_norm_QD[head, d]
     for e in range(half):
         a, b = qkv_TN[t, begin + e], qkv_TN[t, begin + half + e]
-        out_N[to + e] = a * cos_TE[t, e] - b * sin_TE[t, e]
-        out_N[to + half + e] = b * cos_TE[t, e] + a * sin_TE[t, e]
+        qkv_TN[t, begin + e] = a * cos_TE[t, e] - b * sin_TE[t, e]
+        qkv_TN[t, begin + half + e] = b * cos_TE[t, e] + a * sin_TE[t, e]
 
 
-@njit(error_model="numpy")
+@part()
 def attend(counter, qkv_TN, shape, plan, window, keys_XKDP, values_XKBPV, mixed_TN, thread, space):
     """Mix the values of each token's context, its own included."""
     group, kv_heads = shape.heads // shape.kv_heads, shape.kv_heads
@@ -101,13 +100,14 @@ def attend(counter, qkv_TN, shape, plan, window, keys_XKDP, values_XKBPV, mixed_
         unit = take(counter)
 
 
-@njit(error_model="numpy")
+@part()
 def _block(
     qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, keys_XKDP, values_XKBPV, mixed_TN,
     q_RD, scores_RP, mixed_RD, peak_R, total_R,
 ):  # fmt: skip
     """Tokens first, first + 1, ..., at `position` and after it, with the heads of one group."""
     size, filled, rows = shape.head_dim, keys_XKDP.shape[3], count * group
+    no, yes = np.int64(0), np.int64(1)  # a literal has a type of its own, and functions are compiled for each type
     page_bytes, row, at_once = size * filled * ITEM, scores_RP.shape[1] * ITEM, scores_RP.shape[1] // filled
     keys, values = address(keys_XKDP) + kv_head * page_bytes, address(values_XKBPV) + kv_head * page_bytes
     for t in range(count):
@@ -126,8 +126,8 @@ def _block(
             to = address(scores_RP) + (page - begin) * filled * ITEM
             for p in range(0, filled * ITEM, NARROW * ITEM):
                 ask = multiply_narrow(
-                    rows, address(q_RD), size * ITEM, keys + here * shape.kv_heads * page_bytes + p, filled * ITEM,
-                    size, to + p, row, 0, 0, 0, ask, ask + page_bytes,
+                    rows, keys_XKDP.dtype, address(q_RD), size * ITEM, keys + here * shape.kv_heads * page_bytes + p,
+                    filled * ITEM, size, to + p, row, no, no, no, ask, ask + page_bytes,
                 )  # fmt: skip
         for r in range(rows):
             own = position + r // group
@@ -138,9 +138,9 @@ def _block(
             weights = address(scores_RP) + (page - begin) * filled * ITEM
             for b in range(size // NARROW):
                 ask = multiply_narrow(
-                    rows, weights, row, values + here * shape.kv_heads * page_bytes + b * filled * NARROW * ITEM,
-                    NARROW * ITEM, filled, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, 0, 0, 1, ask,
-                    ask + page_bytes,
+                    rows, values_XKBPV.dtype, weights, row,
+                    values + here * shape.kv_heads * page_bytes + b * filled * NARROW * ITEM, NARROW * ITEM, filled,
+                    address(mixed_RD) + b * NARROW * ITEM, size * ITEM, no, no, yes, ask, ask + page_bytes,
                 )  # fmt: skip
         begin = end
     for t in range(count):
@@ -151,7 +151,7 @@ def _block(
                 mixed_TN[first + t, at + d] = mixed_RD[r, d] * share
 
 
-@njit(error_model="numpy")
+@part()
 def _softmax(scores_RP, r, first, end, filled, page_size, own, window, peak_R, total_R, mixed_RD):
     """Turn a row's scores of pages first to end into weights, 0 where it does not look; keep up what came before."""
     dim, peak = mixed_RD.shape[1], peak_R[r]

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
+from engine.cpu.compiled import part
 from engine.cpu.tile import LANES, NARROW, declared, intrinsic
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order, but no promise that there are no NaNs
@@ -142,7 +143,7 @@ def _gate(v: _Vectors, gate: ir.Value, up: ir.Value, of: Callable[[ir.Value], ir
     v.store(v.b.fmul(v.b.fdiv(x, below), v.load(up)), gate)
 
 
-@njit(fastmath=FAST, error_model="numpy")
+@part(fastmath=FAST)
 def inverse_rms(x_TM, begin, end, size, eps, out_T):
     """What an RMS norm multiplies rows by, 1 / sqrt(mean(x^2) + eps), from out_T[0] on."""
     for t in range(begin, end):

@@ -96,7 +96,6 @@ class LeanModel:
         self._team, size = team(threads), self.shape.head_dim
         rows = max(QUERIES, self.shape.heads // self.shape.kv_heads)
         self._heads = Heads(
-            key_SD=_room(threads, size),
             queries_SRD=_room(threads, rows, size),
             scores_SRP=_room(threads, rows, max(SPAN // self._filled_page, 1) * self._filled_page),
             mixed_SRD=_room(threads, rows, size),

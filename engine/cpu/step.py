@@ -15,13 +15,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from engine.cpu.attend import Heads, attend, rotate
+from engine.cpu.compiled import part, whole
 from engine.cpu.fast import address, gelu, inverse_rms, silu
-from engine.cpu.kept import kept
 from engine.cpu.sync import meet, take
-from engine.cpu.tile import ITEM, LANES, LINE, WIDE, multiply_int8, multiply_wide
+from engine.cpu.tile import ITEM, LANES, LINE, WIDE, multiply_wide
 
 BLOCK = 64  # rows that go through a panel together: with DEPTH numbers of each, they stay in the second cache
 DEPTH = 768  # inner steps at a time
@@ -97,7 +96,7 @@ class Space(NamedTuple):
     heads: Heads
 
 
-@njit(error_model="numpy")
+@part()
 def _panel(rows, x, x_row, size, panels_CMW, scales_CW, panel, out, out_row, row_scales, add, following):
     """out [rows, WIDE] (+)= row_scales * x [rows, size] by one panel; asks for the `following` one meanwhile."""
     item, scales = panels_CMW.itemsize, address(scales_CW) + panel * WIDE * ITEM if len(scales_CW) else 0
@@ -105,18 +104,13 @@ def _panel(rows, x, x_row, size, panels_CMW, scales_CW, panel, out, out_row, row
     w, ahead = address(panels_CMW) + panel * length, address(panels_CMW) + following * length
     end = ahead + length
     for k in range(0, size, DEPTH):
-        x_k, w_k, count, more = x + k * ITEM, w + k * WIDE * item, min(DEPTH, size - k), 1 if add or k > 0 else 0
-        if item == 1:
-            ahead = multiply_int8(
-                rows, x_k, x_row, w_k, WIDE, count, out, out_row, row_scales, scales, more, ahead, end
-            )  # fmt: skip
-        else:
-            ahead = multiply_wide(
-                rows, x_k, x_row, w_k, WIDE * ITEM, count, out, out_row, row_scales, scales, more, ahead, end
-            )  # fmt: skip
+        ahead = multiply_wide(
+            rows, panels_CMW.dtype, x + k * ITEM, x_row, w + k * WIDE * item, WIDE * item, min(DEPTH, size - k), out,
+            out_row, row_scales, scales, 1 if add or k > 0 else 0, ahead, end,
+        )  # fmt: skip
 
 
-@njit(error_model="numpy")
+@part()
 def _product(counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TN, bias_N, norms_T):
     """out = norm(x) by panels + bias, for the first `rows` of x; out += x by panels + bias where eps < 0."""
     panels, x_row, out_row = len(panels_CMW), x_TM.shape[1] * ITEM, out_TN.shape[1] * ITEM
@@ -142,7 +136,7 @@ def _product(counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TN, bias
         unit = following
 
 
-@njit(error_model="numpy")
+@part()
 def _gated(counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TF, bias_N, with_gelu, norms_T, both_2TW):
     """out = activation(norm(x) by gates) * (norm(x) by values), for the first `rows` of x."""
     pairs, x_row, row = len(panels_CMW) // 2, x_TM.shape[1] * ITEM, WIDE * ITEM
@@ -179,12 +173,12 @@ def _gated(counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TF, bias_N
         unit = following
 
 
-@njit
+@part()
 def _of(panels, bias_LN, layer):
     return panels.numbers[layer], panels.scales_LCW[layer], bias_LN[layer]
 
 
-@kept
+@whole
 def step(thread, threads, weights, shape, plan, keys_LXKDP, values_LXKBPV, space):
     """Compute a step: what thread `thread` of so many does. `space.counts` is all zero before.
 
@@ -204,8 +198,7 @@ def step(thread, threads, weights, shape, plan, keys_LXKDP, values_LXKBPV, space
         panels_CMW, scales_CW, bias_N = _of(weights.qkv, weights.qkv_bias_LN, layer)
         _product(counter, rows, x_TM, width, shape.eps, panels_CMW, scales_CW, qkv_TN, bias_N, norms_T)
         met = meet(arrivals, met + threads)
-        head_norm_QD, key_D = weights.head_norm_LQD[layer], space.heads.key_SD[thread]
-        rotate(counter + 8, qkv_TN, shape, head_norm_QD, plan, keys_XKDP, values_XKBPV, key_D)
+        rotate(counter + 8, qkv_TN, shape, weights.head_norm_LQD[layer], plan, keys_XKDP, values_XKBPV)
         met = meet(arrivals, met + threads)
         window = plan.windows_L[layer]
         attend(

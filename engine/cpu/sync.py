@@ -15,8 +15,9 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
+from engine.cpu.compiled import part
 from engine.cpu.tile import INTEL, declared, intrinsic
 
 PATIENCE = 4000  # looks at what others do before the processor is offered to whoever else wants it
@@ -48,7 +49,7 @@ def look(typing, address):
     return types.int64(types.int64), call
 
 
-@njit(error_model="numpy")
+@part()
 def meet(address, arrivals):
     """Come back when the number at `address` has been taken so often, this once included; gives that."""
     take(address)

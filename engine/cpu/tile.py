@@ -15,7 +15,9 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import extending, types
+
+from engine.cpu.compiled import part
 
 intrinsic: Any = extending.intrinsic  # its type does not say that what it makes lacks the first argument
 FEATURES = llvmlite.binding.get_host_cpu_features()
@@ -34,33 +36,33 @@ ITEM = 4  # bytes of a float32
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
-def _tile(rows: int, vectors: int, chains: int, number: ir.Type) -> Any:
-    """A function of addresses: (x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead) -> none.
+def _tile(rows: int, vectors: int, chains: int) -> Any:
+    """A function: (kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead) -> none.
 
     out[r, :] = (out[r, :] if add) + row_scales[r] * scales[:] * sum over k < size of x[r, k] * w[k, :], without those
-    whose address is 0. w holds numbers of a kind, all else is float32. Rows are so many bytes apart; size is even.
-    Meanwhile asks for what lies from `ahead` on. There is one chain of each sum, or another for every second k: few
-    sums by themselves would wait for each other.
+    whose address is 0. `kind` is the dtype of w, float32 or int8; all else is float32, given by address. Rows are so
+    many bytes apart; size is even. Meanwhile asks for what lies from `ahead` on. There is one chain of each sum, or
+    another for every second k: few sums by themselves would wait for each other.
     """
     vec = ir.VectorType(_F32, LANES)
-    name = f"tile_{rows}_{vectors}_{chains}_{number}"
-    kind = ir.FunctionType(ir.VoidType(), [_I64] * 11)
 
     @intrinsic
-    def tile(typing, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead):
+    def tile(typing, kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead):
         def call(context, builder, signature, args):
+            number = _F32 if kind.dtype is types.float32 else ir.IntType(8)
+            name = f"tile_{rows}_{vectors}_{chains}_{number}"
             fresh = name not in builder.module.globals
-            function = declared(builder.module, name, kind)
+            function = declared(builder.module, name, ir.FunctionType(ir.VoidType(), [_I64] * 11))
             if fresh:
                 function.linkage = "internal"
                 function.attributes.add("noinline")
-                body(function)
-            builder.call(function, args)
+                body(function, number)
+            builder.call(function, args[1:])
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 11), call
+        return types.void(kind, *[types.int64] * 11), call
 
-    def body(function: ir.Function) -> None:
+    def body(function: ir.Function, number: ir.Type) -> None:
         x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead = function.args
         entry, loop, done = map(function.append_basic_block, ("entry", "loop", "done"))
         b, wanted = ir.IRBuilder(entry), [(r, v) for r in range(rows) for v in range(vectors)]
@@ -151,32 +153,32 @@ def declared(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function
     return module.globals[name] if name in module.globals else ir.Function(module, kind, name)
 
 
-def _by_rows(most: int, vectors: int, chains: int, number: ir.Type = _F32) -> Any:
+def _by_rows(most: int, vectors: int, chains: int) -> Any:
     """A function of (rows, the arguments of a tile but the last, ahead, end) -> ahead: tiles of at most so many rows.
 
     Each goes on asking from where the one before it stopped, until `end`.
     """
-    full, four, three, two, one = (_tile(rows, vectors, chains, number) for rows in (most, 4, 3, 2, 1))
+    full, four, three, two, one = (_tile(rows, vectors, chains) for rows in (most, 4, 3, 2, 1))
 
-    @njit
-    def multiply(rows, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead, end):
+    @part()
+    def multiply(rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead, end):
         left, asked, scaled = rows, size // AT_ONCE * chains * LINE, 4 if row_scales != 0 else 0
         while left > 0:
             line = ahead if ahead < end else w  # what is there already costs nothing
             if left >= most:
-                full(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
+                full(kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = most
             elif left >= 4:
-                four(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
+                four(kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = 4
             elif left == 3:
-                three(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
+                three(kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = 3
             elif left == 2:
-                two(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
+                two(kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = 2
             else:
-                one(x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
+                one(kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line)
                 did = 1
             x, out, row_scales = x + did * x_row, out + did * out_row, row_scales + did * scaled
             left, ahead = left - did, ahead + asked
@@ -185,5 +187,5 @@ def _by_rows(most: int, vectors: int, chains: int, number: ir.Type = _F32) -> An
     return multiply
 
 
-multiply_wide, multiply_int8 = _by_rows(ROWS, VECTORS, 1), _by_rows(ROWS, VECTORS, 1, ir.IntType(8))
+multiply_wide = _by_rows(ROWS, VECTORS, 1)
 multiply_narrow = _by_rows(3 if LANES < NARROW else ROWS, NARROW // LANES, 2)

@@ -1,4 +1,4 @@
-"""Compiled functions that a later start loads from the cache folder."""
+"""How functions are compiled: the whole of them once, and a later start loads it from the cache folder."""
 
 from __future__ import annotations
 
@@ -9,13 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import compiler
 
 from engine.machine import cache_dir
 
 LOG = logging.getLogger(__name__)
+CONFIG: Any = numba.config
 
 
-def kept(function: Callable[..., Any]) -> Any:
+class _Plainly(compiler.Compiler):
+    """Numba's compiler, less LLVM's optimisation."""
+
+    def compile_extra(self, func: Any) -> Any:
+        before, CONFIG.OPT = CONFIG.OPT, type(CONFIG.OPT)(0)
+        try:
+            return super().compile_extra(func)
+        finally:
+            CONFIG.OPT = before
+
+
+def part(**options: Any) -> Any:
+    """Decorates a function that only compiled ones call.
+
+    Whoever calls it takes in its code and optimises all of it, so that doing so here was a third of the wait.
+    """
+    return numba.njit(error_model="numpy", pipeline_class=_Plainly, **options)
+
+
+def whole(function: Callable[..., Any]) -> Any:
     """The function compiled when it is called, without the interpreter's lock; kept for its source and processor.
 
     Numba tells by a function's own file whether what it has kept is still right, so the folder is named after all of
@@ -26,12 +47,11 @@ def kept(function: Callable[..., Any]) -> Any:
     folder = cache_dir() / f"numba-{digest}"
     if not folder.exists():
         LOG.warning("compiling for this machine, once: a quarter of a minute")
-    config: Any = numba.config
-    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+    before, CONFIG.CACHE_DIR = CONFIG.CACHE_DIR, str(folder)
     try:  # where a function is kept is settled when it is decorated
         return numba.njit(function, nogil=True, cache=True, error_model="numpy")
     except RuntimeError as error:
         LOG.warning("what is compiled is not kept (%s)", error)
         return numba.njit(function, nogil=True, error_model="numpy")
     finally:
-        config.CACHE_DIR = before
+        CONFIG.CACHE_DIR = before
