@@ -23,9 +23,8 @@ from engine.engine import Engine
 from engine.errors import InputError, check
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel
-from engine.request import FinishReason, Request, RequestOutput, SamplingParams
+from engine.request import Choice, FinishReason, Request, RequestOutput, SamplingParams
 from engine.runner import StepResult
-from engine.sampler import Choice
 from engine.workload import WorkItem, Workload
 
 

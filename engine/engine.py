@@ -26,11 +26,10 @@ from engine.memory import kv_memory, out_of_memory
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel, kv_bytes_per_token, load, positions
 from engine.pages import PagePool, RowPool
-from engine.request import FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
+from engine.request import Choice, FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Runner, Ticket
 from engine.runner.graphs import packed_runner
 from engine.runner.padded import PaddedRunner
-from engine.sampler import Choice
 from engine.scheduler import Scheduler, Step
 from engine.text import TextStream, decode
 from engine.workload import WorkItem

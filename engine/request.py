@@ -83,6 +83,15 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """A request's next token; or None and the reason why it has none."""
+
+    token: int | None
+    error: str | None = None
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What a request gave. `text` is None without a tokenizer; `error` says why, where the reason is "error"."""
 

@@ -1,5 +1,7 @@
 """Logits to tokens, on the logits' device, each row by its own request's parameters.
 
+On a CPU a row at a time (`engine.cpu.choose`), on a device all rows at once.
+
 R rows (requests), V vocabulary. A row's token depends on that row and its request alone: its draw is a counter-based
 random number keyed by (seed, output position), so neither batch-mates nor preemption can change it.
 """
@@ -8,25 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from engine.request import Request, TokenLogprob
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A row's next token; or None and the reason why it has none."""
-
-    token: int | None
-    error: str | None = None
-    logprob: TokenLogprob | None = None
+from engine.cpu.choose import choose, uniform
+from engine.request import Choice, Request, TokenLogprob
 
 
 def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]:
-    """Choose the next token of each request, with one transfer to the host (and one for each that wants logprobs).
+    """Choose the next token of each request.
 
     Args:
         logits_RV: the model's logits at each request's last token, any float dtype, [R, V]. Not modified.
@@ -36,10 +28,19 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]
         One choice a row. A row with a NaN, or whose largest logit is infinite, gets an error and no token; its
         neighbours are not affected.
     """
+    if logits_RV.device.type != "cpu":
+        return sample_together(logits_RV, requests)
+    if logits_RV.dtype in (torch.float16, torch.bfloat16):
+        logits_RV = logits_RV.float()
+    return [choose(logits_V, request) for logits_V, request in zip(logits_RV.numpy(), requests, strict=True)]
+
+
+def sample_together(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]:
+    """As `sample`, with one transfer to the host, and one for each that wants logprobs."""
     scores_RV = _penalised(logits_RV, requests)
-    peak_R, tokens_R = _largest(scores_RV)
+    peak_R, tokens_R = scores_RV.max(-1)
     if scores_RV is not logits_RV:
-        peak_R, _ = _largest(logits_RV)  # NaN counts as the largest, so the peak tells whether a row is sound
+        peak_R = logits_RV.amax(-1)  # NaN counts as the largest, so the peak tells whether a row is sound
     draws = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     if draws:
         rows = torch.tensor(draws, device=logits_RV.device)
@@ -51,18 +52,6 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]
         else Choice(None, error="the model gave logits that are NaN or infinite")
         for row, token in enumerate(tokens)
     ]
-
-
-def _largest(scores_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `max(-1)`: the largest scores and their tokens; a NaN counts as the largest.
-
-    On a CPU by numpy, whose one thread looks at a vector at a time, and leaves none behind that spins for a while as
-    torch's do.
-    """
-    if scores_RV.device.type != "cpu" or scores_RV.dtype in (torch.bfloat16, torch.float16):
-        return tuple(scores_RV.max(-1))  # type: ignore[return-value]
-    tokens_R = torch.from_numpy(scores_RV.numpy().argmax(-1))
-    return scores_RV.gather(1, tokens_R[:, None])[:, 0], tokens_R
 
 
 def _penalised(logits_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -106,14 +95,9 @@ def _draw(scores_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
             before_V[0] = 0.0
             scores_V[scores_V < ranked_V[before_V < p.top_p].amin()] = -torch.inf
     cdf_RV = scores_RV.softmax(-1).cumsum(-1)
-    uniform_R1 = column([_uniform(request.seed, request.output_len) for request in requests])
+    uniform_R1 = column([uniform(request.seed, request.output_len) for request in requests])
     tokens_R1 = torch.searchsorted(cdf_RV, uniform_R1 * cdf_RV[:, -1:], right=True)
     return tokens_R1.squeeze(1).clamp_(max=scores_RV.shape[1] - 1)
-
-
-def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that is a pure function of its arguments (Philox; Salmon et al., 2011)."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
 def _logprob(logits_V: torch.Tensor, token: int, alternatives: int | None) -> TokenLogprob | None:

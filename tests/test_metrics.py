@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from engine.metrics import KEPT_RECORDS, LATENCIES, Counters, EngineMetrics, RequestMetrics
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import Choice, FinishReason, Request, SamplingParams
 from engine.runner import StepResult
-from engine.sampler import Choice
 
 
 def record(

@@ -19,12 +19,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.request import Request, SamplingParams
-from engine.sampler import Choice, sample
+from engine import sampler
+from engine.request import Choice, Request, SamplingParams
 
 V = 24
 DRAWS = 2000
+sample = sampler.sample
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(scope="module", autouse=True, params=["sample", "sample_together"])
+def either_way(request):
+    """All of these hold a row at a time, as on a CPU, and all rows at once, as on a device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.sample", getattr(sampler, request.param))
+        yield
 
 
 def request(*, seed: int = 5, tokens: tuple[int, ...] = (1, 2), prompt_len: int = 2, **params) -> Request:

@@ -11,7 +11,7 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from engine.sampler import Choice
+    from engine.request import Choice
     from engine.scheduler import Step
 
 

@@ -33,14 +33,14 @@ from engine.attention.paged import Options
 from engine.errors import InputError
 from engine.models import kv_shape, positions, ropes
 from engine.pages import PagePool
-from engine.request import Request
+from engine.request import Choice, Request
 from engine.runner import Done, Runner, StepResult, Ticket
 from engine.runner.eager import packed_twin
 from engine.runner.fused_layer import fuse
 from engine.runner.linear import join, prepare
 from engine.runner.packed import PackedRunner, check_equal, probe, refuse_unpackable
 from engine.runner.replay import NOBODY, Graphs, Laid, Sizes, upload
-from engine.sampler import Choice, sample
+from engine.sampler import sample
 from engine.scheduler import Step
 
 LOG = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from engine.attention.paged import Piece
 from engine.errors import InputError
 from engine.pages import PagePool
-from engine.request import Request
+from engine.request import Choice, Request
 from engine.runner import Runner, StepResult, refuse_unknown_cache
 from engine.runner.eager import EagerModel
 from engine.runner.lean import is_lean
-from engine.sampler import Choice, sample
+from engine.sampler import sample
 from engine.scheduler import Step
 
 if TYPE_CHECKING:
