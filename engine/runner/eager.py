@@ -25,12 +25,7 @@ class EagerModel:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        page_size: int,
-        joined: bool = True,
-        deterministic: bool = False,
-        int8: bool = False,
+        self, model: PreTrainedModel, page_size: int, joined: bool = True, deterministic: bool = False
     ) -> None:
         self.twin = packed_twin(model)
         self.options: dict[int, Options] = {}  # of each layer's attention, once a step has been through it
