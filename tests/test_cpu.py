@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import subprocess
+import sys
 import threading
 import time
 from itertools import chain
@@ -24,7 +26,7 @@ from engine.cpu.attend import QUERIES
 from engine.cpu.fast import address
 from engine.cpu.model import LeanModel
 from engine.cpu.step import BLOCK, DEPTH
-from engine.cpu.sync import Team, meet, take
+from engine.cpu.sync import Team, lead, meet, take
 from engine.models import LoadedModel, load
 from engine.pages import PagePool
 from engine.runner.eager import EagerModel
@@ -109,8 +111,9 @@ def test_functions_of_vectors_are_right_to_the_last_places():
 
 
 @njit(nogil=True)
-def count_up(index, size, counts, taken, rounds):
+def count_up(index, size, start, counts, taken, rounds):
     """Threads that meet after each round find all that the others have done."""
+    lead(index, start)
     found = True
     for turn in range(rounds):
         taken[index, take(address(counts) + 8)] += 1
@@ -120,54 +123,67 @@ def count_up(index, size, counts, taken, rounds):
     return found
 
 
+def counted(team: Team, rounds: int = 200, before=lambda index: None) -> list[bool]:
+    """What each thread of a job says, which takes each number once."""
+    counts, taken, found = np.zeros(2, np.int64), np.zeros((team.size, team.size * rounds), np.int64), []
+
+    def job(index: int) -> None:
+        before(index)
+        found.append(count_up(index, team.size, team.start, counts, taken, rounds))
+
+    team.run(job)
+    while len(found) < team.size:  # a thread has left the job, but may not have said so
+        time.sleep(0.001)
+    assert (taken.sum(0) == 1).all()
+    return found
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_threads_meet_and_take_each_number_once(size):
-    team, rounds, found = Team(size), 200, []
-    for _ in range(3):
-        counts, taken = np.zeros(2, np.int64), np.zeros((size, size * rounds), np.int64)
-        team.run(lambda index, counts=counts, taken=taken: found.append(count_up(index, size, counts, taken, rounds)))
-        assert (taken.sum(0) == 1).all()
-    assert found == [True] * 3 * size
+    team = Team(size)
+    for pause in (0, 0, 0.1, 0):  # awake and asleep
+        time.sleep(pause)
+        assert counted(team) == [True] * size
 
 
-def test_what_one_thread_raises_is_raised_and_the_team_goes_on():
+def test_what_the_caller_raises_is_raised_and_the_team_goes_on():
     team = Team(3)
 
     def fail(index: int) -> None:
-        if index == 2:
-            raise ValueError("in a thread")
+        raise ValueError(f"in thread {index}")
 
-    with pytest.raises(ValueError, match="in a thread"):
+    with pytest.raises(ValueError, match="in thread 0"):
         team.run(fail)
-    seen = []
-    team.run(seen.append)
-    assert sorted(seen) == [0, 1, 2]
+    assert counted(team) == [True] * 3
 
 
-def test_an_interrupt_waits_for_every_thread_and_harms_no_later_job():
-    team, entered, seen = Team(2), threading.Semaphore(0), []
+def test_others_wait_for_a_caller_that_takes_its_time():
+    """As it does when it compiles."""
+    assert counted(Team(3), before=lambda index: time.sleep(0 if index else 0.3)) == [True] * 3
 
-    def slow(index: int) -> None:
-        entered.release()
-        time.sleep(0.2)
-        seen.append(index)
 
-    def interrupt() -> None:
-        entered.acquire()
-        for _ in range(3):
-            signal.raise_signal(signal.SIGINT)
-            time.sleep(0.02)
+def test_a_thread_that_fails_ends_the_process_rather_than_have_others_wait_forever():
+    code = """
+from tests.test_cpu import Team, counted
+counted(Team(2), before=lambda index: [][index - 1] if index else None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "IndexError" in done.stderr
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        team.run(slow)
-    thread.join()
-    assert sorted(seen) == [0, 1]
-    for _ in range(5):
-        seen.clear()
-        team.run(seen.append)
-        assert sorted(seen) == [0, 1]
+
+def test_an_interrupt_waits_for_the_job_and_harms_no_later_one():
+    team = Team(2)
+
+    def forever() -> None:
+        while True:
+            counted(team, 2000)
+
+    for hurry in range(20):  # before a job begins, while it runs, or when it has ended
+        threading.Timer(0.05 + hurry * 1e-3, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            forever()
+        assert counted(team) == [True] * 2
 
 
 def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):

@@ -17,13 +17,14 @@ BLOCK = 256  # weights that a draw passes over at once
 
 def choose(logits_V: np.ndarray, request: Request) -> Choice:
     """The next token of a request, by its parameters, from float32 or float64 logits, which are not modified."""
-    peak = logits_V[logits_V.argmax()]  # NaN counts as the largest
+    token = int(logits_V.argmax())  # NaN counts as the largest
+    peak = logits_V[token]
     if not np.isfinite(peak):
         return Choice(None, error="the model gave logits that are NaN or infinite")
     params, scores_V = request.params, _penalised(logits_V, request)
     if params.temperature > 0:
         token = _draw(scores_V, params, uniform(request.seed, request.output_len))
-    else:
+    elif scores_V is not logits_V:
         token = int(scores_V.argmax())
     return Choice(token, logprob=_logprob(logits_V, peak, token, params.logprobs))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,8 @@ def part(**options: Any) -> Any:
 
 
 def whole(function: Callable[..., Any]) -> Any:
-    """The function compiled when it is called, without the interpreter's lock; kept for its source and processor.
-
-    Numba tells by a function's own file whether what it has kept is still right, so the folder is named after all of
-    the files that go into it. The first time takes a moment, and says so.
-    """
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-    folder = cache_dir() / f"numba-{digest}"
-    if not folder.exists():
-        LOG.warning("compiling for this machine, once: a quarter of a minute")
-    before, CONFIG.CACHE_DIR = CONFIG.CACHE_DIR, str(folder)
+    """The function compiled when it is called, without the interpreter's lock; kept for its source and processor."""
+    before, CONFIG.CACHE_DIR = CONFIG.CACHE_DIR, str(_folder())
     try:  # where a function is kept is settled when it is decorated
         return numba.njit(function, nogil=True, cache=True, error_model="numpy")
     except RuntimeError as error:
@@ -55,3 +47,18 @@ def whole(function: Callable[..., Any]) -> Any:
         return numba.njit(function, nogil=True, error_model="numpy")
     finally:
         CONFIG.CACHE_DIR = before
+
+
+@cache
+def _folder() -> Path:
+    """Where compiled functions are kept; says so if there are none yet, for that takes a moment.
+
+    Numba tells by a function's own file whether what it has kept is still right, so the folder is named after all of
+    the files that go into it.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    folder = cache_dir() / f"numba-{digest}"
+    if not folder.exists():
+        LOG.warning("compiling for this machine, once: a quarter of a minute")
+    return folder

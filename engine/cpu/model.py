@@ -152,7 +152,7 @@ class LeanModel:
             wanted_R=np.array(rows, np.int64),
             windows_L=self._windows_L,
         )
-        size, logits_RV = self._team.size, torch.empty(len(rows), _filled(self.vocabulary))
+        size, start, logits_RV = self._team.size, self._team.start, torch.empty(len(rows), _filled(self.vocabulary))
         space = Space(
             x_TM=_room(count, _filled(shape.width)),
             qkv_TN=_room(count, _filled((shape.heads + 2 * shape.kv_heads) * shape.head_dim)),
@@ -165,7 +165,7 @@ class LeanModel:
             heads=self._heads,
         )
         keys, values = self.keys_LXKDP, self.values_LXKBPV
-        self._team.run(lambda i: step(i, size, self.weights, shape, plan, keys, values, space))
+        self._team.run(lambda i: step(i, size, start, self.weights, shape, plan, keys, values, space))
         return logits_RV[:, : self.vocabulary]
 
     def _turns(self, positions_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

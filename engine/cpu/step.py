@@ -19,7 +19,7 @@ import numpy as np
 from engine.cpu.attend import Heads, attend, rotate
 from engine.cpu.compiled import part, whole
 from engine.cpu.fast import address, gelu, inverse_rms, silu
-from engine.cpu.sync import meet, take
+from engine.cpu.sync import lead, meet, take
 from engine.cpu.tile import ITEM, LANES, LINE, WIDE, multiply_wide
 
 BLOCK = 64  # rows that go through a panel together: with DEPTH numbers of each, they stay in the second cache
@@ -179,11 +179,12 @@ def _of(panels, bias_LN, layer):
 
 
 @whole
-def step(thread, threads, weights, shape, plan, keys_LXKDP, values_LXKBPV, space):
-    """Compute a step: what thread `thread` of so many does. `space.counts` is all zero before.
+def step(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXKBPV, space):
+    """Compute a step: what thread `thread` of a team does, with its `start`. `space.counts` is all zero before.
 
     Writes the step's keys and values into their pages, and the logits of the wanted tokens.
     """
+    lead(thread, start)
     x_TM, qkv_TN, mixed_TN, inner_TF = space.x_TM, space.qkv_TN, space.mixed_TN, space.inner_TF
     width, rows, wanted_R = shape.width, len(plan.ids_T), plan.wanted_R
     norms_T, both_2TW = space.norms_ST[thread], space.both_S2TW[thread]
@@ -230,3 +231,4 @@ def step(thread, threads, weights, shape, plan, keys_LXKDP, values_LXKBPV, space
         counter += 8 * PHASES
     panels_CMW, scales_CW, bias_N = _of(weights.head, weights.head_bias_LV, 0)
     _product(counter, rows, x_TM, width, shape.last_eps, panels_CMW, scales_CW, space.logits_RV, bias_N, norms_T)
+    meet(arrivals, met + threads)

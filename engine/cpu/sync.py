@@ -1,7 +1,8 @@
 """Threads that run one compiled function side by side, and meet in it.
 
 A step of a model is one call that all threads make. Between its phases they wait for each other, spinning, for a phase
-takes microseconds; what there is to do in a phase is numbered, and each thread takes the next number.
+takes microseconds; what there is to do in a phase is numbered, and each thread takes the next number. Between steps
+they spin on for some milliseconds: to wake a thread that sleeps takes a tenth of one.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -10,17 +11,20 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
-from engine.cpu.compiled import part
+from engine.cpu.compiled import part, whole
 from engine.cpu.tile import INTEL, declared, intrinsic
 
 PATIENCE = 4000  # looks at what others do before the processor is offered to whoever else wants it
+AWAKE = 10_000  # looks at whether there is something to do before a thread goes to sleep
 PAUSE = "llvm.x86.sse2.pause" if INTEL else ""
 _I64 = ir.IntType(64)
 _give_way = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
@@ -61,56 +65,71 @@ def meet(address, arrivals):
     return arrivals
 
 
-class Team:
-    """Threads that sleep until there is something to run.
+@part()
+def lead(thread, start):
+    """What a job does first: the first thread tells the others, by the number at `start`, that they may begin too."""
+    if thread == 0:
+        take(start)
 
-    The caller is none of them: whatever interrupts it, all of them run a job to its end, or they would wait for each
-    other forever.
+
+@whole
+def _changed(address, before, looks):
+    """The number at an address, when it is not what it was before or has been looked at so often."""
+    looked = 0
+    while look(address) == before and looked < looks:
+        looked += 1
+        if looked > PATIENCE:
+            _give_way()
+    return look(address)
+
+
+class Team:
+    """The calling thread and `size` - 1 others, which run compiled jobs together.
+
+    The others begin when the caller is in compiled code, and it leaves that when they are through: so an interrupt
+    finds a job not begun or ended, and no thread waits for one that does not come.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._one = threading.Lock()
-        self._job: tuple[Callable[[int], Any], list[BaseException | None]] = (int, [])
-        self._starts = [threading.Semaphore(0) for _ in range(size)]
-        self._ended = threading.Semaphore(0)
-        for index, start in enumerate(self._starts):
-            threading.Thread(target=self._work, args=(index, start), name=f"team-{index}", daemon=True).start()
+        self._started = np.zeros(1, np.int64)  # jobs
+        self.start = self._started.ctypes.data
+        self._job: Callable[[int], Any] = int
+        self._wanted = False
+        self._awake = [threading.Event() for _ in range(1, size)]
+        for index, awake in enumerate(self._awake, 1):
+            threading.Thread(target=self._work, args=(index, awake), name=f"team-{index}", daemon=True).start()
 
     def run(self, job: Callable[[int], Any]) -> None:
-        """Call job(0), job(1), ..., each in a thread of its own, all at once; returns when all have.
+        """Call job(0) here and job(1), job(2), ... in the other threads.
 
-        Raises what one of them raised.
+        It has to call one compiled function, without the interpreter's lock, that begins with `lead(index,
+        team.start)` and ends with a `meet` of all threads.
         """
         with self._one:
-            ended: list[BaseException | None] = []
-            self._job, interrupt = (job, ended), None
-            while len(ended) < self.size:
-                try:
-                    for start in self._starts:  # once more after an interrupt: who has begun takes no notice
-                        start.release()
-                    while len(ended) < self.size:
-                        self._ended.acquire()
-                except KeyboardInterrupt as error:
-                    interrupt = error
-            for raised in (interrupt, *ended):
-                if raised is not None:
-                    raise raised
-
-    def _work(self, index: int, start: threading.Semaphore) -> None:
-        last = None
-        while True:
-            start.acquire()
-            job, ended = self._job
-            if ended is last:
-                continue
-            last, raised = ended, None
             try:
-                job(index)
-            except BaseException as error:
-                raised = error
-            ended.append(raised)
-            self._ended.release()
+                self._job, self._wanted = job, True
+                for awake in self._awake:
+                    awake.set()
+                job(0)
+            finally:
+                self._wanted = False
+
+    def _work(self, index: int, awake: threading.Event) -> None:
+        seen = 0
+        while True:
+            started = _changed(self.start, seen, AWAKE)
+            if started != seen:
+                seen = started
+                try:
+                    self._job(index)
+                except BaseException:  # the others wait for this thread forever
+                    traceback.print_exc()
+                    os.abort()
+            elif not self._wanted:
+                awake.wait()
+                awake.clear()
 
 
 @cache
