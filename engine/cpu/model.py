@@ -20,6 +20,7 @@ from engine.cpu.attend import QUERIES, SPAN, Heads
 from engine.cpu.step import BLOCK, PHASES, Panels, Plan, Shape, Space, Weights, step
 from engine.cpu.sync import team
 from engine.cpu.tile import LINE, NARROW, WIDE
+from engine.models import positions
 from engine.runner.lean import ACTIVATIONS
 
 LEVELS = 127  # of an int8 weight, on either side of 0
@@ -41,7 +42,8 @@ class LeanModel:
         size, scale = attention.head_dim, options[0].scale
         heads, kv_heads = (part.out_features // size for part in (attention.q_proj, attention.k_proj))
         normed = hasattr(attention, "q_norm")
-        self._rotary, self.vocabulary = base.rotary_emb, model.get_output_embeddings().out_features
+        self._rotary, self._most, self._angles_2PE = base.rotary_emb, positions(model.config)[0], _room(2, 0, size // 2)
+        self.vocabulary = model.get_output_embeddings().out_features
         query_scale = 1.0 if normed else scale  # else it goes into the norm of the queries
 
         def qkv(layer: Any) -> list[torch.Tensor]:
@@ -140,15 +142,15 @@ class LeanModel:
         """Logits [R, V] of the tokens at `rows`, rising, of a step of these pieces."""
         shape, count = self.shape, len(tokens)
         spans = [np.arange(piece.computed, piece.computed + piece.end - piece.begin) for piece in pieces]
-        cos_TE, sin_TE = self._turns(np.concatenate(spans))
+        angles_2TE = self._turns(np.concatenate(spans))
         plan = Plan(
             ids_T=np.array(tokens, np.int64),
             begin_J=np.array([*(piece.begin for piece in pieces), count], np.int64),
             computed_J=np.array([piece.computed for piece in pieces], np.int64),
             table_J=np.cumsum([0, *(len(piece.pages) for piece in pieces)], dtype=np.int64),
             pages=np.concatenate([np.asarray(piece.pages, np.int64) for piece in pieces]),
-            cos_TE=cos_TE,
-            sin_TE=sin_TE,
+            cos_TE=angles_2TE[0],
+            sin_TE=angles_2TE[1],
             wanted_R=np.array(rows, np.int64),
             windows_L=self._windows_L,
         )
@@ -168,11 +170,14 @@ class LeanModel:
         self._team.run(lambda i: step(i, size, start, self.weights, shape, plan, keys, values, space))
         return logits_RV[:, : self.vocabulary]
 
-    def _turns(self, positions_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines of half the dimensions, [T, E] each; the other half's are the same."""
-        both = self._rotary(torch.empty(0), torch.from_numpy(positions_T)[None])
-        cos_TE, sin_TE = (x[0, :, : self.shape.head_dim // 2].contiguous().numpy() for x in both)
-        return cos_TE, sin_TE
+    def _turns(self, positions_T: np.ndarray) -> np.ndarray:
+        """Cosines and sines of half the dimensions, [2, T, E]; the other half's are the same."""
+        needed = int(positions_T.max()) + 1
+        if needed > self._angles_2PE.shape[1]:
+            more = torch.arange(max(needed, min(2 * needed, self._most)))
+            both = self._rotary(torch.empty(0), more[None])
+            self._angles_2PE = torch.cat(both)[..., : self.shape.head_dim // 2].contiguous().numpy()
+        return self._angles_2PE[:, positions_T]
 
 
 def _room(*sizes: int) -> np.ndarray:
