@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from itertools import chain
 
 import numpy as np
@@ -155,6 +156,19 @@ def test_what_the_caller_raises_is_raised_and_the_team_goes_on():
     with pytest.raises(ValueError, match="in thread 0"):
         team.run(fail)
     assert counted(team) == [True] * 3
+
+
+def test_nothing_of_a_job_is_held_when_it_has_ended():
+    """It may hold a model's weights."""
+    team, weights = Team(2), torch.zeros(1)
+    held = weakref.ref(weights)
+    counted(team, before=lambda index, weights=weights: None)
+    del weights
+    for _ in range(1000):  # a thread has left the job, but may not have let go of it
+        if held() is None:
+            return
+        time.sleep(0.01)
+    pytest.fail("the last job is still held")
 
 
 def test_others_wait_for_a_caller_that_takes_its_time():

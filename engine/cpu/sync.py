@@ -114,7 +114,7 @@ class Team:
                     awake.set()
                 job(0)
             finally:
-                self._wanted = False
+                self._job, self._wanted = int, False
 
     def _work(self, index: int, awake: threading.Event) -> None:
         seen = 0
