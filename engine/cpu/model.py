@@ -6,7 +6,6 @@ computes this is found by comparing logits, not by name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from engine.attention.paged import Options, Piece, zeros
 from engine.cpu.attend import QUERIES, SPAN, Heads
 from engine.cpu.step import BLOCK, PHASES, Panels, Plan, Shape, Space, Weights, step
 from engine.cpu.sync import team
-from engine.cpu.tile import LINE, NARROW, WIDE
+from engine.cpu.tile import NARROW, WIDE
 from engine.models import positions
 from engine.runner.lean import ACTIVATIONS
 
@@ -198,7 +197,7 @@ def _blocks(rows: torch.Tensor) -> torch.Tensor:
 def _rounded(panels: Panels) -> Panels:
     numbers = torch.from_numpy(panels.numbers)
     scales_LCW = (numbers.abs().amax(2) / LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = _large(numbers.shape, torch.int8)
+    rounded = torch.empty(numbers.shape, dtype=torch.int8)
     for layer, scales_CW in enumerate(scales_LCW):
         rounded[layer] = (numbers[layer] / scales_CW[:, None]).round_()
     return Panels(rounded.numpy(), scales_LCW.numpy())
@@ -211,18 +210,10 @@ def _panels(layers: Sequence[Any], weights: Callable[[Any], list[torch.Tensor]])
         blocks_CSWM = torch.stack([_blocks(weight.detach()) for weight in weights(layer)], 1)
         blocks_CMW = blocks_CSWM.flatten(0, 1).transpose(1, 2)
         if panels is None:
-            panels = _large((len(layers), *blocks_CMW.shape), torch.float32)
+            panels = torch.empty(len(layers), *blocks_CMW.shape)
         panels[index].copy_(blocks_CMW)
     assert panels is not None
     return Panels(panels.numpy(), _room(len(layers), 0, WIDE))
-
-
-def _large(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Room in huge pages where the system gives them to who asks, as NumPy does; its rows begin a line of memory."""
-    size = math.prod(shape) * dtype.itemsize
-    room = np.empty(size + LINE, np.uint8)
-    begin = -room.ctypes.data % LINE
-    return torch.from_numpy(room[begin : begin + size]).view(dtype).view(*shape)
 
 
 def _rows(layers: Sequence[Any], vector: Callable[[Any], torch.Tensor | None]) -> np.ndarray:
