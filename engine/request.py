@@ -91,6 +91,9 @@ class Choice:
     logprob: TokenLogprob | None = None
 
 
+UNSOUND = Choice(None, error="the model gave logits that are NaN or infinite")
+
+
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """What a request gave. `text` is None without a tokenizer; `error` says why, where the reason is "error"."""
@@ -163,6 +166,11 @@ class Request:
     def output_len(self) -> int:
         """How many output tokens there are so far."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def banned(self) -> frozenset[int]:
+        """Tokens that may not come next: those that would end it before `min_new_tokens`."""
+        return self.stop_ids if self.output_len < self.params.min_new_tokens else frozenset()
 
     def append(self, token: int, now: float) -> None:
         """Take an output token that reached the host at `now` seconds; end on a stop token or the length limit."""

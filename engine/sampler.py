@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.cpu.choose import choose, uniform
-from engine.request import Choice, Request, TokenLogprob
+from engine.request import UNSOUND, Choice, Request, TokenLogprob
 
 
 def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]:
@@ -47,9 +47,7 @@ def sample_together(logits_RV: torch.Tensor, requests: Sequence[Request]) -> lis
         tokens_R[rows] = _draw(scores_RV[rows], [requests[row] for row in draws])
     tokens, sound = torch.stack([tokens_R, torch.isfinite(peak_R).long()]).tolist()
     return [
-        Choice(token, logprob=_logprob(logits_RV[row], token, requests[row].params.logprobs))
-        if sound[row]
-        else Choice(None, error="the model gave logits that are NaN or infinite")
+        Choice(token, logprob=_logprob(logits_RV[row], token, requests[row].params.logprobs)) if sound[row] else UNSOUND
         for row, token in enumerate(tokens)
     ]
 
@@ -58,8 +56,7 @@ def _penalised(logits_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Te
     """Logits after min_new_tokens and the repetition penalty; the same tensor where no request asks for either."""
     scores_RV = logits_RV
     for row, request in enumerate(requests):
-        penalty = request.params.repetition_penalty
-        banned = request.stop_ids if request.output_len < request.params.min_new_tokens else ()
+        penalty, banned = request.params.repetition_penalty, request.banned
         if (penalty != 1.0 or banned) and scores_RV is logits_RV:
             scores_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32), copy=True)
         if penalty != 1.0:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from engine.request import Choice, Request, SamplingParams, TokenLogprob
+from engine.request import UNSOUND, Choice, Request, SamplingParams, TokenLogprob
 
 BLOCK = 256  # weights that a draw passes over at once
 
@@ -20,7 +20,7 @@ def choose(logits_V: np.ndarray, request: Request) -> Choice:
     token = int(logits_V.argmax())  # NaN counts as the largest
     peak = logits_V[token]
     if not np.isfinite(peak):
-        return Choice(None, error="the model gave logits that are NaN or infinite")
+        return UNSOUND
     params, scores_V = request.params, _penalised(logits_V, request)
     if params.temperature > 0:
         token = _draw(scores_V, params, uniform(request.seed, request.output_len))
@@ -36,8 +36,7 @@ def uniform(seed: int, position: int) -> float:
 
 def _penalised(logits_V: np.ndarray, request: Request) -> np.ndarray:
     """Logits after the repetition penalty and min_new_tokens; the same array where the request asks for neither."""
-    penalty = request.params.repetition_penalty
-    banned = request.stop_ids if request.output_len < request.params.min_new_tokens else ()
+    penalty, banned = request.params.repetition_penalty, request.banned
     if penalty == 1.0 and not banned:
         return logits_V
     scores_V = logits_V.copy()

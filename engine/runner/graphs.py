@@ -33,7 +33,7 @@ from engine.attention.paged import Options
 from engine.errors import InputError
 from engine.models import kv_shape, positions, ropes
 from engine.pages import PagePool
-from engine.request import Choice, Request
+from engine.request import UNSOUND, Choice, Request
 from engine.runner import Done, Runner, StepResult, Ticket
 from engine.runner.eager import packed_twin
 from engine.runner.fused_layer import fuse
@@ -94,7 +94,7 @@ class InFlight:
 
 @lru_cache(2**16)  # a token is chosen again and again, and making a Choice is dear
 def _choice(token: int) -> Choice:
-    return Choice(token) if token >= 0 else Choice(None, error="the model gave logits that are NaN or infinite")
+    return Choice(token) if token >= 0 else UNSOUND
 
 
 class DeviceRunner(Runner):
