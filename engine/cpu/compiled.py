@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import compiler
+from numba.core import codegen, compiler
 
 from engine.machine import cache_dir
 
@@ -18,22 +18,41 @@ LOG = logging.getLogger(__name__)
 CONFIG: Any = numba.config
 
 
+class _Code(codegen.JITCodeLibrary):
+    """LLVM's code of a part: neither optimised nor turned into a program, for whoever calls it takes it in.
+
+    A program of it would not only cost time. It would be there first under its name, and the whole, whose own
+    optimised copy has the same name, would be linked to it.
+    """
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        pass
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+    @property
+    def codegen(self) -> Any:
+        return self
+
+    def set_env(self, env_name: str, env: Any) -> None:
+        """What a program would need to raise."""
+
+
 class _Plainly(compiler.Compiler):
-    """Numba's compiler, less LLVM's optimisation."""
+    """Numba's compiler, as far as to LLVM's code of the function itself."""
 
     def compile_extra(self, func: Any) -> Any:
-        before, CONFIG.OPT = CONFIG.OPT, type(CONFIG.OPT)(0)
-        try:
-            return super().compile_extra(func)
-        finally:
-            CONFIG.OPT = before
+        self.state.flags.no_cpython_wrapper = self.state.flags.no_cfunc_wrapper = True
+        self.state.library = _Code(self.state.targetctx.codegen(), func.__qualname__)
+        return super().compile_extra(func)
 
 
 def part(**options: Any) -> Any:
-    """Decorates a function that only compiled ones call.
-
-    Whoever calls it takes in its code and optimises all of it, so that doing so here was a third of the wait.
-    """
+    """Decorates a function that only compiled ones call."""
     return numba.njit(error_model="numpy", pipeline_class=_Plainly, **options)
 
 

@@ -176,7 +176,7 @@ class LeanModel:
             more = torch.arange(max(needed, min(2 * needed, self._most)))
             both = self._rotary(torch.empty(0), more[None])
             self._angles_2PE = torch.cat(both)[..., : self.shape.head_dim // 2].contiguous().numpy()
-        return self._angles_2PE[:, positions_T]
+        return self._angles_2PE.take(positions_T, axis=1)  # in C's order: another would be compiled for
 
 
 def _room(*sizes: int) -> np.ndarray:
