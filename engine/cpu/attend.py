@@ -107,7 +107,7 @@ def _block(
 ):  # fmt: skip
     """Tokens first, first + 1, ..., at `position` and after it, with the heads of one group."""
     size, filled, rows = shape.head_dim, keys_XKDP.shape[3], count * group
-    no, yes = np.int64(0), np.int64(1)  # a literal has a type of its own, and functions are compiled for each type
+    no, yes = np.int64(0), np.int64(1)  # a literal has a type of its own, for which functions would be compiled again
     page_bytes, row, at_once = size * filled * ITEM, scores_RP.shape[1] * ITEM, scores_RP.shape[1] // filled
     keys, values = address(keys_XKDP) + kv_head * page_bytes, address(values_XKBPV) + kv_head * page_bytes
     for t in range(count):

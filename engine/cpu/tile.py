@@ -30,6 +30,7 @@ VECTORS = 3  # of a tile of a weight
 WIDE = VECTORS * LANES  # outputs of a tile of a weight
 NARROW = 16  # outputs of a tile of keys or values
 AT_ONCE = 2  # inner steps of a turn of the loop; for each turn, a line of what is read next is asked for a chain
+# The inner steps are in as many parts, and a turn takes one of each: memory is read faster in two places than in one.
 LINE = 64  # bytes that the memory gives at once
 ITEM = 4  # bytes of a float32
 
@@ -42,7 +43,7 @@ def _tile(rows: int, vectors: int, chains: int) -> Any:
     out[r, :] = (out[r, :] if add) + row_scales[r] * scales[:] * sum over k < size of x[r, k] * w[k, :], without those
     whose address is 0. `kind` is the dtype of w, float32 or int8; all else is float32, given by address. Rows are so
     many bytes apart; size is even. Meanwhile asks for what lies from `ahead` on. There is one chain of each sum, or
-    another for every second k: few sums by themselves would wait for each other.
+    another for the second half of k: few sums by themselves would wait for each other.
     """
     vec = ir.VectorType(_F32, LANES)
 
@@ -99,23 +100,24 @@ def _tile(rows: int, vectors: int, chains: int) -> Any:
         begun = {(chain, r, v): b.phi(vec) for chain in range(chains) for r, v in wanted}
         for phi in begun.values():
             phi.add_incoming(ir.Constant(vec, [0.0] * LANES), entry)
-        sums, next_w = dict(begun), w_k
+        sums, part = dict(begun), b.udiv(size, _I64(AT_ONCE))
         for turn in range(AT_ONCE):
-            w_vs = [weight(b.add(next_w, _I64(item * LANES * v))) for v in range(vectors)]
+            here = b.mul(part, _I64(turn))
+            w_here = b.add(w_k, b.mul(here, w_row))
+            w_vs = [weight(b.add(w_here, _I64(item * LANES * v))) for v in range(vectors)]
             for r in range(rows):
-                x_rk = spread(b.add(xs[r], b.mul(b.add(k, _I64(turn)), _I64(4))))
+                x_rk = spread(b.add(xs[r], b.mul(b.add(k, here), _I64(ITEM))))
                 for v in range(vectors):
                     chain = turn % chains
                     sums[chain, r, v] = b.call(fma, [x_rk, w_vs[v], sums[chain, r, v]])
-            next_w = b.add(next_w, w_row)
         for more in range(chains):  # to be read, into the second cache, data
             b.call(prefetch, [at(b.add(line, _I64(more * LINE)), _I32), _I32(0), _I32(2), _I32(1)])
-        next_k = b.add(k, _I64(AT_ONCE))
-        for phi, end in ((k, next_k), (w_k, next_w), (line, b.add(line, _I64(chains * LINE)))):
+        next_k = b.add(k, _I64(1))
+        for phi, end in ((k, next_k), (w_k, b.add(w_k, w_row)), (line, b.add(line, _I64(chains * LINE)))):
             phi.add_incoming(end, loop)
         for chain_r_v, phi in begun.items():
             phi.add_incoming(sums[chain_r_v], loop)
-        b.cbranch(b.icmp_signed("<", next_k, size), loop, done)
+        b.cbranch(b.icmp_signed("<", next_k, part), loop, done)
         b.position_at_end(done)
         totals = {(r, v): functools.reduce(b.fadd, [sums[c, r, v] for c in range(chains)]) for r, v in wanted}
 
