@@ -79,5 +79,5 @@ def _folder() -> Path:
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     folder = cache_dir() / f"numba-{digest}"
     if not folder.exists():
-        LOG.warning("compiling for this machine, once: a quarter of a minute")
+        LOG.warning("compiling for this machine, once: some ten seconds")
     return folder
