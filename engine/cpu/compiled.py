@@ -35,7 +35,7 @@ class _Code(codegen.JITCodeLibrary):
         self._finalized = True
 
     @property
-    def codegen(self) -> Any:
+    def codegen(self) -> Any:  # asked for nothing but `set_env`
         return self
 
     def set_env(self, env_name: str, env: Any) -> None:
