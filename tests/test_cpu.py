@@ -377,12 +377,11 @@ from engine.cpu.step import step
 print(len(step.stats.cache_hits), len(step.stats.cache_misses))
 """
     env = {**os.environ, "DYNAMIC_BATCH_CACHE": str(tmp_path)}
-    first, second = (
-        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.split(
-            "\n"
-        )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         for _ in range(2)
-    )
-    assert (first[1], second[1]) == ("0 1", "1 0")
-    assert first[0] == second[0]
+    ]
+    (first, first_stats), (second, second_stats) = (run.stdout.splitlines() for run in runs)
+    assert (first_stats, second_stats) == ("0 1", "1 0")
+    assert first == second
     assert len(list(tmp_path.glob("numba-*/*/step*.nbc"))) == 1

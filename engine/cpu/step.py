@@ -229,6 +229,6 @@ def step(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXKBPV
         _product(counter + 40, rows, inner_TF, shape.inner, -1.0, panels_CMW, scales_CW, x_TM, bias_N, norms_T)
         met = meet(arrivals, met + threads)
         counter += 8 * PHASES
-    panels_CMW, scales_CW, bias_N = _of(weights.head, weights.head_bias_LV, np.int64(0))
+    panels_CMW, scales_CW, bias_N = _of(weights.head, weights.head_bias_LV, np.int64(0))  # a literal has its own type
     _product(counter, rows, x_TM, width, shape.last_eps, panels_CMW, scales_CW, space.logits_RV, bias_N, norms_T)
     meet(arrivals, met + threads)

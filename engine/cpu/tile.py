@@ -92,6 +92,7 @@ def _tile(rows: int, vectors: int, chains: int) -> Any:
 
         item = ITEM if number is _F32 else 1
         xs = [b.add(x, b.mul(x_row, _I64(r))) for r in range(rows)]
+        turns = b.udiv(size, _I64(AT_ONCE))
         b.branch(loop)
         b.position_at_end(loop)
         k, w_k, line = (b.phi(_I64) for _ in range(3))
@@ -100,9 +101,9 @@ def _tile(rows: int, vectors: int, chains: int) -> Any:
         begun = {(chain, r, v): b.phi(vec) for chain in range(chains) for r, v in wanted}
         for phi in begun.values():
             phi.add_incoming(ir.Constant(vec, [0.0] * LANES), entry)
-        sums, part = dict(begun), b.udiv(size, _I64(AT_ONCE))
+        sums = dict(begun)
         for turn in range(AT_ONCE):
-            here = b.mul(part, _I64(turn))
+            here = b.mul(turns, _I64(turn))
             w_here = b.add(w_k, b.mul(here, w_row))
             w_vs = [weight(b.add(w_here, _I64(item * LANES * v))) for v in range(vectors)]
             for r in range(rows):
@@ -117,7 +118,7 @@ def _tile(rows: int, vectors: int, chains: int) -> Any:
             phi.add_incoming(end, loop)
         for chain_r_v, phi in begun.items():
             phi.add_incoming(sums[chain_r_v], loop)
-        b.cbranch(b.icmp_signed("<", next_k, part), loop, done)
+        b.cbranch(b.icmp_signed("<", next_k, turns), loop, done)
         b.position_at_end(done)
         totals = {(r, v): functools.reduce(b.fadd, [sums[c, r, v] for c in range(chains)]) for r, v in wanted}
 
