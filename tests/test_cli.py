@@ -133,7 +133,7 @@ def test_bad_input_is_one_line_before_any_work(run, elsewhere, monkeypatch, args
         raise AssertionError("the model ran")
 
     monkeypatch.setattr("engine.engine.Engine.step", work)
-    monkeypatch.setattr("engine.models._smollm2", work)
+    monkeypatch.setattr("engine.models.loader.smollm2_folder", work)
     code, out, err = run(*args)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")

