@@ -29,6 +29,7 @@ from engine.pages import PagePool, RowPool
 from engine.request import Choice, FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner import Runner, Ticket
 from engine.runner.graphs import packed_runner
+from engine.runner.packed import page_token_bytes
 from engine.runner.padded import PaddedRunner
 from engine.scheduler import Scheduler, Step
 from engine.text import TextStream, decode
@@ -69,19 +70,19 @@ class Engine:
         self.max_positions, self._why_no_more = positions(model.config)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
-        token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
+        token_bytes = kv_bytes_per_token(model)
         memory = kv_memory(model, config, min(config.max_step_tokens or sys.maxsize, self.max_positions))
         if memory < token_bytes * (config.page_size if config.runner == "packed" else 1):
             raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")
         try:
-            self._build(config, memory // token_bytes)
+            self._build(config, memory, token_bytes)
         except InputError as error:
             if config.runner == "padded" or asked.must_pack:
                 raise
             lost = "requests cannot join a running batch, and nothing is shared"
             warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=2)
             config = replace(asked, runner="padded", policy="dynamic").settled(*place)
-            self._build(config, memory // token_bytes)
+            self._build(config, memory, token_bytes)
         self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}
         self._launched: deque[Launched] = deque()  # two at most, and only while the second is being launched
@@ -89,19 +90,28 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
 
-    def _build(self, config: EngineConfig, capacity: int) -> None:
-        """Make what a settled config says: runner, scheduler and the memory's accounting for `capacity` tokens."""
+    def _build(self, config: EngineConfig, memory: int, token_bytes: int) -> None:
+        """Make what a settled config says: runner, scheduler and the accounting of so many bytes of memory.
+
+        Args:
+            token_bytes: what the model's own cache takes for a token. (Pages hold what its attention is given, which
+                may be more: some models compress what they keep.)
+        """
         assert config.max_step_tokens is not None
         self.config, tokens, rows = config, config.max_step_tokens, config.max_batch_size
         self.runner: Runner
         if config.runner == "packed":
             useful = 2 * rows * -(-self.max_positions // config.page_size)
-            pool = PagePool(min(capacity // config.page_size, useful), config.page_size, config.prefix_caching)
+            page_bytes = page_token_bytes(self.model) * config.page_size
+            pages = memory // page_bytes
+            if not pages:
+                raise InputError(f"kv_memory={config.kv_memory} is too small: a page takes {page_bytes} bytes")
+            pool = PagePool(min(pages, useful), config.page_size, config.prefix_caching)
             self.runner = packed_runner(self.model, pool, config.deterministic, rows, config.dtype == "int8")
             self.scheduler = Scheduler(config.policy, rows, tokens, pool)
         else:
             self.runner = PaddedRunner(self.model, tokens)
-            self.scheduler = Scheduler(config.policy, rows, sys.maxsize, RowPool(capacity))
+            self.scheduler = Scheduler(config.policy, rows, sys.maxsize, RowPool(memory // token_bytes))
 
     @classmethod
     def from_pretrained(cls, spec: str, config: EngineConfig | None = None, *, progress: bool = True) -> Engine:

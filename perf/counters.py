@@ -43,7 +43,7 @@ def measure(spec: str) -> Table:
         for way, options in WAYS.items():
             how = EngineConfig(**options)
             if way.endswith("tight"):
-                how = replace(how, kv_memory=TIGHT * kv_bytes_per_token(config, 4))
+                how = replace(how, kv_memory=TIGHT * kv_bytes_per_token(loaded.model))
             engine = Engine(loaded, how)
             engine.replay(items, progress=False)
             counters = engine.metrics.counters

@@ -21,7 +21,7 @@ from engine.attention.device import DeviceStep
 from engine.attention.paged import Options
 from engine.pages import PagePool
 from engine.runner.graphs import DeviceRunner
-from engine.runner.packed import check_equal
+from engine.runner.verify import check_equal
 
 NAME = "dynamic_batch_opaque"
 _step: list[DeviceStep] = []  # the one under way: an operator is known by name to the whole process

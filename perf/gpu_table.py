@@ -113,7 +113,7 @@ class Bench:
         weights = sum(p.nbytes for p in model.parameters())
         if not model.config.tie_word_embeddings:  # of the input embedding, only the rows looked up are read
             weights -= model.get_input_embeddings().weight.nbytes
-        read = weights + batch * (context + tokens // 2) * kv_bytes_per_token(model.config, model.dtype.itemsize)
+        read = weights + batch * (context + tokens // 2) * kv_bytes_per_token(model)
         steps = made / batch
         return {
             "tok_s": made / seconds,

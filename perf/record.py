@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine import EngineMetrics, LoadedModel, Workload, load, make
+from engine.models import positions
 from perf import canary, metrics
 from perf.backends import Backend, Outcome, Setup, Unavailable, find
 from perf.canary import Canary
@@ -114,7 +115,7 @@ class Trial:
             raise Unavailable(f"{self.backend.name}: {reason}")
         self.loaded, self.reference, self.costs = bench.hold(device, spec)
         config = self.loaded.model.config.get_text_config(decoder=True)
-        limits = {"vocab_size": config.vocab_size, "max_positions": config.max_position_embeddings}
+        limits = {"vocab_size": config.vocab_size, "max_positions": positions(config)[0]}
         tokenizer = self.loaded.tokenizer
         self.workload = (
             make(workload, tokenizer=tokenizer, arrivals=arrivals, **limits) if isinstance(workload, str) else workload

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.models import kv_bytes_per_token, kv_shape
+from engine.models import kv_bytes_per_token, kv_layers
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ def costs(model: PreTrainedModel) -> Costs:
     """Count the layers of a loaded model."""
     head = model.get_output_embeddings()
     layers = {id(m): m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
-    n_layers, _, head_dim = kv_shape(model.config)
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     weights = sum(weight.numel() for weight in layers.values())
     head_weights = head.weight.numel() if head is not None else 0
@@ -57,6 +56,6 @@ def costs(model: PreTrainedModel) -> Costs:
         linear_weights=weights,
         head_weights=head_weights,
         weight_bytes=(weights + head_weights) * item,
-        kv_bytes=kv_bytes_per_token(model.config, item),
-        attention_flop=4 * n_layers * heads * head_dim,
+        kv_bytes=kv_bytes_per_token(model),
+        attention_flop=sum(2 * heads * (layer.key_dim + layer.value_dim) for layer in kv_layers(model)),
     )

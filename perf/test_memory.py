@@ -36,7 +36,7 @@ def test_memory(perf_case: PerfCase, device: str, policy: str) -> None:
     loaded, _, _ = perf_case.bench.hold(device)
     requests = 32 if perf_case.bench.real(device) else 16
     tokens = requests * 40  # of the 110 or so that a request of this workload needs at its end
-    kv_memory = tokens * kv_bytes_per_token(loaded.model.config, loaded.model.dtype.itemsize)
+    kv_memory = tokens * kv_bytes_per_token(loaded.model)
 
     def derive(flat: Flat, metrics: EngineMetrics) -> Flat:
         return {"kv_memory": kv_memory, "batch_size_max": max(metrics.counters.batch_sizes)}

@@ -53,7 +53,9 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
     ids = rng.permutation(pages)[: common + sum(own)].tolist()
     if spread == 1 and rng.integers(2):
         ids.sort()
-    stores = [Store.zeros((pages, KV_HEADS, size, DIM), torch.zeros((), dtype=torch.float64)) for _ in range(layers)]
+    stores = [
+        Store.zeros((pages, KV_HEADS, size, DIM, DIM), torch.zeros((), dtype=torch.float64)) for _ in range(layers)
+    ]
     for store in stores:
         store.keys_LKDP.fill_(1e3)
         store.values_LKBPE.fill_(1e3)
@@ -148,7 +150,7 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
     q, k, v = (torch.from_numpy(rng.normal(size=(2, 30, DIM))).float() for _ in range(3))
 
     def logits(cuts, company):
-        stores = [Store.zeros((40, 2, 4, DIM), q)]
+        stores = [Store.zeros((40, 2, 4, DIM, DIM), q)]
         out = []
         for begin, end in cuts:
             pieces, rows = [Piece(0, end - begin, begin, list(range(8)))], list(range(begin, end))
@@ -168,7 +170,7 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
 
 def call(**options):
     rows = torch.randn(1, 2, 3, DIM)
-    packed = options.pop("packed", PackedStep([Store.zeros((2, 2, 4, DIM), rows)], [Piece(0, 3, 0, [0])]))
+    packed = options.pop("packed", PackedStep([Store.zeros((2, 2, 4, DIM, DIM), rows)], [Piece(0, 3, 0, [0])]))
     module = SimpleNamespace(layer_idx=0)
     return attend(module, rows, rows, rows, options.pop("attention_mask", None), packed=packed, **options)
 

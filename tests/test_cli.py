@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,9 @@ from engine import __version__, models
 from engine.cli import app, main
 from engine.config import POLICIES
 from engine.models import SPECS
+from engine.request import UNSOUND
+from engine.runner import Done
+from engine.runner.packed import PackedRunner
 
 TINY = "random:tiny-qwen2"
 BENCH = ["bench", "--model", TINY, "--workload", "mixed-6"]
@@ -211,6 +215,18 @@ def test_generate_reads_standard_input_and_stops_at_a_stop_string(run, smollm2, 
     assert "(stop)" in err
 
 
+def test_a_request_that_gets_no_numbers_is_one_line(run, monkeypatch):
+    def broken(self, step):
+        result = launch(self, step)
+        return Done(replace(result.collect(), choices=[UNSOUND] * len(step)))
+
+    launch = PackedRunner.launch
+    monkeypatch.setattr(PackedRunner, "launch", broken)
+    code, _, err = run("generate", "hi")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith("error: smollm2 failed: the model gave logits that are NaN or infinite")
+
+
 def test_generate_says_when_the_model_gives_no_numbers(run, smollm2, monkeypatch):
     monkeypatch.setattr("engine.engine.load", lambda *_, **__: smollm2)
     forward = type(smollm2.model).forward
@@ -223,7 +239,7 @@ def test_generate_says_when_the_model_gives_no_numbers(run, smollm2, monkeypatch
     monkeypatch.setattr(type(smollm2.model), "forward", broken)
     code, _, err = run("generate", "hi")
     assert (code, err.count("\n")) == (2, 1), err
-    assert err.startswith("error: smollm2 failed: ")
+    assert err.startswith("error: LlamaForCausalLM gives logits that are NaN or infinite")
 
 
 def test_bench_prints_a_table_and_writes_the_files(run, elsewhere):

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, SamplingParams
+from engine.attention.layers import attention_layers
 from engine.attention.paged import Piece
 from engine.cpu import compiled, fast, tile
 from engine.cpu.attend import QUERIES
@@ -31,6 +32,7 @@ from engine.cpu.sync import Team, lead, meet, take
 from engine.models import LoadedModel, load
 from engine.pages import PagePool
 from engine.runner.eager import EagerModel
+from engine.runner.linear import twin
 from engine.runner.packed import PackedRunner
 from tests.oracle import Oracle
 
@@ -214,10 +216,7 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):
 
 
 def lean(model, page: int = 16, pages: int = 200) -> LeanModel:
-    plain = EagerModel(model, page, joined=False)
-    plain.hold(1)
-    plain.logits([5], [Piece(0, 1, 0, [0])], [0])
-    found = LeanModel(model, [plain.options[i] for i in range(len(plain.options))], page)
+    found = LeanModel(model, [layer.options for layer in attention_layers(twin(model))], page)
     found.hold(pages)
     return found
 

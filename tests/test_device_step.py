@@ -386,7 +386,7 @@ def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
 
     monkeypatch.setattr(engine.memory, "step_bytes", step_bytes)
     monkeypatch.setattr(engine.memory, "free_bytes", lambda device: 1_013_000)
-    token_bytes = kv_bytes_per_token(oracle.model.config, 4)
+    token_bytes = kv_bytes_per_token(oracle.model)
     for share in (0.5, 1.0):
         server = Engine(
             oracle.loaded, EngineConfig(kv_memory=share, max_batch_size=3, max_step_tokens=5000, page_size=1)

@@ -11,7 +11,7 @@ from engine.cpu import model as cpu_model
 from engine.cpu.model import LeanModel
 from engine.models import load
 from engine.pages import PagePool
-from engine.runner import packed
+from engine.runner import verify
 from engine.runner.packed import PackedRunner
 from engine.workload import make
 from perf.accuracy import accuracy
@@ -118,7 +118,7 @@ def test_accuracy_is_measured_and_tells_a_coarser_model(tiny, monkeypatch):
     assert found["tokens"] == 299
     assert found["same_top_1"] > 0.8
     assert found["kl_nats"] > 0
-    monkeypatch.setitem(packed.TOLERANCE, torch.int8, torch.inf)  # it would be refused
+    monkeypatch.setitem(verify.TOLERANCE, torch.int8, torch.inf)  # it would be refused
     monkeypatch.setattr(cpu_model, "LEVELS", 15)  # five bits
     coarse = accuracy(loaded, tokens)
     assert coarse["kl_nats"] > 1.5 * found["kl_nats"]

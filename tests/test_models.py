@@ -186,8 +186,10 @@ def test_catalogue_has_the_published_parameter_counts_and_needs_no_download(cach
     assert not cache.exists()
 
 
-def test_kv_bytes_of_a_config_without_kv_heads_or_head_size() -> None:
-    assert kv_bytes_per_token(AutoConfig.for_model("gpt2"), 2) == 2 * 12 * 768 * 2
+def test_kv_bytes_of_a_model_whose_config_has_neither_kv_heads_nor_head_size() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2"))
+    assert kv_bytes_per_token(model, 2) == 2 * 12 * 768 * 2
 
 
 # Specs that give nothing

@@ -38,7 +38,7 @@ def work_of(count: int, seed: int = 0) -> list[tuple[list[int], int]]:
 
 def packed(oracle: Oracle, kv_tokens: int | None = None, **config) -> Engine:
     model = oracle.model
-    token_bytes = kv_bytes_per_token(model.config, model.dtype.itemsize)
+    token_bytes = kv_bytes_per_token(model)
     return Engine(oracle.loaded, EngineConfig(runner="packed", kv_memory=(kv_tokens or 20_000) * token_bytes, **config))
 
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
+from engine.models import refuse_other_state
 from engine.request import Request
-from engine.runner.padded import PaddedRunner, refuse_unknown_cache
+from engine.runner.padded import PaddedRunner
 from tests.conftest import TINY
 from tests.test_engine import exactly, prompts_of
 
@@ -114,7 +115,7 @@ def test_models_with_other_state_are_refused():
 
     model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4))
     with pytest.raises(InputError, match="MambaForCausalLM has"):
-        refuse_unknown_cache(model)
+        refuse_other_state(model)
 
 
 @pytest.mark.gpu

@@ -37,7 +37,6 @@ class DeviceStep:
     max_length: int
     split: int
     chunks: tuple[torch.Tensor, ...] | None
-    options: dict[int, Options]  # gets those of each layer's attention, as the model passes them
 
     def attend(
         self,

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from engine.attention.layers import refuse_options
 from engine.attention.paged import Options, PackedStep
 from engine.errors import InputError
 
 NAME = "dynamic_batch_packed"  # no mask function is registered for it, so Transformers builds no mask
-HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position", "is_training"}
 
 
 def attend(
@@ -39,12 +39,12 @@ def attend(
     Raises:
         InputError: for a mask or an option that this function would have to ignore.
     """
-    unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
-    if packed is None or attention_mask is not None or unknown:
-        problem = "does not pass the packed step on" if packed is None else f"uses {', '.join(unknown) or 'a mask'}"
+    refuse_options(module, others)
+    if packed is None or attention_mask is not None:
+        problem = "does not pass the packed step on" if packed is None else "uses a mask"
         raise InputError(f"{type(module).__name__} {problem}: use runner='padded' for this model")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = packed.options[module.layer_idx] = Options(scale, sliding_window, softcap, s_aux)  # type: ignore[index]
+    options = Options(scale, sliding_window, softcap, s_aux)
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query * scale, key, value))
     out_THD = packed.attend(module.layer_idx, q_THD, k_TKD, v_TKD, options)  # type: ignore[arg-type]
     return out_THD.unsqueeze(0), None

@@ -54,11 +54,15 @@ class Store:
     values_LKBPE: torch.Tensor
 
     @classmethod
-    def zeros(cls, shape: tuple[int, int, int, int], like: torch.Tensor) -> Store:
-        """For L pages, K heads, P positions, D dimensions: what a mask hides is multiplied too, and 0 hides no NaN."""
-        pages, heads, size, dim = shape
-        blocks = dim // VECTOR if dim % VECTOR == 0 else 1
-        return cls(zeros((pages, heads, dim, size), like), zeros((pages, heads, blocks, size, dim // blocks), like))
+    def zeros(cls, sizes: tuple[int, int, int, int, int], like: torch.Tensor) -> Store:
+        """For L pages, K heads, P positions, and the D of keys and of values.
+
+        Zeros, since what a mask hides is multiplied too, and 0 hides no NaN.
+        """
+        pages, heads, size, key_dim, value_dim = sizes
+        blocks = value_dim // VECTOR if value_dim % VECTOR == 0 else 1
+        values = (pages, heads, blocks, size, value_dim // blocks)
+        return cls(zeros((pages, heads, key_dim, size), like), zeros(values, like))
 
     @property
     def page_bytes(self) -> int:
@@ -89,13 +93,10 @@ class PackedStep:
         pieces: the requests of the step, in the order of their tokens.
         one_by_one: treat every token as a row of its own, so that a token's result does not depend on how a prompt
             was cut into chunks or on what else runs.
-
-    `options` has each layer's, once the step has been through the model's own attention modules.
     """
 
     def __init__(self, stores: list[Store], pieces: list[Piece], one_by_one: bool = False) -> None:
         self.stores, self.one_by_one = stores, one_by_one
-        self.options: dict[int, Options] = {}
         keys_LKDP = stores[0].keys_LKDP
         self.page_size, self.device = keys_LKDP.shape[3], keys_LKDP.device
         self._wide = torch.promote_types(keys_LKDP.dtype, torch.float32)
@@ -123,11 +124,12 @@ class PackedStep:
         """
         if not self.chunks:
             return self._attend_rows(layer, q_THD, k_TKD, v_TKD, options)
-        out_RHD = q_THD[:0]
+        out_THD = q_THD.new_empty(*q_THD.shape[:2], v_TKD.shape[2])
+        out_RHD = out_THD[:0]
         if self._tables:
             q_RHD, k_RKD, v_RKD = (x_TD[self.tokens_R] for x_TD in (q_THD, k_TKD, v_TKD))
             out_RHD = self._attend_rows(layer, q_RHD, k_RKD, v_RKD, options)
-        store, out_THD = self.stores[layer], torch.empty_like(q_THD)
+        store = self.stores[layer]
         out_THD[self.tokens_R] = out_RHD
         store.write(self.pages_T, self.offsets_T, k_TKD, v_TKD)  # rows have done it already, but it is one call
         for piece, pages in zip(self.chunks, self._contexts, strict=True):

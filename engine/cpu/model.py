@@ -137,11 +137,19 @@ class LeanModel:
         """Make pages zero again."""
         self.keys_LXKDP[:, pages], self.values_LXKBPV[:, pages] = 0, 0
 
-    def logits(self, tokens: list[int], pieces: list[Piece], rows: list[int]) -> torch.Tensor:
-        """Logits [R, V] of the tokens at `rows`, rising, of a step of these pieces."""
+    def logits(
+        self, tokens: list[int], pieces: list[Piece], rows: list[int], position_ids: list[int] | None = None
+    ) -> torch.Tensor:
+        """Logits [R, V] of the tokens at `rows`, rising, of a step of these pieces.
+
+        `position_ids` are what the tokens are rotated by instead of their places in their requests.
+        """
         shape, count = self.shape, len(tokens)
-        spans = [np.arange(piece.computed, piece.computed + piece.end - piece.begin) for piece in pieces]
-        angles_2TE = self._turns(np.concatenate(spans))
+        if position_ids is None:
+            spans = [np.arange(piece.computed, piece.computed + piece.end - piece.begin) for piece in pieces]
+            angles_2TE = self._turns(np.concatenate(spans))
+        else:
+            angles_2TE = self._angles(torch.tensor(position_ids))
         plan = Plan(
             ids_T=np.array(tokens, np.int64),
             begin_J=np.array([*(piece.begin for piece in pieces), count], np.int64),
@@ -174,9 +182,13 @@ class LeanModel:
         needed = int(positions_T.max()) + 1
         if needed > self._angles_2PE.shape[1]:
             more = torch.arange(max(needed, min(2 * needed, self._most)))
-            both = self._rotary(torch.empty(0), more[None])
-            self._angles_2PE = torch.cat(both)[..., : self.shape.head_dim // 2].contiguous().numpy()
+            self._angles_2PE = self._angles(more)
         return self._angles_2PE.take(positions_T, axis=1)  # in C's order: another would be compiled for
+
+    def _angles(self, positions_T: torch.Tensor) -> np.ndarray:
+        """As the model's own module computes them, [2, T, E]."""
+        both = self._rotary(torch.empty(0), positions_T[None])
+        return torch.cat(both)[..., : self.shape.head_dim // 2].contiguous().numpy()
 
 
 def _room(*sizes: int) -> np.ndarray:

@@ -64,6 +64,6 @@ def catalogue() -> list[dict]:
             model = AutoModelForCausalLM.from_config(preset.config())
         row = {"spec": spec, "architecture": type(model).__name__, "parameters": model.num_parameters()}
         row |= {f"bytes_{8 * n}bit": n * model.num_parameters() for n in (4, 2)}
-        row |= {f"kv_bytes_per_token_{8 * n}bit": kv_bytes_per_token(model.config, n) for n in (4, 2)}
+        row |= {f"kv_bytes_per_token_{8 * n}bit": kv_bytes_per_token(model, n) for n in (4, 2)}
         rows.append({**row, "positions": preset.sizes[-1]})
     return rows

@@ -6,11 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from engine.errors import InputError
-
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from engine.request import Choice
     from engine.scheduler import Step
 
@@ -68,18 +64,3 @@ class Runner(ABC):
     def launch(self, step: Step) -> Ticket:
         """Start a step."""
         return Done(self.run(step))
-
-
-def refuse_unknown_cache(model: PreTrainedModel) -> None:
-    """Raise InputError for models whose past is not plain keys and values, naming what they have instead."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if model.config.is_encoder_decoder:
-        kinds = {"an encoder"}
-    elif not kinds and getattr(model, "_is_stateful", False):
-        kinds = {"recurrent state"}
-    if kinds:
-        raise InputError(
-            f"{type(model).__name__} has {', '.join(sorted(kinds))}: only causal models with full or sliding-window "
-            "attention and a key-value cache can be batched here"
-        )

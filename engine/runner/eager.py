@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.attention.interface import NAME
-from engine.attention.paged import Options, PackedStep, Piece, Store
-from engine.models import kv_shape
+from engine.attention.layers import attention_layers
+from engine.attention.paged import PackedStep, Piece, Store
 from engine.runner.linear import join, prepare, twin
+from engine.runner.verify import refused
 
 
 class EagerModel:
@@ -27,45 +28,50 @@ class EagerModel:
     def __init__(
         self, model: PreTrainedModel, page_size: int, joined: bool = True, deterministic: bool = False
     ) -> None:
-        self.twin = packed_twin(model)
-        self.options: dict[int, Options] = {}  # of each layer's attention, once a step has been through it
+        self.twin = twin(model)
+        with refused(model):
+            self.layers = attention_layers(self.twin)
+        self.twin.set_attn_implementation(NAME)
         self._page_size, self._deterministic = page_size, deterministic
         products = join(self.twin, deterministic) if joined else []
         self.copied_bytes = prepare(products)
 
     def hold(self, pages: int) -> None:
         """Make room for the keys and values of so many pages, all of them zero, and one page to spare."""
-        layers, kv_heads, head_dim = kv_shape(self.twin.config)
-        weight = next(self.twin.parameters())
-        shape = pages + 1, kv_heads, self._page_size, head_dim
-        self.stores = [Store.zeros(shape, weight) for _ in range(layers)]
+        weight, stores = next(self.twin.parameters()), []
+        for index, layer in enumerate(self.layers):
+            if layer.source == index:
+                sizes = pages + 1, layer.kv_heads, self._page_size, layer.key_dim, layer.value_dim
+                stores.append(Store.zeros(sizes, weight))
+            else:
+                stores.append(stores[layer.source])
+        self.stores = stores
+        self._own_stores = [store for index, store in enumerate(stores) if self.layers[index].source == index]
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers."""
-        return sum(store.page_bytes for store in self.stores)
+        return sum(store.page_bytes for store in self._own_stores)
 
     def clear(self, pages: list[int]) -> None:
         """Make pages zero again."""
-        for store in self.stores:
+        for store in self._own_stores:
             store.clear(pages)
 
-    def logits(self, tokens: list[int], pieces: list[Piece], rows: list[int]) -> torch.Tensor:
-        """Logits [R, V] of the tokens at `rows`, of a step of these pieces."""
+    def logits(
+        self, tokens: list[int], pieces: list[Piece], rows: list[int], position_ids: list[int] | None = None
+    ) -> torch.Tensor:
+        """Logits [R, V] of the tokens at `rows`, of a step of these pieces.
+
+        `position_ids` are what the model is told instead of the tokens' places in their requests.
+        """
         step, device = PackedStep(self.stores, pieces, self._deterministic), self.twin.device
+        positions_T = step.positions_T if position_ids is None else torch.tensor(position_ids, device=device)
         logits_1RV = self.twin(
             input_ids=torch.tensor([tokens], device=device),
-            position_ids=step.positions_T[None],
+            position_ids=positions_T[None],
             use_cache=False,
             logits_to_keep=torch.tensor(rows, dtype=torch.long, device=device),
             packed=step,
         ).logits
-        self.options.update(step.options)
         return logits_1RV[0]
-
-
-def packed_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` that shares its weights and calls packed attention."""
-    packed = twin(model)
-    packed.set_attn_implementation(NAME)
-    return packed

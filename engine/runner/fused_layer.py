@@ -10,7 +10,7 @@ T tokens of the step, M hidden size, H query heads, K KV heads, D head size, I i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.attention.layers import LayerAttention
 from engine.attention.paged import Options
 from engine.runner.lean import ACTIVATIONS, ATTENTION, LAYER, MLP
 from engine.runner.linear import Part, Product
@@ -164,12 +165,12 @@ class LastNorm(nn.Module):
 
 
 def fuse(
-    model: PreTrainedModel, options: dict[int, Options], kernels: Any, positions: int
+    model: PreTrainedModel, given: Sequence[LayerAttention], kernels: Any, positions: int
 ) -> tuple[Stream, Callable[[], None]]:
     """Replace each norm of `model` that the kernel equals, and its layers if all are plain; gives what undoes it.
 
     Args:
-        options: of each layer's attention, as the model passes them.
+        given: what each layer's attention takes, as the model's own code passes it.
         kernels: where `add_rms_norm`, `gated` and thin products come from.
         positions: that a request may take.
     """
@@ -190,8 +191,9 @@ def fuse(
             if norm is not None:
                 replace(module, name, norm)
     layers, last = getattr(model.base_model, "layers", None), getattr(model.base_model, "norm", None)
-    if isinstance(layers, nn.ModuleList) and isinstance(last, FusedNorm) and all(map(is_plain, layers)):
-        fused = [FusedLayer(layer, index, options[index], stream, kernels) for index, layer in enumerate(layers)]
+    rotated = all(layer.only_rotates and layer.source == index for index, layer in enumerate(given))
+    if isinstance(layers, nn.ModuleList) and isinstance(last, FusedNorm) and rotated and all(map(is_plain, layers)):
+        fused = [FusedLayer(layer, i, given[i].options, stream, kernels) for i, layer in enumerate(layers)]
         for layer in fused:
             replace(layers, str(layer.index), layer)
         replace(model.base_model, "norm", LastNorm(last, stream))

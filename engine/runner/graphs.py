@@ -29,22 +29,24 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.attention.device import DeviceStep
-from engine.attention.paged import Options
+from engine.attention.interface import NAME
+from engine.attention.layers import attention_layers
 from engine.errors import InputError
-from engine.models import kv_shape, positions, ropes
+from engine.models import positions, ropes
 from engine.pages import PagePool
 from engine.request import UNSOUND, Choice, Request
 from engine.runner import Done, Runner, StepResult, Ticket
-from engine.runner.eager import packed_twin
 from engine.runner.fused_layer import fuse
-from engine.runner.linear import join, prepare
-from engine.runner.packed import PackedRunner, check_equal, probe, refuse_unpackable
+from engine.runner.linear import join, prepare, twin
+from engine.runner.packed import PackedRunner, refuse_unpackable
 from engine.runner.replay import NOBODY, Graphs, Laid, Sizes, upload
+from engine.runner.verify import Probe, check_equal, probe, refused
 from engine.sampler import sample
 from engine.scheduler import Step
 
 LOG = logging.getLogger(__name__)
 BOUND = 1024  # least context that a graph's grid is made for; more in powers of four
+FEW_TOKENS = 8  # of the proof's shortest chunk
 FEW_ROWS = 32  # up to so many rows, short splits are needed to fill a GPU
 SHORT = 7e10  # multiply-adds of a layer: beyond, an H200 takes longer than a host that launches its kernels
 OFTEN = 6  # steps of the same sizes before a capture: it costs about as much as six such steps lose without it
@@ -118,13 +120,20 @@ class DeviceRunner(Runner):
         if any("dynamic" in rope["rope_type"] for rope in ropes(model.config)):
             raise InputError(f"{type(model).__name__} has dynamic RoPE, which reads every step's positions on the host")
         self.pool, self.deterministic, self.device = pool, deterministic, model.device
-        self.model = packed_twin(model)
+        self.model = twin(model)
+        with refused(model):
+            self.layers = attention_layers(self.model)
+        self.model.set_attn_implementation(NAME)
+        sizes = {(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in self.layers}
+        kv_heads, head_dim, value_dim = next(iter(sizes))
+        if len(sizes) > 1 or head_dim != value_dim:
+            raise InputError(f"{type(model).__name__} has keys and values of several sizes, which no kernel here reads")
         self.copied_bytes = prepare(join(self.model, deterministic))
-        layers, kv_heads, head_dim = kv_shape(model.config)
-        shape = (pool.pages, kv_heads, pool.page_size, head_dim)
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(layers)] for _ in range(2)
-        )
+        shape = (2, pool.pages, kv_heads, pool.page_size, head_dim)
+        own = {layer.source for layer in self.layers}
+        stores = {index: torch.zeros(shape, dtype=model.dtype, device=self.device) for index in own}
+        self.keys, self.values = ([stores[layer.source][side] for layer in self.layers] for side in range(2))
+        self._page_bytes = sum(store[:, 0].nbytes for store in stores.values())
         self.kernels = kernels or triton_kernels()
         self._columns = min(pool.pages, -(-positions(model.config)[0] // pool.page_size))
         self._tables_RN = torch.zeros(rows, self._columns, dtype=torch.int32, device=self.device)
@@ -134,13 +143,12 @@ class DeviceRunner(Runner):
         self._sources: dict[Request, int] = {}  # whose they are
         self._lines: dict[Request, tuple[int, list[int], int]] = {}  # line of the tables, its pages, how many are there
         self._free_lines = list(range(rows))[::-1]
-        self._page_bytes = sum(store[0].nbytes for store in (*self.keys, *self.values))
         self._sampled_KV: torch.Tensor | None = None  # logits of a step that is not greedy, for one graph at a time
         heads = model.config.get_text_config(decoder=True).num_attention_heads
         self._tile = self.kernels.chunk_tokens(heads // kv_heads, head_dim, model.dtype.itemsize)
         outer: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
         ends = {id(module.weight): module.weight.numel() for module in outer}
-        self._layer_weights = (model.num_parameters() - sum(ends.values())) // layers
+        self._layer_weights = (model.num_parameters() - sum(ends.values())) // len(self.layers)
         self.graphs = Graphs(self._compute, self._last_B)
         self._seen: Counter[Sizes] = Counter()  # of steps with chunks, and how often
         cuda = self.device.type == "cuda"
@@ -155,13 +163,12 @@ class DeviceRunner(Runner):
         Raises:
             InputError: if steps on the device give other logits than `model` even without that.
         """
-        tokens, expected_TV = probe(model, min(24, self.pool.pages * self.pool.page_size))
-        ids_T = np.array(tokens)
-        options = self._prove(ids_T, expected_TV)
-        stream, undo = fuse(self.model, options, self.kernels, self._columns * self.pool.page_size)
+        known = probe(model, self.pool.capacity)
+        self._prove(known)
+        stream, undo = fuse(self.model, self.layers, self.kernels, self._columns * self.pool.page_size)
         few, stream.few = stream.few, 0
         try:
-            self._prove(ids_T, expected_TV)
+            self._prove(known)
         except InputError as error:
             LOG.warning("%s; its layers run as they are", error)
             undo()
@@ -169,32 +176,29 @@ class DeviceRunner(Runner):
         if few:
             try:
                 stream.few = few
-                self._prove(ids_T, expected_TV)
+                self._prove(known)
             except InputError as error:
                 LOG.warning("%s; steps of few rows take the same products as others", error)
                 stream.few = 0
 
-    def _prove(self, ids_T: np.ndarray, expected_TV: torch.Tensor) -> dict[int, Options]:
-        """Compute tokens as a chunk, a chunk with a past and one alone; gives the options of each layer's attention.
+    def _prove(self, known: Probe) -> None:
+        """Compute its tokens as chunks, without and with a past, and one alone.
 
         Raises:
             InputError: if logits differ from those expected, or whatever else the model or a compiler raises.
         """
-        tokens, found = len(ids_T), []
-        self._tables_RN[0, : -(-tokens // self.pool.page_size)] = torch.arange(-(-tokens // self.pool.page_size))
-        options: dict[int, Options] = {}
-        for begin, end in itertools.pairwise(sorted({0, tokens // 2, tokens - 1, tokens})):
+        count, found = len(known.tokens), []
+        ids_T, position_ids_T = np.array(known.tokens), torch.tensor(known.position_ids, device=self.device)
+        self._tables_RN[0, : -(-count // self.pool.page_size)] = torch.arange(-(-count // self.pool.page_size))
+        for begin, end in itertools.pairwise(sorted({0, min(FEW_TOKENS, count // 2), count // 2, count - 1, count})):
             inputs_3T = np.stack([ids_T[begin:end], np.arange(begin, end), np.zeros(end - begin, dtype=int)])
             spans_3R = np.array([[0], [end - begin], [begin]])
             step = self._laid(inputs_3T, np.arange(end - begin), np.zeros(1, dtype=int), spans_3R)
             sizes = step.sizes(greedy=False)
-            try:
+            with refused(self.model):
                 ints_I = upload(step.ints(sizes), self.device)
-                found.append(self._logits(sizes, ints_I, options))
-            except Exception as error:
-                raise InputError(f"{type(self.model).__name__} cannot run packed: {error}") from error
-        check_equal(self.model, "on the device", torch.cat(found), expected_TV)
-        return options
+                found.append(self._logits(sizes, ints_I, position_ids_T[begin:end]))
+        check_equal(self.model, "on the device", torch.cat(found), known.expected_TV)
 
     def run(self, step: Step) -> StepResult:
         """Compute a step and wait for it."""
@@ -329,8 +333,11 @@ class DeviceRunner(Runner):
             self._sampled_KV = logits_KV.new_empty(len(self._last_B), logits_KV.shape[1])
         return self._sampled_KV[: sizes.kept].copy_(logits_KV)
 
-    def _logits(self, sizes: Sizes, ints_I: torch.Tensor, options: dict[int, Options] | None = None) -> torch.Tensor:
-        """The model's logits, [K, V], for a step that lies in an array on the device."""
+    def _logits(self, sizes: Sizes, ints_I: torch.Tensor, position_ids_T: torch.Tensor | None = None) -> torch.Tensor:
+        """The model's logits, [K, V], for a step that lies in an array on the device.
+
+        `position_ids_T` are what the model is told instead of the tokens' places in their requests.
+        """
         inputs_3T, keep_K, lines_R, spans_3R, tiles_X2 = sizes.parts(ints_I)
         rows = sizes.rows
         ids_T, positions_T, slots_T, lengths_T = self.kernels.step_inputs(
@@ -340,12 +347,11 @@ class DeviceRunner(Runner):
         step = DeviceStep(
             self.keys, self.values, self.kernels, slots_T, self._tables_RN, lengths_T[:rows], inputs_3T[2, :rows],
             sizes.bound, 64 if self.deterministic or rows <= FEW_ROWS else 256, chunks,
-            {} if options is None else options,
         )  # fmt: skip
         every = sizes.kept == rows and not sizes.tokens
         return self.model(
-            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False,
-            logits_to_keep=0 if every else keep_K.long(), packed=step,
+            input_ids=ids_T[None], position_ids=positions_T[None] if position_ids_T is None else position_ids_T[None],
+            use_cache=False, logits_to_keep=0 if every else keep_K.long(), packed=step,
         ).logits[0]  # fmt: skip
 
 

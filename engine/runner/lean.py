@@ -6,14 +6,15 @@ comparing logits.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.attention.paged import VECTOR, Options
+from engine.attention.layers import LayerAttention
+from engine.attention.paged import VECTOR
 
 BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -22,11 +23,11 @@ MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
 
-def is_lean(model: PreTrainedModel, options: dict[int, Options]) -> bool:
+def is_lean(model: PreTrainedModel, given: Sequence[LayerAttention]) -> bool:
     """Whether a model has these parts and no others, on a CPU in float32.
 
     Args:
-        options: of each layer's attention, as the model's own code passes them.
+        given: what each layer's attention takes, as the model's own code passes it.
     """
     base, head = model.base_model, model.get_output_embeddings()
     if not _has(base, BASE) or not isinstance(base.layers, nn.ModuleList) or type(head) is not nn.Linear:
@@ -38,12 +39,12 @@ def is_lean(model: PreTrainedModel, options: dict[int, Options]) -> bool:
             weight.dtype is torch.float32 and weight.device.type == "cpu" for weight in (embedding.weight, head.weight)
         )
         and _is_norm(base.norm)
-        and len(options) == len(base.layers)
-        and all(_is_lean_layer(layer, options[index]) for index, layer in enumerate(base.layers))
+        and len(given) == len(base.layers)
+        and all(_is_lean_layer(layer, given[index], index) for index, layer in enumerate(base.layers))
     )
 
 
-def _is_lean_layer(layer: Any, options: Options) -> bool:
+def _is_lean_layer(layer: Any, given: LayerAttention, index: int) -> bool:
     if not _has(layer, LAYER) or not _has(layer.self_attn, ATTENTION, {"q_norm", "k_norm"}) or not _has(layer.mlp, MLP):
         return False
     attention, mlp = layer.self_attn, layer.mlp
@@ -61,8 +62,10 @@ def _is_lean_layer(layer: Any, options: Options) -> bool:
         and head_dim % VECTOR == 0
         and attention.q_proj.in_features % 2 == mlp.gate_proj.out_features % 2 == 0
         and type(mlp.act_fn).__name__ in ACTIVATIONS
-        and options.softcap is None
-        and options.sink_H is None
+        and given.options.softcap is None
+        and given.options.sink_H is None
+        and given.only_rotates
+        and given.source == index
     )
 
 

@@ -103,11 +103,12 @@ class Shared:
 
 
 class Part(nn.Module):
-    """Stands where a linear layer was: one of a product's outputs."""
+    """Stands where a linear layer was: one of a product's outputs, and that layer's weight for models that read it."""
 
-    def __init__(self, shared: Shared, index: int) -> None:
+    def __init__(self, shared: Shared, index: int, layer: nn.Module) -> None:
         super().__init__()
         self.shared, self.index = shared, index
+        self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., M] -> [..., N]."""
@@ -131,7 +132,7 @@ def join(model: nn.Module, tiled: bool = False) -> list[Product]:
             products.append(product_of([children[name] for name in names], tiled))
             shared = Shared(products[-1])
             for index, name in enumerate(names):
-                setattr(module, name, Part(shared, index))
+                setattr(module, name, Part(shared, index, children[name]))
     return products
 
 

@@ -6,23 +6,24 @@ function (`engine.cpu`), any other as Transformers wrote it (`engine.runner.eage
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from engine.attention.layers import attention_layers
 from engine.attention.paged import Piece
 from engine.errors import InputError
+from engine.models import refuse_other_state
 from engine.pages import PagePool
 from engine.request import Choice, Request
-from engine.runner import Runner, StepResult, refuse_unknown_cache
+from engine.runner import Runner, StepResult
 from engine.runner.eager import EagerModel
 from engine.runner.lean import is_lean
+from engine.runner.linear import twin
+from engine.runner.verify import check_equal, probe, probe_logits, probe_pages, refused
 from engine.sampler import sample
 from engine.scheduler import Step
 
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 CHUNK = 256  # tokens of a text at a time
-CUTS = ((0, 8, 15, 23, 24), (0, 15, 16, 23, 24))  # where the proof at load cuts its requests; the first cut is short
-# How far logits of the packed model may lie from the model's own, relative to the largest: rounding, no more. In int8
-# at most tokens: rounding may turn one of them over.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.int8: 1.5e-1}
 
 
 class PagedModel(Protocol):
@@ -46,7 +43,9 @@ class PagedModel(Protocol):
     def page_bytes(self) -> int: ...
     def hold(self, pages: int) -> None: ...
     def clear(self, pages: list[int]) -> None: ...
-    def logits(self, tokens: list[int], pieces: list[Piece], rows: list[int]) -> torch.Tensor: ...
+    def logits(
+        self, tokens: list[int], pieces: list[Piece], rows: list[int], position_ids: list[int] | None = None
+    ) -> torch.Tensor: ...
 
 
 class PackedRunner(Runner):
@@ -73,12 +72,13 @@ class PackedRunner(Runner):
     @torch.inference_mode()
     def _build(self, model: PreTrainedModel, deterministic: bool, int8: bool) -> PagedModel:
         """The leanest packed model that gives the same logits as `model`."""
-        tokens, expected_TV = probe(model, 24)
+        known = probe(model, self.pool.capacity)
 
         def prove(packed: PagedModel, dtype: torch.dtype | None = None) -> None:
-            with _refused(model):
-                found_RTV = self._probe(packed, tokens, expected_TV)
-            check_equal(model, "when packed", found_RTV, expected_TV, dtype)
+            packed.hold(probe_pages(len(known.tokens), self.pool.page_size))
+            with refused(model):
+                found_RTV = probe_logits(known, self.pool.page_size, packed.logits)
+            check_equal(model, "when packed", found_RTV, known.expected_TV, dtype)
 
         lean = self._lean(model)
         if lean is not None:
@@ -100,18 +100,16 @@ class PackedRunner(Runner):
 
     def _lean(self, model: PreTrainedModel) -> LeanModel | None:
         """The compiled model, if this one has the parts for it."""
-        plain = EagerModel(model, self.pool.page_size, joined=False)
-        plain.hold(1)
-        with _refused(model):
-            plain.logits([0], [Piece(0, 1, 0, [0])], [0])  # shows what options its code gives attention
-        if not is_lean(model, plain.options):
+        with refused(model):
+            layers = attention_layers(twin(model))
+        if not is_lean(model, layers):
             return None
         try:
             from engine.cpu.model import LeanModel  # Numba takes a moment to import, and a GPU can do without
         except ImportError as error:
             LOG.warning("not compiled (%s): generation will be slower", error)
             return None
-        return LeanModel(model, [plain.options[index] for index in range(len(plain.options))], self.pool.page_size)
+        return LeanModel(model, [layer.options for layer in layers], self.pool.page_size)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> torch.Tensor:
@@ -157,57 +155,22 @@ class PackedRunner(Runner):
             kv_bytes=self.pool.pages_used * self.model.page_bytes,
         )
 
-    def _probe(self, packed: PagedModel, tokens: list[int], expected_TV: torch.Tensor) -> torch.Tensor:
-        """Logits [2, T, V] of two like requests: chunks, short ones too, without and with a past, and single tokens.
 
-        Those of the first token are not asked for, but taken as expected: leaving out is part of it.
-        """
-        pages = -(-len(tokens) // self.pool.page_size)
-        packed.hold(len(CUTS) * pages)
-        found_RTV = expected_TV.repeat(len(CUTS), 1, 1)
-        for spans in zip(*map(pairwise, CUTS), strict=True):
-            pieces: list[Piece] = []
-            given: list[int] = []
-            asked: list[tuple[int, int]] = []  # row and position of each token
-            for row, (begin, end) in enumerate(spans):
-                table = list(range(row * pages, (row + 1) * pages))
-                pieces.append(Piece(len(given), len(given) + end - begin, begin, table))
-                given += tokens[begin:end]
-                asked += [(row, at) for at in range(begin, end)]
-            skipped = int(asked[0] == (0, 0))
-            logits_TV = packed.logits(given, pieces, list(range(skipped, len(given))))
-            found_RTV[tuple(torch.tensor(asked[skipped:]).T)] = logits_TV.double()
-        return found_RTV
+def page_token_bytes(model: PreTrainedModel) -> int:
+    """Bytes that a token's keys and values take in the pages of all layers.
 
-
-@contextlib.contextmanager
-def _refused(model: PreTrainedModel) -> Iterator[None]:
-    """Whatever a model's code raises means that it can't run packed."""
-    try:
-        yield
-    except (TypeError, RuntimeError, AttributeError, IndexError) as error:
-        raise InputError(f"{type(model).__name__} cannot run packed: {error}") from error
+    Raises:
+        InputError: for a model that cannot run packed.
+    """
+    refuse_unpackable(model)
+    with refused(model):
+        layers = attention_layers(twin(model))
+    own = [layer for index, layer in enumerate(layers) if layer.source == index]
+    return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in own) * model.dtype.itemsize
 
 
 def refuse_unpackable(model: PreTrainedModel) -> None:
     """Raise InputError for a model that is known not to run packed before it is tried."""
-    refuse_unknown_cache(model)
+    refuse_other_state(model)
     if not model._supports_attention_backend:
         raise InputError(f"{type(model).__name__} does not take its attention from Transformers' AttentionInterface")
-
-
-def probe(model: PreTrainedModel, count: int) -> tuple[list[int], torch.Tensor]:
-    """Some tokens, and the model's own logits at each, [T, V] in float64."""
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    tokens = [(7 * i + 3) % vocab for i in range(count)]
-    return tokens, model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].double()
-
-
-def check_equal(
-    model: PreTrainedModel, where: str, found: torch.Tensor, expected_TV: torch.Tensor, dtype: torch.dtype | None = None
-) -> None:
-    """Raise InputError unless logits found `where` are those expected, but for rounding in a dtype, the model's own."""
-    off_T = (found.double() - expected_TV).abs().amax(-1)
-    off = float((off_T.median() if dtype is torch.int8 else off_T.max()) / expected_TV.abs().max())
-    if not off <= TOLERANCE[dtype or model.dtype]:
-        raise InputError(f"{type(model).__name__} gives other logits {where} (off by {off:.1e} of the largest)")

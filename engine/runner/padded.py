@@ -22,14 +22,17 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from engine.request import Request
-from engine.runner import Runner, StepResult, refuse_unknown_cache
+from engine.models import refuse_other_state
+from engine.request import Request, SamplingParams
+from engine.runner import Runner, StepResult
+from engine.runner.verify import check_equal, check_finite, proof_text, refused
 from engine.sampler import sample
 from engine.scheduler import Step
 
 # What one more forward pass costs, in tokens of prefill: it reads all weights again. Measured on a CPU at about 20;
 # on a GPU a pass of a small model costs as much as some hundreds of tokens.
 PASS_TOKENS = {"cpu": 32, "cuda": 1024}
+PROOF_TOKENS, PROOF_DECODES, PROOF_STEP = 12, 2, 6  # of the proof at load: its text, steps after the prompt, a pass
 
 
 class RowLayer(DynamicLayer):
@@ -90,7 +93,7 @@ class PaddedRunner(Runner):
     def __init__(
         self, model: PreTrainedModel, max_step_tokens: int = 8192, *, pad_id: int = 0, pad_columns: int = 0
     ) -> None:
-        refuse_unknown_cache(model)
+        refuse_other_state(model)
         self.model = model
         self.max_step_tokens = max_step_tokens
         self.pad_id = pad_id
@@ -104,6 +107,36 @@ class PaddedRunner(Runner):
         self._column = 0  # columns computed
         self._cache: Cache | None = None
         self._layers: list[RowLayer] = []
+        self._prove()
+
+    @torch.inference_mode()
+    def _prove(self) -> None:
+        """Compute two requests of unlike length together, and compare with the model's own logits of their text.
+
+        Their prompts are cut into several passes and padded, which says whether a model looks ahead, and whether it
+        counts positions from a row's first token.
+
+        Raises:
+            InputError: if the logits differ, or for whatever the model raises.
+        """
+        text = proof_text(self.model, PROOF_TOKENS)
+        kept = self.max_step_tokens, self.pass_tokens, self.pad_columns
+        self.max_step_tokens, self.pass_tokens, self.pad_columns = PROOF_STEP, 1, 0
+        with refused(self.model, "be padded"):
+            ids_1T = torch.tensor([text], device=self.model.device)
+            expected_TV = check_finite(self.model, self.model(ids_1T, use_cache=False).logits[0])
+            lengths = [PROOF_TOKENS - PROOF_DECODES, PROOF_TOKENS // 2 - 1]
+            params = SamplingParams(max_new_tokens=PROOF_DECODES + 1)
+            requests = [Request(f"proof-{n}", n, params, text[:n]) for n in lengths]
+            for _ in range(PROOF_DECODES + 1):
+                _, logits_BV, _ = self._compute(requests)
+                rows = [self._rows.index(request) for request in requests]
+                expected_BV = expected_TV[[len(request.tokens) - 1 for request in requests]]
+                check_equal(self.model, "when padded", logits_BV[rows], expected_BV)
+                for request in requests:
+                    request.tokens.append(text[len(request.tokens) % PROOF_TOKENS])
+        self.max_step_tokens, self.pass_tokens, self.pad_columns = kept
+        self._rows, self._cache, self._layers = [], None, []
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
@@ -113,26 +146,11 @@ class PaddedRunner(Runner):
             ValueError: for a step that mixes the two, which the policies for this runner never plan.
         """
         requests = [request for request, _ in step]
-        known = set(self._rows)
-        if known.isdisjoint(requests):
-            self._start(requests)
-            passes = self._staircase()
-        elif known.issuperset(requests):
-            self._compact(set(requests))
-            passes = [(len(self._rows), self._column, self._column + 1)]
-        else:
-            raise ValueError("the padded runner cannot add requests to a batch that has started")
-        positions, seconds = 0, 0.0
-        for rows, begin, end in passes:
-            inputs = self._inputs(rows, begin, end)
-            started = time.perf_counter()
-            logits_BTV = self.model(**inputs, past_key_values=self._cache, use_cache=True, **self._keep_last).logits
-            if end == passes[-1][2]:
-                choices = sample(logits_BTV[:, -1], self._rows)
-            seconds += time.perf_counter() - started
-            positions += rows * (end - begin)
-        self._column = end
-        useful = sum(count for _, count in step)
+        passes, logits_BV, seconds = self._compute(requests)
+        started = time.perf_counter()
+        choices = sample(logits_BV, self._rows)
+        seconds += time.perf_counter() - started
+        useful, positions = sum(count for _, count in step), sum(rows * (end - begin) for rows, begin, end in passes)
         by_request = dict(zip(self._rows, choices, strict=True))
         return StepResult(
             choices=[by_request[request] for request in requests],
@@ -142,6 +160,26 @@ class PaddedRunner(Runner):
             model_s=seconds,
             kv_bytes=sum(buffer.nbytes for layer in self._layers for buffer in getattr(layer, "buffers", ())),
         )
+
+    def _compute(self, requests: list[Request]) -> tuple[list[tuple[int, int, int]], torch.Tensor, float]:
+        """Compute what these requests lack; gives the passes, the last logits of each row [B, V], and the seconds."""
+        known = set(self._rows)
+        if known.isdisjoint(requests):
+            self._start(requests)
+            passes = self._staircase()
+        elif known.issuperset(requests):
+            self._compact(set(requests))
+            passes = [(len(self._rows), self._column, self._column + 1)]
+        else:
+            raise ValueError("the padded runner cannot add requests to a batch that has started")
+        seconds = 0.0
+        for rows, begin, end in passes:
+            inputs = self._inputs(rows, begin, end)
+            started = time.perf_counter()
+            logits_BTV = self.model(**inputs, past_key_values=self._cache, use_cache=True, **self._keep_last).logits
+            seconds += time.perf_counter() - started
+        self._column = end
+        return passes, logits_BTV[:, -1], seconds
 
     def _start(self, requests: list[Request]) -> None:
         """Lay out the next batch: longest row first, so that the rows of every pass are the first ones."""

@@ -1,0 +1,114 @@
+"""The proof at load: whatever computes a model's steps must give the model's own logits, or is not used.
+
+One text is compared whole, in chunks with and without a past, and token by token. Its positions come from the model's
+whole range (a position id may be any number), so that what begins late shows: a temperature by position, a table of
+angles that ends. What a mask does far away is asked of the mask itself, in `engine.attention.layers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from engine.attention.paged import Piece
+from engine.errors import InputError
+from engine.models import telling_positions
+
+# How far logits may lie from the model's own, relative to the largest: rounding, no more. In int8 at most tokens:
+# rounding may turn one of them over.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.int8: 1.5e-1}
+FIRST_CUTS = ((8, 15), (15, 16))  # of two like requests that share their steps; one's first chunk is short
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text of T tokens at rising positions, and the model's own logits at each of them, [T, V] in float64."""
+
+    tokens: list[int]
+    position_ids: list[int]
+    expected_TV: torch.Tensor
+
+
+def proof_text(model: PreTrainedModel, count: int) -> list[int]:
+    """So many token ids, hardly any of them twice."""
+    embedding: Any = model.get_input_embeddings()
+    return [(7 * i + 3) % len(embedding.weight) for i in range(count)]
+
+
+@torch.inference_mode()
+def probe(model: PreTrainedModel, capacity: int) -> Probe:
+    """The model's own answers, for requests of `capacity` positions at most."""
+    position_ids = telling_positions(model.config, capacity)
+    tokens = proof_text(model, len(position_ids))
+    ids, at = (torch.tensor([numbers], device=model.device) for numbers in (tokens, position_ids))
+    # The mask says that this is one text, though its positions rise by leaps.
+    logits_1TV = model(ids, position_ids=at, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return Probe(tokens, position_ids, check_finite(model, logits_1TV[0]))
+
+
+def probe_pages(count: int, page_size: int) -> int:
+    """How many pages `probe_logits` needs for a text of so many tokens."""
+    return len(FIRST_CUTS) * -(-count // page_size)
+
+
+def probe_logits(probe: Probe, page_size: int, logits: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Logits [2, T, V] of two requests for the text of a probe, cut in different places.
+
+    Those of the first token are not asked for, but taken as expected: leaving out is part of it.
+
+    Args:
+        logits: (tokens, pieces, rows, position_ids) -> [R, V], as a packed model computes them.
+    """
+    count = len(probe.tokens)
+    pages = -(-count // page_size)
+    found_RTV = probe.expected_TV.repeat(len(FIRST_CUTS), 1, 1)
+    cuts = [sorted({0, *(cut for cut in first if cut < count - 1), count - 1, count}) for first in FIRST_CUTS]
+    for spans in zip(*map(pairwise, cuts), strict=True):
+        pieces: list[Piece] = []
+        asked: list[tuple[int, int]] = []  # request and place of each token
+        for request, (begin, end) in enumerate(spans):
+            table = list(range(request * pages, (request + 1) * pages))
+            pieces.append(Piece(len(asked), len(asked) + end - begin, begin, table))
+            asked += [(request, at) for at in range(begin, end)]
+        tokens, position_ids = ([numbers[at] for _, at in asked] for numbers in (probe.tokens, probe.position_ids))
+        skipped = int(len(asked) > 1 and asked[0] == (0, 0))
+        logits_TV = logits(tokens, pieces, list(range(skipped, len(tokens))), position_ids)
+        found_RTV[tuple(torch.tensor(asked[skipped:]).T)] = logits_TV.double()
+    return found_RTV
+
+
+def check_finite(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """Give the model's own logits back in float64; raise InputError where they are no numbers."""
+    if not bool(logits.isfinite().all()):
+        raise InputError(
+            f"{type(model).__name__} gives logits that are NaN or infinite: its weights are broken, or {model.dtype} is "
+            "too narrow for them"
+        )
+    return logits.double()
+
+
+def check_equal(
+    model: PreTrainedModel, where: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Raise InputError unless logits found `where` are those expected, but for rounding in a dtype, the model's own."""
+    off_T = (found.double() - expected).abs().amax(-1)
+    off = float((off_T.median() if dtype is torch.int8 else off_T.max()) / expected.abs().max())
+    if not off <= TOLERANCE[dtype or model.dtype]:
+        raise InputError(f"{type(model).__name__} gives other logits {where} (off by {off:.1e} of the largest)")
+
+
+@contextlib.contextmanager
+def refused(model: PreTrainedModel, how: str = "run packed") -> Iterator[None]:
+    """Turn whatever a model's code raises into the InputError that it cannot run so."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{type(model).__name__} cannot {how}: {error}") from error
