@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED, BROKEN = 130, 70
 ENOUGH = 0.95  # of planted slowdowns found, and of identical code left alone, in a self-test that succeeds
+NEEDED = ("scipy", "pytest", "pytest_benchmark")  # the extra `perf`
 ERRORS = Console(stderr=True)
 CODES = "Exit codes: 0 pass, 1 regression, 2 usage, 3 not comparable, 4 inconclusive."
 app = typer.Typer(
@@ -281,7 +282,10 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(error, error.code)
     except (InputError, OSError) as error:
         _fail(error, Exit.USAGE)
-    except Exception:
+    except Exception as error:
+        missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing in NEEDED:
+            _fail(InputError(f"perf needs {missing}: pip install 'dynamic-batch[perf]'"), Exit.USAGE)
         traceback.print_exc()
         sys.exit(BROKEN)
 

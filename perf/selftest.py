@@ -98,7 +98,7 @@ class Rate:
     @property
     def bounds(self) -> tuple[float, float]:
         """95 % interval (Clopper and Pearson) of the true rate of regressions called."""
-        return binomial_bounds(self.regressions, len(self.outcomes))
+        return stats.binomial_bounds(self.regressions, len(self.outcomes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,23 +180,6 @@ def one_trial(
         for effect in [*effects[turn:], *effects[:turn]]:
             heads[effect].append(measure(number, effect))
     return base, heads
-
-
-def binomial_bounds(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact interval of Clopper and Pearson (1934) for a rate seen as `hits` of `trials`."""
-
-    def at_most(k: int, rate: float) -> float:
-        return sum(math.comb(trials, i) * rate**i * (1 - rate) ** (trials - i) for i in range(k + 1))
-
-    def solve(k: int, level: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if at_most(k, middle) > level else (low, middle)
-        return (low + high) / 2
-
-    tail = (1 - confidence) / 2
-    return 0.0 if hits == 0 else solve(hits - 1, 1 - tail), 1.0 if hits == trials else solve(hits, tail)
 
 
 def _rate(effect: float, comparisons: Sequence[gate.Comparison]) -> Rate:

@@ -87,8 +87,8 @@ def check_finite(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     """Give the model's own logits back in float64; raise InputError where they are no numbers."""
     if not bool(logits.isfinite().all()):
         raise InputError(
-            f"{type(model).__name__} gives logits that are NaN or infinite: its weights are broken, or {model.dtype} is "
-            "too narrow for them"
+            f"{type(model).__name__} gives logits that are NaN or infinite: its weights are broken, or too large for "
+            f"{str(model.dtype).removeprefix('torch.')}"
         )
     return logits.double()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,15 @@ def run(capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+def test_what_the_extra_brings_is_named_where_it_is_missing(storage):
+    """In a process of its own: this one has imported it already."""
+    code = "import sys; sys.modules['scipy'] = None; from perf.cli import main; main(['compare', 'main', 'slow'])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (found.returncode, found.stderr) == (2, "error: perf needs scipy: pip install 'dynamic-batch[perf]'\n")
 
 
 def test_exit_codes_say_what_was_found(run, storage):

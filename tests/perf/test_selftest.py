@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from perf import runs, selftest
+from perf import runs, selftest, stats
 from perf.gate import Outcome
 from perf.runs import Exit, GateError
 
@@ -131,7 +131,7 @@ def test_rates_and_visible_effects_are_counted(fake):
 @pytest.mark.parametrize(("hits", "low", "high"), [(0, 0, 0.1684), (1, 0.0013, 0.2487), (19, 0.7513, 0.9987),
                                                    (20, 0.8316, 1)])  # fmt: skip
 def test_bounds_are_clopper_and_pearsons(hits, low, high):
-    assert selftest.binomial_bounds(hits, 20) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    assert stats.binomial_bounds(hits, 20) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 @pytest.mark.parametrize(("options", "says"), [

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings, strategies as st
 
 from perf import stats
@@ -56,16 +57,19 @@ def shares(noise, n, seed, judge=stats.compare, slower=0.0, runs=RUNS):
     return np.mean([e.low > 0 for e in found]), np.mean([e.low <= truth <= e.high for e in found])
 
 
-@pytest.mark.parametrize(("df", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (120, 1.97993)])
-def test_quantiles_are_those_of_the_tables(df, t):
-    assert stats.t_quantile(0.975, df) == pytest.approx(t, rel=1e-5)
-    assert stats.t_cdf(t, df) == pytest.approx(0.975, abs=1e-7)
-    assert stats.t_cdf(-t, df) == pytest.approx(0.025, abs=1e-7)
-
-
-def test_many_degrees_of_freedom_are_the_normal_distribution():
-    assert stats.t_cdf(1.959964, 1e6) == pytest.approx(0.975, abs=1e-6)
-    assert 1 - stats.t_cdf(5, 1e6) == pytest.approx(2.8665e-7, rel=1e-2)
+@pytest.mark.parametrize("noise", [normal, spiky, skewed, heavy])
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (7, 12), (20, 10), (6, 40)])
+def test_the_estimate_is_scipys_where_rounds_are_independent(noise, n, m, monkeypatch):
+    monkeypatch.setattr(stats, "_inflation", lambda samples: 1.0)
+    rng = np.random.default_rng(n)
+    base, head = times(noise, n, rng), times(noise, m, rng, 0.03)
+    found = stats.compare(base, head)
+    yuen = scipy.stats.ttest_ind(np.log(head), np.log(base), equal_var=False, trim=0.2)
+    interval = yuen.confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(interval.low, abs=1e-13), pytest.approx(interval.high, abs=1e-13))
+    assert found.df == pytest.approx(yuen.df, rel=1e-12)
+    assert found.tail(+1) + found.tail(-1) == pytest.approx(1)
+    assert 2 * min(found.tail(+1), found.tail(-1)) == pytest.approx(yuen.pvalue, abs=1e-13)
 
 
 def test_the_estimate_is_yuens():
