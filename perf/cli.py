@@ -1,7 +1,8 @@
 """`python -m perf compare | ab | selftest | report | counters | accuracy | setup-peer`: arguments, progress, codes.
 
-Thin: what it does is done elsewhere, and imported when used, so that `compare` and `report` never wait for torch. Exit
-codes are those of perf/runs.py, 130 on Ctrl-C, and 70 where this program itself is at fault, for 1 means a regression.
+Thin: what it does is done elsewhere, and imported when used, so that `compare` and `report` never wait for
+torch. Exit codes are those of perf/errors.py, 130 on Ctrl-C, and 70 where this program itself is at fault,
+for 1 means a regression.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.markup import escape
 
 from engine import InputError
 from perf.runs import STORAGE, Exit, GateError, Run, load
+from perf.storage import folder
 
 if TYPE_CHECKING:
     from perf.gate import Comparison
@@ -35,7 +37,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=f"The performance gate. {CODES}"
 )
 
-Storage = Annotated[Path, typer.Option(help="Where pytest-benchmark saves runs.")]
+Storage = Annotated[str, typer.Option(help="Where pytest-benchmark saves runs: a folder, or file://FOLDER.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page here that needs no network.")]
 Markdown = Annotated[Path | None, typer.Option(help="Write a summary here; added to it if it is $GITHUB_STEP_SUMMARY.")]
 Csv = Annotated[Path | None, typer.Option(help="Write a row a benchmark here.")]
@@ -46,9 +48,11 @@ PytestArgs = Annotated[list[str] | None, typer.Argument(metavar="[-- PYTEST ARGS
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(help="The baseline: a name it was saved by, a number or a file.")],
+    base: Annotated[
+        str, typer.Argument(help="The baseline: the name it was saved by, its number, 0002_main or a file.")
+    ],
     head: Annotated[str, typer.Argument(help="What is judged against it, likewise.")],
-    storage: Storage = STORAGE,
+    storage: Storage = str(STORAGE),
     counters: Counters = True,
     html: Html = None,
     markdown: Markdown = None,
@@ -63,7 +67,8 @@ def compare(
     from perf.gate import compare as judge
 
     _writable(html=html, markdown=markdown, csv=csv, json=json)
-    before, after = load(base, storage), load(head, storage)
+    where = folder(storage)
+    before, after = load(base, where), load(head, where)
     if before.path.samefile(after.path):
         raise GateError(
             f"{base!r} and {head!r} are the same file, {before.path}: a run always equals itself", Exit.USAGE
@@ -134,7 +139,7 @@ def report(
     base: Annotated[str | None, typer.Option(help="What the last is judged against; the first, if there are two.")] = (
         None
     ),
-    storage: Storage = STORAGE,
+    storage: Storage = str(STORAGE),
     html: Html = None,
     markdown: Markdown = None,
     csv: Csv = None,
@@ -144,9 +149,13 @@ def report(
     from perf.gate import compare as judge
 
     _writable(html=html, markdown=markdown, csv=csv)
-    loaded = [load(run, storage) for run in runs]
-    against = load(base, storage) if base else loaded[0] if len(loaded) > 1 else None
+    where = folder(storage)
+    loaded = [load(run, where) for run in runs]
+    against = load(base, where) if base is not None else loaded[0] if len(loaded) > 1 else None
     comparison = judge(against, loaded[-1]) if against else None
+    for note in dict.fromkeys(note for run in loaded for note in run.notes):
+        if comparison is None or note not in comparison.notes:
+            ERRORS.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     _print(reports.runs_table(loaded) if comparison is None else reports.comparison_table(comparison))
     _write(loaded, comparison, html, markdown, csv)
 

@@ -247,6 +247,7 @@ def _together(verdicts: list[Verdict]) -> list[Verdict]:
 
 def _notes(base: Run, head: Run, counters: bool) -> Iterator[str]:
     both = [(before, head.benchmarks[name]) for name, before in base.benchmarks.items() if name in head.benchmarks]
+    yield from dict.fromkeys((*base.notes, *head.notes))
     if new := [name for name in head.benchmarks if name not in base.benchmarks]:
         yield f"new, so not judged: {_listed(new)}"
     if not counters:

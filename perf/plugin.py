@@ -61,7 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
     try:
         base = gate.check_session(
-            baseline, _storage(config), xdist=off == XDIST, disabled=off == DISABLE, skipped=off == SKIP
+            baseline,
+            config.getoption("benchmark_storage"),
+            xdist=off == XDIST,
+            disabled=off == DISABLE,
+            skipped=off == SKIP,
         )
     except GateError as error:
         pytest.exit(f"error: {error}", returncode=int(error.code))
@@ -75,11 +79,6 @@ def _benchmarks_off(config: pytest.Config) -> str | None:
     if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
         return DISABLE
     return SKIP if config.getoption("benchmark_skip") else None
-
-
-def _storage(config: pytest.Config) -> Path:
-    """The folder of `--benchmark-storage`, which pytest-benchmark takes as a path or as file://PATH."""
-    return Path(str(config.getoption("benchmark_storage")).removeprefix("file://"))
 
 
 class Gate:

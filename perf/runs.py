@@ -1,6 +1,6 @@
 """Saved pytest-benchmark runs, read and checked: a JSON file becomes a Run of Benchmarks, or an error that says why.
 
-Also where the errors and exit codes of the gate are named. It judges nothing and imports neither torch nor pytest.
+Which file is meant is decided in perf/storage.py. It judges nothing and imports neither torch nor pytest.
 """
 
 from __future__ import annotations
@@ -8,39 +8,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from engine import InputError
+from perf import storage as storages
+from perf.errors import Exit, GateError
 from perf.metrics import GATED, METRICS
+from perf.storage import STORAGE
 
 Scalar = str | int | float | bool | None
-STORAGE = Path(".benchmarks")
 SCHEMA = 1
 _NESTED = ("fingerprint", "rounds", "gate")
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
-
-
-class Exit(IntEnum):
-    """Exit codes of the gate. When several hold, the first of 2, 1, 3, 4, 0 is given: a regression outranks all else
-    that a comparison can find, and what could not be compared outranks what could not be decided."""
-
-    PASS = 0
-    REGRESSION = 1
-    USAGE = 2
-    NOT_COMPARABLE = 3
-    INCONCLUSIVE = 4
-
-
-class GateError(InputError):
-    """The comparison cannot be made; `code` is the exit code: 2 for a command to mend, 3 for data that is not there."""
-
-    def __init__(self, message: str, code: Exit = Exit.NOT_COMPARABLE) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +52,8 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A saved run. name: what it was saved as; commit and machine: as pytest-benchmark recorded them."""
+    """A saved run. name: what it was saved as; commit and machine: as pytest-benchmark recorded them. notes:
+    what a reader should know of how it was found."""
 
     name: str
     path: Path
@@ -79,57 +61,27 @@ class Run:
     commit: Mapping[str, Any]
     datetime: str
     benchmarks: Mapping[str, Benchmark]
+    notes: tuple[str, ...] = ()
 
 
 def find(which: str | Path, storage: Path | str = STORAGE) -> Path:
-    """The file of a saved run, by path, by pytest-benchmark's number (`7` or `0007`) or by the NAME it was saved as.
-
-    Of several runs saved under one name the last number is meant.
-
-    Raises:
-        GateError: if there is none, or the name is found in the folders of several machines.
-    """
-    path, root = Path(which), Path(storage)
-    if path.is_file():
-        return path
-    if path.suffix == ".json" or path.is_dir():
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise GateError(f"run {str(which)!r} {what}: name a .json file that --benchmark-json or --benchmark-save wrote")
-    if not root.is_dir():
-        raise GateError(
-            f"no run {str(which)!r}: there is no storage {str(root)!r}; save one with --benchmark-save={which}"
-        )
-    name = str(which)
-    saved = [p for p in root.rglob("[0-9][0-9][0-9][0-9]*_*.json") if p.name.split("_")[0].isdigit()]
-    found = [p for p in saved if name.isdigit() and int(_number(p)) == int(name)]
-    found = found or [p for p in saved if p.stem.split("_", 1)[1] == name]
-    if not found:
-        known = ", ".join(sorted({p.stem.split("_", 1)[1] for p in saved})) or "none"
-        raise GateError(
-            f"no run {name!r} in {str(root)!r} (saved there: {known}): save one with --benchmark-save={name}"
-        )
-    folders = sorted({str(p.parent) for p in found})
-    if len(folders) > 1:
-        raise GateError(f"run {name!r} is in {' and in '.join(folders)}: give the path of the file you mean")
-    return max(found, key=lambda p: int(_number(p)))
-
-
-def _number(path: Path) -> str:
-    return path.name.split("_")[0]
+    """The file of a saved run; arguments and errors are those of `perf.storage.resolve`."""
+    return storages.resolve(which, storage).path
 
 
 def load(which: str | Path, storage: Path | str = STORAGE) -> Run:
-    """Read and check a saved run; `which` is as for `find`.
+    """Read and check a saved run; `which` and `storage` are as for `perf.storage.resolve`.
 
     Raises:
         GateError: if it cannot be found or read, is not a pytest-benchmark run, or has no benchmarks in it.
     """
-    path = find(which, storage)
+    found = storages.resolve(which, storage)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise GateError(f"run {str(path)!r} cannot be read as JSON ({error}): measure it again") from None
-    return parse(data, path)
+        data = json.loads(found.path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        where = str(found.path)
+        raise GateError(f"run {where!r} cannot be read as JSON ({error}): measure it again") from None
+    return replace(parse(data, found.path), notes=(found.note,) if found.note else ())
 
 
 def parse(data: Any, path: Path | str) -> Run:

@@ -1,0 +1,26 @@
+"""How the gate ends: its exit codes, and the error that carries one."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from engine import InputError
+
+
+class Exit(IntEnum):
+    """Exit codes of the gate. When several hold, the first of 2, 1, 3, 4, 0 is given: a regression outranks
+    all else that a comparison can find, and what could not be compared outranks what could not be decided."""
+
+    PASS = 0
+    REGRESSION = 1
+    USAGE = 2
+    NOT_COMPARABLE = 3
+    INCONCLUSIVE = 4
+
+
+class GateError(InputError):
+    """The comparison cannot be made. `code` is the exit code: 2 for a command to mend, 3 for absent data."""
+
+    def __init__(self, message: str, code: Exit = Exit.NOT_COMPARABLE) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,139 @@
+"""Which file is meant: the one resolver of saved runs, for every command and for `--perf-baseline`.
+
+A run is named by its path, by the number or the name that pytest-benchmark saved it under, or by both
+(`0002_main`). A name that fits several files is refused with all of them listed; a folder is never a run. It
+opens no file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf.errors import Exit, GateError
+
+STORAGE = Path(".benchmarks")
+SAVED = re.compile(r"([0-9]{4,})_(.+)\.json", re.DOTALL)  # as pytest-benchmark's FileStorage names a file
+NOT_IN_A_NAME = set(r"\/:*?<>|")  # what --benchmark-save refuses
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The file of a run. note: what its finder should know, a sentence; empty where the name said it all."""
+
+    path: Path
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A file in the storage, taken apart."""
+
+    path: Path
+    number: int
+    name: str
+
+
+def folder(storage: Path | str) -> Path:
+    """The folder of a storage, given as `--benchmark-storage` takes it: a path or file://PATH.
+
+    It is read as pytest-benchmark's `load_storage` does, which itself would make a folder that is not there.
+
+    Raises:
+        GateError: for any other URL, Elasticsearch among them.
+    """
+    if isinstance(storage, Path) or "://" not in storage:
+        return Path(storage)
+    scheme, place = storage.split("://", 1)
+    if scheme == "file":
+        return Path(place)
+    what = "is an Elasticsearch index" if scheme.startswith("elasticsearch") else "is no folder"
+    way_out = "give a folder, file://FOLDER, or the path of a file that --benchmark-json wrote"
+    raise GateError(f"storage {scheme}://... {what}: only saved files can be compared; {way_out}", Exit.USAGE)
+
+
+def resolve(which: str | Path, storage: Path | str = STORAGE) -> Found:
+    """Find a saved run.
+
+    Args:
+        which: a path (a Path, or text with a slash in it), or a word: a file's name here, a number (`7` or
+            `0007`), a name or both (`0007_main`) of a run in the storage. Of several runs saved under one
+            name in one folder the last number is meant, and the note says so.
+        storage: as for `folder`.
+
+    Raises:
+        GateError: if there is no such run (code 3), or a word means several files (code 2).
+    """
+    word = str(which)
+    if not word:
+        raise GateError("run '' names nothing: give a name, a number or a path", Exit.USAGE)
+    if isinstance(which, Path) or os.sep in word or (os.altsep and os.altsep in word):
+        return Found(_file(Path(which), word))
+    root = folder(storage)
+    saved = list(_saved(root))
+    meant: dict[Path, str] = {}  # a file by what makes it one, the first reason kept
+    here = Path(word)
+    if os.path.isfile(here):  # Path.is_file raises for a name too long to be one
+        meant[here] = f"./{word} (a file here)"
+    named = [run for run in saved if run.name == word]
+    newest = [run for run in named if not any(_is_later(other, run) for other in named)]
+    numbered = [run for run in saved if re.fullmatch("[0-9]{1,18}", word) and run.number == int(word)]
+    whole = [run for run in saved if word in (run.path.stem, run.path.name)]
+    for runs, how in ((numbered, "its number"), (whole, "its file's name"), (newest, "its name")):
+        for run in runs:
+            meant.setdefault(run.path, f"{run.path} ({how})")
+    different = {path.resolve(): path for path in reversed(meant)}
+    if not different:
+        raise _missing(word, root, saved)
+    if len(different) > 1:
+        files = [path for path in meant if path in different.values()]
+        raise _ambiguous(word, [meant[path] for path in files], files, saved)
+    (path,) = different.values()
+    alike = [run for run in named if run.path.parent == path.parent]
+    if len(alike) < 2:
+        return Found(path)
+    return Found(path, f"{len(alike)} runs are saved as {word!r}: the last, {path.stem}, is meant")
+
+
+def _is_later(one: _Saved, other: _Saved) -> bool:
+    return one.path.parent == other.path.parent and one.number > other.number
+
+
+def _file(path: Path, word: str) -> Path:
+    if os.path.isfile(path):
+        return path
+    what = "is a folder" if os.path.isdir(path) else "is not there"
+    raise GateError(f"run {word!r} {what}: name a .json file that --benchmark-json or --benchmark-save wrote")
+
+
+def _saved(root: Path) -> Iterator[_Saved]:
+    if not root.is_dir():
+        return
+    for path in sorted(root.rglob("*_*.json")):
+        parts = SAVED.fullmatch(path.name)
+        if parts and path.is_file():
+            yield _Saved(path, int(parts[1]), parts[2])
+
+
+def _missing(word: str, root: Path, saved: list[_Saved]) -> GateError:
+    if Path(word).suffix == ".json":
+        return GateError(
+            f"run {word!r} is not there: name a .json file that --benchmark-json or --benchmark-save wrote"
+        )
+    here = f"; {word!r} here is a folder" if os.path.isdir(word) else ""
+    hint = "give a path" if NOT_IN_A_NAME & set(word) else f"save one with --benchmark-save={word}"
+    if not root.is_dir():
+        return GateError(f"no run {word!r}: there is no storage {str(root)!r}{here}; {hint}")
+    known = ", ".join(sorted({run.name for run in saved})) or "none"
+    return GateError(f"no run {word!r} in {str(root)!r} (saved there: {known}){here}: {hint}")
+
+
+def _ambiguous(word: str, candidates: list[str], files: list[Path], saved: list[_Saved]) -> GateError:
+    taken = [run.path.stem for run in saved] + [run.name for run in saved]
+    full = [path.stem for path in files if taken.count(path.stem) == 1 and not os.path.isfile(path.stem)]
+    what = f"run {word!r} is ambiguous, it is in {' and in '.join(candidates)}"
+    other = f", or its full form ({', '.join(full)})" if full else ""
+    return GateError(f"{what}: give the path of the file you mean{other}", Exit.USAGE)
