@@ -5,12 +5,15 @@ A leaf: no measuring, no statistics, no imports of the project. A metric that is
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["higher", "lower", "exact"]
 MIB = float(2**20)
+MOST = sys.float_info.max
+TIME = "round_s"  # all that a benchmark records which knows nothing of this project
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class Metric:
 
     direction: which way is better; "exact" allows no change at all. rel: the fraction of the baseline's value by which
     it may get worse. floor: a change smaller than this, in the metric's own unit, is never a regression. gated: whether
-    the gate judges it.
+    the gate judges it. zero: whether 0 is a value that it can have; 0 s is of a clock that stood still.
     """
 
     name: str
@@ -29,6 +32,13 @@ class Metric:
     rel: float = 0.0
     floor: float = 0.0
     gated: bool = True
+    zero: bool = False
+
+    def unfit(self, value: object) -> str | None:
+        """Why a recorded value can't be judged, or None: it must be finite, and above 0 but for `zero`."""
+        least = "of 0 or more" if self.zero else "above 0"
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST
+        return None if number and (value or self.zero) else f"is not a finite number {least}"
 
     def format(self, value: float | None) -> str:
         """The value for a person, without its unit unless that is bytes: `1,234`, `12.3`, `0.0456`, `1.5 GiB`."""
@@ -46,7 +56,7 @@ def _timed(name: str, label: str, rel: float, floor: float) -> Metric:
 
 
 def _count(name: str, label: str, unit: str = "") -> Metric:
-    return Metric(name, label, unit, "exact")
+    return Metric(name, label, unit, "exact", zero=True)
 
 
 def _shown(name: str, label: str, unit: str, direction: Direction = "lower") -> Metric:
@@ -59,12 +69,12 @@ _GATED = (
     _timed("ttft_p50_ms", "TTFT P50", 0.05, 0.5),
     _timed("ttft_p95_ms", "TTFT P95", 0.10, 0.5),
     _timed("latency_p95_ms", "latency P95", 0.10, 0.5),
-    Metric("goodput", "goodput", "req/s", "higher", 0.05),
+    Metric("goodput", "goodput", "req/s", "higher", 0.05, zero=True),
     Metric("decode_bandwidth_pct", "decode bandwidth", "%", "higher", 0.03),
     Metric("prefill_mfu_pct", "prefill MFU", "%", "higher", 0.03),
     Metric("startup_s", "start-up", "s", "lower", 0.10),
-    Metric("gpu_peak_bytes", "peak GPU memory", "bytes", "lower", 0.01, 16 * MIB),
-    Metric("round_s", "round time", "s", "lower", 0.05),  # of benchmarks that record nothing but their time
+    Metric("gpu_peak_bytes", "peak GPU memory", "bytes", "lower", 0.01, 16 * MIB, zero=True),
+    Metric(TIME, "round time", "s", "lower", 0.05),
     _count("forward_passes", "forward passes"),
     _count("tokens_computed", "tokens computed"),
     _count("padded_tokens", "padded tokens"),

@@ -7,8 +7,7 @@ whatever fails on the way marks the benchmark as failed, so that nothing of it i
 from __future__ import annotations
 
 import gc
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +17,18 @@ import torch
 
 from engine import EngineMetrics, LoadedModel, Workload, load, make
 from engine.models import positions
-from perf import canary, metrics
+from perf import canary, entries, metrics, tolerances
 from perf.backends import Backend, Outcome, Setup, Unavailable, find
 from perf.canary import Canary
 from perf.correct import Reference, WrongTokens
+from perf.entries import SCHEMA, Flat, plain
 from perf.fingerprint import fingerprint
 from perf.gpu import GpuReading, Monitor
 from perf.roofline import Costs, costs
 
-SCHEMA = 1
 ROUNDS = 5
 CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are
 TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")  # what a backend that tells only the end can't have
-Flat = dict[str, Any]
 Derive = Callable[[Flat, EngineMetrics], Flat]
 
 
@@ -183,8 +181,10 @@ class Trial:
         flat: Flat = outcome.metrics.flat()
         if not outcome.keeps_times:
             flat |= {name: None for name in flat if name.split("_")[0] in TIMES}
-        flat |= outcome.extra
-        flat |= self.derive(flat, outcome.metrics) if self.derive else {}
+        derived = self.derive({**flat, **outcome.extra}, outcome.metrics) if self.derive else {}
+        for what, names in ((f"extra of {self.backend.name}", outcome.extra), ("derive=", derived)):
+            entries.check_names(what, names)
+            flat |= names
         lengths = [(len(item.prompt), item.params.max_new_tokens) for item in self.workload.items]
         if self.workload.arrivals == "all":
             rate = self.bench.canary(self.device).matmul_gflops
@@ -193,7 +193,7 @@ class Trial:
             flat["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
         self.rounds.append(Round(seconds or flat["wall_s"], flat, self._monitor.reading))
 
-    def info(self, gate: str | None = None) -> Flat:
+    def info(self) -> Flat:
         """Everything recorded, flat; only `fingerprint` and `rounds` are nested.
 
         Raises:
@@ -241,8 +241,6 @@ class Trial:
             "rounds_voided": len(self.rounds) - len(good),
             "void_reason": ", ".join(reasons) or None,
         }
-        if gate is not None:
-            info["gate"] = gate
         nested = {"fingerprint": fingerprint(self.device, self.setup.dtype, self.loaded.revision), "rounds": samples}
         return plain({**info, **nested})
 
@@ -253,10 +251,13 @@ class Trial:
 
 
 class PerfCase:
-    """The `perf_case` fixture: measures one thing and records it on pytest-benchmark's fixture."""
+    """The `perf_case` fixture: measures one thing and records it on pytest-benchmark's fixture.
 
-    def __init__(self, bench: Bench, benchmark: Any, gate: str | None) -> None:
-        self.bench, self.benchmark, self.gate = bench, benchmark, gate
+    gate: the test's tolerances as JSON text. own: the metrics that its own marks name, each to be recorded.
+    """
+
+    def __init__(self, bench: Bench, benchmark: Any, gate: str | None, own: Collection[str] = ()) -> None:
+        self.bench, self.benchmark, self.gate, self.own = bench, benchmark, gate, own
 
     def rounds(self, rounds: int | None) -> int:
         """How many rounds to time: `--rounds`, else what the test asks for, else the least that allows a verdict."""
@@ -276,9 +277,12 @@ class PerfCase:
         """Prove, warm up and time; gives what it recorded. `how` is that of Trial, `extra` is added as it is.
 
         Raises:
+            InputError: if a name in `extra` is one that the record says of itself.
+            GateError: if one of the test's own marks names a metric that was not recorded.
             WrongTokens: before timing, if the tokens are not the model's own.
             Unavailable: if the backend cannot run here.
         """
+        entries.check_names("extra=", extra or {})
         self.benchmark.group = group  # pytest-benchmark reads it when the timing begins
         with self.unsaved_if_it_fails():
             if how["device"] == "cuda":
@@ -295,17 +299,26 @@ class PerfCase:
                     trial.after()
                 else:
                     del trial.rounds[:warmup]
-                return self.record({**trial.info(self.gate), **plain(extra or {})})
+                return self.record(self.recorded(trial, extra))
             finally:
                 trial.close()
 
     def replay(self, trial: Trial, advance: Callable[[float], None], extra: Flat | None = None) -> Flat:
-        """Record a trial whose rounds were timed before, telling the clock that times the test."""
+        """Record a trial whose rounds were timed before, telling the clock that times the test. Raises
+        InputError and GateError as `measure` does."""
+        entries.check_names("extra=", extra or {})
         self.benchmark.group = trial.group
         with self.unsaved_if_it_fails():
             seconds = iter([round_.seconds for round_ in trial.rounds])
             self.benchmark.pedantic(lambda: advance(next(seconds)), rounds=len(trial.rounds), iterations=1)
-            return self.record({**trial.info(self.gate), **plain(extra or {})})
+            return self.record(self.recorded(trial, extra))
+
+    def recorded(self, trial: Trial, extra: Flat | None) -> Flat:
+        """The record of a finished trial, with `extra` and those of the test's tolerances that it can use."""
+        info = {**trial.info(), **plain(extra or {})}
+        if gate := tolerances.used(self.gate, self.own, info):
+            info["gate"] = gate
+        return info
 
     @contextmanager
     def unsaved_if_it_fails(self) -> Iterator[None]:
@@ -317,33 +330,10 @@ class PerfCase:
             raise
 
     def record(self, info: Flat) -> Flat:
-        """Put what was recorded where pytest-benchmark saves it from."""
-        self.benchmark.extra_info.update(info)
+        """Put what was recorded where pytest-benchmark saves it from, under the one key that is ours."""
+        entries.write(self.benchmark.extra_info, info)
         self.bench.recorded.append(info)
         return info
-
-
-def plain(info: Mapping[str, Any]) -> Flat:
-    """The same as plain Python: numpy's scalars unwrapped, everything else refused that JSON has no word for.
-
-    Raises:
-        ValueError: for NaN and infinity, or any other type, naming the key.
-    """
-    return {str(key): _plain(str(key), value) for key, value in info.items()}
-
-
-def _plain(key: str, value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, Mapping):
-        return plain(value)
-    if isinstance(value, list | tuple):
-        return [_plain(key, entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{key} is {value}: it was not measured, and must be left out or None")
-    if not isinstance(value, str | int | float | bool | None):
-        raise ValueError(f"{key} is {type(value).__name__}, which JSON has no word for")
-    return value
 
 
 def free() -> None:

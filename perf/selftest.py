@@ -274,6 +274,7 @@ def _serve(requests: IO[str], replies: IO[str]) -> None:
     """A block's process: prepare as `perf_case` does, then time and save some rounds for each line of `requests`."""
     import torch
 
+    from perf.entries import KEY
     from perf.record import Bench, Trial
 
     torch.set_num_threads(1)
@@ -290,7 +291,7 @@ def _serve(requests: IO[str], replies: IO[str]) -> None:
                 trial.before()
                 trial.run()
                 trial.after()
-        data = {"benchmarks": [{"fullname": "selftest", "extra_info": trial.info()}]}
+        data = {"benchmarks": [{"fullname": "selftest", "extra_info": {KEY: trial.info()}}]}
         parse(data, request["path"])  # what could not be judged fails here, where the reason is
         Path(request["path"]).write_text(json.dumps(data), encoding="utf-8")
         print("ready", file=replies, flush=True)

@@ -64,8 +64,8 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
 
 
 def frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a run and benchmark: where it comes from, all of its extra_info, `fingerprint.*`, and `rounds.*`, each a
-    JSON list of one value a round."""
+    """One row a run and benchmark: where it comes from, our record, `fingerprint.*`, `rounds.*`, each a JSON
+    list of one value a round, and `extra_info.*`, what others noted there."""
     import pandas as pd
 
     rows = []
@@ -74,7 +74,9 @@ def frame(runs: Sequence[Run]) -> pd.DataFrame:
         for name, b in run.benchmarks.items():
             prints = {f"fingerprint.{key}": value for key, value in b.fingerprint.items()}
             rounds = {f"rounds.{key}": json.dumps(values) for key, values in b.rounds.items()}
-            rows.append({**source, "benchmark": name, "group": b.group, **b.info, **prints, **rounds})
+            notes = {f"extra_info.{key}": value for key, value in b.notes.items()}
+            measured = {**b.info, **prints, **rounds, **notes}
+            rows.append({**source, "benchmark": name, "group": b.group, **measured})
     return pd.DataFrame(rows)
 
 

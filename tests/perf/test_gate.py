@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from perf import gate, runs
 from perf.gate import Outcome
+from perf.metrics import METRICS
 from perf.runs import Exit, GateError
 
 NAME = "perf/test_policy.py::test_policy[continuous]"
@@ -183,6 +184,35 @@ def test_a_metric_that_is_gone_or_not_a_number_is_an_error():
         assert verdict.reason.endswith(f"in {side}")
 
 
+UNFIT = [0.0, -1.0, -0.0, math.nan, math.inf, -math.inf, None, "0.1", True, [0.1], 10**400]
+
+
+@pytest.mark.parametrize("bad", UNFIT, ids=lambda bad: repr(bad)[:9])
+@pytest.mark.parametrize("metric", ["round_s", "tokens_per_s", "ttft_p50_ms", "decode_bandwidth_pct"])
+def test_a_time_that_is_not_positive_and_finite_cannot_be_judged(metric, bad):
+    """Not even as much better, on whichever side and in however many of the rounds."""
+    good = noisy(100, 1)
+    for rounds in ([bad] * 7, [*good[:3], bad, *good[3:]]):
+        for sides, side in (((good, rounds), "head"), ((rounds, good), "base"), ((rounds, rounds), "base")):
+            comparison = judge(*({metric: values} for values in sides))
+            verdict = only(comparison)
+            assert (comparison.exit, verdict.benchmark) == (Exit.NOT_COMPARABLE, NAME)
+            assert verdict.reason.startswith(f"{METRICS[metric].label} has ")
+            assert verdict.reason.endswith(f", which is not a finite number above 0 in {side}")
+    times = [{"fullname": NAME, "stats": {"data": values}} for values in (good, [bad] * 7)]
+    plain = gate.compare(*map(run, times))
+    assert (plain.exit, only(plain).benchmark) == (Exit.NOT_COMPARABLE, NAME)
+
+
+@pytest.mark.parametrize("metric", ["forward_passes", "kv_bytes_peak", "goodput", "gpu_peak_bytes"])
+def test_what_may_be_nothing_may_be_0_and_no_other_number_that_is_none(metric):
+    assert only(judge({metric: [0] * 7}, {metric: [0] * 7})).outcome is Outcome.PASS
+    for bad in UNFIT[3:]:
+        comparison = judge({metric: [1] * 7}, {metric: [1, 1, bad, 1, 1, 1, 1]})
+        assert comparison.exit is Exit.NOT_COMPARABLE
+        assert "which is not a finite number of 0 or more in head" in only(comparison).reason
+
+
 def test_goodput_that_falls_to_nothing_is_a_regression():
     verdict = only(judge({"goodput": noisy(4, 1)}, {"goodput": [0.0] * 7}))
     assert (verdict.outcome, verdict.head) == (Outcome.FAIL, 0.0)
@@ -266,11 +296,13 @@ def test_a_session_without_its_baseline_ends_before_it_begins(tmp_path):
 
 
 def test_a_comparison_is_plain_json():
-    comparison = judge({"ttft_p50_ms": [0.0] * 7, **COUNTS}, {"ttft_p50_ms": [0.0] * 7, **COUNTS})
+    rounds = {"goodput": [0.0] * 7, **COUNTS}
+    own = {"goodput": {"abs": 1}}
+    comparison = gate.compare(run(bench(rounds)), run(bench(rounds, gate=own)))
     found = json.loads(json.dumps(comparison.plain(), allow_nan=False))
     assert (found["outcome"], found["exit"], found["base"]["commit"]) == ("PASS", 0, "abc")
-    assert [record["metric"] for record in found["verdicts"]] == ["ttft_p50_ms", *COUNTS]
-    assert found["verdicts"][0]["tolerance"] is None  # a floor above a baseline of 0 allows anything
+    assert [record["metric"] for record in found["verdicts"]] == ["goodput", *COUNTS]
+    assert found["verdicts"][0]["tolerance"] is None  # a limit in units above a baseline of 0 allows anything
 
 
 rounds = st.lists(st.floats(1, 1000), min_size=5, max_size=9)

@@ -143,7 +143,8 @@ def test_a_run_is_saved_with_all_that_was_measured(pytester: pytest.Pytester):
     made_up(pytester, mark=marks)
     run(pytester, "-m", "not gpu", "--benchmark-save=base", "--rounds=2").assert_outcomes(passed=1, deselected=1)
     (entry,) = saved(pytester)
-    info = entry["extra_info"]
+    ((key, info),) = entry["extra_info"].items()
+    assert key == "dynamic_batch"
     assert entry["group"] == info["group"] == "load"
     assert len(info["rounds"]["tokens_per_s"]) == entry["stats"]["rounds"] == 2
     assert json.loads(info["gate"]) == {"tpot_p50_ms": {"rel": 0.2, "abs": 1.0}}

@@ -169,19 +169,21 @@ def test_a_model_that_computes_nan_is_never_right():
 def test_everything_of_the_contract_is_recorded_and_is_json(bench: Bench):
     fixture = Fixture()
     info = measure(bench, Scripted(), fixture, extra={"note": "x"})
-    assert fixture.extra_info == info
+    assert fixture.extra_info == {"dynamic_batch": info}
     assert fixture.group == info["group"] == "batch_size"
     assert not fixture.has_error
     assert json.loads(json.dumps(info, allow_nan=False)) == info
     assert {key for key, value in info.items() if isinstance(value, dict | list)} == {"fingerprint", "rounds"}
-    expected = {"schema": 1, "backend": "scripted", "model": "random:tiny-llama", "model_revision": "random-seed-0",
-                "dtype": "float32", "device": "cpu", "policy": "scripted", "runner": "scripted", "batch_size": 2,
+    expected = {"schema": 2, "backend": "scripted", "model": "random:tiny-llama",
+                "model_revision": "random-seed-0", "dtype": "float32", "device": "cpu", "policy": "scripted",
+                "runner": "scripted", "batch_size": 2,
                 "workload": "fixed-3x8+4", "arrivals": "all", "seed": 0, "requests": 3, "rounds_voided": 0,
                 "void_reason": None, "gpu_peak_bytes": None, "canary_drift_pct": 0.0, "note": "x"}  # fmt: skip
     assert {key: info.get(key, "absent") for key in expected} == expected
     assert {len(values) for values in info["rounds"].values()} == {5}
-    run = parse({"benchmarks": [{"fullname": "t", "extra_info": info}]}, "x.json")
+    run = parse({"benchmarks": [{"fullname": "t", "extra_info": fixture.extra_info}]}, "x.json")
     assert not run.benchmarks["t"].problems
+    assert run.benchmarks["t"].info["note"] == "x"
 
 
 def test_the_flat_numbers_are_the_median_round_s_and_warm_up_is_dropped(bench: Bench):
@@ -311,7 +313,7 @@ def test_replayed_rounds_are_timed_as_they_were(bench: Bench):
 
     PerfCase(bench, fixture, None).replay(trial, advance, {"ratio_to_engine": 1.0})
     assert stamps == [2.0, 7.0]
-    assert fixture.extra_info["ratio_to_engine"] == 1.0
+    assert fixture.extra_info["dynamic_batch"]["ratio_to_engine"] == 1.0
 
 
 # Roofline
