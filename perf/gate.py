@@ -189,7 +189,7 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
         why = f"{few} {unit}: too few to tell anything, {least} or more are needed"
         return replace(start, outcome=Outcome.INCONCLUSIVE, reason=why, rounds_needed=least)
     own = after.tolerances.get(metric.name)
-    rel = metric.rel if own is None or own.rel is None else own.rel
+    rel = metric.rel if own is None else own.rel or 0.0
     floor = metric.floor if own is None or own.abs is None else own.abs
     allowed = max(rel, floor / values[0]) if values[0] else (math.inf if floor else rel)
     estimate = (stats.compare_pairs if paired else stats.compare)(base, head)

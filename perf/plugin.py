@@ -6,7 +6,8 @@ tests must not wait for it.
 
 from __future__ import annotations
 
-import json
+import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from perf.record import Bench, PerfCase, Trial
     from perf.runs import Run
 
+BENCHMARK = pytest.StashKey[Any]()  # a test's own `benchmark` fixture
 RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
 XDIST, DISABLE, SKIP = "-n (xdist)", "--benchmark-disable", "--benchmark-skip"
 SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
 MARKERS = (
     "gpu: needs a CUDA device",
-    "perf_gate(metric, rel=None, abs=None): this test's own tolerance for one metric; may be repeated",
+    "perf_gate(metric, rel=None, abs=None): this test's own tolerance for one metric; the closest mark wins",
     "points(name, cpu=[...], cuda=[...], quick=[...]): values of a parameter on each device; quick ones for --quick",
 )
 
@@ -38,12 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--model", help="model spec of the benchmarks (default: random:tiny-llama, on CUDA qwen2.5-0.5b)")
     group.addoption("--dtype", help="dtype of the benchmarks (default: float32, on CUDA float16)")
     group.addoption("--batch-sizes", type=_integers, metavar="N,N", help="batch sizes of the sweep")
-    group.addoption("--rounds", type=int, metavar="N", help="timed rounds of each benchmark")
+    group.addoption("--rounds", type=_positive, metavar="N", help="timed rounds of each perf_case benchmark")
     group.addoption("--quick", action="store_true", help="fewer points and rounds: 2 minutes on a GPU, not 8")
     group.addoption("--peers", type=_names, metavar="A,B", help="what the peers benchmark compares, in this order")
     group.addoption("--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable")
     group.addoption("--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate")
-    group.addoption("--perf-plant", type=float, default=0.0, metavar="FRACTION",
+    group.addoption("--perf-plant", type=_fraction, default=0.0, metavar="FRACTION",
                     help="slow the engine down by this much, to test the gate itself")  # fmt: skip
 
 
@@ -172,14 +174,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("perf_gate"):
-            from perf.runs import GateError
+    if any(item.get_closest_marker("perf_gate") for item in items):
+        from perf import tolerances
+        from perf.errors import GateError
 
-            try:
-                gate_json(item)
-            except GateError as error:
-                pytest.exit(f"error: {item.nodeid}: {error}", returncode=int(error.code))
+        narrowed = config.getoption("lf", False) or any("::" in argument for argument in config.args)
+        try:
+            tolerances.check(items, narrowed)
+        except GateError as error:
+            pytest.exit(f"error: {error}", returncode=int(error.code))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu and not config.getoption("--require-gpu"):
         return
@@ -231,36 +234,46 @@ def perf_case(request: pytest.FixtureRequest, perf_bench: Bench, benchmark: Any)
     """Measures one thing: `perf_case.measure(group, backend, workload, device=..., max_batch_size=...)`."""
     import torch
 
+    from perf import tolerances
     from perf.record import PerfCase
 
     threads = torch.get_num_threads()
     if "tiny" in perf_bench.spec(request.getfixturevalue("device")):
         torch.set_num_threads(1)  # dividing their products among several takes longer than computing them
-    yield PerfCase(perf_bench, benchmark, gate_json(request.node))
+    yield PerfCase(perf_bench, benchmark, *tolerances.of(request.node))
     torch.set_num_threads(threads)
 
 
-def gate_json(item: pytest.Item) -> str | None:
-    """The tolerances of a test's `perf_gate` marks as the JSON text that is recorded; None without any.
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: Any, request: pytest.FixtureRequest) -> Any:
+    """Keep a test's `benchmark`, however the test came by it."""
+    found = yield
+    if fixturedef.argname == "benchmark" and hasattr(found, "has_error"):
+        request.node.stash[BENCHMARK] = found
+    return found
 
-    Raises:
-        GateError: for an unknown metric, or a bound that the gate could not use.
-    """
-    from perf.runs import Exit, GateError, check_tolerance
 
-    bounds: dict[str, dict[str, float]] = {}
-    for mark in reversed(list(item.iter_markers("perf_gate"))):  # the closest mark has the last word
-        if len(mark.args) != 1 or not mark.kwargs or not set(mark.kwargs) <= {"rel", "abs"}:
-            raise GateError("perf_gate takes a metric, and rel= or abs= or both", Exit.USAGE)
-        check_tolerance(mark.args[0], **mark.kwargs)
-        bounds[mark.args[0]] = {**bounds.get(mark.args[0], {}), **mark.kwargs}
-    return json.dumps(bounds) if bounds else None
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """Record the tolerances of a benchmark that knows nothing of `perf_case`, which records them itself."""
+    found = yield
+    measured = getattr(item.stash.get(BENCHMARK, None), "stats", None)  # None where disabled, or not used
+    if measured is not None and item.get_closest_marker("perf_gate"):
+        from perf import entries, tolerances
+        from perf.metrics import TIME
+
+        gate = None
+        if entries.own(measured.extra_info) is None:
+            gate = tolerances.used(*tolerances.of(item), {TIME})
+        if gate:
+            entries.write(measured.extra_info, {"gate": gate})
+    return found
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """What failed is not saved: pytest-benchmark by itself would keep the time of a test that failed after it."""
-    fixture = getattr(item, "funcargs", {}).get("benchmark")
+    fixture = item.stash.get(BENCHMARK, None)
     if fixture is not None and call.excinfo is not None:
         fixture.has_error = True
     return (yield)
@@ -290,10 +303,23 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
 
 
 def _integers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if any(value < 1 for value in values):
-        raise ValueError(text)
-    return values
+    return [_positive(part) for part in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a fraction of 0 or more (0.1 is 10 %)")
+    return value
 
 
 def _names(text: str) -> list[str]:
