@@ -105,14 +105,21 @@ class Comparison:
 
 
 def check_session(
-    baseline: str | Path, storage: Path | str = STORAGE, *, xdist: bool, disabled: bool, skipped: bool
+    baseline: str | Path,
+    storage: Path | str = STORAGE,
+    *,
+    xdist: bool,
+    disabled: bool,
+    skipped: bool,
+    collecting: bool = False,
 ) -> Run:
     """Before a pytest session that will be gated: whether it can be at all, and the baseline, loaded before the
     session saves a run of the same name.
 
     Args:
         baseline: what `--perf-baseline` names.
-        xdist, disabled, skipped: whether `-n`, `--benchmark-disable`, `--benchmark-skip` are on.
+        xdist, disabled, skipped, collecting: whether `-n`, `--benchmark-disable`, `--benchmark-skip`,
+            `--collect-only` are on.
 
     Raises:
         GateError: with code 2 if the session's options leave nothing to gate, 3 if the baseline is not there.
@@ -124,6 +131,8 @@ def check_session(
         raise GateError(f"{option} needs timings: run without --benchmark-disable", Exit.USAGE)
     if skipped:
         raise GateError(f"{option} needs timings: run without --benchmark-skip", Exit.USAGE)
+    if collecting:
+        raise GateError(f"{option} needs timings: run without --collect-only", Exit.USAGE)
     return load(baseline, storage)
 
 

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from perf.gate import Comparison
     from perf.record import Bench, PerfCase, Trial
-    from perf.runs import Run
 
 BENCHMARK = pytest.StashKey[Any]()  # a test's own `benchmark` fixture
 RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
+UNSAVED = pytest.StashKey[str]()  # the option that saved nothing
 XDIST, DISABLE, SKIP = "-n (xdist)", "--benchmark-disable", "--benchmark-skip"
 SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
 MARKERS = (
@@ -52,98 +48,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
-    baseline, off = config.getoption("--perf-baseline"), _benchmarks_off(config)
-    saving = next((o for o in SAVING if config.getoption(o)), None)
-    if saving and off and not hasattr(config, "workerinput"):
-        pytest.exit(f"error: {saving} with {off} would save nothing: leave one of the two out", returncode=2)
-    if not baseline or hasattr(config, "workerinput"):
+    baseline = config.getoption("--perf-baseline")
+    shown = config.getoption("help", False) or config.getoption("markers", False)  # no session follows
+    if baseline is None or shown or hasattr(config, "workerinput"):
         return
-    from perf import gate
-    from perf.runs import GateError
+    from perf.session_gate import Gate, GateError
 
+    off = _benchmarks_off(config)
+    how = {"xdist": off == XDIST, "disabled": off == DISABLE, "skipped": off == SKIP}
     try:
-        base = gate.check_session(
-            baseline,
-            config.getoption("benchmark_storage"),
-            xdist=off == XDIST,
-            disabled=off == DISABLE,
-            skipped=off == SKIP,
-        )
+        gate = Gate.of(config, baseline, **how, collecting=config.getoption("collectonly", False))
     except GateError as error:
         pytest.exit(f"error: {error}", returncode=int(error.code))
-    config.pluginmanager.register(Gate(base), "dynamic-batch-gate")
+    config.pluginmanager.register(gate, "dynamic-batch-gate")
 
 
 def _benchmarks_off(config: pytest.Config) -> str | None:
     """The option that keeps pytest-benchmark from timing anything, if there is one."""
     if config.getoption("numprocesses", None) or config.getoption("dist", "no") != "no":
         return XDIST
-    if config.getoption("benchmark_disable") and not config.getoption("benchmark_enable"):
+    if config.getoption("benchmark_disable", False) and not config.getoption("benchmark_enable", False):
         return DISABLE
-    return SKIP if config.getoption("benchmark_skip") else None
+    skip = config.getoption("benchmark_skip", False) and not config.getoption("benchmark_only", False)
+    return SKIP if skip else None
 
 
-class Gate:
-    """Compares the session with a baseline at its end, and sets the exit code; there only with `--perf-baseline`."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Keep pytest-benchmark from saving a run in which nothing was measured; the summary says so.
 
-    def __init__(self, base: Run) -> None:
-        self.base = base
-        self.deselected: set[str] = set()
-        self.comparison: Comparison | None = None
-        self.error: str | None = None
-
-    def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        self.deselected |= {item.nodeid for item in items}
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        from perf import gate
-        from perf.runs import Exit, GateError, parse
-
-        code = Exit.NOT_COMPARABLE
-        try:
-            head = parse(self._measured(session.config), "this session")
-            self.comparison = gate.compare(self.base, head, deselected=self._left_out(session))
-            code = self.comparison.exit
-        except GateError as error:
-            self.error, code = f"{error}", error.code
-        if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-            session.exitstatus = int(code)
-
-    def _measured(self, config: pytest.Config) -> dict[str, Any]:
-        """What pytest-benchmark saves, or would save, of this session."""
-        found: Any = config.pluginmanager.get_plugin("pytest-benchmark")
-        return {
-            "machine_info": found.get_machine_info(),
-            "benchmarks": [each.as_dict(include_data=True) for each in found.benchmarks if not each.has_error],
-        }
-
-    def _left_out(self, session: pytest.Session) -> set[str]:
-        """Benchmarks of the baseline that nobody asked for: deselected by -k or -m, or outside the paths given."""
-        if session.config.args_source is not pytest.Config.ArgsSource.ARGS:
-            return self.deselected
-        root, here = session.config.rootpath, session.config.invocation_params.dir
-        asked = []
-        for argument in session.config.args:
-            path, *inside = argument.split("::")
-            asked.append("::".join([Path(os.path.relpath(here / path, root)).as_posix(), *inside]))
-        outside = {
-            name for name in self.base.benchmarks
-            if not any(part in (".", name) or name.startswith((f"{part}/", f"{part}::", f"{part}[")) for part in asked)
-        }  # fmt: skip
-        return self.deselected | outside
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        terminalreporter.section(f"against {self.base.name}")
-        if self.error:
-            terminalreporter.write_line(f"error: {self.error}")
-        if self.comparison is not None:
-            from rich.console import Console
-
-            from perf.report import comparison_table
-
-            console = Console(width=None if sys.stdout.isatty() else 160, file=terminalreporter._tw._file)
-            console.print(comparison_table(self.comparison))
+    The file of --benchmark-json is written even if every benchmark failed: no older one may be in its place.
+    """
+    config = session.config
+    found: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+    if found is not None and all(benchmark.has_error for benchmark in found.benchmarks):
+        found.save = found.autosave = None
+        found.json = found.json if found.benchmarks else None
+        options = [option for option in SAVING if option != "--benchmark-json" or not found.json]
+        if saving := next((option for option in options if config.getoption(option)), None):
+            config.stash[UNSAVED] = saving
+    return (yield)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -280,6 +224,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if UNSAVED in config.stash:
+        option, off = config.stash[UNSAVED], _benchmarks_off(config)
+        why = f", with {off}" if off else ""
+        terminalreporter.write_line(f"{option}: nothing was measured{why}, so nothing was saved")
     if RECORDED not in config.stash:
         return
     from perf.summary import tables

@@ -174,18 +174,6 @@ def test_not_a_number_fails_and_is_not_saved(pytester: pytest.Pytester):
     assert saved(pytester) == []
 
 
-@pytest.mark.parametrize(
-    ("save", "off"),
-    [("--benchmark-save=x", "--benchmark-disable"), ("--benchmark-autosave", "--benchmark-skip"),
-     ("--benchmark-json=x.json", "--benchmark-disable")],
-)  # fmt: skip
-def test_saving_with_benchmarks_turned_off_is_an_error(pytester: Any, exits: Any, save: str, off: str):
-    pytester.makepyfile(TIMED)
-    code, text = exits(save, off)
-    assert code == 2
-    assert f"error: {save.split('=')[0]} with {off} would save nothing" in text
-
-
 def test_without_saving_benchmarks_may_be_off(pytester: pytest.Pytester):
     made_up(pytester)
     run(pytester, "-m", "not gpu", "--benchmark-disable").assert_outcomes(passed=1, deselected=1)
@@ -195,7 +183,8 @@ def test_without_saving_benchmarks_may_be_off(pytester: pytest.Pytester):
     ("given", "off"),
     [({"numprocesses": 2}, plugin.XDIST), ({"dist": "load"}, plugin.XDIST), ({}, None),
      ({"benchmark_disable": True}, plugin.DISABLE), ({"benchmark_skip": True}, plugin.SKIP),
-     ({"benchmark_disable": True, "benchmark_enable": True}, None)],
+     ({"benchmark_disable": True, "benchmark_enable": True}, None),
+     ({"benchmark_skip": True, "benchmark_only": True}, None)],
 )  # fmt: skip
 def test_whatever_turns_benchmarks_off_is_named(given: dict[str, Any], off: str | None):
     options = {"dist": "no", "benchmark_disable": False, "benchmark_enable": False, "benchmark_skip": False, **given}

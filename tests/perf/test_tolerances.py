@@ -27,7 +27,7 @@ TIMED = "def test_time(benchmark):\n    benchmark.pedantic(lambda: None, rounds=
 @pytest.fixture(autouse=True, scope="module")
 def _imported() -> None:
     """Import what runs inside will need: pytester forgets modules that such a run was the first to import."""
-    for name in ("perf.gate", "perf.report", "rich.table"):
+    for name in ("perf.gate", "perf.report", "perf.session_gate", "rich.table"):
         import_module(name)
 
 
