@@ -7,6 +7,7 @@ log-ratio is one sample: what drifts slower than two blocks cancels. The checkou
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,7 @@ def _merge(found: Sequence[Benchmark | None]) -> Benchmark:
 def _commit(top: Path, revision: str) -> str:
     """The commit that a revision names; for `.` one made of the working tree, that no branch or index knows of."""
     if revision != ".":
+        _check_one_meaning(top, revision)
         try:
             return _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
         except GateError:
@@ -200,6 +202,19 @@ def _commit(top: Path, revision: str) -> str:
         _git(top, "add", "--all", extra=extra)
         tree = _git(top, "write-tree", extra=extra)
         return _git(top, "commit-tree", tree, "-p", "HEAD", "-m", "the working tree as it was", extra=extra)
+
+
+def _check_one_meaning(top: Path, revision: str) -> None:
+    """Raises GateError, code 2, if a revision's name is that of several refs: git would take one in
+    silence."""
+    name = re.split(r"[~^:]|@\{", revision, maxsplit=1)[0]
+    rules = ("refs/{}", "refs/tags/{}", "refs/heads/{}", "refs/remotes/{}", "refs/remotes/{}/HEAD")
+    wanted = [rule.format(name) for rule in rules]
+    commit = "%(if)%(*objectname)%(then)%(*objectname)%(else)%(objectname)%(end)"  # of a tag, what it is of
+    lines = _git(top, "for-each-ref", f"--format={commit} %(refname)", *wanted).splitlines()
+    found = {ref: commit for commit, ref in (line.split(" ", 1) for line in lines) if ref in wanted}
+    if len(set(found.values())) > 1:
+        raise GateError(f"revision {revision!r} is ambiguous: give one of {', '.join(found)}", Exit.USAGE)
 
 
 def _git(where: Path, *args: str, extra: dict[str, str] | None = None) -> str:

@@ -136,6 +136,20 @@ def test_a_revision_that_is_not_there_is_a_usage_error(repo, tmp_path):
         ab.ab("good", "slow", [], blocks=4, repo=tmp_path)
 
 
+def test_a_revision_that_names_a_branch_and_a_tag_is_refused_with_both(repo):
+    git(repo, "branch", "good", "slow")
+    for revision in ("good", "good~0", "good^{commit}"):
+        with pytest.raises(GateError, match="give one of refs/heads/good, refs/tags/good") as error:
+            ab._commit(repo, revision)
+        assert error.value.code is Exit.USAGE
+    assert ab._commit(repo, "refs/heads/good") == ab._commit(repo, "slow")
+    assert ab._commit(repo, "tags/good") == git(repo, "rev-parse", "slow~1")
+    for name, how in (("slow", ("branch",)), ("other", ("branch",)), ("other", ("tag", "-m", "annotated"))):
+        git(repo, *how, name, "refs/tags/slow")  # two names of one commit are one meaning
+    for name in ("slow", "other"):
+        assert ab._commit(repo, name) == git(repo, "rev-parse", "refs/tags/slow")
+
+
 @pytest.mark.parametrize("arg", ["--benchmark-json=x", "--benchmark-save=x", "--perf-baseline=x", "--benchmark-disable",
                                  "--benchmark-skip", "-n4", "-n", "--numprocesses=2", "--dist=load"])  # fmt: skip
 def test_pytest_options_that_take_the_measuring_away_are_refused(arg):
