@@ -32,7 +32,7 @@ from engine.runner.graphs import packed_runner
 from engine.runner.packed import page_token_bytes
 from engine.runner.padded import PaddedRunner
 from engine.scheduler import Scheduler, Step
-from engine.text import TextStream, decode
+from engine.text import TextStream, decode, stop_tokens
 from engine.workload import WorkItem
 
 LOG = logging.getLogger(__name__)
@@ -337,7 +337,10 @@ class Engine:
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
         if request_id in self._requests:
             raise InputError(f"request_id={request_id!r} is that of an unfinished request: choose another")
+        names = stop_tokens(self.tokenizer, params.stop) if params.stop and self.tokenizer is not None else {}
+        stop_ids |= names.keys()
         request = Request(request_id, len(tokens), params, tokens, stop_ids, seed, on_chunk=on_chunk)
+        request.stop_names = names
         if request.max_len > self.max_positions:
             raise InputError(
                 f"{name} of {len(tokens)} tokens with max_new_tokens={params.max_new_tokens} needs {request.max_len} "
@@ -368,7 +371,7 @@ class Engine:
         try:
             if choice.logprob is not None:
                 request.logprobs.append(choice.logprob)
-            if request.text is not None and ids and not isinstance(request.stop_reason, int):
+            if request.text is not None and ids and not request.stopped_by_token:
                 text = request.text.push(*ids, look=request.output_len >= request.params.min_new_tokens)
                 if request.text.stopped is not None:
                     request.finish(FinishReason.STOP, request.text.stopped)
@@ -387,9 +390,10 @@ class Engine:
         if request.text is not None:
             text += request.text.flush()
             whole = request.text.text
+            if request.text.stopped is not None and request.finish_reason is FinishReason.LENGTH:
+                request.finish(FinishReason.STOP, request.text.stopped)
         elif self.tokenizer is not None:
-            shown = request.output_ids[:-1] if isinstance(request.stop_reason, int) else request.output_ids
-            whole = decode(self.tokenizer, shown)
+            whole = decode(self.tokenizer, request.shown_ids)
         output = request.close(whole, time.perf_counter())
         chunk = StreamChunk(request.id, ids, text, output)
         self.metrics.add(output.metrics)

@@ -30,13 +30,17 @@ class SamplingParams:
 
     Args:
         max_new_tokens: output tokens at most, >= 1.
-        min_new_tokens: until there are this many, no stop token is drawn and no stop string looked for.
+        min_new_tokens: before there are this many, no stop token is drawn and no stop string ends the output.
+            One that token number `min_new_tokens` or a later one completes does, wherever it began.
         temperature: 0 takes the most likely token; above 0, logits are divided by it and a token is drawn.
-        top_k: draw among the k most likely tokens; 0 is all of them.
+        top_k: draw among the k most likely tokens; 0 is all of them. Here and elsewhere, of equally likely
+            tokens the one with the lower id comes first.
         top_p: draw among the fewest tokens whose probabilities reach p (nucleus sampling; Holtzman et al., 2019).
         min_p: drop tokens less likely than this fraction of the most likely one (Nguyen et al., 2024).
         repetition_penalty: divides positive and multiplies negative logits of tokens seen (CTRL; Keskar et al., 2019).
-        stop: strings that end the output and are left out of the text. Needs a tokenizer.
+        stop: strings that end the output and are left out of the text. Needs a tokenizer. A string that is a
+            special token ("<|im_end|>"), which text does not show, is a stop token too, and then the
+            `stop_reason` is the string.
         stop_token_ids: token ids that end the output, besides the model's EOS ids.
         ignore_eos: generate past the model's EOS ids.
         seed: makes this request's draws repeatable whatever shares its batch; None takes one from the engine's seed.
@@ -66,6 +70,9 @@ class SamplingParams:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop={self.stop!r} must be strings that are not empty")
+        for text in self.stop:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"stop={text!r} has half a surrogate pair in it: give whole characters")
         for token in self.stop_token_ids:
             check("stop_token_ids", token, int)
 
@@ -92,6 +99,7 @@ class Choice:
 
 
 UNSOUND = Choice(None, error="the model gave logits that are NaN or infinite")
+BARRED = Choice(None, error="min_new_tokens bars every token the model allows: lower it, or name fewer stops")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +146,7 @@ class Request:
     arrival: float = 0.0
     on_chunk: OnChunk = None
     text: TextStream | None = None
+    stop_names: dict[int, str] = field(default_factory=dict)  # of stop ids that were asked for as strings
     computed: int = 0
     pending: int = 0  # tokens that are chosen, by a step under way, and not yet here
     prompt_tokens_cached: int = 0
@@ -147,6 +156,7 @@ class Request:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    stopped_by_token: bool = False  # the last one, which is no part of the text
     error: str | None = None
     result: RequestOutput | None = None
     max_len: int = field(init=False)  # the most tokens it can ever have
@@ -163,6 +173,11 @@ class Request:
         return self.tokens[self.prompt_len :]
 
     @property
+    def shown_ids(self) -> list[int]:
+        """The output tokens that are in the text: all but a stop token that ended it."""
+        return self.output_ids[:-1] if self.stopped_by_token else self.output_ids
+
+    @property
     def output_len(self) -> int:
         """How many output tokens there are so far."""
         return len(self.tokens) - self.prompt_len
@@ -177,7 +192,8 @@ class Request:
         self.tokens.append(token)
         self.token_times.append(now)
         if token in self.stop_ids and self.output_len >= self.params.min_new_tokens:
-            self.finish(FinishReason.STOP, token)
+            self.stopped_by_token = True
+            self.finish(FinishReason.STOP, self.stop_names.get(token, token))
         elif len(self.tokens) >= self.max_len:
             self.finish(FinishReason.LENGTH)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
+
+from engine.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +22,10 @@ class TextStream:
     text-generation-inference). Text that ends in an unfinished character, or in what could become a stop string, is
     held back until it is decided.
 
+    What counts is the token that completes a stop string: one that was complete before stops were looked for
+    is text like any other, and one that began before and is completed after ends the text where it begins.
+    Its beginning was held back, so nothing that was given out is ever taken back.
+
     Args:
         tokenizer: any Transformers tokenizer.
         stop: strings that end the text; neither they nor what follows is ever given out.
@@ -30,7 +37,8 @@ class TextStream:
         self._ids: list[int] = []
         self._start = 0  # first token of the context
         self._read = 0  # tokens whose text is settled
-        self._held = ""
+        self._held = ""  # in it no stop string counts any more: whatever is complete came too early
+        self._looks = True
         self._given: list[str] = []
         self.stopped: str | None = None
 
@@ -40,16 +48,17 @@ class TextStream:
         return "".join(self._given)
 
     def push(self, token_id: int, look: bool = True) -> str:
-        """Add a token; returns the text that is certain now. Sets `stopped` when a stop string is complete.
+        """Add a token; returns the text that is certain now. Sets `stopped` if this completes a stop string.
 
-        `look=False` gives the text out without looking for stop strings in it.
+        `look=False` passes over a stop string that this token completes.
         """
         self._ids.append(token_id)
-        return self._give(self._settle(final=False), final=not look, look=look)
+        self._looks = look
+        return self._give(self._settle(final=False), final=False)
 
     def flush(self) -> str:
-        """The rest, when no more tokens come."""
-        return self._give(self._settle(final=True), final=True, look=True)
+        """The rest, when no more tokens come; looked at if the last token was."""
+        return self._give(self._settle(final=True), final=True)
 
     def _settle(self, final: bool) -> str:
         known = self._decode(self._ids[self._start : self._read])
@@ -63,11 +72,12 @@ class TextStream:
             self._start -= 1
         return text[len(known) :]
 
-    def _give(self, piece: str, final: bool, look: bool) -> str:
+    def _give(self, piece: str, final: bool) -> str:
         if self.stopped is not None:
             return ""
-        text = self._held + piece
-        hits = [(text.index(stop), stop) for stop in self._stop if look and stop in text]
+        known, text = len(self._held), self._held + piece
+        stops = self._stop if self._looks else ()
+        hits = [(at, stop) for stop in stops if (at := text.find(stop, max(0, known + 1 - len(stop)))) >= 0]
         if hits:
             at, self.stopped = min(hits)
             text, self._held = text[:at], ""
@@ -83,7 +93,35 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> dict[int, str]:
+    """The stop strings that are one special token, by its id: text does not show it, so the token must stop.
+
+    Raises:
+        InputError: for a string that has a special token in it and more: no text is ever like that.
+    """
+    special, found = _special_tokens(tokenizer), {}
+    for string in stop:
+        inside = {text: token for text, token in special.items() if text and text in string}
+        hidden = {text: token for text, token in inside.items() if not decode(tokenizer, [token])}
+        if string in hidden:
+            found[hidden[string]] = string
+        elif hidden:
+            longest = max(hidden, key=len)
+            raise InputError(
+                f"stop={string!r} has the special token {longest!r} in it, which text does not show: "
+                "give that token alone, or its id in stop_token_ids"
+            )
+    return found
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {str(token): number for number, token in added.items() if token.special}
+    return special | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
 def _unfinished(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that is the beginning of a stop string."""
+    """Length of the longest end of `text` that is the beginning of a stop string, and not all of it."""
     longest = min(len(text), max(map(len, stop), default=1) - 1)
-    return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)
+    ends = (n for n in range(longest, 0, -1) if any(len(s) > n and s.startswith(text[-n:]) for s in stop))
+    return next(ends, 0)

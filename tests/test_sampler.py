@@ -191,12 +191,6 @@ def test_any_draw_is_among_the_tokens_transformers_keeps(seed, temperature, top_
     assert counts_V[oracle(logits_V, **params) == 0].sum() == 0
 
 
-def test_ties_with_the_last_kept_token_stay():
-    logits_V = torch.tensor([3.0, 1.0, 1.0, 1.0, -5.0])
-    for params in ({"top_k": 2}, {"top_p": 0.75}):
-        assert (drawn(logits_V, 500, temperature=1.0, **params) > 0).tolist() == [True] * 4 + [False]
-
-
 def test_tokens_of_probability_zero_are_never_drawn():
     logits_V = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
     counts_V = drawn(logits_V, 500, temperature=2.0, top_p=0.99, min_p=0.01, top_k=4)

@@ -322,20 +322,6 @@ def test_flush_of_nothing_is_nothing():
     assert TextStream(byte_level(400), ("a",)).flush() == ""
 
 
-def test_without_looking_stop_strings_pass_at_once():
-    stream = TextStream(byte_level(400), ("ab", "c"))
-    assert [stream.push(token, look=False) for token in spell("xabca")] == list("xabca")
-    assert stream.stopped is None
-
-
-def test_text_given_out_unlooked_is_no_part_of_a_later_match():
-    stream = TextStream(byte_level(400), ("ab",))
-    assert stream.push(spell("a")[0], look=False) == "a"
-    assert [stream.push(token) for token in spell("bab")] == ["b", "", ""]
-    assert stream.text == "ab"
-    assert stream.stopped == "ab"
-
-
 def test_a_character_begun_unlooked_is_looked_at_when_it_ends():
     tokenizer = byte_level(257)
     first, *others = tokenizer.encode("日")
