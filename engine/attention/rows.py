@@ -103,7 +103,9 @@ def attend_rows(
     weights_NKGP = (scores_NKGP - peak_NKG[..., None]).exp()
     total_NKG = weights_NKGP.sum(-1)
     mixed_NKGBE = _multiply(weights_NKGP.to(values_LKBPE.dtype), values_LKBPE[page_N]).to(wide)
-    absent_RX11, place_RX = (place_XR.t() < 0)[..., None, None], place_XR.t().clamp(min=0)
+    place_RX = place_XR.t()
+    absent_RX11 = (place_RX < 0)[..., None, None]
+    place_RX = place_RX.where(place_RX >= 0, place_RX[:, :1])  # its own: no weight hides a neighbour's NaN
     peak_RXKG = peak_NKG[place_RX].masked_fill(absent_RX11, -torch.inf)
     peak_RKG = torch.maximum(own_RKG, peak_RXKG.amax(1))
     if sink_H is not None:

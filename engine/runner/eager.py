@@ -22,19 +22,15 @@ class EagerModel:
     Args:
         model: it is not changed, and its weights are shared.
         joined: put joined products in place of its linear layers.
-        deterministic: products of a fixed size, and attention one token at a time.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, page_size: int, joined: bool = True, deterministic: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, page_size: int, joined: bool = True) -> None:
         self.twin = twin(model)
         with refused(model):
             self.layers = attention_layers(self.twin)
         self.twin.set_attn_implementation(NAME)
-        self._page_size, self._deterministic = page_size, deterministic
-        products = join(self.twin, deterministic) if joined else []
-        self.copied_bytes = prepare(products)
+        self._page_size = page_size
+        self.copied_bytes = prepare(join(self.twin) if joined else [])
 
     def hold(self, pages: int) -> None:
         """Make room for the keys and values of so many pages, all of them zero, and one page to spare."""
@@ -65,7 +61,13 @@ class EagerModel:
 
         `position_ids` are what the model is told instead of the tokens' places in their requests.
         """
-        step, device = PackedStep(self.stores, pieces, self._deterministic), self.twin.device
+        return self.compute(PackedStep(self.stores, pieces), tokens, rows, position_ids)
+
+    def compute(
+        self, step: PackedStep, tokens: list[int], rows: list[int], position_ids: list[int] | None = None
+    ) -> torch.Tensor:
+        """Logits [R, V] of the tokens at `rows`, of a step with these tokens; `position_ids` as for `logits`."""
+        device = self.twin.device
         positions_T = step.positions_T if position_ids is None else torch.tensor(position_ids, device=device)
         logits_1RV = self.twin(
             input_ids=torch.tensor([tokens], device=device),

@@ -36,6 +36,7 @@ from engine.models import positions, ropes
 from engine.pages import PagePool
 from engine.request import UNSOUND, Choice, Request
 from engine.runner import Done, Runner, StepResult, Ticket
+from engine.runner.deterministic import DEPENDS
 from engine.runner.fused_layer import fuse
 from engine.runner.linear import join, prepare, twin
 from engine.runner.packed import PackedRunner, refuse_unpackable
@@ -103,8 +104,8 @@ class DeviceRunner(Runner):
     """The packed runner for a GPU: kernels over pages, CUDA graphs, tokens that need not come to the host.
 
     Args:
-        model, pool, deterministic: as for PackedRunner. Deterministic steps attend every token as a row of its own,
-            cut by its own length alone.
+        model, pool, deterministic: as for PackedRunner. Deterministic steps take products of a fixed size,
+            and attend every token as a row of its own, cut by its own length alone.
         rows: requests that share a step, at most.
         kernels: what else has the functions of `triton_kernels` and shall compute instead of them; on a CPU these run
             in Triton's interpreter only.
@@ -185,12 +186,21 @@ class DeviceRunner(Runner):
         """Compute its tokens as chunks, without and with a past, and one alone.
 
         Raises:
-            InputError: if logits differ from those expected, or whatever else the model or a compiler raises.
+            InputError: if logits differ from those expected, or whatever else the model or a compiler raises;
+                or if deterministic logits differ at all where the tokens are cut otherwise.
         """
-        count, found = len(known.tokens), []
+        count = len(known.tokens)
+        found_TV = self._probe(known, {0, min(FEW_TOKENS, count // 2), count // 2, count - 1, count})
+        check_equal(self.model, "on the device", found_TV, known.expected_TV)
+        if self.deterministic and not torch.equal(found_TV, self._probe(known, {0, count // 3, count})):
+            raise InputError(DEPENDS.format(model=type(self.model).__name__))
+
+    def _probe(self, known: Probe, cuts: set[int]) -> torch.Tensor:
+        """Logits [T, V] of the text of a probe, cut so."""
+        pages, found = -(-len(known.tokens) // self.pool.page_size), []
         ids_T, position_ids_T = np.array(known.tokens), torch.tensor(known.position_ids, device=self.device)
-        self._tables_RN[0, : -(-count // self.pool.page_size)] = torch.arange(-(-count // self.pool.page_size))
-        for begin, end in itertools.pairwise(sorted({0, min(FEW_TOKENS, count // 2), count // 2, count - 1, count})):
+        self._tables_RN[0, :pages] = torch.arange(pages)
+        for begin, end in itertools.pairwise(sorted(cuts)):
             inputs_3T = np.stack([ids_T[begin:end], np.arange(begin, end), np.zeros(end - begin, dtype=int)])
             spans_3R = np.array([[0], [end - begin], [begin]])
             step = self._laid(inputs_3T, np.arange(end - begin), np.zeros(1, dtype=int), spans_3R)
@@ -198,7 +208,7 @@ class DeviceRunner(Runner):
             with refused(self.model):
                 ints_I = upload(step.ints(sizes), self.device)
                 found.append(self._logits(sizes, ints_I, position_ids_T[begin:end]))
-        check_equal(self.model, "on the device", torch.cat(found), known.expected_TV)
+        return torch.cat(found)
 
     def run(self, step: Step) -> StepResult:
         """Compute a step and wait for it."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from engine.runner.ways import COPIES, WAYS, Way, choose
 
@@ -122,12 +123,16 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def join(model: nn.Module, tiled: bool = False) -> list[Product]:
-    """Put Parts in place of the plain linear layers of `model`; gives their products, to be prepared."""
-    products = []
+    """Put Parts in place of the plain linear layers of `model`; gives their products, to be prepared.
+
+    GPT-2's, which hold their weight the other way round, are replaced only where products must be `tiled`.
+    """
+    products, kinds = [], {nn.Linear, Conv1D} if tiled else {nn.Linear}
     for module in list(model.modules()):
         children = dict(module.named_children())
         several = [names for names in SIBLINGS if _joinable([children.get(name) for name in names])]
-        alone = [(name,) for name in children if type(children[name]) is nn.Linear and name not in chain(*several)]
+        plain = [name for name in children if type(children[name]) in kinds]
+        alone = [(name,) for name in plain if name not in chain(*several)]
         for names in (*several, *alone):
             products.append(product_of([children[name] for name in names], tiled))
             shared = Shared(products[-1])
@@ -139,7 +144,8 @@ def join(model: nn.Module, tiled: bool = False) -> list[Product]:
 def product_of(layers: Sequence[nn.Module], tiled: bool = False) -> Product:
     """The product that stands for linear layers of one input, all with a bias or all without."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    return Product([layer.weight for layer in layers], biases, tiled)  # type: ignore[arg-type, misc]
+    weights = [layer.weight.t() if type(layer) is Conv1D else layer.weight for layer in layers]
+    return Product(weights, biases, tiled)  # type: ignore[arg-type]
 
 
 def _joinable(layers: list[nn.Module | None]) -> bool:

@@ -20,10 +20,11 @@ from engine.models import refuse_other_state
 from engine.pages import PagePool
 from engine.request import Choice, Request
 from engine.runner import Runner, StepResult
+from engine.runner.deterministic import deterministic_model
 from engine.runner.eager import EagerModel
 from engine.runner.lean import is_lean
 from engine.runner.linear import twin
-from engine.runner.verify import check_equal, probe, probe_logits, probe_pages, refused
+from engine.runner.verify import CUTS, Cuts, check_equal, probe, probe_logits, probe_pages, refused
 from engine.sampler import sample
 from engine.scheduler import Step
 
@@ -55,7 +56,7 @@ class PackedRunner(Runner):
         model: a causal LM in eval mode that takes its attention from Transformers' AttentionInterface.
         pool: the pages' accounting; the store is made to its size.
         deterministic: give each token bitwise the same logits whatever shares its step and however its prompt was
-            cut. A compiled model does so anyway; others take fixed-size products, and attention one token at a time.
+            cut. A compiled model does so anyway; others run in passes of a fixed size.
         int8: round the weights of linear layers to int8, once they are proven in float32.
 
     Raises:
@@ -74,11 +75,12 @@ class PackedRunner(Runner):
         """The leanest packed model that gives the same logits as `model`."""
         known = probe(model, self.pool.capacity)
 
-        def prove(packed: PagedModel, dtype: torch.dtype | None = None) -> None:
-            packed.hold(probe_pages(len(known.tokens), self.pool.page_size))
+        def prove(packed: PagedModel, cuts: Cuts = CUTS, dtype: torch.dtype | None = None) -> torch.Tensor:
+            packed.hold(probe_pages(known, cuts, self.pool.page_size))
             with refused(model):
-                found_RTV = probe_logits(known, self.pool.page_size, packed.logits)
+                found_RTV = probe_logits(known, cuts, self.pool.page_size, packed.logits)
             check_equal(model, "when packed", found_RTV, known.expected_TV, dtype)
+            return found_RTV
 
         lean = self._lean(model)
         if lean is not None:
@@ -89,13 +91,15 @@ class PackedRunner(Runner):
                 lean = None
         if lean is None and int8:
             raise InputError(f"dtype='int8' is for models built like Llama; {type(model).__name__} is not: use float32")
+        if lean is None and deterministic:
+            return deterministic_model(model, self.pool.page_size, prove)
         if lean is None:
-            eager = EagerModel(model, self.pool.page_size, True, deterministic)
+            eager = EagerModel(model, self.pool.page_size)
             prove(eager)
             return eager
         if int8:
             lean.quantize()
-            prove(lean, torch.int8)
+            prove(lean, dtype=torch.int8)
         return lean
 
     def _lean(self, model: PreTrainedModel) -> LeanModel | None:

@@ -8,9 +8,9 @@ angles that ends. What a mask does far away is asked of the mask itself, in `eng
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from engine.models import telling_positions
 # How far logits may lie from the model's own, relative to the largest: rounding, no more. In int8 at most tokens:
 # rounding may turn one of them over.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.int8: 1.5e-1}
-FIRST_CUTS = ((8, 15), (15, 16))  # of two like requests that share their steps; one's first chunk is short
+Cuts = Sequence[
+    tuple[int, ...]
+]  # of each request that shares the steps: where its text is cut, besides before its last
+CUTS: Cuts = ((8, 15), (15, 16))  # one's first chunk is short
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,18 @@ def probe(model: PreTrainedModel, capacity: int) -> Probe:
     tokens = proof_text(model, len(position_ids))
     ids, at = (torch.tensor([numbers], device=model.device) for numbers in (tokens, position_ids))
     # The mask says that this is one text, though its positions rise by leaps.
-    logits_1TV = model(ids, position_ids=at, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    with refused(model, "compute a text"):
+        logits_1TV = model(ids, position_ids=at, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return Probe(tokens, position_ids, check_finite(model, logits_1TV[0]))
 
 
-def probe_pages(count: int, page_size: int) -> int:
-    """How many pages `probe_logits` needs for a text of so many tokens."""
-    return len(FIRST_CUTS) * -(-count // page_size)
+def probe_pages(probe: Probe, cuts: Cuts, page_size: int) -> int:
+    """How many pages `probe_logits` needs."""
+    return len(cuts) * -(-len(probe.tokens) // page_size)
 
 
-def probe_logits(probe: Probe, page_size: int, logits: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Logits [2, T, V] of two requests for the text of a probe, cut in different places.
+def probe_logits(probe: Probe, cuts: Cuts, page_size: int, logits: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Logits [R, T, V] of R requests for the text of a probe, cut in different places.
 
     Those of the first token are not asked for, but taken as expected: leaving out is part of it.
 
@@ -66,16 +70,16 @@ def probe_logits(probe: Probe, page_size: int, logits: Callable[..., torch.Tenso
         logits: (tokens, pieces, rows, position_ids) -> [R, V], as a packed model computes them.
     """
     count = len(probe.tokens)
-    pages = -(-count // page_size)
-    found_RTV = probe.expected_TV.repeat(len(FIRST_CUTS), 1, 1)
-    cuts = [sorted({0, *(cut for cut in first if cut < count - 1), count - 1, count}) for first in FIRST_CUTS]
-    for spans in zip(*map(pairwise, cuts), strict=True):
+    pages, found_RTV = -(-count // page_size), probe.expected_TV.repeat(len(cuts), 1, 1)
+    spans = [pairwise(sorted({0, *(cut for cut in some if cut < count), count - 1, count})) for some in cuts]
+    for step in zip_longest(*spans):
         pieces: list[Piece] = []
         asked: list[tuple[int, int]] = []  # request and place of each token
-        for request, (begin, end) in enumerate(spans):
-            table = list(range(request * pages, (request + 1) * pages))
-            pieces.append(Piece(len(asked), len(asked) + end - begin, begin, table))
-            asked += [(request, at) for at in range(begin, end)]
+        for request, span in enumerate(step):
+            if span is not None:
+                table = list(range(request * pages, (request + 1) * pages))
+                pieces.append(Piece(len(asked), len(asked) + span[1] - span[0], span[0], table))
+                asked += [(request, at) for at in range(*span)]
         tokens, position_ids = ([numbers[at] for _, at in asked] for numbers in (probe.tokens, probe.position_ids))
         skipped = int(len(asked) > 1 and asked[0] == (0, 0))
         logits_TV = logits(tokens, pieces, list(range(skipped, len(tokens))), position_ids)
