@@ -7,8 +7,6 @@ every other way is a policy of the engine.
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from transformers import PreTrainedModel
 from engine.config import POLICIES, EngineConfig
 from engine.engine import Engine
 from engine.errors import InputError, check
+from engine.memory import peak_bytes
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel
 from engine.request import Choice, FinishReason, Request, RequestOutput, SamplingParams
@@ -146,7 +145,7 @@ def _generate_batch(model: PreTrainedModel, batch: list[Request], metrics: Engin
 def environment(loaded: LoadedModel) -> dict[str, Any]:
     """What the numbers depend on besides the code, and the most memory this process held, in bytes."""
     device = loaded.model.device
-    cuda, peak = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cuda = device.type == "cuda"
     return {
         "model": loaded.spec,
         "revision": loaded.revision,
@@ -157,6 +156,6 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "weight_bytes": sum(p.nbytes for p in loaded.model.parameters()),
-        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "peak_rss_bytes": peak_bytes(),
         "peak_cuda_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
     }

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.errors import InputError
-from engine.machine import placement
+from engine.machine import limit_threads, placement
 from engine.memory import kv_memory, out_of_memory
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel, kv_bytes_per_token, load, positions
@@ -65,6 +65,8 @@ class Engine:
         model = self.model = loaded.model
         self.loaded, self.tokenizer, self.spec = loaded, loaded.tokenizer, loaded.spec
         place = str(model.device), str(model.dtype).removeprefix("torch.")
+        if model.device.type == "cpu":
+            limit_threads()
         config = asked.settled(*place)
         self.vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
         self.max_positions, self._why_no_more = positions(model.config)

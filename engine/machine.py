@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import platform
 import re
 from pathlib import Path
 
+from engine import cgroup
 from engine.errors import InputError
 
+LOG = logging.getLogger(__name__)
 CPU_FIELDS = ("model name", "cpu family", "model", "stepping")
 
 
@@ -26,6 +30,30 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     found = (re.search(rf"^{field}\s*: (.*)", text, re.MULTILINE) for field in CPU_FIELDS)
     return " ".join(match[1] for match in found if match) or platform.processor() or platform.machine()
+
+
+def processors(root: Path = cgroup.ROOT) -> int:
+    """How many processors this process may use: those it is bound to, and no more than its quota fills.
+
+    Args:
+        root: where the file tree begins that says what a container may take.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(bound, math.ceil(cgroup.processors(root) or bound)))
+
+
+def limit_threads() -> None:
+    """Let torch, and whoever asks it, use no more threads than there are processors for this process.
+
+    Threads wait for each other spinning: one too many takes the time of all.
+    """
+    import torch
+
+    most = processors()
+    if torch.get_num_threads() > most:
+        LOG.warning("torch uses %d threads; this process may use %d processors, so %d from now on",
+                    torch.get_num_threads(), most, most)  # fmt: skip
+        torch.set_num_threads(most)
 
 
 def placement(device: str, dtype: str) -> tuple[str, str]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+
 import psutil
 import torch
 from transformers import PreTrainedModel
 
+from engine import cgroup
 from engine.config import EngineConfig
 from engine.errors import InputError
 
@@ -28,12 +33,49 @@ def kv_memory(model: PreTrainedModel, config: EngineConfig, tokens: int) -> int:
     return config.kv_memory
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory free on the device now: on CUDA by the driver's account, and what torch keeps of what it has freed."""
+def free_bytes(device: torch.device, root: Path = cgroup.ROOT) -> int:
+    """Memory free on the device now: on CUDA by the driver's account, and what torch keeps of what it freed.
+
+    On a CPU what the system has, and no more than a container, or a limit of this process, leaves of it.
+
+    Args:
+        root: where the file tree begins that says what a container may take.
+    """
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        group = cgroup.memory_left(root)
+        return min([psutil.virtual_memory().available, *_own_limits(), *([] if group is None else [group])])
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def _own_limits() -> list[int]:
+    """Bytes that this process may still take by each of its own limits (`ulimit -v`, `ulimit -d`) that is set."""
+    if sys.platform == "win32":
+        return []
+    import resource
+
+    used, left = psutil.Process().memory_info(), []
+    for limit, size in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, getattr(used, "data", 0))):
+        most, _ = resource.getrlimit(limit)
+        if most != resource.RLIM_INFINITY:
+            left.append(max(0, most - size))
+    return left
+
+
+def peak_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """The most memory that this process held at once.
+
+    The kernel's other account, `ru_maxrss`, starts with what the process held that started this one.
+    """
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.is_file() else None
+    if found is not None:
+        return int(found[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def out_of_memory(error: BaseException) -> bool:
