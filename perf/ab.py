@@ -1,32 +1,31 @@
-"""A against B on one noisy machine: two git worktrees, fresh processes in ABBA order, a verdict by pairs of blocks.
+"""A against B on one noisy machine: two git worktrees, fresh processes in ABBA order, a verdict by pairs.
 
-A block is one pytest run in a process of its own, that imports its own tree. Neighbouring blocks make a pair, whose
-log-ratio is one sample: what drifts slower than two blocks cancels. The checkout it is started in stays as it is.
+A block is one pytest run in a process of its own, that imports its own tree (perf/imports.py proves it;
+perf/trees.py makes the trees). Neighbouring blocks make a pair, whose log-ratio is one sample: what drifts
+slower than two blocks cancels. The checkout it is started in stays as it is.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from perf import gate, stats
+from perf.imports import Surroundings, Watch, environment
 from perf.metrics import METRICS
 from perf.runs import Benchmark, Exit, GateError, Run, load
+from perf.trees import git, snapshot, worktrees
 
 OWN_OPTIONS = ("--benchmark-json", "--benchmark-save", "--benchmark-autosave", "--perf-baseline", "--perf-plant")
 NO_TIMINGS = ("--benchmark-disable", "--benchmark-skip", "--numprocesses", "--dist", "-n")
 TAIL = 30
+PYTEST_USAGE = 4
 Advance = Callable[[str], object]
 
 
@@ -50,20 +49,22 @@ def ab(
         advance: called with a line about what comes next, once before each block.
 
     Raises:
-        GateError: for a revision that is not there, options that measure nothing, or a block that fails.
+        GateError: for a revision that is not there or cannot be made whole, options that measure nothing, a
+            block that fails, or one that imported anything from elsewhere than its own tree and real
+            installed files.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the worktrees are gone.
     """
     check(args, blocks)
-    top = Path(_git(Path(repo), "rev-parse", "--show-toplevel"))
+    top = Path(git(Path(repo), "rev-parse", "--show-toplevel"))
     commits = [_commit(top, revision) for revision in (base, head)]
     done: tuple[list[Run], list[Run]] = ([], [])
     with worktrees(top, commits) as trees:
-        for tree in trees:
-            check_imports(tree)
+        folder, around = trees[0].parent, Surroundings.of(top, trees)
         for number, side in enumerate(order(blocks), 1):
             advance(f"block {number} of {2 * blocks}: {(base, head)[side]}")
-            saved = trees[side].parent / f"{number}.json"
-            done[side].append(block(args, saved, trees[side], f"block {number}, {(base, head)[side]}"))
+            watch = Watch.begin(folder / f"imports-{number}", trees[side], around)
+            name = f"block {number}, {(base, head)[side]}"
+            done[side].append(block(args, folder / f"{number}.json", trees[side], name, watch))
     comparison = gate.compare(merge(done[0], base), merge(done[1], head), paired=True, counters=counters)
     if commits[0] == commits[1]:
         note = f"both revisions are commit {commits[0][:12]}: whatever differs is the machine"
@@ -88,66 +89,23 @@ def check(args: Sequence[str], blocks: int) -> None:
             raise GateError(f"{arg} turns benchmarks off, so that nothing is timed: leave it out", Exit.USAGE)
 
 
-@contextmanager
-def worktrees(top: Path, commits: Sequence[str]) -> Iterator[list[Path]]:
-    """A detached worktree for each commit, in a temporary folder; removed whatever happens, SIGTERM included."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    folder = Path(tempfile.mkdtemp(prefix="perf-ab-"))
-    trees = [folder / side for side in ("base", "head")]
-    try:
-        for tree, commit in zip(trees, commits, strict=True):
-            _git(top, "-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach", str(tree), commit)
-        yield trees
-    finally:
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of them
-        for tree in trees:
-            if tree.exists():
-                _git(top, "worktree", "remove", "--force", str(tree))
-        shutil.rmtree(folder)
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, before)
-
-
-def check_imports(tree: Path) -> None:
-    """Raises GateError if a process in `tree` would import one of its packages from elsewhere (an installed copy)."""
-    roots = [root for root in (tree, tree / "src") if root.is_dir()]
-    packages = sorted(path.parent.name for root in roots for path in root.glob("*/__init__.py"))
-    code = "import sys, importlib.util as u\nfor n in sys.argv[1:]: print(n, u.find_spec(n).origin)"
-    found = subprocess.run(
-        [sys.executable, "-c", code, *packages], cwd=tree, env=environment(tree), capture_output=True, text=True
-    )
-    for line in found.stdout.splitlines():
-        name, origin = line.split(" ", 1)
-        if tree.resolve() not in Path(origin).resolve().parents:
-            raise GateError(f"{name} would be imported from {origin}, not from the revision's own tree: uninstall it")
-    if found.returncode:
-        raise GateError(f"the packages of {tree.name} cannot be found by Python: {found.stderr.strip()[-500:]}")
-
-
-def environment(tree: Path) -> dict[str, str]:
-    """This process's environment, with imports from `tree` (or its src folder) first."""
-    paths = [str(tree), str(tree / "src"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-
-
-def block(args: Sequence[str], saved: Path, tree: Path, name: str) -> Run:
-    """Run pytest once in a fresh process in `tree`, and read what it saved.
+def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch | None = None) -> Run:
+    """Run pytest once in a fresh process in `tree`, and read what it saved; with `watch`, prove what was
+    imported.
 
     Raises:
-        GateError: if a test fails, nothing is collected, or nothing was saved, with the end of pytest's output.
+        GateError: if a test fails, nothing is collected, or nothing was saved, with the end of pytest's
+            output; if something was imported from where it must not be.
     """
     command = [sys.executable, "-m", "pytest", *args, "-q", "-p", "no:cacheprovider", f"--benchmark-json={saved}"]
-    done = subprocess.run(
-        command, cwd=tree, env=environment(tree), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    env, pipe = watch.environment() if watch else environment(tree), subprocess.PIPE
+    done = subprocess.run(command, cwd=tree, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    if watch and done.returncode != PYTEST_USAGE:
+        watch.check(name)  # also of a block that failed: what it imported may be why
     if done.returncode or not saved.is_file() or not saved.stat().st_size:
         what = f"pytest ended with code {done.returncode}" if done.returncode else "pytest measured nothing"
         tail = "\n".join(done.stdout.splitlines()[-TAIL:])
-        code = Exit.USAGE if done.returncode == 4 else Exit.NOT_COMPARABLE
+        code = Exit.USAGE if done.returncode == PYTEST_USAGE else Exit.NOT_COMPARABLE
         raise GateError(f"{name}: {what} ({' '.join(command[2:])})\n{tail}", code)
     return load(saved)
 
@@ -184,24 +142,15 @@ def _merge(found: Sequence[Benchmark | None]) -> Benchmark:
 
 def _commit(top: Path, revision: str) -> str:
     """The commit that a revision names; for `.` one made of the working tree, that no branch or index knows of."""
-    if revision != ".":
-        _check_one_meaning(top, revision)
-        try:
-            return _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-        except GateError:
-            raise GateError(
-                f"no revision {revision!r} in {top}: give a branch, tag or commit (fetched), or '.'", Exit.USAGE
-            ) from None
-    with tempfile.TemporaryDirectory(prefix="perf-ab-") as folder:
-        index = Path(folder) / "index"
-        own = top / _git(top, "rev-parse", "--git-path", "index")
-        if own.is_file():
-            shutil.copyfile(own, index)  # so that git need not read every file again
-        who = {f"GIT_{role}_{part}": "perf-ab" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
-        extra = {"GIT_INDEX_FILE": str(index), **who}
-        _git(top, "add", "--all", extra=extra)
-        tree = _git(top, "write-tree", extra=extra)
-        return _git(top, "commit-tree", tree, "-p", "HEAD", "-m", "the working tree as it was", extra=extra)
+    if revision == ".":
+        return snapshot(top)
+    _check_one_meaning(top, revision)
+    try:
+        return git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    except GateError:
+        raise GateError(
+            f"no revision {revision!r} in {top}: give a branch, tag or commit (fetched), or '.'", Exit.USAGE
+        ) from None
 
 
 def _check_one_meaning(top: Path, revision: str) -> None:
@@ -211,19 +160,7 @@ def _check_one_meaning(top: Path, revision: str) -> None:
     rules = ("refs/{}", "refs/tags/{}", "refs/heads/{}", "refs/remotes/{}", "refs/remotes/{}/HEAD")
     wanted = [rule.format(name) for rule in rules]
     commit = "%(if)%(*objectname)%(then)%(*objectname)%(else)%(objectname)%(end)"  # of a tag, what it is of
-    lines = _git(top, "for-each-ref", f"--format={commit} %(refname)", *wanted).splitlines()
+    lines = git(top, "for-each-ref", f"--format={commit} %(refname)", *wanted).splitlines()
     found = {ref: commit for commit, ref in (line.split(" ", 1) for line in lines) if ref in wanted}
     if len(set(found.values())) > 1:
         raise GateError(f"revision {revision!r} is ambiguous: give one of {', '.join(found)}", Exit.USAGE)
-
-
-def _git(where: Path, *args: str, extra: dict[str, str] | None = None) -> str:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(where), *args], capture_output=True, text=True, env={**os.environ, **(extra or {})}
-        )
-    except FileNotFoundError:
-        raise GateError("git is not installed: perf ab needs it", Exit.USAGE) from None
-    if done.returncode:
-        raise GateError(f"git {' '.join(args)} failed: {done.stderr.strip() or done.returncode}", Exit.USAGE)
-    return done.stdout.strip()

@@ -17,6 +17,7 @@ import pytest
 from perf import ab, runs
 from perf.gate import Outcome
 from perf.runs import Exit, GateError
+from tests.perf.repos import git
 
 TEST = """
 import thing, pathlib
@@ -27,11 +28,6 @@ def test_thing(benchmark):
     assert thing.RIGHT
     benchmark.extra_info.update(schema=1, group="g", fingerprint={"cpu": "any"}, rounds={"tokens_per_s": ROUNDS})
 """
-
-
-def git(where, *args):
-    who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    return subprocess.run(["git", *who, *args], cwd=where, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def thing(repo, rate, right=True):
@@ -161,17 +157,6 @@ def test_pytest_options_that_take_the_measuring_away_are_refused(arg):
 def test_too_few_blocks_are_refused():
     with pytest.raises(GateError, match="blocks=3 cannot decide anything: give 4 or more"):
         ab.ab("a", "b", [], blocks=3)
-
-
-def test_a_package_that_would_be_imported_from_elsewhere_is_refused(tmp_path):
-    for name in ("thing", "src/other"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "__init__.py").touch()
-    ab.check_imports(tmp_path)
-    (tmp_path / "os").mkdir()
-    (tmp_path / "os" / "__init__.py").touch()  # Python has its own before it looks anywhere
-    with pytest.raises(GateError, match="os would be imported from"):
-        ab.check_imports(tmp_path)
 
 
 def block(rounds, cpu="any", name="t::x", **info):
