@@ -144,20 +144,22 @@ def report(
     markdown: Markdown = None,
     csv: Csv = None,
 ) -> None:
-    """Show saved runs, as a table and as files. It judges, but ends with code 0 whatever it finds."""
+    """Show saved runs, as a table and as files. It judges, but ends with code 0 whatever it finds.
+
+    What cannot be read of them is left out, and named. Where nothing can be, that is an error.
+    """
     from perf import report as reports
-    from perf.gate import compare as judge
 
     _writable(html=html, markdown=markdown, csv=csv)
-    where = folder(storage)
-    loaded = [load(run, where) for run in runs]
-    against = load(base, where) if base is not None else loaded[0] if len(loaded) > 1 else None
-    comparison = judge(against, loaded[-1]) if against else None
-    for note in dict.fromkeys(note for run in loaded for note in run.notes):
-        if comparison is None or note not in comparison.notes:
+    found = reports.read(runs, base, folder(storage))
+    for note in dict.fromkeys(note for run in found.runs for note in run.notes):
+        if found.comparison is None or note not in found.comparison.notes:
             ERRORS.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    _print(reports.runs_table(loaded) if comparison is None else reports.comparison_table(comparison))
-    _write(loaded, comparison, html, markdown, csv)
+    if found.comparison is None:
+        _print(reports.runs_table(found.runs, found.left_out))
+    else:
+        _print(reports.comparison_table(found.comparison, found.left_out))
+    _write(found.runs, found.comparison, html, markdown, csv, found.left_out)
 
 
 @app.command()
@@ -209,16 +211,21 @@ def _conclude(
 
 
 def _write(
-    runs: Sequence[Run], comparison: Comparison | None, html: Path | None, markdown: Path | None, csv: Path | None
+    runs: Sequence[Run],
+    comparison: Comparison | None,
+    html: Path | None,
+    markdown: Path | None,
+    csv: Path | None,
+    left_out: Sequence[str] = (),
 ) -> None:
     from perf import report as reports
 
-    reports.write(runs, comparison, html=html, csv=csv)
-    if markdown:
-        summary = os.environ.get("GITHUB_STEP_SUMMARY")
-        own = summary is None or Path(summary).resolve() != markdown.resolve()
-        with markdown.open("w" if own else "a", encoding="utf-8") as file:
-            file.write(reports.markdown(runs, comparison))
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    append = markdown is not None and summary is not None and Path(summary).resolve() == markdown.resolve()
+    written = reports.write(runs, comparison, left_out, html=html, markdown=markdown, csv=csv, append=append)
+    if markdown and markdown not in written:
+        full = f"note: --markdown {markdown} has no room left for a summary: GitHub shows 1 MiB a step"
+        ERRORS.print(full, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(what: Any) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from perf.report.markup import clean, middle
+
+NAME_LENGTH = 60  # characters of what the first column names
 Info = dict[str, Any]
 Cell = Callable[[Info], str]
 
@@ -98,7 +101,8 @@ SPEEDUPS = {"random:qwen2-1.5b": 7.37, "random:llama-7b": 6.17, "random:mistral-
 
 def lines(rows: Sequence[Info], columns: dict[str, Cell]) -> list[str]:
     """A table as text: the first column to the left, the others to the right."""
-    cells = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    shown = ([middle(clean(cell(row)), NAME_LENGTH) for cell in columns.values()] for row in rows)
+    cells = [list(columns), *shown]
     widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
     return [
         "  ".join(text.ljust(width) if at == 0 else text.rjust(width)

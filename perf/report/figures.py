@@ -61,9 +61,13 @@ def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]
 def labels(benchmarks: Iterable[Benchmark], keys: Sequence[str]) -> Callable[[Benchmark], str]:
     """How to call each of these: by the sizes in which they differ, and the fewest others of `keys` that are needed."""
     known, chosen = list(benchmarks), list[str]()
+
+    def shown(b: Benchmark, key: str) -> str:
+        return number(b.info.get(key))
+
     for key in keys:
-        kinds = [len({tuple(b.info.get(k) for k in some) for b in known}) for some in (chosen, [*chosen, key])]
-        if kinds[1] > kinds[0] or (key in SIZED and len({b.info.get(key) for b in known}) > 1):
+        kinds = [len({tuple(shown(b, k) for k in some) for b in known}) for some in (chosen, [*chosen, key])]
+        if kinds[1] > kinds[0] or (key in SIZED and len({shown(b, key) for b in known}) > 1):
             chosen.append(key)
 
     def label(b: Benchmark) -> str:

@@ -6,8 +6,11 @@ A leaf that knows no run and no chart. Also the one place that decides how a num
 from __future__ import annotations
 
 import html
+import sys
 from collections.abc import Iterable
 from typing import Any
+
+FLOAT_MAX = sys.float_info.max
 
 
 class Markup(str):
@@ -42,12 +45,23 @@ def clean(text: Any) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))
 
 
-def number(value: float | int | str | bool | None) -> str:
+def middle(text: str, most: int, mark: str = "") -> str:
+    """Text of at most `most` characters: of a longer one both ends, with `mark` where its middle was."""
+    if len(text) <= most:
+        return text
+    gap = f"…{mark}…" if mark else "…"
+    left = (most - len(gap) + 1) // 2
+    return f"{text[:left]}{gap}{text[len(text) - (most - len(gap) - left) :]}"
+
+
+def number(value: object) -> str:
     """A value as people read it: four digits are enough, thousands have commas; None is a dash, true is on."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    if value is None or isinstance(value, str):
+    if not isinstance(value, int | float):
         return "-" if value is None else clean(value)
+    if not -FLOAT_MAX <= value <= FLOAT_MAX:
+        return clean(value) if isinstance(value, float) else f"{'-' if value < 0 else ''}very large"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 

@@ -12,9 +12,9 @@ from perf.gate import Comparison, Outcome
 from perf.metrics import METRICS
 from perf.report.charts import draw, sparkline, table
 from perf.report.figures import history, sections
-from perf.report.markup import Markup, signed, tag
+from perf.report.markup import Markup, number, signed, tag
 from perf.report.text import figures
-from perf.report.verdicts import COLUMNS, day, headline, named, parts, shorten, title
+from perf.report.verdicts import COLUMNS, day, headline, named, parts, shorten, title, value
 from perf.runs import Run
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -71,14 +71,16 @@ summary { cursor: pointer; font-size: .875rem; } details { margin: .5rem 0; }
 """
 
 
-def page(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
-    """The page for runs oldest first: the verdict if there is one, the last run's charts, history, all figures."""
+def page(runs: Sequence[Run], comparison: Comparison | None = None, left_out: Sequence[str] = ()) -> str:
+    """The page for runs oldest first: what of them could not be read, the verdict if there is one, the last
+    run's charts, history, all figures."""
     head = runs[-1]
     keys = (f"c{i}" for i in count())
     body = tag(
         "body",
         tag("h1", "Performance report"),
         tag("p", f"{title(head)}, {len(head.benchmarks)} benchmarks, {day(head)}", class_="soft"),
+        _left_out(left_out),
         _verdict(comparison) if comparison else None,
         tag("main", _charts(head, comparison.base if comparison else None, keys), _history(runs)),
         _figures(head),
@@ -90,6 +92,13 @@ def page(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
     )
     start = tag("head", meta, tag("title", f"Performance of {title(head)}"), tag("style", Markup(STYLE)))
     return f"<!DOCTYPE html>\n{tag('html', start, body, lang='en')}\n"
+
+
+def _left_out(lines: Sequence[str]) -> Markup | None:
+    if not lines:
+        return None
+    heading = tag("strong", f"Left out: {len(lines)}")
+    return tag("div", heading, tag("ul", [tag("li", line) for line in lines]), class_="verdict unsure")
 
 
 def _verdict(comparison: Comparison) -> list[Markup]:
@@ -148,6 +157,6 @@ def _runs(runs: Sequence[Run]) -> Markup:
     for run in reversed(runs):
         some = list(run.benchmarks.values())
         prints = [", ".join(dict.fromkeys(v for b in some if (v := b.fingerprint.get(key)))) or "-" for key in PRINTS]
-        voided = sum(int(b.info.get("rounds_voided") or 0) for b in some)
-        rows.append([title(run), day(run), *prints, str(voided)])
+        voided = sum(value(b, "rounds_voided") or 0.0 for b in some)
+        rows.append([title(run), day(run), *prints, number(voided)])
     return tag("section", tag("h2", "Runs"), table([["run", "measured", *PRINTS, "rounds voided"], *rows]))

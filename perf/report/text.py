@@ -1,24 +1,25 @@
-"""Runs and comparisons as text: tables for a terminal, Markdown for a CI's summary, a frame for pandas.
+"""Runs and comparisons as text: tables for a terminal, a frame for pandas.
 
-What comes from a file is shown, never obeyed: no Markdown, mention, link or terminal code in a name has any effect.
+What comes from a file is shown, never obeyed: no terminal code in a name has any effect, and no length fills
+a screen.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from perf.gate import Comparison, Outcome
 from perf.metrics import METRICS
-from perf.report.markup import clean
-from perf.report.verdicts import COLUMNS, RIGHT, day, headline, named, parts, shorten, title, value
+from perf.report.markup import clean, middle
+from perf.report.verdicts import COLUMNS, RIGHT, brief, day, headline, named, parts, shorten, title, value
 from perf.runs import Run
 
 if TYPE_CHECKING:
@@ -27,31 +28,58 @@ if TYPE_CHECKING:
 TIMED = ("tokens_per_s", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms", "latency_p95_ms", "goodput")
 FIGURES = (*TIMED, "decode_bandwidth_pct", "prefill_mfu_pct", "startup_s", "round_s", "forward_passes", "padded_tokens")
 COLOURS = {Outcome.FAIL: "red", Outcome.ERROR: "red", Outcome.INCONCLUSIVE: "yellow", Outcome.PASS: "green"}
-MARKS = {Outcome.FAIL: "❌", Outcome.ERROR: "❌", Outcome.INCONCLUSIVE: "❔", Outcome.PASS: "✅"}
+NAME_SHARE = 3 / 8  # of the terminal's width, at most, is for test ids
+NAME_LENGTH = 20  # characters, which they have in any case
+CELL_LENGTH = 1000  # characters of any other cell
 
 
-def figures(run: Run) -> list[list[str]]:
+def figures(run: Run, name_length: int | None = None) -> list[list[str]]:
     """A row a benchmark with its main figures, the heading first; figures that no benchmark has are left out."""
-    short, metrics = shorten(run.benchmarks), [METRICS[name] for name in FIGURES]
+    short, metrics = shorten(run.benchmarks, name_length), [METRICS[name] for name in FIGURES]
     grid = {name: [metric.format(value(b, metric.name)) for metric in metrics] for name, b in run.benchmarks.items()}
     kept = [i for i in range(len(metrics)) if any(cells[i] != "-" for cells in grid.values())]
     rows = [[short[name], *(cells[i] for i in kept)] for name, cells in grid.items()]
     return [["benchmark", *(named(metrics[i]) for i in kept)], *rows]
 
 
-def runs_table(runs: Sequence[Run]) -> RenderableType:
-    """The last run's benchmarks and their main figures."""
-    heading, *rows = figures(runs[-1])
-    return _table(heading, rows, heading[1:], f"{title(runs[-1])}, {day(runs[-1])}")
+def runs_table(runs: Sequence[Run], left_out: Sequence[str] = ()) -> RenderableType:
+    """The last run's benchmarks and their main figures, and what of the runs could not be read."""
+
+    def make(name_length: int) -> RenderableType:
+        heading, *rows = figures(runs[-1], name_length)
+        table = _table(heading, rows, heading[1:], f"{title(runs[-1])}, {day(runs[-1])}")
+        return Group(table, *_left_out(left_out, runs, name_length))
+
+    return _Fitted(make)
 
 
-def comparison_table(comparison: Comparison) -> RenderableType:
+def comparison_table(comparison: Comparison, left_out: Sequence[str] = ()) -> RenderableType:
     """All that is not unchanged, then the notes, and the verdict last: a terminal is read from its end."""
-    tables = [_table(COLUMNS, part.rows, RIGHT, part.heading) for part in parts(comparison) if not part.folded]
-    notes = [Text(f"note: {clean(note)}") for note in comparison.notes]
-    pair = f"{title(comparison.base)} -> {title(comparison.head)}"
-    last = Text(f"{headline(comparison)}   {clean(pair)}", style=f"bold {COLOURS[comparison.outcome]}")
-    return Group(*tables, *notes, last)
+
+    def make(name_length: int) -> RenderableType:
+        shown = [part for part in parts(comparison, name_length) if not part.folded]
+        tables = [_table(COLUMNS, part.rows, RIGHT, part.heading) for part in shown]
+        runs = (comparison.base, comparison.head)
+        notes = [Text(f"note: {clean(note)}") for note in brief(comparison.notes, runs, name_length)]
+        pair = f"{title(comparison.base)} -> {title(comparison.head)}"
+        last = Text(f"{headline(comparison)}   {clean(pair)}", style=f"bold {COLOURS[comparison.outcome]}")
+        return Group(*tables, *notes, *_left_out(left_out, runs, name_length), last)
+
+    return _Fitted(make)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What is made for the width it gets, by how long test ids may then be."""
+
+    make: Callable[[int], RenderableType]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.make(max(NAME_LENGTH, int(options.max_width * NAME_SHARE)))
+
+
+def _left_out(lines: Sequence[str], runs: Sequence[Run], name_length: int) -> list[Text]:
+    return [Text(f"left out: {clean(line)}", style="yellow") for line in brief(lines, runs, name_length)]
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], name: str) -> Table:
@@ -59,7 +87,7 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
     for i, column in enumerate(heading):
         table.add_column(Text(column), justify="right" if column in right else "left", overflow="fold", no_wrap=not i)
     for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
+        table.add_row(*(Text(middle(clean(cell), CELL_LENGTH)) for cell in row))
     return table
 
 
@@ -78,40 +106,3 @@ def frame(runs: Sequence[Run]) -> pd.DataFrame:
             measured = {**b.info, **prints, **rounds, **notes}
             rows.append({**source, "benchmark": name, "group": b.group, **measured})
     return pd.DataFrame(rows)
-
-
-def markdown(runs: Sequence[Run], comparison: Comparison | None = None) -> str:
-    """For `$GITHUB_STEP_SUMMARY`: the verdict, what is worse, what can't be told, and all else folded away."""
-    lines: list[str] = []
-    if comparison is not None:
-        lines += [f"## {MARKS[comparison.outcome]} {_prose(headline(comparison))}", ""]
-        lines += [f"{_code(title(comparison.base))} → {_code(title(comparison.head))}", ""]
-        for part in parts(comparison):
-            name, grid = f"{part.heading} ({part.count})", _grid(COLUMNS, part.rows, RIGHT)
-            lines += _fold(name, grid) if part.folded else [f"### {name}", "", *grid]
-        lines += [*(f"- {_prose(note)}" for note in comparison.notes), ""]
-    heading, *rows = figures(runs[-1])
-    grid = _grid(heading, rows, heading[1:])
-    name = f"All figures of {title(runs[-1])}"
-    lines += [f"## {_prose(name)}", "", *grid] if comparison is None else _fold(name, grid)
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _fold(summary: str, lines: Sequence[str]) -> list[str]:
-    return [f"<details><summary>{_prose(summary)}</summary>", "", *lines, "</details>", ""]
-
-
-def _grid(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> list[str]:
-    rule = ["---:" if column in right else "---" for column in heading]
-    cells = [[_code(row[0]), *map(_prose, row[1:])] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in ([*map(_prose, heading)], rule, *cells)] + [""]
-
-
-def _code(text: str) -> str:
-    """Text from a file as inline code, in a table too."""
-    return f"`{clean(text).replace('`', chr(39)).replace('|', chr(92) + '|') or ' '}`"
-
-
-def _prose(text: str) -> str:
-    """Text with every character that Markdown or HTML could take for its own written as an entity."""
-    return re.sub(r"[^\w\s.,:;%+=()/'?…→-]", lambda found: f"&#{ord(found[0])};", clean(text)).replace("://", ":&#47;/")

@@ -5,19 +5,20 @@ The terminal, Markdown and the page all take these words, so that they never say
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from perf.gate import Comparison, Outcome, Verdict
 from perf.metrics import Metric
-from perf.report.markup import signed
+from perf.report.markup import FLOAT_MAX, middle, signed
 from perf.runs import Benchmark, Run
 
 COLUMNS = ("benchmark", "metric", "base", "head", "change", "95 % interval", "allowed", "why")
 RIGHT = ("base", "head", "change", "95 % interval", "allowed")
+LINE_LENGTH, LINES = 1000, 20  # of notes that are made brief: characters of each, and how many
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Part:
     folded: bool = False
 
 
-def parts(comparison: Comparison) -> list[Part]:
+def parts(comparison: Comparison, name_length: int | None = None) -> list[Part]:
     """Regressions first, the unchanged last; kinds without a verdict are left out."""
-    short = shorten(v.benchmark for v in comparison.verdicts)
+    short = shorten((v.benchmark for v in comparison.verdicts), name_length)
     found: list[Part] = []
     for heading, outcome, improved in (
         ("Regressions", Outcome.FAIL, False),
@@ -73,16 +74,47 @@ def named(metric: Metric) -> str:
 def value(benchmark: Benchmark, metric: str) -> float | None:
     """A benchmark's number: what its median round had, else the median of its rounds; None where it has none."""
     found = benchmark.info.get(metric)
-    if isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found):
+    if isinstance(found, int | float) and not isinstance(found, bool) and abs(found) <= FLOAT_MAX:
         return float(found)
     return median(benchmark.rounds[metric]) if metric in benchmark.rounds else None
 
 
-def shorten(fullnames: Iterable[str]) -> dict[str, str]:
-    """Test ids without their file, where that leaves them distinct."""
+def shorten(fullnames: Iterable[str], most: int | None = None) -> dict[str, str]:
+    """Test ids without their file, where that leaves them distinct, and of at most `most` characters.
+
+    Of a long one the ends stay, which say what is tested and with which parameters. Where that makes two the
+    same, a digest of the whole is between them, so that they stay distinct.
+    """
     known = list(dict.fromkeys(fullnames))
     count = Counter(name.split("::", 1)[-1] for name in known)
-    return {name: short if count[short := name.split("::", 1)[-1]] == 1 else name for name in known}
+    short = {name: last if count[last := name.split("::", 1)[-1]] == 1 else name for name in known}
+    if most is None:
+        return short
+    ends = {name: middle(text, most) for name, text in short.items()}
+    alike = Counter(ends.values())
+    marks = {name: _digest(name) for name, text in ends.items() if alike[text] > 1}
+    return {name: middle(text, most, marks.get(name, "")) for name, text in short.items()}
+
+
+def brief(lines: Sequence[str], runs: Sequence[Run], name_length: int) -> list[str]:
+    """The first lines, not too long, in which the long test ids of these runs are shortened."""
+    names = shorten((name for run in runs for name in run.benchmarks), name_length)
+    long = sorted((name for name in names if len(name) > name_length), key=len, reverse=True)
+    changes = {name: names[name] for name in long}
+    found = [middle(_replaced(line, changes), LINE_LENGTH) for line in lines[:LINES]]
+    if len(lines) > LINES:
+        found.append(f"and {len(lines) - LINES} more, which are all in the HTML page")
+    return found
+
+
+def _replaced(line: str, names: dict[str, str]) -> str:
+    for name, short in names.items():
+        line = line.replace(name, short)
+    return line
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:10]
 
 
 def _rows(verdicts: list[Verdict], short: dict[str, str]) -> Iterator[tuple[str, ...]]:

@@ -1,0 +1,144 @@
+"""Saved runs as a report reads them: what cannot be shown is left out and named, and the rest is shown.
+
+The gate reads by perf/runs.py alone, to which a run that is not whole is an error. No exit code hangs on what
+is here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perf.gate import Comparison, compare
+from perf.metrics import METRICS
+from perf.report.markup import FLOAT_MAX
+from perf.report.verdicts import named
+from perf.runs import Benchmark, Exit, GateError, Run, find, load, parse
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What there is to report.
+
+    runs: oldest first, each with the benchmarks that can be shown. comparison: of the runs as they were
+    saved, by the gate's own rules; None where one of the two is not whole. left_out: a line for each thing
+    not shown, and why.
+    """
+
+    runs: tuple[Run, ...]
+    comparison: Comparison | None
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run that was asked for: what of it can be read, whether that is the whole, and what is wrong."""
+
+    run: Run | None
+    whole: bool
+    wrong: tuple[str, ...] = ()
+
+
+def read(which: Sequence[str], base: str | None, storage: Path | str) -> Reading:
+    """Read runs, oldest first, and judge the last against `base`, by default the first if there are more.
+
+    Raises:
+        GateError: if there is nothing to show in any of them, or a name means several.
+    """
+    members = {name: _member(name, storage) for name in dict.fromkeys([*which, *([] if base is None else [base])])}
+    left_out = dict.fromkeys(line for member in members.values() for line in member.wrong)
+    shown = [run for name in which if (run := _showable(members[name].run)) is not None]
+    if not shown:
+        raise GateError(next(iter(left_out), f"there is nothing to show in {', '.join(which)}"))
+    against = base if base is not None else which[0] if len(which) > 1 else None
+    if against is None:
+        return Reading(tuple(shown), None, tuple(left_out))
+    before, after = members[against], members[which[-1]]
+    if before.run and after.run and before.whole and after.whole:
+        return Reading(tuple(shown), compare(before.run, after.run), tuple(left_out))
+    missing = " and ".join(dict.fromkeys(name for name in (against, which[-1]) if not members[name].whole))
+    return Reading(tuple(shown), None, (f"nothing is judged, for lack of {missing}", *left_out))
+
+
+def _member(which: str, storage: Path | str) -> Member:
+    try:
+        find(which, storage)
+    except GateError as error:
+        if error.code is Exit.USAGE:  # it may mean several runs: whoever asks has to say which
+            raise
+    try:
+        run = load(which, storage)
+    except (GateError, OSError) as error:
+        found = _salvaged(which, storage)
+        return found if found.run else Member(None, False, (str(error),))
+    return Member(_tamed(run), True, tuple(_problems(run)))
+
+
+def _salvaged(which: str, storage: Path | str) -> Member:
+    """What of a run that can't be read as a whole can be read entry by entry, if anything can."""
+    try:
+        path = find(which, storage)
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (GateError, OSError, ValueError, RecursionError):
+        return Member(None, False)
+    entries = data.get("benchmarks") if isinstance(data, dict) else None
+    entries = entries if isinstance(entries, list) else []
+    count = Counter(map(_name, entries))
+    found: Run | None = None
+    benchmarks: dict[str, Benchmark] = {}
+    wrong: list[str] = []
+    for entry in entries:
+        try:
+            found = parse({**data, "benchmarks": [entry]}, path)
+        except GateError as error:
+            wrong.append(f"{path.name}: {error}")
+        else:
+            (name,) = found.benchmarks
+            if count[name] == 1:
+                benchmarks |= found.benchmarks
+            else:
+                wrong.append(f"{path.name}: {name} is there {count[name]} times: measure it once a run")
+    if found is None or not benchmarks:
+        return Member(None, False)
+    run = replace(found, benchmarks=benchmarks)
+    return Member(_tamed(run), False, (*dict.fromkeys(wrong), *_problems(run)))
+
+
+def _tamed(run: Run) -> Run:
+    """A run in whose notes there is no number too large to calculate with."""
+    tame = {
+        name: replace(b, info={key: value for key, value in b.info.items() if not _too_large(value)})
+        for name, b in run.benchmarks.items()
+    }
+    return replace(run, benchmarks=tame)
+
+
+def _too_large(value: object) -> bool:
+    return isinstance(value, int) and not -FLOAT_MAX <= value <= FLOAT_MAX
+
+
+def _name(entry: Any) -> str | None:
+    name = entry.get("fullname") if isinstance(entry, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _showable(run: Run | None) -> Run | None:
+    """A run without the benchmarks whose record is not one that can be read; None if that leaves none."""
+    kept = {name: b for name, b in run.benchmarks.items() if "" not in b.problems} if run else {}
+    return replace(run, benchmarks=kept) if run and kept else None
+
+
+def _problems(run: Run) -> Iterator[str]:
+    """A line for each thing that is wrong in a run, whichever benchmarks it is wrong in."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for benchmark in run.benchmarks.values():
+        for metric, why in benchmark.problems.items():
+            found.setdefault((metric, why), []).append(benchmark.fullname)
+    for (metric, why), names in found.items():
+        what = f", {named(METRICS[metric])}," if metric in METRICS else f", {metric}," if metric else ""
+        more = f" (and so in {len(names) - 1} more)" if len(names) > 1 else ""
+        yield f"{run.path.name}: {names[0]}{what} {why}{more}"
