@@ -105,8 +105,12 @@ def _is_later(one: _Saved, other: _Saved) -> bool:
 def _file(path: Path, word: str) -> Path:
     if os.path.isfile(path):
         return path
-    what = "is a folder" if os.path.isdir(path) else "is not there"
-    raise GateError(f"run {word!r} {what}: name a .json file that --benchmark-json or --benchmark-save wrote")
+    raise _no_file(word)
+
+
+def _no_file(word: str) -> GateError:
+    what = "is a folder" if os.path.isdir(word) else "is not there"
+    return GateError(f"run {word!r} {what}: name a .json file that --benchmark-json or --benchmark-save wrote")
 
 
 def _saved(root: Path) -> Iterator[_Saved]:
@@ -120,9 +124,7 @@ def _saved(root: Path) -> Iterator[_Saved]:
 
 def _missing(word: str, root: Path, saved: list[_Saved]) -> GateError:
     if Path(word).suffix == ".json":
-        return GateError(
-            f"run {word!r} is not there: name a .json file that --benchmark-json or --benchmark-save wrote"
-        )
+        return _no_file(word)
     here = f"; {word!r} here is a folder" if os.path.isdir(word) else ""
     hint = "give a path" if NOT_IN_A_NAME & set(word) else f"save one with --benchmark-save={word}"
     if not root.is_dir():
