@@ -72,7 +72,7 @@ def bench(
             if policy == "generate":
                 yield Run(policy, size, *transformers_generate(warm, workload.items, size))
             else:
-                engine = Engine(loaded, replace(config, policy=policy, max_batch_size=size))
+                engine = Engine(loaded, replace(config, policy=policy, max_batch_size=size, metrics_window=None))
                 outputs = engine.replay(workload.items, progress=False)
                 if any(output.finish_reason is FinishReason.ABORT for output in outputs):
                     raise KeyboardInterrupt

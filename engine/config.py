@@ -35,6 +35,8 @@ class EngineConfig:
         deterministic: bitwise the same logits for a request whatever shares its batch (packed); slower.
         kv_memory: for keys and values: bytes (an int), or a fraction (a float up to 1) of the memory free at start.
         seed: seeds `random:` weights, and the draws of requests that bring no seed.
+        metrics_window: requests whose own metrics are kept, the last that ended: percentiles are of these, counters
+            and rates of all. None: all of them, which an engine that serves for days has no memory for.
     """
 
     policy: str = "continuous"
@@ -48,6 +50,7 @@ class EngineConfig:
     deterministic: bool = bounded(False, bool)
     kv_memory: int | float = 0.6
     seed: int = bounded(0, int, 0, 2**63 - 1)
+    metrics_window: int | None = 1000
 
     def __post_init__(self) -> None:
         for name, allowed in (("policy", POLICIES), ("runner", RUNNERS), ("dtype", ("auto", *DTYPES, "int8"))):
@@ -56,6 +59,8 @@ class EngineConfig:
         check_fields(self)
         if not isinstance(self.device, str) or not self.device:
             raise InputError(f"device={self.device!r} must be auto, cpu, cuda or cuda:N")
+        if self.metrics_window is not None:
+            check("metrics_window", self.metrics_window, int, 1)
         check("kv_memory", self.kv_memory, *((int, 1) if isinstance(self.kv_memory, int) else (float, 1e-9, 1)))
         if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
             raise InputError("runner='padded' can be neither continuous nor deterministic: use runner='packed'")

@@ -85,7 +85,7 @@ class Engine:
             warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=2)
             config = replace(asked, runner="padded", policy="dynamic").settled(*place)
             self._build(config, memory, token_bytes)
-        self.metrics = EngineMetrics()
+        self.metrics = EngineMetrics(config.metrics_window)
         self._requests: dict[str, Request] = {}
         self._launched: deque[Launched] = deque()  # two at most, and only while the second is being launched
         self._collected = 0.0  # when the last one was read

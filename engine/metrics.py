@@ -5,6 +5,7 @@ Times come from `time.perf_counter`, read when a token is on the host. A leaf: i
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from engine.runner import StepResult
 
 LATENCIES = ["queue_ms", "ttft_ms", "prefill_ms", "decode_ms", "latency_ms", "tpot_ms", "itl_ms"]
-KEPT_RECORDS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +71,27 @@ class Counters:
 
 
 class EngineMetrics:
-    """Everything measured by one engine; of requests, the last 100,000 that ended.
+    """Everything measured by one engine. It takes no more memory the longer the engine serves.
+
+    Counters, totals, `wall_s` and `tokens_per_s` are of all requests that ended; `records`, and with them frames,
+    percentiles and goodput, of the last ones.
 
     `step_s` is wall time inside `Engine.step`; `model_s` is the part of it from handing tensors to the model to
     holding sampled tokens on the host. The rest is the engine's own host work.
+
+    Args:
+        window: requests whose own metrics are kept, the last that ended; None: all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
         self.counters = Counters()
-        self.records: deque[RequestMetrics] = deque(maxlen=KEPT_RECORDS)
+        self.records: deque[RequestMetrics] = deque(maxlen=window)
+        self.requests = 0  # that ended
+        self.tokens_delivered = 0
         self.step_s = 0.0
         self.model_s = 0.0
+        self._first_arrival_s = math.inf
+        self._last_finished_s = -math.inf
 
     def count_step(self, requests: int, result: StepResult, step_s: float, unused: int = 0) -> None:
         """Add a step of `requests` requests that took `step_s` seconds; they held `unused` positions without need."""
@@ -100,20 +110,23 @@ class EngineMetrics:
     def add(self, record: RequestMetrics) -> None:
         """Add a request that has ended."""
         self.records.append(record)
+        self.requests += 1
+        self.tokens_delivered += record.output_tokens
+        self._first_arrival_s = min(self._first_arrival_s, record.arrival_s)
+        self._last_finished_s = max(self._last_finished_s, record.finished_s)
         self.counters.preemptions += record.preemptions
         self.counters.prompt_tokens_cached += record.prompt_tokens_cached
 
     @property
     def wall_s(self) -> float:
         """From the first arrival to the last finish, seconds."""
-        ends = [r.finished_s for r in self.records]
-        return max(ends) - min(r.arrival_s for r in self.records) if ends else 0.0
+        return self._last_finished_s - self._first_arrival_s if self.requests else 0.0
 
     @property
     def tokens_per_s(self) -> float:
         """Output tokens delivered per second of `wall_s`; padding and whatever follows a stop never count."""
         wall_s = self.wall_s
-        return sum(r.output_tokens for r in self.records) / wall_s if wall_s else 0.0
+        return self.tokens_delivered / wall_s if wall_s else 0.0
 
     @property
     def host_pct(self) -> float:
@@ -121,13 +134,15 @@ class EngineMetrics:
         return 100.0 * (1.0 - self.model_s / self.step_s) if self.step_s else 0.0
 
     def goodput(self, ttft_ms: float, tpot_ms: float) -> float:
-        """Requests per second that ended by themselves within both limits."""
+        """Requests per second that ended by themselves within both limits, among the last ones and in their time."""
         ended = (r for r in self.records if r.finish_reason in ("stop", "length") and r.ttft_ms is not None)
         good = sum((r.ttft_ms or 0.0) <= ttft_ms and (r.tpot_ms or 0.0) <= tpot_ms for r in ended)
-        return good / self.wall_s if self.wall_s else 0.0
+        arrivals = [r.arrival_s for r in self.records]
+        wall_s = max(r.finished_s for r in self.records) - min(arrivals) if arrivals else 0.0
+        return good / wall_s if wall_s else 0.0
 
     def frame(self) -> pd.DataFrame:
-        """One row a request, in the order they ended; columns are the fields of RequestMetrics."""
+        """One row a request of those kept, in the order they ended; columns are the fields of RequestMetrics."""
         import pandas as pd
 
         frame = pd.DataFrame([asdict(r) for r in self.records], columns=[f.name for f in fields(RequestMetrics)])
@@ -136,7 +151,8 @@ class EngineMetrics:
     def summary(self) -> pd.DataFrame:
         """Statistics (rows count, mean, std, min, 50%, 95%, 99%, max) of each latency (columns), milliseconds.
 
-        Percentiles are numpy's default (linear); itl_ms is over every gap of every request.
+        They are of the requests kept, and `count` says how many; itl_ms is over every gap of each. Percentiles are
+        numpy's default (linear).
         """
         frame = self.frame()
         columns = {name: frame[name].explode().astype(float).dropna() for name in LATENCIES}
@@ -149,7 +165,7 @@ class EngineMetrics:
         """
         counters = {f.name: getattr(self.counters, f.name) for f in fields(Counters) if f.name != "batch_sizes"}
         own = ("wall_s", "tokens_per_s", "host_pct")
-        flat = {"requests": len(self.records), **{name: getattr(self, name) for name in own}, **counters}
+        flat = {"requests": self.requests, **{name: getattr(self, name) for name in own}, **counters}
         flat["padding_ratio"] = self.counters.padding_ratio
         flat["kv_unused_mean"] = self.counters.kv_unused_mean
         flat["batch_size_mean"] = sum(self.counters.batch_sizes.elements()) / max(1, self.counters.steps)

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from engine import EngineConfig, FinishReason, InputError, SamplingParams
 from engine.bench import Run, bench, environment, ways
 from engine.config import POLICIES
 from engine.metrics import Counters, EngineMetrics, RequestMetrics
 from engine.report import COLUMNS, requests_frame, summarise, table
-from engine.request import Request
+from engine.request import UNSOUND, Request
 from engine.workload import WorkItem, Workload
 
 BOTH = [("generate", 1), ("sequential", 1)]
@@ -29,7 +28,7 @@ def made_up(policy: str, size: int, seconds: float, tokens: tuple[tuple[int, ...
         for token in ids:
             request.append(token, 10.0 + seconds)
         outputs.append(request.close(None, 10.0 + seconds))
-        metrics.records.append(outputs[-1].metrics)
+        metrics.add(outputs[-1].metrics)
     return Run(policy, size, outputs, metrics)
 
 
@@ -221,17 +220,9 @@ def test_a_run_that_was_interrupted_is_no_run_and_ends_the_rest(tiny, monkeypatc
 
 
 def test_a_run_with_a_request_that_failed_is_no_run(tiny, monkeypatch):
-    loaded = tiny().loaded
-    forward = type(loaded.model).forward
-
-    def broken(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = torch.full_like(output.logits, torch.nan)
-        return output
-
-    monkeypatch.setattr(type(loaded.model), "forward", broken)
+    monkeypatch.setattr("engine.runner.padded.sample", lambda logits, requests: [UNSOUND] * len(requests))
     with pytest.raises(InputError, match="dynamic at batch size 2: request-0 failed: "):
-        next(bench(loaded, work(prompts_of(2), SamplingParams()), [("dynamic", 2)], EngineConfig()))
+        next(bench(tiny().loaded, work(prompts_of(2), SamplingParams()), [("dynamic", 2)], EngineConfig()))
 
 
 def test_the_environment_is_plain_and_says_what_ran(tiny):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -336,3 +338,19 @@ def test_ids_of_unfinished_requests_are_unique(tiny):
 def test_too_little_memory_for_a_token_is_refused(tiny):
     with pytest.raises(InputError, match="a token takes 768 bytes"):
         Engine(tiny().loaded, EngineConfig(kv_memory=100))
+
+
+@pytest.mark.parametrize("policy", ["continuous", "dynamic"])
+def test_an_engine_that_has_served_thousands_holds_no_more_than_before(tiny, policy):
+    engine = Engine(tiny().loaded, EngineConfig(policy=policy, kv_memory=2**20, metrics_window=50))
+    params, held = SamplingParams(max_new_tokens=2, ignore_eos=True), []
+    tracemalloc.start()
+    try:
+        for batch in range(6):
+            engine.generate([[3 + at % 200, 5, batch] for at in range(200)], params, progress=False)
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert max(held[3:]) - held[2] < 30_000, "bytes; 200 requests took 300,000"
+    assert (engine.metrics.requests, len(engine.metrics.records)) == (1200, 50)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import io
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from engine.metrics import KEPT_RECORDS, LATENCIES, Counters, EngineMetrics, RequestMetrics
+from engine.metrics import LATENCIES, Counters, EngineMetrics, RequestMetrics
 from engine.request import Choice, FinishReason, Request, SamplingParams
 from engine.runner import StepResult
 
@@ -290,13 +291,35 @@ def test_flat_says_none_where_nothing_was_measured():
     assert flat["ttft_p99_ms"] == 1000.0
 
 
-def test_only_the_last_records_are_kept():
-    old, new = record(**FULL), record(**SINGLE)
-    metrics = engine_metrics(old, *[new] * (KEPT_RECORDS - 1))
-    assert (len(metrics.records), metrics.records[0]) == (KEPT_RECORDS, old)
-    metrics.add(new)
-    assert (len(metrics.records), metrics.records[0]) == (KEPT_RECORDS, new)
-    assert KEPT_RECORDS == 100_000
+def test_totals_are_of_all_requests_and_percentiles_of_the_last():
+    slow, quick = record(**FULL), record(**SINGLE)
+    metrics, every = EngineMetrics(window=3), EngineMetrics()
+    for made in [slow] * 4 + [quick] * 3:
+        metrics.add(made)
+        every.add(made)
+    assert list(metrics.records) == [quick] * 3
+    assert (metrics.requests, metrics.tokens_delivered) == (7, 4 * 4 + 3)
+    assert (metrics.wall_s, metrics.tokens_per_s) == (every.wall_s, every.tokens_per_s) == (2.0, 9.5)
+    assert metrics.counters == every.counters
+    flat = metrics.flat()
+    assert (flat["requests"], flat["ttft_p50_ms"]) == (7, 1000.0)
+    assert metrics.summary()["ttft_ms"]["count"] == 3
+    assert (metrics.goodput(2000, 2000), every.goodput(800, 2000)) == (3.0, 2.0)
+
+
+def test_a_hundred_thousand_requests_take_no_more_memory_than_the_window():
+    tracemalloc.start()
+    try:
+        metrics, held, one = EngineMetrics(window=1000), [], record(**FULL)
+        for number in range(100_000):
+            metrics.add(dataclasses.replace(one, itl_ms=(250.0 + number, 500.0)))
+            if number % 30_000 == 2_000:
+                held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert len(held) == 4
+    assert max(held) - min(held) < 100_000, "bytes; a record takes some hundred"
+    assert metrics.requests == 100_000
 
 
 def test_engines_share_no_metrics():
