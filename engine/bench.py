@@ -63,8 +63,11 @@ def bench(
 ) -> Iterator[Run]:
     """Run every (policy, batch size) pair, and again for each round, so that a drifting machine drifts for all.
 
+    What a request leaves open is greedy, whatever the model's generation_config says, in every way alike.
+
     Raises KeyboardInterrupt when a run was interrupted, InputError when a request of it failed: neither is a result.
     """
+    config = replace(config, generation_config="none")
     warm = Engine(loaded, replace(config, policy="sequential"))  # nobody pays for the first touch of weights and code
     warm.generate([[1] * 8] * 2, SamplingParams(max_new_tokens=4), progress=False)
     for _ in range(rounds):
@@ -93,8 +96,8 @@ def transformers_generate(
     for index, item in enumerate(items):
         tokens = engine.encode(item.prompt)
         stops = frozenset() if item.params.ignore_eos else engine.eos_ids
-        arrival = start + item.arrival_s
-        requests.append(Request(f"request-{index}", len(tokens), item.params, tokens, stops, arrival=arrival))
+        arrival, params = start + item.arrival_s, item.params.resolved(engine.defaults)
+        requests.append(Request(f"request-{index}", len(tokens), params, tokens, stops, arrival=arrival))
     pending = requests
     while pending:
         time.sleep(max(0.0, pending[0].arrival - time.perf_counter()))

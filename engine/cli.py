@@ -76,7 +76,7 @@ def bench(
     make(workload, vocab_size=2, seed=seed, arrivals=arrivals)  # bad names and numbers, before a model is loaded
     if dtype == "int8" and "generate" in dict(pairs):
         raise InputError("policies has 'generate', which is Transformers' own: leave it out of dtype='int8'")
-    config = EngineConfig(device=device, dtype=dtype, seed=seed)
+    config = EngineConfig(device=device, dtype=dtype, seed=seed, generation_config="none")
     # The policy that joins no weights: this engine is just asked.
     engine = Engine.from_pretrained(model, replace(config, policy="sequential"), progress=True)
     limits = {"vocab_size": engine.vocab_size, "max_positions": engine.max_positions}
@@ -121,13 +121,16 @@ def bench(
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model; '-' reads standard input.")],
     model: Model = "smollm2",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of output at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens of this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this fraction of the most likely.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens seen less likely.")] = 1.0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of output at most (256).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token (0).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among this many tokens; 0: all (0).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the fewest of this share (1).")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop those below this share of the best (0).")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less (1).")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the output at this text; may be repeated.")] = None,
+    generation_config: Annotated[
+        str, typer.Option(help="auto: what isn't given is as the model says, else as in (); none: as in ().")
+    ] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -140,10 +143,12 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise InputError("prompt is empty: give at least one word")
-    config = EngineConfig(device=device, dtype=dtype, seed=seed)
+    config = EngineConfig(device=device, dtype=dtype, seed=seed, generation_config=generation_config)
     from engine.engine import Engine
 
     engine = Engine.from_pretrained(model, config, progress=True)
+    if params.max_new_tokens is None and "max_new_tokens" not in engine.defaults:
+        params = replace(params, max_new_tokens=256)
     chat = not raw and engine.tokenizer is not None and engine.tokenizer.chat_template
     for chunk in engine.stream(engine.chat(text) if chat else text, params):
         typer.echo(chunk.text, nl=False)

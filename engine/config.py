@@ -9,6 +9,7 @@ from engine.errors import InputError, bounded, check, check_fields
 POLICIES = ("sequential", "dynamic", "continuous")
 RUNNERS = ("auto", "packed", "padded")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+GENERATION_CONFIGS = ("auto", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class EngineConfig:
         seed: seeds `random:` weights, and the draws of requests that bring no seed.
         metrics_window: requests whose own metrics are kept, the last that ended: percentiles are of these, counters
             and rates of all. None: all of them, which an engine that serves for days has no memory for.
+        generation_config: where the parameters come from that a request does not state: "auto" is the model's
+            generation_config (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty; as with
+            `generate`, tokens are drawn only if it says `do_sample`), "none" what SamplingParams says.
+            EOS ids are the model's either way.
     """
 
     policy: str = "continuous"
@@ -51,9 +56,11 @@ class EngineConfig:
     kv_memory: int | float = 0.6
     seed: int = bounded(0, int, 0, 2**63 - 1)
     metrics_window: int | None = 1000
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("policy", POLICIES), ("runner", RUNNERS), ("dtype", ("auto", *DTYPES, "int8"))):
+        choices = {"policy": POLICIES, "runner": RUNNERS, "dtype": ("auto", *DTYPES, "int8")}
+        for name, allowed in {**choices, "generation_config": GENERATION_CONFIGS}.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         check_fields(self)

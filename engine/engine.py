@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from engine import models
 from engine.config import EngineConfig
 from engine.errors import InputError
 from engine.machine import limit_threads, placement
@@ -72,6 +73,7 @@ class Engine:
         self.max_positions, self._why_no_more = positions(model.config)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self.defaults = models.sampling_defaults(loaded) if config.generation_config == "auto" else {}
         token_bytes = kv_bytes_per_token(model)
         memory = kv_memory(model, config, min(config.max_step_tokens or sys.maxsize, self.max_positions))
         if memory < token_bytes * (config.page_size if config.runner == "packed" else 1):
@@ -168,7 +170,7 @@ class Engine:
 
         Args:
             prompt: text or token ids.
-            params: how to draw tokens and when to stop; greedy by default.
+            params: how to draw tokens and when to stop; what it leaves open, the model may say.
             request_id: a name of the caller's, unlike that of any unfinished request; made up if None.
             arrival: when it was due (`time.perf_counter` seconds); now if None.
             on_chunk: called with each chunk, text included. Without it, text is decoded once, at the end.
@@ -257,7 +259,7 @@ class Engine:
 
         Args:
             prompts: texts or lists of token ids (a single text is a list of one).
-            params: one for all, or one for each; greedy by default.
+            params: one for all, or one for each; what it leaves open, the model may say (`EngineConfig`).
             progress: show a bar on standard error if it takes longer than two seconds.
 
         Returns:
@@ -334,6 +336,7 @@ class Engine:
     ) -> Request:
         """A request that has passed every check; `name` is what errors call its prompt."""
         tokens = self.encode(prompt, name=name)
+        params = models.with_defaults(params, self.defaults, self.max_positions - len(tokens))
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from engine.errors import InputError, bounded, check, check_fields
+from engine.errors import UNBOUNDED, InputError, bounded, check, check_fields
 from engine.metrics import RequestMetrics
 
 if TYPE_CHECKING:
@@ -28,16 +29,21 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How one request's tokens are chosen and when it ends. Raises InputError for a value out of bounds.
 
+    None, the default of six fields, is what the model's generation_config says (see `EngineConfig`) or, if it
+    says nothing, the value in brackets: without such a file a request is greedy.
+
     Args:
-        max_new_tokens: output tokens at most, >= 1.
+        max_new_tokens: output tokens at most, >= 1 [64].
         min_new_tokens: before there are this many, no stop token is drawn and no stop string ends the output.
             One that token number `min_new_tokens` or a later one completes does, wherever it began.
-        temperature: 0 takes the most likely token; above 0, logits are divided by it and a token is drawn.
-        top_k: draw among the k most likely tokens; 0 is all of them. Here and elsewhere, of equally likely
+        temperature: 0 takes the most likely token; above, logits are divided by it and a token is drawn [0].
+        top_k: draw among the k most likely tokens; 0 is all of them [0]. Here and elsewhere, of equally likely
             tokens the one with the lower id comes first.
-        top_p: draw among the fewest tokens whose probabilities reach p (nucleus sampling; Holtzman et al., 2019).
-        min_p: drop tokens less likely than this fraction of the most likely one (Nguyen et al., 2024).
-        repetition_penalty: divides positive and multiplies negative logits of tokens seen (CTRL; Keskar et al., 2019).
+        top_p: draw among the fewest tokens whose probabilities reach p (nucleus sampling; Holtzman et al.,
+            2019) [1].
+        min_p: drop tokens less likely than this fraction of the most likely one (Nguyen et al., 2024) [0].
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen (CTRL; Keskar et
+            al., 2019) [1].
         stop: strings that end the output and are left out of the text. Needs a tokenizer. A string that is a
             special token ("<|im_end|>"), which text does not show, is a stop token too, and then the
             `stop_reason` is the string.
@@ -47,13 +53,13 @@ class SamplingParams:
         logprobs: report each token's log-probability and this many of the most likely alternatives; None: nothing.
     """
 
-    max_new_tokens: int = bounded(64, int, 1)
+    max_new_tokens: int | None = bounded(None, int, 1)
     min_new_tokens: int = 0
-    temperature: float = bounded(0.0, float)
-    top_k: int = bounded(0, int)
-    top_p: float = bounded(1.0, float, 1e-9, 1)
-    min_p: float = bounded(0.0, float, 0, 1)
-    repetition_penalty: float = bounded(1.0, float, 1e-9)
+    temperature: float | None = bounded(None, float)
+    top_k: int | None = bounded(None, int)
+    top_p: float | None = bounded(None, float, 1e-9, 1)
+    min_p: float | None = bounded(None, float, 0, 1)
+    repetition_penalty: float | None = bounded(None, float, 1e-9)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = bounded(False, bool)
@@ -62,7 +68,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check("min_new_tokens", self.min_new_tokens, int, 0, self.max_new_tokens)
+        check("min_new_tokens", self.min_new_tokens, int, 0, self.max_new_tokens or UNBOUNDED)
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str | Sequence | Set):
@@ -75,6 +81,24 @@ class SamplingParams:
                 raise InputError(f"stop={text!r} has half a surrogate pair in it: give whole characters")
         for token in self.stop_token_ids:
             check("stop_token_ids", token, int)
+
+    def resolved(self, defaults: Mapping[str, Any] = MappingProxyType({})) -> ResolvedParams:
+        """With a value in every field: its own, else that of `defaults`, else the one of ResolvedParams."""
+        values = ((known.name, getattr(self, known.name)) for known in fields(self))
+        own = {name: value for name, value in values if value is not None}
+        return ResolvedParams(**{**defaults, **own})
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedParams(SamplingParams):
+    """SamplingParams that leave nothing to the model; as they are made by default, plain greedy decoding."""
+
+    max_new_tokens: int = bounded(64, int, 1)
+    temperature: float = bounded(0.0, float)
+    top_k: int = bounded(0, int)
+    top_p: float = bounded(1.0, float, 1e-9, 1)
+    min_p: float = bounded(0.0, float, 0, 1)
+    repetition_penalty: float = bounded(1.0, float, 1e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +163,7 @@ class Request:
 
     id: str
     prompt_len: int
-    params: SamplingParams
+    params: ResolvedParams  # any SamplingParams will do
     tokens: list[int]
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
@@ -163,7 +187,7 @@ class Request:
     greedy: bool = field(init=False)  # it takes the likeliest token that it may have, and wants nothing else
 
     def __post_init__(self) -> None:
-        params = self.params
+        params = self.params = self.params.resolved()
         self.max_len = self.prompt_len + params.max_new_tokens
         self.greedy = params.temperature == 0 and params.repetition_penalty == 1.0 and params.logprobs is None
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.cpu.choose import ROUNDING, below_peak, choose, uniform
-from engine.request import BARRED, UNSOUND, Choice, Request, SamplingParams, TokenLogprob
+from engine.request import BARRED, UNSOUND, Choice, Request, ResolvedParams, TokenLogprob
 
 
 def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]:
@@ -103,7 +103,7 @@ def _draw(scores_RV: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     return tokens_R.minimum((cdf_RV < all_R1).sum(-1))  # rounding may not reach beyond the last of any weight
 
 
-def _filter(scores_V: torch.Tensor, weights_V: torch.Tensor, params: SamplingParams) -> None:
+def _filter(scores_V: torch.Tensor, weights_V: torch.Tensor, params: ResolvedParams) -> None:
     """Set the weights to 0 of all but the tokens, first in rank, that top_k and top_p keep."""
     size = len(scores_V)
     top_k = min(params.top_k or size, size)

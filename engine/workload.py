@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InputError, check
-from engine.request import SamplingParams
+from engine.request import ResolvedParams, SamplingParams
 
 NAMES = {  # put a number in place of N: chat-32
     "chat-N": "English prompts of a sentence to a few paragraphs, 8-64 tokens out, EOS honoured",
@@ -46,7 +46,7 @@ class Workload:
 
 def make(name: str, *, vocab_size: int, tokenizer: Any = None, seed: int = 0, arrivals: str = "all",
          max_positions: int | None = None) -> Workload:  # fmt: skip
-    """The workload called `name` (see NAMES), a pure function of the arguments, sampled greedily.
+    """The workload called `name` (see NAMES), a pure function of the arguments, greedy whatever a model says.
 
     Random ids lie in [min(10, vocab_size // 2), vocab_size), outside `tokenizer.all_special_ids`. Chat texts
     go through the tokenizer and its chat template, if any; with no tokenizer they become random ids, one for
@@ -78,8 +78,8 @@ def make(name: str, *, vocab_size: int, tokenizer: Any = None, seed: int = 0, ar
     else:
         prefix = draw.choice(ids, 256 if family == "shared-prefix" else 0).tolist()
         prompts = [(*prefix, *draw.choice(ids, int(length)).tolist()) for length in lengths]
-    params = [SamplingParams(max_new_tokens=int(limit), ignore_eos=family != "chat") for limit in limits]
-    needs = max(len(prompt) + param.max_new_tokens for prompt, param in zip(prompts, params, strict=True))
+    params = [ResolvedParams(int(limit), ignore_eos=family != "chat") for limit in limits]
+    needs = max(len(prompt) + int(limit) for prompt, limit in zip(prompts, limits, strict=True))
     if needs > bound:
         raise InputError(f"max_positions={bound} is too small: the longest request of {name} needs {needs}")
     return Workload(name, seed, arrivals, tuple(map(WorkItem, prompts, params, due)))

@@ -38,7 +38,7 @@ def prompts(loaded: LoadedModel, count: int, length: int, seed: int = 0) -> list
 
 
 def exactly(tokens: int) -> SamplingParams:
-    return SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+    return SamplingParams(max_new_tokens=tokens, temperature=0.0, repetition_penalty=1.0, ignore_eos=True)
 
 
 class Bench:

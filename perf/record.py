@@ -185,7 +185,7 @@ class Trial:
         for what, names in ((f"extra of {self.backend.name}", outcome.extra), ("derive=", derived)):
             entries.check_names(what, names)
             flat |= names
-        lengths = [(len(item.prompt), item.params.max_new_tokens) for item in self.workload.items]
+        lengths = [(len(item.prompt), item.params.resolved().max_new_tokens) for item in self.workload.items]
         if self.workload.arrivals == "all":
             rate = self.bench.canary(self.device).matmul_gflops
             flat["useful_flops_pct"] = self.costs.useful_flops_pct(lengths, flat["wall_s"], rate)

@@ -119,6 +119,7 @@ WRONG = {
     "workload": (["bench", "--workload", "chats-32"], "workload='chats-32' must be one of chat-N, "),
     "workload N": (["bench", "--workload", "chat-0"], "workload='chat-0' must .* N from 1 to "),
     "arrivals": (["bench", "--arrivals", "poisson:0"], "arrivals='poisson:0' must be all, poisson:RATE or burst:"),
+    "defaults": (["generate", "hi", "--generation-config", "x"], "generation_config='x' must be one of auto"),
     "bench seed": (["bench", "--seed", "-1"], "seed=-1 must .* 0"),
     "int8 by another": ([*BENCH, "--dtype", "int8", "--policies", "generate"], "policies has 'generate', which is "),
     "bench dtype": ([*BENCH, "--dtype", "int4"], "dtype='int4' must be one of "),
@@ -225,6 +226,22 @@ def test_a_request_that_gets_no_numbers_is_one_line(run, monkeypatch):
     code, _, err = run("generate", "hi")
     assert (code, err.count("\n")) == (2, 1), err
     assert err.startswith("error: smollm2 failed: the model gave logits that are NaN or infinite")
+
+
+def test_generate_takes_what_is_not_given_from_the_models_generation_config(run, smollm2, monkeypatch):
+    monkeypatch.setattr("engine.engine.load", lambda *_, **__: smollm2)
+    stated = {"max_new_tokens": 3, "repetition_penalty": 1.5, "do_sample": True, "temperature": 5.0}
+    asked = ["generate", "1, 2, 3, 1, 2, 3, 1,", "--raw"]
+    _, greedy, err = run(*asked, "--max-new-tokens", "5")
+    assert " 5 out " in err
+    for name, value in stated.items():
+        monkeypatch.setattr(smollm2.model.generation_config, name, value)
+    code, _, err = run(*asked)
+    assert (code, " 3 out " in err) == (0, True), err
+    assert run(*asked, "--seed", "1")[1] != run(*asked, "--seed", "2")[1]
+    neutral = ["--temperature", "0", "--repetition-penalty", "1", "--max-new-tokens", "5"]
+    assert run(*asked, *neutral)[1] == greedy
+    assert run(*asked, "--generation-config", "none", "--max-new-tokens", "5")[1] == greedy
 
 
 def test_generate_says_when_the_model_gives_no_numbers(run, smollm2, monkeypatch):

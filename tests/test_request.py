@@ -15,16 +15,16 @@ from engine.request import FinishReason, Request, SamplingParams, TokenLogprob
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400  # no float is as large as HUGE
 NO_INTEGERS = (True, False, 1.0, 0.5, NAN, INF, "1", [1])
-NO_NUMBERS = (True, False, NAN, INF, -INF, HUGE, "1", "", None, [1.0])
+NO_NUMBERS = (True, False, NAN, INF, -INF, HUGE, "1", "", [1.0])
 
 GOOD_PARAMS = {
-    "max_new_tokens": (1, 2, 10**9),
+    "max_new_tokens": (None, 1, 2, 10**9),
     "min_new_tokens": (0, 1, 64),
-    "temperature": (0, 0.0, -0.0, 1, 1e-9, 0.7, 1e9),
-    "top_k": (0, 1, 10**9),
-    "top_p": (1e-9, 0.5, 1, 1.0),
-    "min_p": (0, 0.0, 0.5, 1, 1.0),
-    "repetition_penalty": (1e-9, 0.5, 1, 1.0, 2.0, 1e9),
+    "temperature": (None, 0, 0.0, -0.0, 1, 1e-9, 0.7, 1e9),
+    "top_k": (None, 0, 1, 10**9),
+    "top_p": (None, 1e-9, 0.5, 1, 1.0),
+    "min_p": (None, 0, 0.0, 0.5, 1, 1.0),
+    "repetition_penalty": (None, 1e-9, 0.5, 1, 1.0, 2.0, 1e9),
     "stop": (None, (), [], "x", ("x",), ["x", "yz"], (" ",), ("\n\n",)),
     "stop_token_ids": (None, (), [], (0,), [5, 7], {9}, (10**9,)),
     "ignore_eos": (True, False),
@@ -32,10 +32,10 @@ GOOD_PARAMS = {
     "logprobs": (None, 0, 1, 100),
 }
 BAD_PARAMS = {
-    "max_new_tokens": (0, -1, None, *NO_INTEGERS),
-    "min_new_tokens": (-1, 65, HUGE, None, *NO_INTEGERS),
+    "max_new_tokens": (0, -1, *NO_INTEGERS),
+    "min_new_tokens": (-1, HUGE, None, *NO_INTEGERS),
     "temperature": (-1e-9, -1, *NO_NUMBERS),
-    "top_k": (-1, None, *NO_INTEGERS),
+    "top_k": (-1, *NO_INTEGERS),
     "top_p": (0, 0.0, -0.5, 1.0000001, 2, *NO_NUMBERS),
     "min_p": (-1e-9, -1, 1.0000001, 2, *NO_NUMBERS),
     "repetition_penalty": (0, 0.0, -1.0, *NO_NUMBERS),
@@ -57,6 +57,7 @@ GOOD_CONFIG = {
     "deterministic": (True, False),
     "kv_memory": (1, 2**40, 1e-9, 0.5, 1.0),
     "seed": (0, 1, 2**63 - 1),
+    "generation_config": ("auto", "none"),
 }
 BAD_CONFIG = {
     "policy": ("", "Dynamic", "static", None, 1, True),
@@ -70,6 +71,7 @@ BAD_CONFIG = {
     "deterministic": (None, "no"),
     "kv_memory": (0, -1, 0.0, -0.5, 1.0000001, 2.0, True, False, NAN, INF, -INF, "1", "1GiB", None, [1]),
     "seed": (-1, 2**64, None, *NO_INTEGERS),
+    "generation_config": ("", "Auto", "vllm", None, 1, True),
 }
 
 
@@ -184,9 +186,11 @@ def test_params_and_configs_are_values():
 
 
 def test_greedy_and_unfiltered_by_default():
-    params = SamplingParams()
+    params = SamplingParams().resolved()
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.0, 0, 1.0, 0.0)
     assert (params.repetition_penalty, params.ignore_eos, params.seed, params.logprobs) == (1.0, False, None, None)
+    with pytest.raises(InputError, match="min_new_tokens=65 must be a whole number from 0 to 64"):
+        SamplingParams(min_new_tokens=65).resolved()
 
 
 def request(stop_ids=(3,), **params) -> Request:

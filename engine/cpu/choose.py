@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from engine.request import BARRED, UNSOUND, Choice, Request, SamplingParams, TokenLogprob
+from engine.request import BARRED, UNSOUND, Choice, Request, ResolvedParams, TokenLogprob
 
 BLOCK = 256  # weights that a draw passes over at once
 ROUNDING = 1e-6  # the share of top_p and of min_p that may be missing: logits in float32 know no better
@@ -60,7 +60,7 @@ def _penalised(logits_V: np.ndarray, request: Request) -> np.ndarray:
     return scores_V
 
 
-def _draw(scores_V: np.ndarray, params: SamplingParams, chance: float) -> int:
+def _draw(scores_V: np.ndarray, params: ResolvedParams, chance: float) -> int:
     """Sample by inverse CDF in vocabulary order, after temperature, min_p, top_k and top_p, in that order."""
     tokens_N = None  # all
     scores_N = scores_V

@@ -3,6 +3,8 @@
 torch and transformers are imported inside functions: a command without a model starts at once.
 """
 
+from engine.models.errors import ModelError
+from engine.models.generation import sampling_defaults, with_defaults
 from engine.models.geometry import (
     config_numbers,
     kv_bytes_per_token,
@@ -14,9 +16,9 @@ from engine.models.geometry import (
 )
 from engine.models.loader import LoadedModel, load
 from engine.models.presets import PRESETS, SPECS, Preset, catalogue
-from engine.models.stored import ModelError
 
 __all__ = [
     "PRESETS", "SPECS", "LoadedModel", "ModelError", "Preset", "catalogue", "config_numbers", "kv_bytes_per_token",
-    "kv_layers", "load", "positions", "refuse_other_state", "ropes", "telling_positions",
+    "kv_layers", "load", "positions", "refuse_other_state", "ropes", "sampling_defaults", "telling_positions",
+    "with_defaults",
 ]  # fmt: skip

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from engine.config import DTYPES
 from engine.machine import cache_dir
+from engine.models.errors import WAYS_OUT, ModelError, in_one_line
 from engine.models.presets import PRESETS, SPECS
 from engine.models.smollm2 import SMOLLM2_SHA256, sha256, smollm2_folder
-from engine.models.stored import WAYS_OUT, ModelError, from_gguf, read
+from engine.models.stored import from_gguf, read
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,6 @@ def _guarded(spec: str, progress: bool, own_bars: bool) -> Iterator[Callable[[st
         except ModelError:
             raise
         except Exception as error:  # a broken file makes the libraries raise anything, OSError to KeyError
-            line = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".;: ")[:300]
+            line = in_one_line(error)
             hint = f"set DYNAMIC_BATCH_CACHE if {cache_dir()} can't hold 1 GB; " if spec == "smollm2" else ""
             raise ModelError(f"model {spec!r} did not load: {line}; {hint}{WAYS_OUT}") from error

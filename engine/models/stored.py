@@ -7,16 +7,11 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.errors import InputError
+from engine.models.errors import WAYS_OUT, ModelError
+from engine.models.generation import check_stated, read_stated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-WAYS_OUT = "other ways: a folder, a .gguf file, 'smollm2', 'random:NAME' (see `python -m engine models`)"
-
-
-class ModelError(InputError):
-    """A spec that gives no model: one line with the spec, the problem and the way out."""
 
 
 def from_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -42,7 +37,13 @@ def read(source: str, dtype: str, spoken: bool, **gguf: Any) -> tuple[PreTrained
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf) if spoken else None
     plain = {"quantization_config": GgufConfig(dequantize=True)} if gguf else {}  # packed, it can't be saved
     how = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, **gguf, **plain}
-    model, found = cast("tuple[PreTrainedModel, Any]", AutoModelForCausalLM.from_pretrained(source, **how))
+    stated = {} if gguf else read_stated(source)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, **how)
+    except (TypeError, ValueError):  # of a field that is no number, Transformers names neither file nor field
+        check_stated(source, stated)
+        raise
+    model, found = cast("tuple[PreTrainedModel, Any]", loaded)
     # Transformers would give BERT a causal head without a word, and a weight that is missing random numbers.
     declared, missing = model.config.architectures or [], sorted(found["missing_keys"])
     if declared and not any(name in CAUSAL.values() or name.endswith("ForCausalLM") for name in declared):

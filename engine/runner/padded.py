@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from engine.models import refuse_other_state
-from engine.request import Request, SamplingParams
+from engine.request import Request, ResolvedParams
 from engine.runner import Runner, StepResult
 from engine.runner.verify import check_equal, check_finite, proof_text, refused
 from engine.sampler import sample
@@ -126,7 +126,7 @@ class PaddedRunner(Runner):
             ids_1T = torch.tensor([text], device=self.model.device)
             expected_TV = check_finite(self.model, self.model(ids_1T, use_cache=False).logits[0])
             lengths = [PROOF_TOKENS - PROOF_DECODES, PROOF_TOKENS // 2 - 1]
-            params = SamplingParams(max_new_tokens=PROOF_DECODES + 1)
+            params = ResolvedParams(max_new_tokens=PROOF_DECODES + 1)
             requests = [Request(f"proof-{n}", n, params, text[:n]) for n in lengths]
             for _ in range(PROOF_DECODES + 1):
                 _, logits_BV, _ = self._compute(requests)

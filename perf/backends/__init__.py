@@ -175,7 +175,8 @@ def timeline(
                 f"with {len(times)} times"
             )
         arrival = start + item.arrival_s
-        request = Request(f"request-{index}", len(item.prompt), item.params, list(map(int, item.prompt)))
+        prompt = list(map(int, item.prompt))
+        request = Request(f"request-{index}", len(prompt), item.params.resolved(), prompt)
         request.arrival = request.scheduled = arrival
         for token, at in zip(output, times, strict=True):
             request.append(int(token), start + at)

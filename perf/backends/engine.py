@@ -14,7 +14,7 @@ class EngineSession:
     it would find the prompts of the one before computed."""
 
     def __init__(self, policy: str, setup: Setup) -> None:
-        options = {"prefix_caching": False, **setup.options}
+        options = {"prefix_caching": False, "generation_config": "none", **setup.options}  # greedy, as judged
         self.loaded = setup.loaded
         self.config = EngineConfig(policy=policy, max_batch_size=setup.max_batch_size, seed=setup.seed, **options)
         self.engine = Engine(self.loaded, self.config)

@@ -25,7 +25,8 @@ class GenerateSession:
 
     def __init__(self, setup: Setup, size: int) -> None:
         # Asked for what it knows of the model; it runs nothing. Sequential, so that it joins no weights.
-        self.engine = Engine(setup.loaded, EngineConfig(policy="sequential", kv_memory=1 << 30))
+        config = EngineConfig(policy="sequential", kv_memory=1 << 30, generation_config="none")
+        self.engine = Engine(setup.loaded, config)
         self.size = size
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
