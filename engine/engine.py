@@ -69,10 +69,9 @@ class Engine:
         if model.device.type == "cpu":
             limit_threads()
         config = asked.settled(*place)
-        self.vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+        self.vocab_size, self.output_size = models.vocabulary(loaded)
         self.max_positions, self._why_no_more = positions(model.config)
-        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self.eos_ids = models.eos_ids(loaded, self.output_size)
         self.defaults = models.sampling_defaults(loaded) if config.generation_config == "auto" else {}
         token_bytes = kv_bytes_per_token(model)
         memory = kv_memory(model, config, min(config.max_step_tokens or sys.maxsize, self.max_positions))
@@ -139,6 +138,7 @@ class Engine:
             if self.tokenizer is None:
                 raise InputError(f"{name} is text, but {self.spec} has no tokenizer: give token ids")
             prompt = self.tokenizer(prompt).input_ids if prompt else []
+            models.check_tokenized(self.loaded, name, prompt, self.vocab_size)
         if isinstance(prompt, Sequence | np.ndarray) and not len(prompt):
             raise InputError(f"{name} is empty: give at least one token")
         try:
@@ -147,15 +147,17 @@ class Engine:
             ids = np.array(None)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise InputError(f"{name}={prompt!r} must be text or a list of token ids")
-        self._check_vocabulary(name, ids)
-        return ids.tolist()
+        models.check_ids(self.spec, name, known := ids.tolist(), self.vocab_size)
+        return known
 
     def chat(self, message: str) -> list[int]:
         """Token ids of a user's message in the model's chat template, up to where its answer begins."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise InputError(f"{self.spec} has no chat template: give the message as a plain prompt")
         turns = [{"role": "user", "content": message}]
-        return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        ids: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        models.check_tokenized(self.loaded, "message", ids, self.vocab_size)
+        return list(ids)
 
     def add_request(
         self,
@@ -353,16 +355,11 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise InputError(f"stop={params.stop!r} needs text, but {self.spec} has no tokenizer: use stop_token_ids")
-        self._check_vocabulary("stop_token_ids", np.array(params.stop_token_ids))
+        models.check_ids(self.spec, "stop_token_ids", params.stop_token_ids, self.output_size)
         self.scheduler.memory.check(request)
         if self.tokenizer is not None and (on_chunk is not None or params.stop):
             request.text = TextStream(self.tokenizer, params.stop)
         return request
-
-    def _check_vocabulary(self, name: str, ids: np.ndarray) -> None:
-        bad = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if len(bad):
-            raise InputError(f"{name} has token id {bad[0]}; the ids of {self.spec} are 0 to {self.vocab_size - 1}")
 
     def _queue(self, request: Request) -> None:
         self._requests[request.id] = request

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine.models.errors import WAYS_OUT, ModelError
 from engine.models.generation import check_stated, read_stated
+from engine.models.vocabulary import drop_foreign_pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,13 +32,16 @@ def from_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def read(source: str, dtype: str, spoken: bool, **gguf: Any) -> tuple[PreTrainedModel, Any]:
     """The stored model and, if `spoken`, its tokenizer; ModelError unless it is a whole causal LM."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf) if spoken else None
     plain = {"quantization_config": GgufConfig(dequantize=True)} if gguf else {}  # packed, it can't be saved
     how = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, **gguf, **plain}
     stated = {} if gguf else read_stated(source)
+    if not gguf:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        how |= {"config": config} if drop_foreign_pad(source, config) else {}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, **how)
     except (TypeError, ValueError):  # of a field that is no number, Transformers names neither file nor field

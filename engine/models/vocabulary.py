@@ -1,0 +1,95 @@
+"""Which token ids a model has, by its weights: what a config says of them, and of EOS, need not be so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from engine.models.loader import LoadedModel
+
+
+def vocabulary(loaded: LoadedModel) -> tuple[int, int]:
+    """How many ids may go in, and how many may come out: rows of the embedding and of the output layer.
+
+    Raises:
+        InputError: if the model could give a token that it can't read.
+    """
+    model = loaded.model
+    rows = _rows(model.get_input_embeddings(), int(model.config.get_text_config(decoder=True).vocab_size))
+    outputs = _rows(model.get_output_embeddings(), rows)
+    if outputs > rows:
+        raise InputError(
+            f"{loaded.spec} has logits for {outputs} tokens and an embedding of {rows}: resize one of them"
+        )
+    return rows, outputs
+
+
+def eos_ids(loaded: LoadedModel, outputs: int) -> frozenset[int]:
+    """The ids of `outputs` that end an output, as `generate` takes them; a warning names what is none."""
+    config = loaded.model.generation_config
+    stated = config.eos_token_id if config is not None else None
+    given = [(token, _is_id(token) and token < outputs) for token in _flat(stated)]
+    known = frozenset(int(token) for token, good in given if good)
+    if bad := [repr(token) for token, good in given if not good]:
+        warnings.warn(
+            f"{loaded.spec}: eos_token_id has {', '.join(bad)}, no token of a vocabulary of {outputs}: "
+            + ("that ends no output" if known else "outputs end at their limits"),
+            stacklevel=3,
+        )
+    return known
+
+
+def check_ids(spec: str, name: str, ids: Sequence[int], size: int) -> None:
+    """Raise InputError, calling the ids by `name`, unless each is one of a vocabulary of `size`."""
+    if (bad := next((token for token in ids if not 0 <= token < size), None)) is not None:
+        raise InputError(f"{name} has token id {bad}; the ids of {spec} are 0 to {size - 1}")
+
+
+def check_tokenized(loaded: LoadedModel, name: str, ids: Sequence[int], size: int) -> None:
+    """Raise InputError for a token that the tokenizer has and a model with an embedding of `size` has not."""
+    if loaded.tokenizer is not None and (most := max(ids, default=0)) >= size:
+        raise InputError(
+            f"{name} has {loaded.tokenizer.convert_ids_to_tokens(most)!r}, token {most} of the tokenizer; the ids "
+            f"of {loaded.spec} are 0 to {size - 1}: resize its embedding"
+        )
+
+
+def drop_foreign_pad(spec: str, config: PreTrainedConfig) -> bool:
+    """Take a padding id that is no token out of a config: no model is built with it. Warns; True if so."""
+    text = config.get_text_config(decoder=True)
+    pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if pad is None or size is None or (_is_id(pad) and pad < size):
+        return False
+    what = f"{spec}: pad_token_id {pad!r} is no token of a vocabulary of {size}: ignored"
+    warnings.warn(what, stacklevel=4)
+    text.pad_token_id = None
+    return True
+
+
+def _rows(layer: Any, otherwise: int) -> int:
+    """Rows of a layer's weight; `otherwise` for a layer that a model does without."""
+    weight = getattr(layer, "weight", None)
+    return otherwise if weight is None else int(weight.shape[0])
+
+
+def _flat(stated: Any) -> Iterator[Any]:
+    """The values in a list of lists, or the one that is none; nothing for None."""
+    if hasattr(stated, "tolist"):
+        stated = stated.tolist()
+    if isinstance(stated, list | tuple | set | frozenset):
+        for value in stated:
+            yield from _flat(value)
+    elif stated is not None:
+        yield stated
+
+
+def _is_id(token: Any) -> bool:
+    """Whether this is a whole number, if only as JSON writes one (2.0), and not below 0."""
+    number = isinstance(token, int | float) and not isinstance(token, bool)
+    return number and token >= 0 and token == token // 1
