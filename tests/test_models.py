@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -58,43 +57,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def entries(folder: Path) -> list[str]:
     """Everything in a cache folder but the lock, which some filelock versions leave."""
     return sorted(path.name for path in folder.iterdir() if path.name != "smollm2.lock")
-
-
-def write_gguf(path: Path) -> Any:
-    """A tiny llama as a GGUF file without a tokenizer; gives the model whose weights it holds."""
-    gguf = pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    model = load("random:tiny-llama").model
-    config, weights = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    layer = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-             "post_attention_layernorm": "ffn_norm"}  # fmt: skip
-    plain = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    plain |= {f"model.layers.{index}.{long}": f"blk.{index}.{short}"
-              for index in range(config.num_hidden_layers) for long, short in layer.items()}  # fmt: skip
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for long, short in plain.items():
-        tensor = weights[f"{long}.weight"].numpy()
-        if count := heads.get(short.rpartition(".")[2]):  # GGUF keeps the halves of a rotary pair side by side
-            tensor = tensor.reshape(count, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
-        writer.add_tensor(f"{short}.weight", np.ascontiguousarray(tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
 
 
 # Random weights
@@ -273,6 +235,77 @@ def test_what_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
         load(str(tmp_path / "t5"))
 
 
+def edit(folder: Path, config: dict[str, Any] | None = None, weights: dict[str, Any] | None = None) -> str:
+    """A folder with a tiny Llama, its config and its weights changed or added to."""
+    from safetensors.torch import load_file, save_file
+
+    load("random:tiny-llama").model.save_pretrained(folder)
+    stated = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stated, **(config or {})}))
+    file = folder / "model.safetensors"
+    tensors = {**{key: value.clone() for key, value in load_file(file).items()}, **(weights or {})}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.down_proj.bias", "v_head.summary.weight",
+     "model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_norm.weight"],
+)  # fmt: skip
+def test_weights_that_the_config_has_no_place_for_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has 1 weights that LlamaForCausalLM has no place for") as caught:
+        load(edit(tmp_path, weights={name: torch.ones(64)}))
+    assert f"such as {name}:" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_buffers_that_older_versions_saved_are_none_of_them(tmp_path: Path) -> None:
+    masks = {"self_attn.rotary_emb.inv_freq": torch.ones(8), "self_attn.bias": torch.ones(1, 1, 8, 8),
+             "self_attn.masked_bias": torch.tensor(-1e4)}  # fmt: skip
+    kept = {f"model.layers.0.{name}": tensor for name, tensor in masks.items()}
+    found = load(edit(tmp_path, weights={**kept, "model.rotary_emb.inv_freq": torch.ones(8)})).model
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(found(ids).logits, load("random:tiny-llama").model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [({"vocab_size": 300}, r"has 2 weights of other sizes .*lm_head\.weight: \[256, 64\] for \[300, 64\]"),
+     ({"vocab_size": 200}, r"has 2 weights of other sizes .*lm_head\.weight: \[256, 64\] for \[200, 64\]"),
+     ({"intermediate_size": 64}, r"has 9 weights .*mlp\.down_proj\.weight: \[64, 128\] for \[64, 64\]")],
+)  # fmt: skip
+def test_weights_of_other_sizes_are_named(config: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=said):
+        load(edit(tmp_path, config))
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_an_adapter_is_refused_whether_or_not_peft_is_here(with_model: bool, tmp_path: Path) -> None:
+    if with_model:
+        edit(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    with pytest.raises(
+        ModelError, match=r"has an adapter_config\.json: merge the adapter .*merge_and_unload"
+    ) as caught:
+        load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "named"),
+    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"quant_method": "awq", "bits": 4}, "awq"),
+     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+     ({"quant_method": "fp8"}, "fp8"), ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+     ({"quant_method": "new"}, "new"),
+     ({"load_in_8bit": True}, "a method not named")],
+)  # fmt: skip
+def test_quantized_weights_are_refused_by_method(stated: dict, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=rf"quantized by {named} \(quantization_config") as caught:
+        load(edit(tmp_path, {"quantization_config": stated}))
+    assert "\n" not in str(caught.value)
+
+
 def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {
         "AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}))  # fmt: skip
@@ -280,40 +313,6 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load(str(tmp_path))
     assert not (tmp_path / "ran").exists()
-
-
-# GGUF files
-
-
-def test_a_gguf_file_gives_the_weights_that_were_written(tmp_path: Path) -> None:
-    made = write_gguf(tmp_path / "tiny.gguf")
-    found = load(str(tmp_path / "tiny.gguf"))
-    assert found.tokenizer is None
-    assert len(found.revision) == 64
-    tokens = torch.arange(3, 60)[None]
-    torch.testing.assert_close(found.model(tokens).logits, made(tokens).logits, rtol=1e-5, atol=1e-5)
-    assert load(str(tmp_path / "tiny.gguf"), dtype="bfloat16").model.dtype == torch.bfloat16
-
-
-def test_a_gguf_file_cut_anywhere_is_one_line(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "whole.gguf")
-    data, cut = (tmp_path / "whole.gguf").read_bytes(), tmp_path / "cut.gguf"
-    for size in (0, 3, 4, 10, 24, 200, 1000, len(data) // 2, len(data) - 40):
-        cut.write_bytes(data[:size])
-        with pytest.raises(ModelError, match=r"is cut short or not a GGUF file"):
-            load(str(cut))
-    cut.write_bytes(b"PK\3\4" + bytes(5000))
-    with pytest.raises(ModelError, match=r"is cut short or not a GGUF file"):
-        load(str(cut))
-
-
-def test_without_the_gguf_packages_the_way_to_get_them_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "any.gguf").write_bytes(b"GGUF")
-    for package in ("gguf", "accelerate"):
-        with monkeypatch.context() as without:
-            without.setitem(sys.modules, package, None)
-            with pytest.raises(ModelError, match=rf"needs {package}: pip install 'dynamic-batch\[gguf\]'"):
-                load(str(tmp_path / "any.gguf"))
 
 
 # The smollm2 cache

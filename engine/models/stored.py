@@ -1,10 +1,7 @@
-"""Models that are stored: a folder or a hub id by Transformers' own reading, a GGUF file unpacked."""
+"""Models as Transformers stores them, in a folder or under a hub id: read whole, or refused."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.models.errors import WAYS_OUT, ModelError
@@ -12,46 +9,90 @@ from engine.models.generation import check_stated, read_stated
 from engine.models.vocabulary import drop_foreign_pad
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+UNPACKED = "mxfp4"  # quantized weights that Transformers unpacks where no kernel takes them as they are
 
 
-def from_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The weights of a GGUF file unpacked to `dtype`, and its tokenizer if it has one."""
+def read(source: str, dtype: str) -> PreTrainedModel:
+    """The model in a folder or under a hub id; ModelError unless it is a whole causal LM and nothing else."""
+    from transformers import AutoConfig
+
+    _refuse_adapter(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    _refuse_quantized(source, config)
+    stated = read_stated(source)
+    mended = {"config": config} if drop_foreign_pad(source, config) else {}
     try:
-        import accelerate  # noqa: F401  (Transformers needs it for this)
-        from gguf import GGUFReader
-
-        spoken = "tokenizer.ggml.tokens" in GGUFReader(path).fields
-    except ImportError as error:
-        raise ModelError(f"{path.name} needs {error.name}: pip install 'dynamic-batch[gguf]'") from error
-    except (ValueError, LookupError, OverflowError, TypeError) as error:  # depends on where the file ends
-        raise ModelError(f"{path} is cut short or not a GGUF file; fetch it again") from error
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that heeds no switch
-        return read(str(path.parent), dtype, spoken, gguf_file=path.name)
-
-
-def read(source: str, dtype: str, spoken: bool, **gguf: Any) -> tuple[PreTrainedModel, Any]:
-    """The stored model and, if `spoken`, its tokenizer; ModelError unless it is a whole causal LM."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf) if spoken else None
-    plain = {"quantization_config": GgufConfig(dequantize=True)} if gguf else {}  # packed, it can't be saved
-    how = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, **gguf, **plain}
-    stated = {} if gguf else read_stated(source)
-    if not gguf:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        how |= {"config": config} if drop_foreign_pad(source, config) else {}
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, **how)
+        return causal_lm(source, dtype, source, **mended)
     except (TypeError, ValueError):  # of a field that is no number, Transformers names neither file nor field
         check_stated(source, stated)
         raise
+
+
+def causal_lm(folder: str, dtype: str, source: str, **options: Any) -> PreTrainedModel:
+    """A causal LM by Transformers' own reading of a folder or hub id; errors call it `source`.
+
+    Raises:
+        ModelError: if it is none, or if weights are missing, left over, or not of the sizes its config says.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    how = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    how["ignore_mismatched_sizes"] = True  # only so that what is found says which
+    loaded = AutoModelForCausalLM.from_pretrained(folder, **how, **options)
     model, found = cast("tuple[PreTrainedModel, Any]", loaded)
-    # Transformers would give BERT a causal head without a word, and a weight that is missing random numbers.
-    declared, missing = model.config.architectures or [], sorted(found["missing_keys"])
+    # Without a word, Transformers would give BERT a causal head, and random numbers to a weight that is missing.
+    # One that has no place in the model, such as a bias that its config does not have, it would pass over.
+    declared = model.config.architectures or []
     if declared and not any(name in CAUSAL.values() or name.endswith("ForCausalLM") for name in declared):
         raise ModelError(f"{source} is not a causal LM but {', '.join(declared)}; {WAYS_OUT}")
-    if missing:
+    if sizes := sorted(found["mismatched_keys"]):
+        name, stored, wanted = sizes[0]
+        raise ModelError(
+            f"{source} has {len(sizes)} weights of other sizes than its config says, such as {name}: "
+            f"{list(stored)} for {list(wanted)}; {WAYS_OUT}"
+        )
+    if missing := sorted(found["missing_keys"]):
         raise ModelError(f"{source} lacks {len(missing)} of its weights, such as {missing[0]}; {WAYS_OUT}")
-    return model, tokenizer
+    if left := sorted(key for key in found["unexpected_keys"] if not _is_mask(model, key)):
+        raise ModelError(
+            f"{source} has {len(left)} weights that {type(model).__name__} has no place for by its config, "
+            f"such as {left[0]}: without them it is another model; mend its config.json, or take them out"
+        )
+    return model
+
+
+def _is_mask(model: PreTrainedModel, key: str) -> bool:
+    """Whether a stored tensor is no weight but a buffer that older versions saved, such as a causal mask."""
+    buffers, modules = dict(model.named_buffers()), dict(model.named_modules())
+    for name in (key, f"{model.base_model_prefix}.{key}"):
+        owner, _, leaf = name.rpartition(".")
+        masks = leaf in ("bias", "masked_bias") and owner in modules and not hasattr(modules[owner], "weight")
+        if name in buffers or masks:  # of an attention as such, not of one of its products
+            return True
+    return False
+
+
+def _refuse_adapter(source: str) -> None:
+    """Raise ModelError for weights that are to be added to a model's, which depends on what is installed."""
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(source) is not None:
+        raise ModelError(
+            f"{source} has an adapter_config.json: merge the adapter into its model (merge_and_unload) "
+            "and give what that saves, or remove the file"
+        )
+
+
+def _refuse_quantized(source: str, config: PreTrainedConfig) -> None:
+    """Raise ModelError for packed weights, which are no matrices that a product takes."""
+    stated = getattr(config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
+    if stated and method != UNPACKED:
+        raise ModelError(
+            f"{source} has weights quantized by {method or 'a method not named'} (quantization_config in its "
+            "config.json), which this engine does not unpack: give the model that they were made from, or a "
+            "GGUF file of it; dtype='int8' quantizes here"
+        )

@@ -1,0 +1,224 @@
+"""What each key of a GGUF file's architecture means in a config: sizes, norms, attention, experts.
+
+A key is taken into the config where that has a place for it which Transformers leaves alone, and must agree
+with it elsewhere. Where the config has no such thing, the value must be one that changes nothing. The rest is
+refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from engine.models.gguf_file import GgufFile
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """Of a key: the config's attribute, the first of `names` that it has, or else values that change nothing.
+
+    `taken` keys are put into that attribute, others must agree with it. Any value does if `neutral` is ().
+    """
+
+    names: tuple[str, ...] = ()
+    neutral: tuple[Any, ...] = (0,)
+    taken: bool = False
+
+
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+MEANINGS = {
+    "context_length": Meaning(("max_position_embeddings",), (), taken=True),
+    "vocab_size": Meaning(("vocab_size",), taken=True),
+    "embedding_length": Meaning(("hidden_size",)),
+    "embedding_length_out": Meaning(("hidden_size",)),
+    "embedding_length_per_layer_input": Meaning(("hidden_size_per_layer_input",)),
+    "attention.head_count": Meaning(("num_attention_heads",)),
+    "attention.layer_norm_rms_epsilon": Meaning(EPSILONS, taken=True),
+    "attention.layer_norm_epsilon": Meaning(EPSILONS, taken=True),
+    "attention.causal": Meaning(neutral=(True,)),
+    "attention.shared_kv_layers": Meaning(("num_kv_shared_layers",)),
+    "attn_logit_softcapping": Meaning(("attn_logit_softcapping",), taken=True),
+    "final_logit_softcapping": Meaning(("final_logit_softcapping",), taken=True),
+    "logit_scale": Meaning(neutral=(0, 1)),
+    "residual_scale": Meaning(neutral=(0, 1)),
+    "embedding_scale": Meaning(neutral=(0, 1)),
+    "use_parallel_residual": Meaning(("use_parallel_residual",)),
+    "tensor_data_layout": Meaning(neutral=("Meta AI original pth",)),
+    "expert_count": Meaning(("num_experts", "num_local_experts")),
+    "expert_used_count": Meaning(("num_experts_per_tok",)),
+    "expert_feed_forward_length": Meaning(("moe_intermediate_size", "intermediate_size"), taken=True),
+    "expert_shared_feed_forward_length": Meaning(("shared_expert_intermediate_size",), taken=True),
+    "expert_weights_norm": Meaning(("norm_topk_prob",), taken=True),
+    "expert_weights_scale": Meaning(neutral=(0, 1)),
+    "expert_group_count": Meaning(neutral=(0, 1)),
+    "expert_group_used_count": Meaning(neutral=(0, 1)),
+    "interleave_moe_layer_step": Meaning(neutral=(0, 1)),
+    "moe_every_n_layers": Meaning(neutral=(0, 1)),
+    "full_attention_interval": Meaning(("full_attention_interval",)),
+    "shortconv.l_cache": Meaning(("conv_L_cache",)),
+    "ssm.conv_kernel": Meaning(("linear_conv_kernel_dim", "conv_kernel")),
+    "ssm.state_size": Meaning(("linear_key_head_dim", "state_size")),
+    "ssm.group_count": Meaning(("linear_num_key_heads",)),
+    "ssm.time_step_rank": Meaning(("linear_num_value_heads", "time_step_rank")),
+    "ssm.dt_b_c_rms": Meaning(),
+    "attention.clamp_kqv": Meaning(),
+    "attention.max_alibi_bias": Meaning(),
+    "attention.q_lora_rank": Meaning(),
+    "attention.kv_lora_rank": Meaning(),
+    "attention.temperature_scale": Meaning(),
+    "router_logit_softcapping": Meaning(),
+    "leading_dense_block_count": Meaning(),
+    "expert_shared_count": Meaning(),
+    "n_deepstack_layers": Meaning(),
+    "nextn_predict_layers": Meaning(neutral=()),  # layers that guess ahead choose no token
+    "pooling_type": Meaning(neutral=()),  # of embeddings
+    "decoder_start_token_id": Meaning(neutral=()),
+}
+
+
+def take_keys(file: GgufFile, config: PreTrainedConfig) -> None:
+    """Put into the config what the file says and Transformers leaves out; rope.* keys are `gguf_rope`'s.
+
+    Raises:
+        ModelError: naming a key of the file's architecture that is not honoured.
+    """
+    own = file.own
+    _take_head_dim(file, config)
+    for key, value in sorted(own.items()):
+        if key.startswith("rope."):
+            continue
+        if key in COMPUTED:
+            agrees = COMPUTED[key](config, value, own)
+        else:
+            agrees = key in MEANINGS and _takes(config, MEANINGS[key], value)
+        if not agrees:
+            raise file.refusal(key)
+
+
+def _take_head_dim(file: GgufFile, config: PreTrainedConfig) -> None:
+    """The size of a head is the weights', or else what the file says: a config may have its own default."""
+    size, first = file.own.get("attention.key_length"), file.tensors.get("blk.0.attn_q.weight")
+    if first is not None:
+        size = int(first.shape[1]) // config.num_attention_heads  # GGUF has the inputs first
+    if isinstance(size, int) and size != head_dim(config) and not hasattr(config, "global_head_dim"):
+        config.head_dim = size
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """The size of a query's head, by a config that may leave it to be derived."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def same(value: Any, own: Any) -> bool:
+    """Whether a file's value is the config's, but for the rounding of floats."""
+    if isinstance(value, list):
+        return bool(value) and all(same(each, own) for each in value)
+    if isinstance(value, int | float) and isinstance(own, int | float):
+        return math.isclose(value, own, rel_tol=1e-6)
+    return bool(value == own) or (not value and own is None)
+
+
+def _takes(config: PreTrainedConfig, meaning: Meaning, value: Any) -> bool:
+    """Whether the config means the same, after it has taken the value where it should."""
+    names = [name for name in meaning.names if hasattr(config, name)]
+    if not names:
+        return not meaning.neutral or value in meaning.neutral
+    name = next((name for name in names if getattr(config, name) is not None), names[0])
+    if meaning.taken and not same(value, getattr(config, name)):
+        setattr(config, name, value or None)
+    return same(value, getattr(config, name))
+
+
+Own = dict[str, Any]  # all keys of the architecture, for those that mean something together
+
+
+def _blocks(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    """A file counts the layers that guess ahead, a config does not."""
+    return same(value, config.num_hidden_layers + own.get("nextn_predict_layers", 0))
+
+
+def _kv_heads(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    """One number, or one a layer with 0 for those that are convolutions."""
+    names = ("num_key_value_heads", "num_kv_heads", "num_attention_heads")
+    heads = next((found for name in names if (found := getattr(config, name, None)) is not None), 0)
+    if isinstance(value, list) and 0 in value:
+        types = getattr(config, "layer_types", None) or ["full_attention"] * len(value)
+        return value == [0 if kind == "conv" else heads for kind in types]
+    return same(value, heads)
+
+
+def _feed_forward(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    if hasattr(config, "state_size"):  # Mamba has no such layer
+        return bool(value == 0)
+    if hasattr(config, "n_inner"):
+        config.n_inner = value
+    names = [name for name in ("ffn_hidden_size", "n_inner", "intermediate_size") if hasattr(config, name)]
+    return same(value, getattr(config, names[0]) if names else 4 * config.hidden_size)
+
+
+def _key_length(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    """The head size; in Gemma 4, that of layers with full attention."""
+    return same(value, getattr(config, "global_head_dim", None) or head_dim(config))
+
+
+def _value_length(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    return same(value, own.get("attention.key_length", head_dim(config)))
+
+
+def _window_length(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    """The head size of layers with a window."""
+    return same(value, head_dim(config))
+
+
+def _scale(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    divisor = getattr(config, "query_pre_attn_scalar", None) or head_dim(config)
+    return value == 0 or same(value, divisor**-0.5)
+
+
+def _window(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    """A window goes where a config has layers with one; elsewhere it must be one that no request outgrows."""
+    types = getattr(config, "layer_types", None)
+    if hasattr(config, "sliding_window") and (types is None or "sliding_attention" in types):
+        config.sliding_window = value or None
+        return types is None or value > 0
+    return value == 0 or value >= own.get("context_length", math.inf)
+
+
+def _window_pattern(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    """Which layers have a window: one truth a layer, or that each n-th has none."""
+    windows = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
+    if isinstance(value, list):
+        return [bool(each) for each in value] == windows
+    return windows == [value > 0 and (layer + 1) % value != 0 for layer in range(len(windows))]
+
+
+def _inner_size(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    if hasattr(config, "linear_value_head_dim"):
+        return same(value, config.linear_value_head_dim * config.linear_num_value_heads)
+    return same(value, config.intermediate_size)
+
+
+def _gating(config: PreTrainedConfig, value: Any, own: Own) -> bool:
+    """1 is a softmax over experts, 2 a sigmoid of each; 0 leaves it to the architecture."""
+    return value in (0, {"sigmoid": 2}.get(getattr(config, "scoring_func", ""), 1))
+
+
+COMPUTED: dict[str, Callable[[PreTrainedConfig, Any, Own], bool]] = {
+    "block_count": _blocks,
+    "attention.head_count_kv": _kv_heads,
+    "feed_forward_length": _feed_forward,
+    "attention.key_length": _key_length,
+    "attention.value_length": _value_length,
+    "attention.key_length_swa": _window_length,
+    "attention.value_length_swa": _window_length,
+    "attention.scale": _scale,
+    "attention.sliding_window": _window,
+    "attention.sliding_window_pattern": _window_pattern,
+    "ssm.inner_size": _inner_size,
+    "expert_gating_func": _gating,
+}
