@@ -16,7 +16,8 @@ from engine.models.gguf_file import from_gguf
 from engine.models.gguf_tokenizer import split_as
 from engine.models.presets import PRESETS, SPECS
 from engine.models.smollm2 import SMOLLM2_PRE, SMOLLM2_SHA256, sha256, smollm2_folder
-from engine.models.stored import read
+from engine.models.stored import read, refuse_adapter
+from engine.models.tokenizers import find_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,6 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
     Stored weights are mapped, not copied, where dtype and device allow; no repository's code is ever run."""
     kind, source = _kind(spec)
     import torch
-    from transformers import AutoTokenizer
 
     if (name := str(dtype).removeprefix("torch.")) not in DTYPES:
         raise ModelError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
@@ -55,12 +55,11 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
             (model, tokenizer), revision = from_gguf(Path(source), name), sha256(Path(source))
         elif kind == "smollm2":
             folder = str(smollm2_folder(tell))
-            model, tokenizer, revision = read(folder, name), AutoTokenizer.from_pretrained(folder), SMOLLM2_SHA256
+            model, tokenizer, revision = read(folder, name), find_tokenizer(folder), SMOLLM2_SHA256
             split_as(SMOLLM2_PRE, tokenizer)  # a folder that an earlier version converted lacks it
         else:
-            spoken = kind != "folder" or any(Path(source).glob("*token*"))
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if spoken else None
-            model = read(source, name)
+            refuse_adapter(source)
+            tokenizer, model = find_tokenizer(source), read(source, name)
             revision = "local" if kind == "folder" else model.config._commit_hash
         model = model.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
     return LoadedModel(spec, model, tokenizer, revision)

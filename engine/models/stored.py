@@ -18,7 +18,6 @@ def read(source: str, dtype: str) -> PreTrainedModel:
     """The model in a folder or under a hub id; ModelError unless it is a whole causal LM and nothing else."""
     from transformers import AutoConfig
 
-    _refuse_adapter(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     _refuse_quantized(source, config)
     stated = read_stated(source)
@@ -75,7 +74,7 @@ def _is_mask(model: PreTrainedModel, key: str) -> bool:
     return False
 
 
-def _refuse_adapter(source: str) -> None:
+def refuse_adapter(source: str) -> None:
     """Raise ModelError for weights that are to be added to a model's, which depends on what is installed."""
     from transformers.utils import find_adapter_config_file
 

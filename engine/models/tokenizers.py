@@ -1,0 +1,116 @@
+"""A stored model's tokenizer: what AutoTokenizer makes of its files, None where there are none, or an error.
+
+Where there is nothing to read, AutoTokenizer gives some classes an empty vocabulary and fails for others.
+Then the names of files are asked whether there is nothing, or something that can't be read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.models.errors import ModelError, in_one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Files that only a tokenizer has: vocabularies, and what is written beside them. A chat template is none.
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json",
+    "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "*.model", "tokenizer.model.v*", "*.tiktoken",
+)  # fmt: skip
+WITHOUT = "or remove its files to use token ids alone"
+
+
+def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or a hub id; None if it has none.
+
+    Raises:
+        ModelError: if it has one that does not load, or that loads empty.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a broken file makes the libraries raise anything, down to a bare Exception
+        AutoConfig.from_pretrained(source, trust_remote_code=False)  # raises if that is the trouble
+        if (files := _files(source)) is None:
+            raise
+        if not files:
+            return None
+        said = "no class reads that" if "backend tokenizer" in str(error) else in_one_line(error)
+        raise ModelError(_why(source, files, said)) from error
+    if _speaks(tokenizer):
+        return tokenizer
+    if files := _files(source):
+        raise ModelError(_why(source, files, f"{type(tokenizer).__name__} finds no vocabulary there"))
+    return None
+
+
+def _speaks(tokenizer: Any) -> bool:
+    """Whether it has tokens to write text with, and not only special ones."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    return any(token not in special for token in tokenizer.get_vocab())
+
+
+def _files(source: str) -> list[str] | None:
+    """Which of FILES there are; None where that can't be known: of a hub id, out of reach of the hub."""
+    if os.path.isdir(source):
+        names = os.listdir(source)
+    else:
+        from huggingface_hub import list_repo_files
+
+        try:
+            names = list_repo_files(source)
+        except Exception:  # whatever keeps it from answering has been said by what was tried before
+            return None
+    return sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in FILES))
+
+
+def _why(source: str, files: list[str], said: str) -> str:
+    """One line: what is there, what went wrong, and the way out."""
+    needs = _missing_package(source, files)
+    named = f" of class {name}" if (name := _class_named(source, files)) else ""
+    what = f"{source} has a tokenizer{named} ({', '.join(files[:4])})"
+    if needs:
+        return f"{what} that needs {needs}: pip install {needs}, {WITHOUT}"
+    return f"{what} that did not load: {said}; mend it, {WITHOUT}"
+
+
+def _missing_package(source: str, files: list[str]) -> str:
+    """The packages that a vocabulary of this kind is read with and that are missing; empty if none is."""
+    kinds = ("*.model", "tokenizer.model.v*", "*.tiktoken")
+    found = [name for name in files if any(fnmatch.fnmatch(name, kind) for kind in kinds)]
+    if not found or "tokenizer.json" in files or not os.path.isdir(source):
+        return ""
+    with open(os.path.join(source, found[0]), "rb") as file:
+        # A line of tiktoken is a token in base64 and its rank; anything else is SentencePiece's.
+        ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(1024)) or found[0].endswith(".tiktoken")
+    wanted = {"tiktoken": "tiktoken"}
+    if not ranks:
+        wanted = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    return " ".join(package for package, module in wanted.items() if not _here(module))
+
+
+def _here(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is not here either
+        return False
+
+
+def _class_named(source: str, files: list[str]) -> str:
+    """The class that tokenizer_config.json asks for; empty if it says none, or can't be read."""
+    if "tokenizer_config.json" not in files or not os.path.isdir(source):
+        return ""
+    try:
+        stated = json.loads(Path(source, "tokenizer_config.json").read_text())
+    except ValueError:
+        return ""
+    return str(stated.get("tokenizer_class") or "") if isinstance(stated, dict) else ""
