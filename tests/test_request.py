@@ -57,6 +57,7 @@ GOOD_CONFIG = {
     "deterministic": (True, False),
     "kv_memory": (1, 2**40, 1e-9, 0.5, 1.0),
     "seed": (0, 1, 2**63 - 1),
+    "metrics_window": (None, 1, 10**6),
     "generation_config": ("auto", "none"),
 }
 BAD_CONFIG = {
@@ -71,6 +72,7 @@ BAD_CONFIG = {
     "deterministic": (None, "no"),
     "kv_memory": (0, -1, 0.0, -0.5, 1.0000001, 2.0, True, False, NAN, INF, -INF, "1", "1GiB", None, [1]),
     "seed": (-1, 2**64, None, *NO_INTEGERS),
+    "metrics_window": (0, -1, *NO_INTEGERS),
     "generation_config": ("", "Auto", "vllm", None, 1, True),
 }
 
