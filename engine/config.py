@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from engine.errors import InputError, bounded, check, check_fields
+from engine.errors import InputError, bounded, check, check_choice, check_fields, check_text, plain, shown
 
 POLICIES = ("sequential", "dynamic", "continuous")
 RUNNERS = ("auto", "packed", "padded")
@@ -61,14 +62,16 @@ class EngineConfig:
     def __post_init__(self) -> None:
         choices = {"policy": POLICIES, "runner": RUNNERS, "dtype": ("auto", *DTYPES, "int8")}
         for name, allowed in {**choices, "generation_config": GENERATION_CONFIGS}.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+            check_choice(name, getattr(self, name), allowed)
         check_fields(self)
         if not isinstance(self.device, str) or not self.device:
-            raise InputError(f"device={self.device!r} must be auto, cpu, cuda or cuda:N")
+            raise InputError(f"device={shown(self.device)} must be auto, cpu, cuda or cuda:N")
+        check_text("device", self.device)
+        bytes_or_share: Any = (int, 1) if isinstance(plain(self.kv_memory), int) else (float, 1e-9, 1)
+        object.__setattr__(self, "kv_memory", check("kv_memory", self.kv_memory, *bytes_or_share))
         if self.metrics_window is not None:
-            check("metrics_window", self.metrics_window, int, 1)
-        check("kv_memory", self.kv_memory, *((int, 1) if isinstance(self.kv_memory, int) else (float, 1e-9, 1)))
+            window = check("metrics_window", self.metrics_window, int, 1)
+            object.__setattr__(self, "metrics_window", window)
         if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
             raise InputError("runner='padded' can be neither continuous nor deterministic: use runner='packed'")
         if self.dtype == "int8" and (self.runner == "padded" or self.device.split(":")[0] not in ("auto", "cpu")):

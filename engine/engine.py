@@ -1,8 +1,4 @@
-"""Engine: the loop plan -> run -> commit -> publish, and the ways to drive it.
-
-It owns a request from `add_request` to its output. What runs next is the scheduler's business, how it is computed
-the runner's; here is what remains: checking input, text, timestamps and handing results out.
-"""
+"""Engine: what is asked of a model, checked before any work, and the ways to drive the loop that answers."""
 
 from __future__ import annotations
 
@@ -13,44 +9,44 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from engine import models
 from engine.config import EngineConfig
-from engine.errors import InputError
+from engine.errors import UNBOUNDED, InputError, check, check_list, check_text, check_type, shown
+from engine.input_processor import InputProcessor, Prompt
+from engine.loop import Loop
 from engine.machine import limit_threads, placement
-from engine.memory import kv_memory, out_of_memory
+from engine.memory import kv_memory
 from engine.metrics import EngineMetrics
-from engine.models import LoadedModel, kv_bytes_per_token, load, positions
+from engine.models import (
+    LoadedModel,
+    eos_ids,
+    kv_bytes_per_token,
+    load,
+    positions,
+    sampling_defaults,
+    vocabulary,
+    with_defaults,
+)
 from engine.pages import PagePool, RowPool
-from engine.request import Choice, FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
-from engine.runner import Runner, Ticket
+from engine.request import FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner.graphs import packed_runner
 from engine.runner.packed import page_token_bytes
 from engine.runner.padded import PaddedRunner
-from engine.scheduler import Scheduler, Step
-from engine.text import TextStream, decode, stop_tokens
+from engine.scheduler import Scheduler
+from engine.text import TextStream, stop_tokens
 from engine.workload import WorkItem
 
 LOG = logging.getLogger(__name__)
-Prompt = str | Sequence[int]
+NAP_S = 60.0  # at most, while nothing is due: a clock cannot sleep for any number of seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A step whose tokens the host has not read, when it began (seconds), and the KV positions it holds for nothing."""
-
-    step: Step
-    ticket: Ticket
-    started: float
-    unused: int
-
-
-class Engine:
+class Engine(Loop):
     """Generates from a causal LM with batched requests.
 
     Args:
@@ -62,17 +58,22 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
-        asked = config or EngineConfig()
+        check_type("loaded", loaded, LoadedModel, "take it from engine.load, or use Engine.from_pretrained")
+        check_type("loaded.model", loaded.model, PreTrainedModel, "take it from engine.load")
+        asked = _config(config)
+        super().__init__(EngineMetrics(asked.metrics_window))
         model = self.model = loaded.model
-        self.loaded, self.tokenizer, self.spec = loaded, loaded.tokenizer, loaded.spec
-        place = str(model.device), str(model.dtype).removeprefix("torch.")
         if model.device.type == "cpu":
             limit_threads()
+        self.loaded, self.tokenizer, self.spec = loaded, loaded.tokenizer, loaded.spec
+        place = str(model.device), str(model.dtype).removeprefix("torch.")
         config = asked.settled(*place)
-        self.vocab_size, self.output_size = models.vocabulary(loaded)
-        self.max_positions, self._why_no_more = positions(model.config)
-        self.eos_ids = models.eos_ids(loaded, self.output_size)
-        self.defaults = models.sampling_defaults(loaded) if config.generation_config == "auto" else {}
+        self.vocab_size, self.output_size = vocabulary(loaded)
+        self.max_positions, why_no_more = positions(model.config)
+        limits = self.vocab_size, self.output_size, self.max_positions, why_no_more
+        self._input = InputProcessor(self.spec, self.tokenizer, *limits)
+        self.eos_ids = eos_ids(loaded, self.output_size)
+        self.defaults = sampling_defaults(loaded) if config.generation_config == "auto" else {}
         token_bytes = kv_bytes_per_token(model)
         memory = kv_memory(model, config, min(config.max_step_tokens or sys.maxsize, self.max_positions))
         if memory < token_bytes * (config.page_size if config.runner == "packed" else 1):
@@ -86,11 +87,7 @@ class Engine:
             warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=2)
             config = replace(asked, runner="padded", policy="dynamic").settled(*place)
             self._build(config, memory, token_bytes)
-        self.metrics = EngineMetrics(config.metrics_window)
-        self._requests: dict[str, Request] = {}
-        self._launched: deque[Launched] = deque()  # two at most, and only while the second is being launched
-        self._collected = 0.0  # when the last one was read
-        self._ids = itertools.count()
+        self._numbers = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
 
     def _build(self, config: EngineConfig, memory: int, token_bytes: int) -> None:
@@ -102,7 +99,6 @@ class Engine:
         """
         assert config.max_step_tokens is not None
         self.config, tokens, rows = config, config.max_step_tokens, config.max_batch_size
-        self.runner: Runner
         if config.runner == "packed":
             useful = 2 * rows * -(-self.max_positions // config.page_size)
             page_bytes = page_token_bytes(self.model) * config.page_size
@@ -123,41 +119,18 @@ class Engine:
         Raises:
             InputError: for an unknown or broken model, or a device that is not there.
         """
-        config = config or EngineConfig()
+        config = _config(config)
+        check("progress", progress, bool)
         device, dtype = placement(config.device, config.dtype)
         return cls(load(spec, device=device, dtype=dtype, seed=config.seed, progress=progress), config)
 
-    @property
-    def has_work(self) -> bool:
-        """Whether a request waits or runs, or a step is under way, so that `step` would do something."""
-        return self.scheduler.has_work or bool(self._launched)
-
     def encode(self, prompt: Prompt, *, name: str = "prompt") -> list[int]:
-        """A prompt's token ids, checked; `name` is what errors call it."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InputError(f"{name} is text, but {self.spec} has no tokenizer: give token ids")
-            prompt = self.tokenizer(prompt).input_ids if prompt else []
-            models.check_tokenized(self.loaded, name, prompt, self.vocab_size)
-        if isinstance(prompt, Sequence | np.ndarray) and not len(prompt):
-            raise InputError(f"{name} is empty: give at least one token")
-        try:
-            ids = np.asarray(prompt)
-        except ValueError:  # lists of different lengths
-            ids = np.array(None)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise InputError(f"{name}={prompt!r} must be text or a list of token ids")
-        models.check_ids(self.spec, name, known := ids.tolist(), self.vocab_size)
-        return known
+        """Return a prompt's token ids, checked; `name` is what errors call it."""
+        return self._input.encode(prompt, name)
 
     def chat(self, message: str) -> list[int]:
-        """Token ids of a user's message in the model's chat template, up to where its answer begins."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise InputError(f"{self.spec} has no chat template: give the message as a plain prompt")
-        turns = [{"role": "user", "content": message}]
-        ids: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        models.check_tokenized(self.loaded, "message", ids, self.vocab_size)
-        return list(ids)
+        """Return the token ids of a user's message in the model's chat template, up to its answer."""
+        return self._input.chat(message)
 
     def add_request(
         self,
@@ -180,75 +153,13 @@ class Engine:
         Raises:
             InputError: before any work, for whatever cannot be served, naming the field and the bound.
         """
-        request = self._make("prompt", prompt, params or SamplingParams(), request_id, on_chunk)
+        if arrival is not None:
+            arrival = check("arrival", arrival, float, -UNBOUNDED)
+        request = self._make("prompt", prompt, _params("params", params), request_id, on_chunk)
         request.arrival = time.perf_counter() if arrival is None else arrival
+        self._accept(request)
         self._queue(request)
         return request
-
-    def step(self) -> list[StreamChunk]:
-        """Compute one step; gives what it added to each request.
-
-        Where the runner need not wait for tokens, this launches a step and gives what the one before it added.
-
-        Raises:
-            Exception: what the model raises. The step's requests then have ended with reason "error" (on Ctrl-C,
-                "abort"), the others are as they were, and the engine can go on.
-        """
-        started = time.perf_counter()
-        chunks: list[StreamChunk] = []
-        if self._launched and self.scheduler.may_preempt:  # a request with a pending token cannot be computed again
-            chunks += self._collect()
-        step = self.scheduler.plan(started)
-        if step and not self._launch(step, started):
-            return chunks + self.step()
-        ahead = 1 if step and self._launched[-1].ticket.late else 0
-        while len(self._launched) > ahead:
-            chunks += self._collect()
-        return chunks
-
-    def _launch(self, step: Step, started: float) -> bool:
-        """Start a step; False if memory ran out and steps are smaller from now on."""
-        try:
-            ticket = self.runner.launch(step)
-        except BaseException as error:
-            if out_of_memory(error) and self.scheduler.shrink(step):
-                LOG.warning("out of memory: steps have at most %d tokens from now on", self.scheduler.max_step_tokens)
-                return False
-            while self._launched:
-                self._collect()
-            self._fail(step, error)
-            raise
-        unused = sum(self.scheduler.memory.unused(r, r.computed + n) for r, n in step)
-        self.scheduler.advance(step)
-        self._launched.append(Launched(step, ticket, started, unused))
-        return True
-
-    def _collect(self) -> list[StreamChunk]:
-        """Read the tokens of the step launched first, commit and publish it."""
-        launched = self._launched.popleft()
-        step = launched.step
-        try:
-            result = launched.ticket.collect()
-        except BaseException as error:
-            self._fail(step, error)
-            raise
-        # What a request computed after its end, before the host could know, is thrown away.
-        choices = [c if r.finish_reason is None else None for (r, _), c in zip(step, result.choices, strict=True)]
-        self.scheduler.commit(step, [None if c is None else c.token for c in choices], time.perf_counter())
-        pairs = zip(step, choices, strict=True)
-        chunks = [self._publish(r, choice) for (r, _), choice in pairs if choice is not None and r.result is None]
-        now = time.perf_counter()
-        seconds = now - max(launched.started, self._collected)
-        self._collected = now
-        result = replace(result, choices=choices, model_s=min(result.model_s, seconds))  # steps may overlap
-        self.metrics.count_step(len(step), result, seconds, launched.unused)
-        return chunks
-
-    def _fail(self, step: Step, error: BaseException) -> None:
-        """End every request of a step that could not be computed."""
-        reason = FinishReason.ERROR if isinstance(error, Exception) else FinishReason.ABORT
-        for request, _ in step:
-            self._end(request, reason, repr(error))
 
     def generate(
         self,
@@ -271,20 +182,33 @@ class Engine:
         Raises:
             InputError: before any work, if any prompt or its parameters cannot be served; it says which.
         """
-        each: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-        many = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(each)
+        listed: Any = [prompts] if isinstance(prompts, str) else prompts
+        each = check_list("prompts", listed, "a list of texts or of lists of token ids")
+        if params is None or isinstance(params, SamplingParams):
+            many = [_params("params", params)] * len(each)
+        else:
+            given = check_list("params", params, "SamplingParams, or a list of them")
+            many = [_params(f"params[{i}]", one) for i, one in enumerate(given)]
         if len(many) != len(each):
             raise InputError(f"params has {len(many)} entries for {len(each)} prompts: give one, or one for each")
         return self.replay(list(map(WorkItem, each, many)), progress=progress)
 
     def replay(self, items: Sequence[WorkItem], *, progress: bool = True) -> list[RequestOutput]:
         """As `generate`, for requests that are each due at a time of their own, `arrival_s` after now."""
-        requests = [self._make(f"prompts[{i}]", item.prompt, item.params) for i, item in enumerate(items)]
+        check("progress", progress, bool)
+        listed = check_list("items", items, "a list of WorkItem, such as a workload's items")
+        requests, due = [], []
+        for i, item in enumerate(listed):
+            check_type(f"items[{i}]", item, WorkItem, "give the prompt, its parameters and when it is due")
+            due.append(check(f"items[{i}].arrival_s", item.arrival_s, float))
+            params = _params(f"params[{i}]", item.params)
+            requests.append(self._make(f"prompts[{i}]", item.prompt, params, None, None))
         if not requests:
             raise InputError("prompts is empty: give at least one")
         start = time.perf_counter()
-        for request, item in zip(requests, items, strict=True):
-            request.arrival = start + item.arrival_s
+        for request, after in zip(requests, due, strict=True):
+            request.arrival = start + after
+            self._accept(request)
         pending = deque(sorted(requests, key=lambda request: request.arrival))
         with tqdm(total=len(requests), unit="req", desc="generate", delay=2.0, disable=not progress) as bar:
             try:
@@ -292,7 +216,7 @@ class Engine:
                     while pending and pending[0].arrival <= time.perf_counter():
                         self._queue(pending.popleft())
                     if not self.has_work:
-                        time.sleep(max(0.0, pending[0].arrival - time.perf_counter()))
+                        time.sleep(min(max(0.0, pending[0].arrival - time.perf_counter()), NAP_S))
                     bar.update(sum(chunk.output is not None for chunk in self.step()))
             except KeyboardInterrupt:
                 bar.write("interrupted: unfinished requests end with reason 'abort'", file=sys.stderr)
@@ -310,10 +234,13 @@ class Engine:
             InputError: at the call, not at the first chunk.
         """
         chunks: deque[StreamChunk] = deque()
-        return self._drain(self.add_request(prompt, params, on_chunk=chunks.append), chunks)
+        drain = self._drain(self.add_request(prompt, params, on_chunk=chunks.append), chunks)
+        next(drain)  # into its `try`, so that the request ends with the stream, even if nobody reads it
+        return drain
 
     def _drain(self, request: Request, chunks: deque[StreamChunk]) -> Iterator[StreamChunk]:
         try:
+            yield StreamChunk(request.id, (), "")  # for `stream` alone
             while request.result is None or chunks:
                 while chunks:
                     yield chunks.popleft()
@@ -324,84 +251,70 @@ class Engine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any state and give what it has; None if no unfinished request has this id."""
-        request = self._requests.get(request_id)
+        request = self._requests.get(check_text("request_id", request_id))
         return self._end(request, FinishReason.ABORT) if request is not None else None
 
-    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput | None:
-        if request.result is None:
-            request.finish(reason, error=error)
-            self._close(request)
-        return request.result
+    def is_healthy(self) -> bool:
+        """Return whether the engine can compute: whether a request of its own gets its token.
+
+        What waits is held back, what runs goes on; the requests of steps that raise have ended.
+        """
+        held, self.scheduler.waiting = self.scheduler.waiting, deque()
+        try:
+            trial = self.add_request([0], SamplingParams(max_new_tokens=1))
+            for _ in range(len(self._requests)):  # each step that raises ends one of them at least
+                try:
+                    while trial.result is None:
+                        self.step()
+                except Exception as error:
+                    LOG.warning("a step failed: %r", error)
+            output = self._end(trial, FinishReason.ABORT)
+        finally:
+            self.scheduler.waiting.extend(request for request in held if request.result is None)
+        return output is not None and output.finish_reason not in (FinishReason.ABORT, FinishReason.ERROR)
 
     def _make(
-        self, name: str, prompt: Prompt, params: SamplingParams, request_id: str | None = None, on_chunk: OnChunk = None
+        self, name: str, prompt: Prompt, params: SamplingParams, own_id: str | None, on_chunk: OnChunk
     ) -> Request:
         """A request that has passed every check; `name` is what errors call its prompt."""
-        tokens = self.encode(prompt, name=name)
-        params = models.with_defaults(params, self.defaults, self.max_positions - len(tokens))
+        if on_chunk is not None and not callable(on_chunk):
+            raise InputError(f"on_chunk={shown(on_chunk)} must be something to call with each chunk, or None")
+        if own_id is None:
+            names = (f"request-{number}" for number in self._numbers)
+            own_id = next(free for free in names if free not in self._requests)
+        elif not check_text("request_id", own_id) or own_id in self._requests:
+            problem = "is that of an unfinished request: choose another" if own_id else "must not be empty"
+            raise InputError(f"request_id={shown(own_id)} {problem}")
+        tokens = self._input.encode(prompt, name)
+        params = with_defaults(params, self.defaults, self.max_positions - len(tokens))
+        self._input.check_positions(name, len(tokens), params.max_new_tokens)
+        self._input.check_stop(params.stop)
+        self._input.check_stop_ids(params.stop_token_ids)
+        named = stop_tokens(self.tokenizer, params.stop) if params.stop and self.tokenizer is not None else {}
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
-        seed = int(self._seeds.integers(2**63)) if params.seed is None else params.seed
-        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        if request_id in self._requests:
-            raise InputError(f"request_id={request_id!r} is that of an unfinished request: choose another")
-        names = stop_tokens(self.tokenizer, params.stop) if params.stop and self.tokenizer is not None else {}
-        stop_ids |= names.keys()
-        request = Request(request_id, len(tokens), params, tokens, stop_ids, seed, on_chunk=on_chunk)
-        request.stop_names = names
-        if request.max_len > self.max_positions:
-            raise InputError(
-                f"{name} of {len(tokens)} tokens with max_new_tokens={params.max_new_tokens} needs {request.max_len} "
-                f"positions; {self.spec} has {self.max_positions}{self._why_no_more}: shorten one of the two"
-            )
-        if params.stop and self.tokenizer is None:
-            raise InputError(f"stop={params.stop!r} needs text, but {self.spec} has no tokenizer: use stop_token_ids")
-        models.check_ids(self.spec, "stop_token_ids", params.stop_token_ids, self.output_size)
+        request = Request(own_id, len(tokens), params, tokens, stop_ids | named.keys(), on_chunk=on_chunk)
+        request.stop_names = named
         self.scheduler.memory.check(request)
         if self.tokenizer is not None and (on_chunk is not None or params.stop):
             request.text = TextStream(self.tokenizer, params.stop)
         return request
 
-    def _queue(self, request: Request) -> None:
+    def _accept(self, request: Request) -> None:
+        """Take a request: its id is its own until it ends. One that is refused draws no seed of others'."""
+        seed = request.params.seed
+        request.seed = int(self._seeds.integers(2**63)) if seed is None else seed
         self._requests[request.id] = request
-        self.scheduler.add(request)
 
-    def _publish(self, request: Request, choice: Choice) -> StreamChunk:
-        """Turn what a step gave a request into its chunk; whatever fails in here fails this request alone."""
-        ids, text = () if choice.token is None else (choice.token,), ""
-        if choice.error is not None:
-            request.finish(FinishReason.ERROR, error=choice.error)
-        try:
-            if choice.logprob is not None:
-                request.logprobs.append(choice.logprob)
-            if request.text is not None and ids and not request.stopped_by_token:
-                text = request.text.push(*ids, look=request.output_len >= request.params.min_new_tokens)
-                if request.text.stopped is not None:
-                    request.finish(FinishReason.STOP, request.text.stopped)
-            chunk = StreamChunk(request.id, ids, text)
-            if request.on_chunk is not None and request.finish_reason is None:
-                request.on_chunk(chunk)
-        except Exception as failure:
-            request.finish(FinishReason.ERROR, error=repr(failure))
-        return chunk if request.finish_reason is None else self._close(request, ids, text)
 
-    def _close(self, request: Request, ids: tuple[int, ...] = (), text: str = "") -> StreamChunk:
-        """Let a request go that has a finish reason: free its place, record its metrics, hand out its output."""
-        self.scheduler.release(request)
-        self._requests.pop(request.id, None)
-        whole = None
-        if request.text is not None:
-            text += request.text.flush()
-            whole = request.text.text
-            if request.text.stopped is not None and request.finish_reason is FinishReason.LENGTH:
-                request.finish(FinishReason.STOP, request.text.stopped)
-        elif self.tokenizer is not None:
-            whole = decode(self.tokenizer, request.shown_ids)
-        output = request.close(whole, time.perf_counter())
-        chunk = StreamChunk(request.id, ids, text, output)
-        self.metrics.add(output.metrics)
-        if request.on_chunk is not None:
-            try:
-                request.on_chunk(chunk)
-            except Exception:
-                LOG.exception("request %s: its callback failed on the last chunk; its result stands", request.id)
-        return chunk
+def _config(config: EngineConfig | None) -> EngineConfig:
+    """The config given, or the default one."""
+    if config is not None:
+        check_type("config", config, EngineConfig, "give EngineConfig(...)")
+    return EngineConfig() if config is None else config
+
+
+def _params(name: str, params: SamplingParams | None) -> SamplingParams:
+    """The parameters given, or the default ones; `name` is what errors call them."""
+    if params is not None:
+        check_type(name, params, SamplingParams, "give SamplingParams(...)")
+    return SamplingParams() if params is None else params

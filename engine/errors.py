@@ -1,28 +1,111 @@
-"""The one exception a caller of the engine is meant to read, and the checks of values that raise it."""
+"""The one exception a caller of the engine is meant to read, and the checks of values that raise it.
+
+A caller may give anything. What is wrong is found here before any work, so that no request can fail in the
+middle of a step which it shares with others.
+"""
 
 from __future__ import annotations
 
+import math
+import reprlib
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import field, fields
 from typing import Any
 
 UNBOUNDED = 1e300
 KINDS = {int: "a whole number", float: "a finite number", bool: "True or False"}
+SHORT = reprlib.Repr()
+SHORT.maxlist = SHORT.maxtuple = SHORT.maxset = SHORT.maxfrozenset = SHORT.maxarray = 8
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 100
 
 
 class InputError(ValueError):
     """What the caller gave cannot be done: the message names the field, the bound and the way out."""
 
 
-def check(name: str, value: Any, kind: type, low: float = 0, high: float = UNBOUNDED) -> None:
-    """Raise InputError unless `value` is an int, a float or a bool as `kind` says, and from `low` to `high`.
+def shown(value: Any) -> str:
+    """Return a value as errors show it: on one line, cut where it is long, and never failing."""
+    try:
+        return " ".join(SHORT.repr(value).splitlines())
+    except Exception:  # a repr of the caller's may raise, and so does that of an int of thousands of digits
+        return f"<{type(value).__name__}>"
 
-    An int is a good float, a bool is no number, and neither is NaN.
+
+def plain(value: Any) -> Any:
+    """Return the Python number that a NumPy or torch scalar holds, and anything else as it is."""
+    if isinstance(value, int | float | str) or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except Exception:  # an array of several, or no number at all: the caller's checks refuse it as it is
+        return value
+
+
+def check(name: str, value: Any, kind: type, low: float = 0, high: float = UNBOUNDED) -> Any:
+    """Return `value` as an int, float or bool, as `kind` says; raise InputError if it is out of bounds.
+
+    An int is a good float, a bool is no number, and neither is NaN. A scalar of NumPy or torch is as good as
+    the Python number it holds.
     """
-    fits = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    if not fits or not low <= value <= high:
-        form = "g" if kind is float else ""
-        bound = f" of at least {low:{form}}" if high == UNBOUNDED else f" from {low:{form}} to {high:{form}}"
-        raise InputError(f"{name}={value!r} must be {KINDS[kind]}{'' if kind is bool else bound}")
+    number = plain(value)
+    good = int | float if kind is float else kind
+    if isinstance(number, good) and isinstance(number, bool) == (kind is bool):
+        try:
+            number = kind(number)
+        except OverflowError:  # an int that no float is as large as
+            number = math.nan
+        if low <= number <= high:
+            return number
+    form = "g" if kind is float else ""
+    what, bound = KINDS[kind], f" from {low:{form}} to {high:{form}}"
+    if kind is bool or low == -UNBOUNDED:
+        bound = ""
+    elif high >= UNBOUNDED:
+        bound = f" of at least {low:{form}}"
+    if high == math.inf:
+        what = "a number"
+    raise InputError(f"{name}={shown(value)} must be {what}{bound}")
+
+
+def check_text(name: str, value: Any) -> str:
+    """Return `value`; raise InputError unless it is a str that UTF-8 can encode."""
+    if not isinstance(value, str):
+        raise InputError(f"{name}={shown(value)} must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name}={shown(value)} is no valid Unicode: character {error.start} is {value[error.start]!r}, "
+            "half of a surrogate pair or a byte that is no UTF-8: give whole characters"
+        ) from None
+    return value
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise InputError unless `value` is one of the words allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise InputError(f"{name}={shown(value)} must be one of {', '.join(allowed)}")
+
+
+def check_list(name: str, value: Any, what: str = "a list", *, ordered: bool = True) -> tuple[Any, ...]:
+    """Return the items of a list, or of anything else that gives them in an order; `what` is said to be due.
+
+    `ordered=False` takes sets too. Text, bytes and mappings are no lists, nor is what raises when read.
+    """
+    unfit = str | bytes | bytearray | memoryview | Mapping
+    if not isinstance(value, unfit | Set if ordered else unfit):
+        try:
+            return tuple(value)
+        except Exception as error:
+            problem = "" if isinstance(error, TypeError) else f", and reading it raised {shown(error)}"
+            raise InputError(f"{name}={shown(value)} must be {what}{problem}") from error
+    raise InputError(f"{name}={shown(value)} must be {what}")
+
+
+def check_type(name: str, value: Any, kind: type, way_out: str) -> None:
+    """Raise InputError unless `value` is of this class."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name}={shown(value)} must be of class {kind.__name__}: {way_out}")
 
 
 def bounded(default: Any, kind: type, low: float = 0, high: float = UNBOUNDED) -> Any:
@@ -31,8 +114,8 @@ def bounded(default: Any, kind: type, low: float = 0, high: float = UNBOUNDED) -
 
 
 def check_fields(made: Any) -> None:
-    """Check every field of a dataclass instance that is `bounded`."""
+    """Check every field of a dataclass instance that is `bounded`, and keep it as the Python number it is."""
     for known in fields(made):
         value = getattr(made, known.name)
         if known.metadata and not (value is None and known.default is None):
-            check(known.name, value, *known.metadata["bounds"])
+            object.__setattr__(made, known.name, check(known.name, value, *known.metadata["bounds"]))

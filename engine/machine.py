@@ -67,7 +67,8 @@ def placement(device: str, dtype: str) -> tuple[str, str]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and dtype != "int8" else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={device!r} is not here ({str(error).splitlines()[0]}): give auto or cpu") from None
+        torch.empty(0, device=device).tolist()  # a meta device has tensors, but nothing in them
+    except Exception as error:  # whatever torch raises for a word that names no device
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise InputError(f"device={device!r} is not here ({reason}): give auto or cpu") from None
     return device, ("float16" if device.startswith("cuda") else "float32") if dtype in ("auto", "int8") else dtype

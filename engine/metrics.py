@@ -10,6 +10,8 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from engine.errors import check
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -134,7 +136,16 @@ class EngineMetrics:
         return 100.0 * (1.0 - self.model_s / self.step_s) if self.step_s else 0.0
 
     def goodput(self, ttft_ms: float, tpot_ms: float) -> float:
-        """Requests per second that ended by themselves within both limits, among the last ones and in their time."""
+        """Requests per second that ended by themselves within both limits, among the last ones and in their time.
+
+        Args:
+            ttft_ms, tpot_ms: milliseconds; `math.inf` is no limit.
+
+        Raises:
+            InputError: for a limit that is negative or no number.
+        """
+        ttft_ms = check("ttft_ms", ttft_ms, float, 0, math.inf)
+        tpot_ms = check("tpot_ms", tpot_ms, float, 0, math.inf)
         ended = (r for r in self.records if r.finish_reason in ("stop", "length") and r.ttft_ms is not None)
         good = sum((r.ttft_ms or 0.0) <= ttft_ms and (r.tpot_ms or 0.0) <= tpot_ms for r in ended)
         arrivals = [r.arrival_s for r in self.records]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import UNBOUNDED, InputError, bounded, check, check_fields
+from engine.errors import UNBOUNDED, InputError, bounded, check, check_fields, check_list, check_text, shown
 from engine.metrics import RequestMetrics
 
 if TYPE_CHECKING:
@@ -68,19 +68,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check("min_new_tokens", self.min_new_tokens, int, 0, self.max_new_tokens or UNBOUNDED)
-        for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str | Sequence | Set):
-                raise InputError(f"{name}={value!r} must be a list")
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError(f"stop={self.stop!r} must be strings that are not empty")
+        least = check("min_new_tokens", self.min_new_tokens, int, 0, self.max_new_tokens or UNBOUNDED)
+        object.__setattr__(self, "min_new_tokens", least)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, value in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
+            object.__setattr__(self, name, () if value is None else check_list(name, value, ordered=False))
         for text in self.stop:
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError(f"stop={text!r} has half a surrogate pair in it: give whole characters")
-        for token in self.stop_token_ids:
-            check("stop_token_ids", token, int)
+            if not check_text("stop", text):
+                raise InputError(f"stop={shown(self.stop)} must be strings that are not empty")
+        tokens = tuple(check("stop_token_ids", token, int) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", tokens)
 
     def resolved(self, defaults: Mapping[str, Any] = MappingProxyType({})) -> ResolvedParams:
         """With a value in every field: its own, else that of `defaults`, else the one of ResolvedParams."""

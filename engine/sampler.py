@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from engine.cpu.choose import ROUNDING, below_peak, choose, uniform
@@ -24,14 +25,22 @@ def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]
         requests: the R requests, in row order.
 
     Returns:
-        One choice a row. A row with a NaN, or whose largest logit is infinite, gets an error and no token; its
-        neighbours are not affected.
+        One choice a row. A row with a NaN, or whose largest logit is infinite, gets an error and no token,
+        and so does (on a CPU) one that cannot be drawn from; its neighbours are not affected.
     """
     if logits_RV.device.type != "cpu":
         return sample_together(logits_RV, requests)
     if logits_RV.dtype in (torch.float16, torch.bfloat16):
         logits_RV = logits_RV.float()
-    return [choose(logits_V, request) for logits_V, request in zip(logits_RV.numpy(), requests, strict=True)]
+    return [_chosen(logits_V, request) for logits_V, request in zip(logits_RV.numpy(), requests, strict=True)]
+
+
+def _chosen(logits_V: np.ndarray, request: Request) -> Choice:
+    """The row's choice; what raises is this request's own, whatever shares its step."""
+    try:
+        return choose(logits_V, request)
+    except Exception as error:
+        return Choice(None, error=repr(error))
 
 
 def sample_together(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]:

@@ -102,6 +102,13 @@ class Scheduler:
         self.max_step_tokens = tokens // 2
         return True
 
+    def parts(self, step: Step) -> list[Step]:
+        """The halves of a step that failed, to find out whose fault it is; none if it cannot be divided."""
+        if len(step) < 2 or not isinstance(self.memory, PagePool):  # rows are computed together
+            return []
+        middle = len(step) // 2
+        return [step[:middle], step[middle:]]
+
     @property
     def may_preempt(self) -> bool:
         """Whether the next plan might have to: each running request may need a page more than it has."""

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import InputError, check
+from engine.errors import InputError, check, shown
 from engine.request import ResolvedParams, SamplingParams
 
+MOST_IDS = 1 << 24
 NAMES = {  # put a number in place of N: chat-32
     "chat-N": "English prompts of a sentence to a few paragraphs, 8-64 tokens out, EOS honoured",
     "paper-N": "exactly 128 random tokens in and 256 out, EOS ignored",
@@ -53,16 +54,21 @@ def make(name: str, *, vocab_size: int, tokenizer: Any = None, seed: int = 0, ar
     4 characters, at least 12. `arrivals`: "all" at 0; "poisson:RATE" a second from 0; "burst:SIZE:GAP_S".
     Raises InputError for bad names and numbers, and for requests beyond `max_positions`: none is cut to fit.
     """
-    found = re.fullmatch(rf"({'|'.join(NAMES)})-([1-9][0-9]{{0,5}})".replace("-N", ""), str(name))
+    pattern = rf"({'|'.join(NAMES)})-([1-9][0-9]{{0,5}})".replace("-N", "")
+    found = re.fullmatch(pattern, name) if isinstance(name, str) else None
     if not found:
-        raise InputError(f"workload={name!r} must be one of {', '.join(NAMES)}, with N from 1 to 999999")
-    bound = 1 << 30 if max_positions is None else max_positions
-    for field, value, low in (("vocab_size", vocab_size, 2), ("seed", seed, 0), ("max_positions", bound, 1)):
-        check(field, value, int, low)
+        raise InputError(f"workload={shown(name)} must be one of {', '.join(NAMES)}, with N from 1 to 999999")
+    vocab_size, seed = check("vocab_size", vocab_size, int, 2), check("seed", seed, int)
+    if vocab_size > MOST_IDS:
+        raise InputError(f"vocab_size={vocab_size} must be at most {MOST_IDS}: no model has so many tokens")
+    bound = 1 << 30 if max_positions is None else check("max_positions", max_positions, int, 1)
     family, n = found[1], int(found[2])
     shape, draw, clock = (np.random.default_rng([seed, stream]) for stream in range(3))
     due = _arrivals(arrivals, n, clock)
-    ids = np.setdiff1d(range(min(10, vocab_size // 2), vocab_size), getattr(tokenizer, "all_special_ids", []))
+    special = getattr(tokenizer, "all_special_ids", [])
+    ids = np.setdiff1d(np.arange(min(10, vocab_size // 2), vocab_size), special)
+    if not len(ids):
+        raise InputError(f"vocab_size={vocab_size} leaves nothing but the tokenizer's special tokens")
 
     texts = _chat_texts(n, shape) if family == "chat" else []
     log_normal = shape.lognormal(np.log([[70], [28]]), 0.8, (2, n)).round()
@@ -87,15 +93,15 @@ def make(name: str, *, vocab_size: int, tokenizer: Any = None, seed: int = 0, ar
 
 def _arrivals(arrivals: str, n: int, rng: np.random.Generator) -> list[float]:
     with suppress(ValueError):  # from float and int
-        match str(arrivals).split(":"):
+        match arrivals.split(":") if isinstance(arrivals, str) else ():
             case ["all"]:
                 return [0.0] * n
             case ["poisson", rate] if 1e-6 <= float(rate) <= 1e6:
                 return [0.0, *np.cumsum(rng.exponential(1 / float(rate), n - 1)).tolist()]
             case ["burst", size, gap] if int(size) >= 1 and 1e-6 <= float(gap) <= 1e6:
                 return [i // int(size) * float(gap) for i in range(n)]
-    raise InputError(f"arrivals={arrivals!r} must be all, poisson:RATE or burst:SIZE:GAP_S, SIZE at least 1, "
-                     "RATE (a second) and GAP_S from 1e-6 to 1e6")  # fmt: skip
+    bounds = "SIZE at least 1, RATE (a second) and GAP_S from 1e-6 to 1e6"
+    raise InputError(f"arrivals={shown(arrivals)} must be all, poisson:RATE or burst:SIZE:GAP_S, {bounds}")
 
 
 def _encode(text: str, tokenizer: Any) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ def test_special_tokens_are_found_in_any_kind_of_tokenizer():
 
 @pytest.mark.parametrize("stop", ["\ud83d", "a\ude42b"])
 def test_a_stop_that_is_no_text_is_refused(stop):
-    with pytest.raises(InputError, match=r"^stop=.* half a surrogate pair"):
+    with pytest.raises(InputError, match=r"^stop=.* half of a surrogate pair"):
         SamplingParams(stop=stop)
 
 

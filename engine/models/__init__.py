@@ -16,11 +16,10 @@ from engine.models.geometry import (
 )
 from engine.models.loader import LoadedModel, load
 from engine.models.presets import PRESETS, SPECS, Preset, catalogue
-from engine.models.vocabulary import check_ids, check_tokenized, eos_ids, vocabulary
+from engine.models.vocabulary import eos_ids, vocabulary
 
 __all__ = [
-    "PRESETS", "SPECS", "LoadedModel", "ModelError", "Preset", "catalogue", "check_ids", "check_tokenized",
-    "config_numbers", "eos_ids", "kv_bytes_per_token", "kv_layers", "load", "positions", "refuse_other_state",
-    "ropes", "sampling_defaults", "telling_positions", "vocabulary",
-    "with_defaults",
+    "PRESETS", "SPECS", "LoadedModel", "ModelError", "Preset", "catalogue", "config_numbers", "eos_ids",
+    "kv_bytes_per_token", "kv_layers", "load", "positions", "refuse_other_state", "ropes", "sampling_defaults",
+    "telling_positions", "vocabulary", "with_defaults",
 ]  # fmt: skip

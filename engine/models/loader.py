@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import DTYPES
+from engine.errors import check_text
 from engine.machine import cache_dir
 from engine.models.errors import WAYS_OUT, ModelError, in_one_line
 from engine.models.gguf_file import from_gguf
@@ -41,6 +43,7 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
 
     For `random:NAME` equal seed, dtype and kind of device give equal weights; the caller's RNG state stays.
     Stored weights are mapped, not copied, where dtype and device allow; no repository's code is ever run."""
+    spec = check_text("model", os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
     kind, source = _kind(spec)
     import torch
 
@@ -67,10 +70,10 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
 
 def _kind(spec: str) -> tuple[str, str]:
     """random, smollm2, gguf, folder or hub, and the preset's name, the path or the id; ModelError if none."""
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))  # leaves the home of an unknown user as it is
     if spec in SPECS:
         return spec.partition(":")[0], spec.partition(":")[2]
-    if spec and path.exists():
+    if spec and os.path.exists(path):  # a name that is too long for a path is none, and no error
         return "folder" if path.is_dir() else "gguf", str(path)
     if spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not spec.endswith(".gguf"):
         return "hub", spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InputError
@@ -43,21 +43,6 @@ def eos_ids(loaded: LoadedModel, outputs: int) -> frozenset[int]:
             stacklevel=3,
         )
     return known
-
-
-def check_ids(spec: str, name: str, ids: Sequence[int], size: int) -> None:
-    """Raise InputError, calling the ids by `name`, unless each is one of a vocabulary of `size`."""
-    if (bad := next((token for token in ids if not 0 <= token < size), None)) is not None:
-        raise InputError(f"{name} has token id {bad}; the ids of {spec} are 0 to {size - 1}")
-
-
-def check_tokenized(loaded: LoadedModel, name: str, ids: Sequence[int], size: int) -> None:
-    """Raise InputError for a token that the tokenizer has and a model with an embedding of `size` has not."""
-    if loaded.tokenizer is not None and (most := max(ids, default=0)) >= size:
-        raise InputError(
-            f"{name} has {loaded.tokenizer.convert_ids_to_tokens(most)!r}, token {most} of the tokenizer; the ids "
-            f"of {loaded.spec} are 0 to {size - 1}: resize its embedding"
-        )
 
 
 def drop_foreign_pad(spec: str, config: PreTrainedConfig) -> bool:
