@@ -286,7 +286,7 @@ class Engine(Loop):
             problem = "is that of an unfinished request: choose another" if own_id else "must not be empty"
             raise InputError(f"request_id={shown(own_id)} {problem}")
         tokens = self._input.encode(prompt, name)
-        params = with_defaults(params, self.defaults, self.max_positions - len(tokens))
+        params = with_defaults(params, self.defaults, self.max_positions - len(tokens) + 1)
         self._input.check_positions(name, len(tokens), params.max_new_tokens)
         self._input.check_stop(params.stop)
         self._input.check_stop_ids(params.stop_token_ids)

@@ -49,8 +49,8 @@ class InputProcessor:
         return self._tokens("message", lambda: self.tokenizer.apply_chat_template(turns, **options))
 
     def check_positions(self, name: str, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Raise InputError unless the model has a position for each token."""
-        needed = prompt_tokens + max_new_tokens
+        """Raise InputError unless the model has a position for each token but the last, which is not fed back."""
+        needed = prompt_tokens + max_new_tokens - 1
         if needed > self.max_positions:
             asked = f"{name} of {prompt_tokens} tokens with max_new_tokens={max_new_tokens}"
             raise InputError(

@@ -20,10 +20,10 @@ class _Pool:
 
     def check(self, request: Request) -> None:
         """Raise InputError if the request could not run even alone."""
-        if request.max_len > self.capacity:
+        if request.max_positions > self.capacity:
             raise InputError(
                 f"request {request.id}: a prompt of {request.prompt_len} tokens with max_new_tokens="
-                f"{request.params.max_new_tokens} needs {request.max_len} positions of KV memory; it holds "
+                f"{request.params.max_new_tokens} needs {request.max_positions} positions of KV memory; it holds "
                 f"{self.capacity}: raise kv_memory or ask for less"
             )
 
@@ -196,4 +196,4 @@ class RowPool(_Pool):
 
 
 def _width(batch: list[Request]) -> int:
-    return max(r.prompt_len for r in batch) + max(r.params.max_new_tokens for r in batch)
+    return max(r.prompt_len for r in batch) + max(r.params.max_new_tokens for r in batch) - 1

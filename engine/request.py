@@ -181,11 +181,13 @@ class Request:
     error: str | None = None
     result: RequestOutput | None = None
     max_len: int = field(init=False)  # the most tokens it can ever have
+    max_positions: int = field(init=False)  # and of them computed: its last token is not fed back
     greedy: bool = field(init=False)  # it takes the likeliest token that it may have, and wants nothing else
 
     def __post_init__(self) -> None:
         params = self.params = self.params.resolved()
         self.max_len = self.prompt_len + params.max_new_tokens
+        self.max_positions = self.max_len - 1
         self.greedy = params.temperature == 0 and params.repetition_penalty == 1.0 and params.logprobs is None
 
     @property

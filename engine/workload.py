@@ -85,7 +85,7 @@ def make(name: str, *, vocab_size: int, tokenizer: Any = None, seed: int = 0, ar
         prefix = draw.choice(ids, 256 if family == "shared-prefix" else 0).tolist()
         prompts = [(*prefix, *draw.choice(ids, int(length)).tolist()) for length in lengths]
     params = [ResolvedParams(int(limit), ignore_eos=family != "chat") for limit in limits]
-    needs = max(len(prompt) + int(limit) for prompt, limit in zip(prompts, limits, strict=True))
+    needs = max(len(prompt) + int(limit) - 1 for prompt, limit in zip(prompts, limits, strict=True))
     if needs > bound:
         raise InputError(f"max_positions={bound} is too small: the longest request of {name} needs {needs}")
     return Workload(name, seed, arrivals, tuple(map(WorkItem, prompts, params, due)))

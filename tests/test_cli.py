@@ -296,7 +296,7 @@ def test_bench_needs_room_for_the_longest_request(run):
         patch.setitem(models.PRESETS, "tiny-qwen2", short)
         code, out, err = run("bench", "--model", TINY, "--workload", "paper-2")
     assert (code, out) == (2, "")
-    assert err == "error: max_positions=300 is too small: the longest request of paper-2 needs 384\n"
+    assert err == "error: max_positions=300 is too small: the longest request of paper-2 needs 383\n"
 
 
 @pytest.mark.parametrize("wait_for", ["a finished run", "nothing"])

@@ -292,7 +292,11 @@ def test_a_token_of_the_tokenizers_own_that_the_model_lacks(tiny):
     tokenizer = byte_level(300)  # of 300 tokens, and the model has 256
     engine = Engine(dataclasses.replace(tiny().loaded, tokenizer=tokenizer))
     text = next(t for t in ("the end", "quick brown", "lazy dog") if max(tokenizer(t).input_ids) >= 256)
-    refused(engine, lambda: engine.add_request(text), r"^prompt has .*, token \d+ of the tokenizer; the ids of .* are 0 to 255: resize")
+    refused(
+        engine,
+        lambda: engine.add_request(text),
+        r"^prompt has .*, token \d+ of the tokenizer; the ids of .* are 0 to 255: resize",
+    )
 
 
 def test_coroutines_hear_of_their_own_faults_alone(engine, tiny):

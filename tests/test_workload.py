@@ -193,7 +193,7 @@ def test_bad_numbers_name_the_field_and_the_bound(field: str, value: object) -> 
 @pytest.mark.parametrize("family", sorted(BOUNDS))
 def test_max_positions_is_exact(family: str) -> None:
     work = make(f"{family}-8", vocab_size=256)
-    needs = max(map(sum, zip(lengths(work), limits(work), strict=True)))
+    needs = max(map(sum, zip(lengths(work), limits(work), strict=True))) - 1
     assert make(f"{family}-8", vocab_size=256, max_positions=needs) == work
     with pytest.raises(InputError, match=rf"max_positions={needs - 1} is too small.* needs {needs}"):
         make(f"{family}-8", vocab_size=256, max_positions=needs - 1)

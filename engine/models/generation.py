@@ -58,7 +58,7 @@ def sampling_defaults(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def with_defaults(params: SamplingParams, defaults: dict[str, Any], room: int) -> ResolvedParams:
-    """What a request asks for, filled up with a model's defaults, for a prompt that leaves `room` positions.
+    """What a request asks for, filled up with a model's defaults, for a prompt that leaves `room` for so many tokens.
 
     The model's max_new_tokens, which nobody asked for, gives way where that is less.
     """

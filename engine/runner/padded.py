@@ -186,7 +186,7 @@ class PaddedRunner(Runner):
         self._cache, self._layers = None, []  # the last batch's memory goes before the next one's comes
         self._rows = sorted(requests, key=lambda request: -len(request.tokens))
         width = self.pad_columns + len(self._rows[0].tokens)
-        columns = width + max(request.max_len - len(request.tokens) for request in requests)
+        columns = width + max(request.max_positions - len(request.tokens) for request in requests)
         self._starts = np.array([width - len(request.tokens) for request in self._rows])
         self._column = 0
         self._cache = DynamicCache(config=self.model.config)
