@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from engine import __version__
 from engine.config import POLICIES, EngineConfig
-from engine.errors import InputError
+from engine.errors import InputError, check_text, shown
+from engine.output import ERRORS, INTERRUPTED, Output, ending, fail
 from engine.request import SamplingParams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-ERRORS = Console(stderr=True)
 PLOTS = (".png", ".svg", ".pdf")
 
 Model = Annotated[str, typer.Option(help="A hub id, a folder, a .gguf file, 'smollm2' or 'random:NAME'; see models.")]
@@ -28,14 +27,20 @@ Seed = Annotated[int, typer.Option(help="Seeds the workload, random weights and 
 
 
 @app.callback(invoke_without_command=True)
+@ending()
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
-    """Dynamic batching for unmodified Hugging Face Transformers causal language models."""
+    """Dynamic batching for unmodified Hugging Face Transformers causal language models.
+
+    Exit codes: 0 done, 1 a fault of this program, 2 what you can mend (one line says how), 130 interrupted,
+    141 nobody read the output.
+    """
     if version:
-        typer.echo(__version__)
+        Output().write(__version__)
         raise typer.Exit
 
 
 @app.command()
+@ending()
 def bench(
     model: Model = "smollm2",
     policies: Annotated[str, typer.Option(help="Comma-separated; also: generate.")] = ",".join(POLICIES),
@@ -64,7 +69,8 @@ def bench(
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
-        raise InputError(f"batch-sizes={batch_sizes!r} must be whole numbers, comma-separated: 1,4,16") from None
+        problem = "must be whole numbers, comma-separated: 1,4,16"
+        raise InputError(f"batch-sizes={shown(batch_sizes)} {problem}") from None
     pairs = bench_module.ways([policy.strip() for policy in policies.split(",")], sizes)
     for option, path in (("csv", csv), ("json", json), ("plot", plot)):
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
@@ -91,33 +97,36 @@ def bench(
         except KeyboardInterrupt:
             ERRORS.print("interrupted: showing the runs that finished")
     if not runs:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(engine.loaded)}
     environment["dtype"] = engine.config.dtype
     title = f"{workload}, arrivals {arrivals}, on {model} ({environment['dtype']}, {environment['device']})"
     summary = report.summarise(runs)
-    Console(width=None if sys.stdout.isatty() else 180).print(report.table(summary, title))
+    out = Output()
+    out.show(report.table(summary, title), width=180)
     held = {"weights": environment["weight_bytes"], "their packed copies": summary["copied_bytes"].max()}
     held |= {"KV": summary["kv_bytes_peak"].max(), "peak RSS": environment["peak_rss_bytes"]}
     held |= {"peak CUDA": environment["peak_cuda_bytes"]}
-    typer.echo("memory in MiB: " + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in held.items()))
+    out.write("memory in MiB: " + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in held.items()))
     unused = summary[summary["policy"] != "generate"].groupby("policy", sort=False)["kv_unused_mean"].mean()
     if len(unused):
         waste = ", ".join(f"{policy} {positions:,.1f}" for policy, positions in unused.items())
-        typer.echo(f"KV positions that a request held without need, on average: {waste}")
+        out.write(f"KV positions that a request held without need, on average: {waste}")
     if model.startswith("random:"):
-        typer.echo("weights are random: speed does not depend on their values, text would be noise")
+        out.write("weights are random: speed does not depend on their values, text would be noise")
     if csv:
         report.requests_frame(runs).to_csv(csv, index=False)
     if json:
         report.write_json(json, runs, environment)
     if plot:
         report.write_plot(plot, summary, title)
+    out.close()
     if len(runs) < len(pairs) * rounds:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
+@ending()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model; '-' reads standard input.")],
     model: Model = "smollm2",
@@ -140,19 +149,20 @@ def generate(
     params = SamplingParams(
         max_new_tokens, 0, temperature, top_k, top_p, min_p, repetition_penalty, stop=tuple(stop or ()), seed=seed
     )
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = check_text("prompt", _standard_input() if prompt == "-" else prompt)
     if not text.strip():
         raise InputError("prompt is empty: give at least one word")
     config = EngineConfig(device=device, dtype=dtype, seed=seed, generation_config=generation_config)
     from engine.engine import Engine
 
-    engine = Engine.from_pretrained(model, config, progress=True)
+    engine, out = Engine.from_pretrained(model, config, progress=True), Output()
     if params.max_new_tokens is None and "max_new_tokens" not in engine.defaults:
         params = replace(params, max_new_tokens=256)
     chat = not raw and engine.tokenizer is not None and engine.tokenizer.chat_template
     for chunk in engine.stream(engine.chat(text) if chat else text, params):
-        typer.echo(chunk.text, nl=False)
-    typer.echo()
+        out.write(chunk.text, end="")
+    out.write("")
+    out.close()
     assert chunk.output is not None
     if chunk.output.error:
         raise InputError(f"{model} failed: {chunk.output.error}")
@@ -162,7 +172,19 @@ def generate(
     typer.echo(f"{tokens}, TTFT {m.ttft_ms:.0f} ms{rate}", err=True)
 
 
+def _standard_input() -> str:
+    """All text on standard input."""
+    if sys.stdin is None:
+        raise InputError("prompt='-' reads standard input, which is closed: give the text itself")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        problem = f"has byte {error.object[error.start]:#x} at {error.start}, which is no {error.encoding}"
+        raise InputError(f"prompt='-' reads standard input, which {problem}: give it text") from None
+
+
 @app.command()
+@ending()
 def models() -> None:
     """List the named models: parameters, bytes of weights, bytes of keys and values a token."""
     from rich.table import Table
@@ -178,7 +200,7 @@ def models() -> None:
         cells = [row["spec"], row["architecture"], f"{row['parameters']:,}"]
         cells += [f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e3:,.0f} kB" for size in sizes]
         out.add_row(*cells, *(f"{size:,} B" for size in kv), f"{row['positions']:,}")
-    Console(width=None if sys.stdout.isatty() else 140).print(out)
+    Output().show(out, width=140)
 
 
 def main(args: Any = None) -> None:
@@ -186,5 +208,4 @@ def main(args: Any = None) -> None:
     try:
         app(args)
     except (InputError, OSError) as error:
-        ERRORS.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        fail(error)
