@@ -274,7 +274,7 @@ with multiprocessing.get_context("fork").Pool(1) as pool:
     pool.map(work, [0])
 runpy.run_path("vendor/work.py")
 assert sys.modules["sitecustomize"].MINE == 1
-import perf.runs
+import perf.metrics
 """
 
 
