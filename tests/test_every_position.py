@@ -10,16 +10,25 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams
 from engine.models import kv_bytes_per_token
+from engine.runner.graphs import DeviceRunner
 from engine.workload import make
+from tests import reference
 from tests.oracle import Oracle
 
 CONTEXT = 32
 LENGTHS = [(32, 1), (31, 2), (20, 13), (1, 32), (32, 1), (7, 26)]  # prompt, output: to the last position
+GROWS = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+SHORT_LONG = dict(short_factor=[1.0] * 8, long_factor=[4.0] * 8, original_max_position_embeddings=CONTEXT)
+LONG = dict(rope_type="longrope", rope_theta=1e4, factor=4.0, **SHORT_LONG)
 SIZES = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
+LLAMA = dict(max_position_embeddings=CONTEXT, intermediate_size=128, num_key_value_heads=2, head_dim=16)
 KINDS = {
     "gpt2": dict(n_positions=CONTEXT),  # a table of learned positions ends there
-    "llama": dict(max_position_embeddings=CONTEXT, intermediate_size=128, num_key_value_heads=2, head_dim=16),
-    "gemma2": dict(max_position_embeddings=CONTEXT, intermediate_size=128, num_key_value_heads=2, head_dim=16),
+    "opt": dict(max_position_embeddings=CONTEXT, ffn_dim=128, word_embed_proj_dim=64),
+    "llama": LLAMA,
+    "gemma2": LLAMA,
+    "llama, dynamic": dict(**LLAMA, rope_parameters=GROWS),  # other angles for all beyond its last
+    "llama, longrope": dict(**(LLAMA | {"max_position_embeddings": 4 * CONTEXT}), rope_parameters=LONG),
 }
 
 
@@ -27,9 +36,15 @@ KINDS = {
 def made(kind: str) -> Oracle:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind], eos_token_id=2)
+        config = AutoConfig.for_model(kind.split(",")[0], **SIZES, **KINDS[kind], eos_token_id=2)
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     return Oracle(LoadedModel(kind, model, None, "random"))
+
+
+def run_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have packed engines take the runner for a GPU, on this machine's CPU."""
+    monkeypatch.setattr("engine.runner.ways.can_pack", lambda weight: False)
+    monkeypatch.setattr("engine.engine.packed_runner", lambda *given: DeviceRunner(*given[:4], reference))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,13 +57,19 @@ def made(kind: str) -> Oracle:
         dict(policy="continuous", max_batch_size=4, page_size=5),
         dict(policy="continuous", max_step_tokens=7, page_size=4, tokens=44),  # cut, shared, preempted
         dict(policy="continuous", deterministic=True, page_size=32, tokens=32),  # one request fills it
+        dict(policy="continuous", device=True, max_batch_size=4, page_size=5),
+        dict(policy="continuous", device=True, max_step_tokens=7, page_size=4, tokens=44),
     ],
     ids=str,
 )
-def test_requests_up_to_the_last_position_equal_generate(kind, config):
+def test_requests_up_to_the_last_position_equal_generate(monkeypatch, kind, config):
     oracle = made(kind)
+    if config.get("device"):
+        if kind == "llama, dynamic":
+            pytest.skip("its positions are read on the host at every step")
+        run_on_device(monkeypatch)
     tokens = {"kv_memory": config["tokens"] * kv_bytes_per_token(oracle.model)} if "tokens" in config else {}
-    options = {name: value for name, value in config.items() if name != "tokens"}
+    options = {name: value for name, value in config.items() if name not in ("tokens", "device")}
     engine = Engine(oracle.loaded, EngineConfig(**{"kv_memory": 2**22, **options, **tokens}))
     prompts = [[(5 * at + n + i) % 250 + 3 for at in range(n)] for i, (n, _) in enumerate(LENGTHS)]
     params = [SamplingParams(max_new_tokens=limit, ignore_eos=True) for _, limit in LENGTHS]
@@ -57,6 +78,34 @@ def test_requests_up_to_the_last_position_equal_generate(kind, config):
         oracle.check(output, limit)
     if "tokens" in config and config["tokens"] == 44:
         assert engine.metrics.counters.preemptions > 0
+
+
+HOLDERS = [dict(policy="dynamic"), dict(page_size=4), dict(page_size=8, device=True)]
+
+
+@pytest.mark.parametrize(("prompt", "limit"), [(24, 1), (20, 5), (1, 24)])
+@pytest.mark.parametrize("config", HOLDERS, ids=str)
+def test_memory_for_what_is_computed_is_enough(monkeypatch, config, prompt, limit):
+    if config.get("device"):
+        run_on_device(monkeypatch)
+    oracle, options = made("llama"), {name: value for name, value in config.items() if name != "device"}
+    memory = 24 * kv_bytes_per_token(oracle.model)
+    engine = Engine(oracle.loaded, EngineConfig(kv_memory=memory, max_step_tokens=9, **options))
+    params = SamplingParams(max_new_tokens=limit, ignore_eos=True)
+    for output in engine.generate([[*range(3, 3 + prompt)]] * 3, params, progress=False):
+        assert (output.finish_reason, len(output.token_ids)) == ("length", limit)
+        oracle.check(output, limit)
+    assert engine.scheduler.memory.capacity == 24
+    with pytest.raises(InputError, match="needs 25 positions of KV memory; it holds 24"):
+        engine.add_request([*range(3, 3 + prompt)], SamplingParams(max_new_tokens=limit + 1))
+
+
+def test_angles_are_of_the_models_own_positions_alone(monkeypatch):
+    """Pages that end beyond the last position must not make a table of angles for a longer text."""
+    run_on_device(monkeypatch)
+    engine = Engine(made("llama, longrope").loaded, EngineConfig(page_size=5, kv_memory=2**22))
+    engine.generate([[5] * CONTEXT], SamplingParams(max_new_tokens=1), progress=False)
+    assert [len(table) for table in engine.runner.model.base_model.rotary_emb.tables.values()] == [CONTEXT]
 
 
 @pytest.mark.parametrize("policy", ["dynamic", "continuous"])

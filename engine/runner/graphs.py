@@ -166,7 +166,9 @@ class DeviceRunner(Runner):
         """
         known = probe(model, self.pool.capacity)
         self._prove(known)
-        stream, undo = fuse(self.model, self.layers, self.kernels, self._columns * self.pool.page_size)
+        # The last page may end beyond the last position, and angles be others for a text that goes there.
+        angles = min(self._columns * self.pool.page_size, positions(model.config)[0])
+        stream, undo = fuse(self.model, self.layers, self.kernels, angles)
         few, stream.few = stream.few, 0
         try:
             self._prove(known)
