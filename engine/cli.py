@@ -14,7 +14,8 @@ import typer
 from engine import __version__
 from engine.config import POLICIES, EngineConfig
 from engine.errors import InputError, check_text, shown
-from engine.output import ERRORS, INTERRUPTED, Output, ending, fail
+from engine.output import INTERRUPTED, Output, ending, fail
+from engine.progress import Progress
 from engine.request import SamplingParams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -60,8 +61,6 @@ def bench(
     'sequential' is the batch=1 baseline, whose tokens the others' are compared with; 'generate' is Transformers' own.
     Workloads: chat is English, paper 128 tokens in and 256 out, mixed log-normal. Ctrl-C shows what has finished.
     """
-    from rich.progress import Progress
-
     from engine import bench as bench_module, report
     from engine.engine import Engine
     from engine.workload import make
@@ -88,14 +87,13 @@ def bench(
     limits = {"vocab_size": engine.vocab_size, "max_positions": engine.max_positions}
     work = make(workload, tokenizer=engine.tokenizer, seed=seed, arrivals=arrivals, **limits)
     runs: list[bench_module.Run] = []
-    with Progress(console=ERRORS, transient=True) as bar:
-        task = bar.add_task(f"{workload} on {model}", total=len(pairs) * rounds)
+    with Progress(f"{workload} on {model}", len(pairs) * rounds, unit="runs") as bar:
         try:
             for run in bench_module.bench(engine.loaded, work, pairs, config, rounds):
                 runs.append(run)
-                bar.advance(task)
+                bar.advance()
         except KeyboardInterrupt:
-            ERRORS.print("interrupted: showing the runs that finished")
+            bar.write("interrupted: showing the runs that finished")
     if not runs:
         raise typer.Exit(INTERRUPTED)
     environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(engine.loaded)}

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from engine.config import EngineConfig
@@ -34,6 +33,7 @@ from engine.models import (
     with_defaults,
 )
 from engine.pages import PagePool, RowPool
+from engine.progress import Progress
 from engine.request import FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
 from engine.runner.graphs import packed_runner
 from engine.runner.packed import page_token_bytes
@@ -43,6 +43,7 @@ from engine.text import TextStream, stop_tokens
 from engine.workload import WorkItem
 
 LOG = logging.getLogger(__name__)
+BAR_AFTER_S = 2.0
 NAP_S = 60.0  # at most, while nothing is due: a clock cannot sleep for any number of seconds
 
 
@@ -173,7 +174,8 @@ class Engine(Loop):
         Args:
             prompts: texts or lists of token ids (a single text is a list of one).
             params: one for all, or one for each; what it leaves open, the model may say (`EngineConfig`).
-            progress: show a bar on standard error if it takes longer than two seconds.
+            progress: show on standard error how far it is: a bar, if it takes longer than two seconds, or
+                where that is no terminal a line every ten seconds.
 
         Returns:
             An output a prompt. A request that failed alone says so in its `finish_reason` and `error`. Ctrl-C ends
@@ -210,16 +212,17 @@ class Engine(Loop):
             request.arrival = start + after
             self._accept(request)
         pending = deque(sorted(requests, key=lambda request: request.arrival))
-        with tqdm(total=len(requests), unit="req", desc="generate", delay=2.0, disable=not progress) as bar:
+        options: Any = dict(unit="requests", shown=progress, delay_s=BAR_AFTER_S)
+        with Progress("generate", len(requests), **options) as bar:
             try:
                 while any(request.result is None for request in requests):
                     while pending and pending[0].arrival <= time.perf_counter():
                         self._queue(pending.popleft())
                     if not self.has_work:
                         time.sleep(min(max(0.0, pending[0].arrival - time.perf_counter()), NAP_S))
-                    bar.update(sum(chunk.output is not None for chunk in self.step()))
+                    bar.advance(sum(chunk.output is not None for chunk in self.step()))
             except KeyboardInterrupt:
-                bar.write("interrupted: unfinished requests end with reason 'abort'", file=sys.stderr)
+                bar.write("interrupted: unfinished requests end with reason 'abort'")
             finally:
                 for request in requests:
                     self._end(request, FinishReason.ABORT)

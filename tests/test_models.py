@@ -458,14 +458,6 @@ def test_nothing_is_printed_and_every_switch_is_put_back(
     assert (switches.is_progress_bar_enabled(), logging.getLogger("transformers").level) == (bars, level)
 
 
-def test_progress_goes_to_stderr_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    load("random:tiny-llama", progress=True)
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "Loading random:tiny-llama" in shown.err
-
-
 def test_importing_this_room_imports_no_heavy_library() -> None:
     code = "import sys, engine.models; print({'torch', 'transformers', 'pandas', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from engine.models.presets import PRESETS, SPECS
 from engine.models.smollm2 import SMOLLM2_PRE, SMOLLM2_SHA256, sha256, smollm2_folder
 from engine.models.stored import read, refuse_adapter
 from engine.models.tokenizers import find_tokenizer
+from engine.progress import Progress, on_terminal
 
 if TYPE_CHECKING:
     import torch
@@ -101,22 +103,21 @@ def _random(name: str, place: torch.device, dtype: str, seed: int) -> PreTrained
 
 @contextlib.contextmanager
 def _guarded(spec: str, progress: bool, own_bars: bool) -> Iterator[Callable[[str], object]]:
-    """Quiet libraries, any failure in one line, progress by a spinner or by the libraries' own bars."""
+    """Quiet libraries, any failure in one line, progress in our words or, on a terminal, libraries' bars."""
     from huggingface_hub.utils import logging as hub_switches
-    from rich.console import Console
     from transformers.utils import logging as switches
 
     with contextlib.ExitStack() as stack:
         for chatter in (switches, hub_switches):
             stack.callback(chatter.set_verbosity, chatter.get_verbosity())
             chatter.set_verbosity_error()
-        if switches.is_progress_bar_enabled() and not (progress and own_bars):
+        own_bars = own_bars and progress and on_terminal(sys.stderr)
+        if switches.is_progress_bar_enabled() and not own_bars:
             stack.callback(switches.enable_progress_bar)
             switches.disable_progress_bar()
-        spin = Console(stderr=True).status("Starting") if progress and not own_bars else None
-        tell = stack.enter_context(spin).update if spin else len  # len: as good as doing nothing
+        words = stack.enter_context(Progress("Starting", shown=progress and not own_bars))
         try:
-            yield tell
+            yield words.tell
         except ModelError:
             raise
         except Exception as error:  # a broken file makes the libraries raise anything, OSError to KeyError

@@ -1,0 +1,128 @@
+"""Progress of what takes a while, on standard error: a bar on a terminal, in a log a line now and then."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+LINE_EVERY_S = 10.0  # at most; and none for what takes less
+REDRAW_EVERY_S = 0.1
+
+
+def on_terminal(stream: TextIO | None) -> bool:
+    """Return whether a stream is a terminal that can move its cursor: not a log that wishes for colours."""
+    if stream is None or stream.closed or not stream.isatty():
+        return False
+    return os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+class Progress:
+    """How far a piece of work is. Use it as a context, around the work.
+
+    Args:
+        what: what is done.
+        total: of how many parts, each counted by `advance`; None where only `tell` says what is done now.
+        unit: what a part is called.
+        shown: False shows nothing at all.
+        delay_s: a bar appears only for what takes longer, seconds.
+        stream: where to; standard error if None.
+        clock: gives seconds, of which only differences count.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int | None = None,
+        *,
+        unit: str = "",
+        shown: bool = True,
+        delay_s: float = 0.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._what, self._total, self._unit, self._done = what, total, unit, 0
+        self._stream = sys.stderr if stream is None else stream
+        self._shown = shown and self._stream is not None
+        self._has_bar = self._shown and on_terminal(self._stream)
+        self._clock, self._delay_s = clock, delay_s
+        self._began = self._last = clock()
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Progress:
+        if self._has_bar and not self._delay_s:
+            self._draw()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._shown = False
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, parts: int = 1) -> None:
+        """Count parts that are done."""
+        self._done += parts
+        self._show()
+
+    def tell(self, what: str) -> None:
+        """Say what is done from now on."""
+        self._what = what
+        self._show()
+
+    def write(self, line: str) -> None:
+        """Write a line, whether or not anything else is shown, in place of the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._stream is not None:
+            print(line, file=self._stream, flush=True)
+
+    def _show(self) -> None:
+        if not self._shown:
+            return
+        now = self._clock()
+        wait = REDRAW_EVERY_S if self._has_bar else LINE_EVERY_S
+        new_words = self._has_bar and self._total is None
+        if now - self._began < self._delay_s or (now - self._last < wait and not new_words):
+            return
+        self._last = now
+        if self._has_bar:
+            self._draw()
+        else:
+            count = "" if self._total is None else f": {self._done:,}/{self._total:,} {self._unit}".rstrip()
+            print(f"{self._what}{count}, {now - self._began:,.0f} s", file=self._stream, flush=True)
+
+    def _draw(self) -> None:
+        """Draw the bar as it is now."""
+        if self._bar is None:
+            self._bar = self._new_bar()
+        for task in self._bar.task_ids:
+            self._bar.update(task, description=self._what, completed=self._done, refresh=True)
+
+    def _new_bar(self) -> Bar:
+        from rich import progress
+        from rich.console import Console
+
+        words = progress.TextColumn("{task.description}", markup=False)
+        columns: list[progress.ProgressColumn] = [progress.SpinnerColumn(), words]
+        if self._total is not None:
+            unit, left = progress.TextColumn(self._unit), progress.TimeRemainingColumn()
+            columns = [words, progress.BarColumn(), progress.MofNCompleteColumn(), unit, left]
+        bar = progress.Progress(
+            *columns,
+            console=Console(file=self._stream, force_terminal=True),
+            transient=True,
+            redirect_stdout=False,
+            # What is counted is drawn when it changes: a thread that draws would disturb what is measured.
+            auto_refresh=self._total is None,
+        )
+        bar.start()
+        bar.add_task(self._what, total=self._total)
+        return bar
