@@ -62,9 +62,14 @@ class Counters:
     batch_sizes: Counter[int] = field(default_factory=Counter)
 
     @property
+    def requests_advanced(self) -> int:
+        """Requests of each step, summed over all steps."""
+        return sum(size * steps for size, steps in self.batch_sizes.items())
+
+    @property
     def kv_unused_mean(self) -> float:
         """Positions of KV memory that a running request held without need, on average over steps and requests."""
-        return self.kv_unused_tokens / max(1, sum(self.batch_sizes.elements()))
+        return self.kv_unused_tokens / max(1, self.requests_advanced)
 
     @property
     def padding_ratio(self) -> float:
@@ -179,7 +184,7 @@ class EngineMetrics:
         flat = {"requests": self.requests, **{name: getattr(self, name) for name in own}, **counters}
         flat["padding_ratio"] = self.counters.padding_ratio
         flat["kv_unused_mean"] = self.counters.kv_unused_mean
-        flat["batch_size_mean"] = sum(self.counters.batch_sizes.elements()) / max(1, self.counters.steps)
+        flat["batch_size_mean"] = self.counters.requests_advanced / max(1, self.counters.steps)
         for name, column in self.summary().items():
             short = str(name).removesuffix("_ms")
             for row, label in (("mean", "mean"), ("50%", "p50"), ("95%", "p95"), ("99%", "p99")):

@@ -284,6 +284,15 @@ def test_batch_size_mean_is_the_mean_of_the_histogram():
     assert metrics.flat()["batch_size_mean"] == 3.0
 
 
+def test_a_summary_takes_no_longer_the_more_steps_there_were():
+    """It once looked at every step that there had been: after days, each look took longer than the last."""
+    metrics = EngineMetrics()
+    metrics.count_step(4, step_result(), 1.0, unused=8)
+    metrics.counters.batch_sizes[4] = metrics.counters.steps = 10**15
+    metrics.counters.kv_unused_tokens = 8 * 10**15
+    assert (metrics.flat()["batch_size_mean"], metrics.flat()["kv_unused_mean"]) == (4.0, 2.0)
+
+
 def test_flat_says_none_where_nothing_was_measured():
     flat = engine_metrics(record(**SINGLE)).flat()
     assert [flat[f"tpot_{label}_ms"] for label in ("mean", "p50", "p95", "p99")] == [None] * 4
