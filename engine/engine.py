@@ -264,7 +264,7 @@ class Engine(Loop):
         """
         held, self.scheduler.waiting = self.scheduler.waiting, deque()
         try:
-            trial = self.add_request([0], SamplingParams(max_new_tokens=1))
+            trial = self.add_request([0], SamplingParams(max_new_tokens=1, temperature=0, seed=0))
             for _ in range(len(self._requests)):  # each step that raises ends one of them at least
                 try:
                     while trial.result is None:
