@@ -54,14 +54,19 @@ def processors(root: Path = ROOT) -> float | None:
 def _groups(controller: str, root: Path) -> Iterator[Path]:
     """The folders of the groups that this process is in for a controller: its own, then their ancestors."""
     for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
+        parts = line.split(":", 2)
+        if len(parts) < 3:  # not a line of that file
+            continue
+        number, controllers, path = parts[0], parts[1], parts[2].removesuffix(" (deleted)")
         if controller not in controllers.split(",") and (number, controllers) != ("0", ""):
             continue
         for shown, mount in _mounts("" if not controllers else controller, root):
             inside = Path(path).relative_to(shown) if Path(path).is_relative_to(shown) else Path()
             group = mount / inside
-            if ".." in inside.parts or not group.is_dir():  # the mount shows our own group, by another name
+            if ".." in inside.parts:  # the mount shows our own group, by another name
                 group = mount
+            while not group.is_dir() and group != mount:  # gone, or not shown: its ancestors' limits hold
+                group = group.parent
             yield group
             while group != mount:
                 group = group.parent
@@ -72,9 +77,12 @@ def _mounts(controller: str, root: Path) -> Iterator[tuple[str, Path]]:
     """Where a controller's hierarchy is mounted, version 2's if "": the group shown there, and the folder."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
-        kind, *_, options = after.split(" ")
+        words, rest = before.split(" "), after.split(" ")
+        if len(words) < 5 or len(rest) < 3:  # not a line of that file
+            continue
+        kind, options = rest[0], rest[-1]
         if kind == ("cgroup" if controller else "cgroup2") and controller in ("", *options.split(",")):
-            shown, folder = (_unescaped(word) for word in before.split(" ")[3:5])
+            shown, folder = map(_unescaped, words[3:5])
             yield shown, root / folder.lstrip("/")
 
 

@@ -70,7 +70,7 @@ class EngineConfig:
         bytes_or_share: Any = (int, 1) if isinstance(plain(self.kv_memory), int) else (float, 1e-9, 1)
         object.__setattr__(self, "kv_memory", check("kv_memory", self.kv_memory, *bytes_or_share))
         if self.metrics_window is not None:
-            window = check("metrics_window", self.metrics_window, int, 1)
+            window = check("metrics_window", self.metrics_window, int, 1, 2**31)
             object.__setattr__(self, "metrics_window", window)
         if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
             raise InputError("runner='padded' can be neither continuous nor deterministic: use runner='packed'")

@@ -77,8 +77,12 @@ class Engine(Loop):
         self.defaults = sampling_defaults(loaded) if config.generation_config == "auto" else {}
         token_bytes = kv_bytes_per_token(model)
         memory = kv_memory(model, config, min(config.max_step_tokens or sys.maxsize, self.max_positions))
-        if memory < token_bytes * (config.page_size if config.runner == "packed" else 1):
+        if memory < token_bytes:
             raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")
+        if config.runner == "packed" and memory < token_bytes * config.page_size:
+            raise InputError(
+                f"page_size={config.page_size} is too large: a page takes more than kv_memory, {memory} bytes"
+            )
         try:
             self._build(config, memory, token_bytes)
         except InputError as error:
@@ -105,7 +109,10 @@ class Engine(Loop):
             page_bytes = page_token_bytes(self.model) * config.page_size
             pages = memory // page_bytes
             if not pages:
-                raise InputError(f"kv_memory={config.kv_memory} is too small: a page takes {page_bytes} bytes")
+                much = (
+                    f"a page of page_size={config.page_size} takes {page_bytes} bytes: raise the one or lower the other"
+                )
+                raise InputError(f"kv_memory={config.kv_memory} is too small: {much}")
             pool = PagePool(min(pages, useful), config.page_size, config.prefix_caching)
             self.runner = packed_runner(self.model, pool, config.deterministic, rows, config.dtype == "int8")
             self.scheduler = Scheduler(config.policy, rows, tokens, pool)
@@ -285,7 +292,7 @@ class Engine(Loop):
         if own_id is None:
             names = (f"request-{number}" for number in self._numbers)
             own_id = next(free for free in names if free not in self._requests)
-        elif not check_text("request_id", own_id) or own_id in self._requests:
+        elif not (own_id := check_text("request_id", own_id)) or own_id in self._requests:
             problem = "is that of an unfinished request: choose another" if own_id else "must not be empty"
             raise InputError(f"request_id={shown(own_id)} {problem}")
         tokens = self._input.encode(prompt, name)

@@ -33,10 +33,10 @@ def shown(value: Any) -> str:
 
 def plain(value: Any) -> Any:
     """Return the Python number that a NumPy or torch scalar holds, and anything else as it is."""
-    if isinstance(value, int | float | str) or not hasattr(value, "item"):
+    if isinstance(value, int | float | str):
         return value
     try:
-        return value.item()
+        return value.item() if hasattr(value, "item") else value
     except Exception:  # an array of several, or no number at all: the caller's checks refuse it as it is
         return value
 
@@ -52,7 +52,7 @@ def check(name: str, value: Any, kind: type, low: float = 0, high: float = UNBOU
     if isinstance(number, good) and isinstance(number, bool) == (kind is bool):
         try:
             number = kind(number)
-        except OverflowError:  # an int that no float is as large as
+        except Exception:  # an int that no float is as large as; a class of the caller's that can't be converted
             number = math.nan
         if low <= number <= high:
             return number
@@ -68,7 +68,7 @@ def check(name: str, value: Any, kind: type, low: float = 0, high: float = UNBOU
 
 
 def check_text(name: str, value: Any) -> str:
-    """Return `value`; raise InputError unless it is a str that UTF-8 can encode."""
+    """Return `value` as a plain str; raise InputError unless it is one that UTF-8 can encode."""
     if not isinstance(value, str):
         raise InputError(f"{name}={shown(value)} must be text")
     try:
@@ -78,7 +78,7 @@ def check_text(name: str, value: Any) -> str:
             f"{name}={shown(value)} is no valid Unicode: character {error.start} is {value[error.start]!r}, "
             "half of a surrogate pair or a byte that is no UTF-8: give whole characters"
         ) from None
-    return value
+    return str.__str__(value)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:

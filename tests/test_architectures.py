@@ -51,6 +51,14 @@ SHAPES: dict[str, tuple[str, dict]] = {
     "phimoe, window": ("phimoe", EXPERTS | dict(sliding_window=100)),
     "falcon, one KV head": ("falcon", {**SIZES, "multi_query": True, "parallel_attn": True}),
     "bloom": ("bloom", dict(vocab_size=256, hidden_size=64, n_layer=3, n_head=4, initializer_range=0.3)),
+    "roformer": ("roformer", SIZES | dict(is_decoder=True, embedding_size=64)),
+    "llama": ("llama", SIZES),
+    "llama4": (
+        "llama4_text",
+        EXPERTS
+        | dict(intermediate_size_mlp=64, layer_types=["full_attention"] * 4, no_rope_layers=[0] * 4)
+        | dict(attn_temperature_tuning=True, floor_scale=16, attn_scale=0.5),
+    ),
     "bart": ("bart", dict(vocab_size=256, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64)),
     "bert": ("bert", SIZES),
     "openai-gpt": ("openai-gpt", dict(vocab_size=256, n_embd=64, n_layer=2, n_head=4)),
@@ -213,6 +221,23 @@ def test_what_padding_or_chunks_would_change_is_refused_when_padded(name):
     """BART counts positions from the first column, BERT looks ahead."""
     with pytest.raises(InputError, match="gives other logits when padded"):
         PaddedRunner(made(name).model)
+
+
+@pytest.mark.parametrize("name", ["gemma4 that shares", "gemma3n", "roformer", "llama", "bloom"])
+def test_rows_that_leave_one_after_another_change_nothing_for_the_others(name):
+    """Some layers hold nothing; some models count positions by the columns that they see."""
+    oracle, ends = made(name), (1, 12, 4, 30)
+    engine = Engine(oracle.loaded, EngineConfig(policy="dynamic", max_batch_size=4, kv_memory=2**23))
+    params = [SamplingParams(max_new_tokens=end, ignore_eos=True) for end in ends]
+    outputs = engine.generate([prompt_of(n) for n in (60, 5, 9, 3)], params, progress=False)
+    for output, end in zip(outputs, ends, strict=True):
+        oracle.check(output, end)
+
+
+def test_a_temperature_by_column_is_refused_when_padded():
+    """Llama 4 takes it from the length of the cache, in which a row's padding counts."""
+    with pytest.raises(InputError, match="gives other logits when padded far"):
+        PaddedRunner(made("llama4").model)
 
 
 # Experts

@@ -215,6 +215,18 @@ def test_ends_of_turns_and_messages_end_an_output(path: Path) -> None:
         {"rope.scaling.yarn_attn_factor": 1.5, **YARN_KEYS},
         {"rope.scaling.yarn_log_multiplier": 0.1, **YARN_KEYS},
         {"rope.scaling.alpha": 1000.0},
+        {"attention.sliding_window": "x"},
+        {"rope.freq_base": "x"},
+        {"rope.freq_base": 0.0},
+        {"rope.freq_base": math.nan},
+        {"rope.scaling.factor": -2.0, "rope.scaling.type": "linear"},
+        {"rope.scaling.factor": math.inf, "rope.scaling.type": "linear"},
+        {"rope.scaling.factor": [1.0], "rope.scaling.type": "linear"},
+        {"rope.scaling.original_context_length": 0, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+        {"rope.scaling.yarn_beta_fast": math.nan, **YARN_KEYS},
+        {"rope.dimension_count": "x"},
+        {"attention.head_count_kv": 0},
+        {"context_length": 0},
         {"something.new": 1},
         {"tensor_data_layout": "another"},
         {".adapter.type": "lora"},
@@ -255,6 +267,14 @@ def test_a_tensor_without_a_parameter_is_refused_by_name(name: str, path: Path) 
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
+        (
+            {"rope_freqs.weight": np.zeros(8, np.float32)},
+            r"rope_freqs\.weight, a tensor of numbers that must be above 0",
+        ),
+        (
+            {"rope_freqs.weight": np.full(8, np.nan, np.float32)},
+            r"rope_freqs\.weight, a tensor of numbers that must be",
+        ),
         ({"rope_freqs.weight": np.full(7, 2, np.float32)}, r"rope_freqs\.weight, a tensor of 7 numbers"),
         ({"blk.0.attn_q.weight": None}, r"lacks 1 of its weights, such as model\.layers\.0\.self_attn"),
         (

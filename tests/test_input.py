@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import math
 
@@ -316,3 +317,47 @@ def test_coroutines_hear_of_their_own_faults_alone(engine, tiny):
 
     for output, tokens in zip(asyncio.run(run()), (40, 9), strict=True):
         tiny().check(output, tokens)
+
+
+class Unreadable:
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+class NoNumber(int):
+    def __int__(self):
+        raise RuntimeError("no number")
+
+
+class Pretender:
+    __class__ = int
+
+
+@pytest.mark.parametrize("value", [Unreadable(), NoNumber(4), Pretender()], ids=["attributes", "conversion", "class"])
+@pytest.mark.parametrize("name", ["max_new_tokens", "ignore_eos", "seed"])
+def test_values_that_raise_when_looked_at_are_refused(name, value):
+    with pytest.raises(InputError, match=f"^{name}="):
+        SamplingParams(**{name: value})
+
+
+def test_ids_of_a_class_of_the_callers_are_plain_text(engine):
+    class Name(str):
+        def __hash__(self):
+            raise RuntimeError("no hash")
+
+    request = engine.add_request([5], exactly(2), request_id=Name("mine"))
+    assert (type(request.id), request.id) == (str, "mine")
+    assert engine.abort(Name("mine")).request_id == "mine"
+
+
+@pytest.mark.parametrize("stated", [0, -5])
+def test_a_number_of_positions_that_cannot_be_is_refused(tiny, stated):
+    model = copy.deepcopy(tiny().loaded.model)
+    model.config.max_position_embeddings = stated
+    with pytest.raises(InputError, match=r"^max_position_embeddings=.* must be a whole number of at least 1"):
+        Engine(dataclasses.replace(tiny().loaded, model=model))
+
+
+def test_a_page_that_memory_cannot_hold_is_told_by_its_size(tiny):
+    with pytest.raises(InputError, match="page_size=1099511627776 is too large: a page takes more than kv_memory"):
+        Engine(tiny().loaded, EngineConfig(page_size=2**40))

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 TAKEN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 WAY_OUT = "mend the file, or set generation_config='none'"
-# What else changes the tokens that `model.generate` gives, and the value by which it changes nothing.
+# What else changes the tokens that `model.generate` gives, and the value by which it changes nothing. (max_length gives
+# way to max_new_tokens there, of which every request has one.)
 IGNORED: dict[str, Any] = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0.0,
     "penalty_alpha": 0.0, "dola_layers": None, "constraints": None, "force_words_ids": None,

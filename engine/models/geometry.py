@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from engine.errors import InputError
+from engine.errors import InputError, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -96,7 +96,8 @@ def positions(config: PreTrainedConfig) -> tuple[int, str]:
     gets would depend on its company there, and its cache would mix both. The bound of `dynamic` RoPE is the model's own
     number of positions, which no request passes; that of `longrope` lies below.
     """
-    most = int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize)
+    stated = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = sys.maxsize if stated is None else int(check("max_position_embeddings", stated, int, 1))
     bounds = [rope["original_max_position_embeddings"] for rope in ropes(config) if rope["rope_type"] == "longrope"]
     bound = min(bounds, default=most)
     if bound >= most:

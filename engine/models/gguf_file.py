@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.models.errors import ModelError
-from engine.models.gguf_keys import take_keys
+from engine.models.gguf_keys import check_values, take_keys
 from engine.models.gguf_rope import ROPE_TENSORS, take_rope
 from engine.models.gguf_tokenizer import ENDS, gguf_tokenizer
 from engine.models.stored import causal_lm
@@ -65,6 +65,7 @@ def from_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     from transformers import AutoConfig, GgufConfig
 
     _refuse_other_kinds(file)
+    check_values(file)
     where = {"gguf_file": path.name}
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that heeds no switch
         tokenizer = gguf_tokenizer(file)

@@ -81,6 +81,34 @@ MEANINGS = {
 }
 
 
+TEXTS = {"rope.scaling.type", "tensor_data_layout", "pooling_type"}
+POSITIVE = {
+    "block_count", "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv",
+    "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count", "rope.scaling.original_context_length",
+}  # fmt: skip
+
+
+def check_values(file: GgufFile) -> None:
+    """Refuse by its key a value that no such key can have, before anything is computed from it.
+
+    Raises:
+        ModelError: for text or a truth where a number is due, a number that is negative or not finite, and 0 where
+            something is divided by it or has to be there.
+    """
+    for key, value in file.own.items():
+        if key in TEXTS:
+            if not isinstance(value, str):
+                raise file.refusal(key, "which must be text")
+            continue
+        if isinstance(value, list) and key.startswith("rope.") and key != "rope.dimension_sections":
+            raise file.refusal(key, "one value a layer")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, str) or not (number >= 0 and math.isfinite(number)):
+                raise file.refusal(key, "which must be a number of 0 or more")
+        if key in POSITIVE and not (any(value) if isinstance(value, list) else value):
+            raise file.refusal(key, "which must be above 0")
+
+
 def take_keys(file: GgufFile, config: PreTrainedConfig) -> None:
     """Put into the config what the file says and Transformers leaves out; rope.* keys are `gguf_rope`'s.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from engine.models.gguf_keys import head_dim
@@ -102,6 +103,8 @@ def _longrope(
     for name, values in factors.items():
         if len(values) != width // 2:
             raise file.refusal(name, f"a tensor of {len(values)} numbers for {width // 2} frequencies")
+        if not all(0 < factor < math.inf for factor in values):
+            raise file.refusal(name, "a tensor of numbers that must be above 0")
     if attention == 1.0 and all(factor == 1.0 for values in factors.values() for factor in values):
         return {}
     return {

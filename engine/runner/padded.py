@@ -22,7 +22,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from engine.models import refuse_other_state
+from engine.models import positions, refuse_other_state
 from engine.request import Request, ResolvedParams
 from engine.runner import Runner, StepResult
 from engine.runner.verify import check_equal, check_finite, proof_text, refused
@@ -32,7 +32,9 @@ from engine.scheduler import Step
 # What one more forward pass costs, in tokens of prefill: it reads all weights again. Measured on a CPU at about 20;
 # on a GPU a pass of a small model costs as much as some hundreds of tokens.
 PASS_TOKENS = {"cpu": 32, "cuda": 1024}
-PROOF_TOKENS, PROOF_DECODES, PROOF_STEP = 12, 2, 6  # of the proof at load: its text, steps after the prompt, a pass
+# Of the proof at load: its text, the prompts of its requests and after how many steps each leaves, positions of a pass.
+PROOF_TOKENS, PROOF_LENGTHS, PROOF_LEAVES, PROOF_STEP = 14, (10, 6, 3), (1, 2, 2), 6
+PROOF_FAR, FAR_COLUMNS = 6, 8192  # tokens of the text behind so many columns of padding
 
 
 class RowLayer(DynamicLayer):
@@ -73,8 +75,30 @@ class RowLayer(DynamicLayer):
     def move(self, source: int, target: int) -> None:
         """Copy one row over another, in the columns in use."""
         _, first, column = self.origin
-        for buffer in self.buffers:
+        for buffer in self.buffers if self.is_initialized else ():  # a layer may read another's
             buffer[target, :, first:column] = buffer[source, :, first:column]
+
+
+class BlankLayer(DynamicLayer):
+    """One layer's keys and values of so many columns of padding, which take no memory, before those of one pass."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def get_seq_length(self) -> int:
+        """How many columns come before those of the pass."""
+        return self.columns
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pass's keys and values behind zeros; nothing is kept."""
+        keys, values = (
+            torch.cat([states.new_zeros(()).expand(*states.shape[:2], self.columns, states.shape[3]), states], 2)
+            for states in (key_states, value_states)
+        )
+        return keys, values
 
 
 class PaddedRunner(Runner):
@@ -111,10 +135,10 @@ class PaddedRunner(Runner):
 
     @torch.inference_mode()
     def _prove(self) -> None:
-        """Compute two requests of unlike length together, and compare with the model's own logits of their text.
+        """Compute requests of unlike length together, and compare with the model's own logits of their text.
 
-        Their prompts are cut into several passes and padded, which says whether a model looks ahead, and whether it
-        counts positions from a row's first token.
+        Their prompts are cut into several passes and padded, and the longest and the next leave before the last.
+        That says whether a model looks ahead, and whether it counts positions from a row's first token.
 
         Raises:
             InputError: if the logits differ, or for whatever the model raises.
@@ -125,18 +149,32 @@ class PaddedRunner(Runner):
         with refused(self.model, "be padded"):
             ids_1T = torch.tensor([text], device=self.model.device)
             expected_TV = check_finite(self.model, self.model(ids_1T, use_cache=False).logits[0])
-            lengths = [PROOF_TOKENS - PROOF_DECODES, PROOF_TOKENS // 2 - 1]
-            params = ResolvedParams(max_new_tokens=PROOF_DECODES + 1)
-            requests = [Request(f"proof-{n}", n, params, text[:n]) for n in lengths]
-            for _ in range(PROOF_DECODES + 1):
-                _, logits_BV, _ = self._compute(requests)
-                rows = [self._rows.index(request) for request in requests]
-                expected_BV = expected_TV[[len(request.tokens) - 1 for request in requests]]
-                check_equal(self.model, "when padded", logits_BV[rows], expected_BV)
-                for request in requests:
-                    request.tokens.append(text[len(request.tokens) % PROOF_TOKENS])
+            params = ResolvedParams(max_new_tokens=1 + sum(PROOF_LEAVES))
+            requests = [Request(f"proof-{n}", n, params, text[:n]) for n in PROOF_LENGTHS]
+            for steps in PROOF_LEAVES:
+                for _ in range(steps):
+                    _, logits_BV, _ = self._compute(requests)
+                    rows = [self._rows.index(request) for request in requests]
+                    expected_BV = expected_TV[[len(request.tokens) - 1 for request in requests]]
+                    check_equal(self.model, "when padded", logits_BV[rows], expected_BV)
+                    for request in requests:
+                        request.tokens.append(text[len(request.tokens)])
+                requests = requests[1:]
+            self._prove_far(ids_1T[:, :PROOF_FAR], expected_TV[:PROOF_FAR])
         self.max_step_tokens, self.pass_tokens, self.pad_columns = kept
         self._rows, self._cache, self._layers = [], None, []
+
+    def _prove_far(self, ids_1T: torch.Tensor, expected_TV: torch.Tensor) -> None:
+        """Compute a text behind so much padding that what begins at some column, such as a temperature, has begun."""
+        tokens = ids_1T.shape[1]
+        columns = max(0, min(positions(self.model.config)[0], FAR_COLUMNS + tokens) - tokens)
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [BlankLayer(columns) for _ in cache.layers]
+        mask_1C = torch.ones(1, columns + tokens, dtype=torch.long, device=ids_1T.device)
+        mask_1C[:, :columns] = 0
+        own = {"position_ids": torch.arange(tokens, device=ids_1T.device)[None]} if self._takes_positions else {}
+        logits_1TV = self.model(ids_1T, attention_mask=mask_1C, past_key_values=cache, use_cache=True, **own).logits
+        check_equal(self.model, "when padded far", logits_1TV[0], expected_TV)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
@@ -219,7 +257,8 @@ class PaddedRunner(Runner):
     def _inputs(self, rows: int, begin: int, end: int) -> dict[str, torch.Tensor]:
         """Token ids, position ids and attention mask of one pass, and the cache's window set to match."""
         starts = self._starts[:rows, None]
-        first = min(begin, int(starts.min()))
+        # A model that is told no positions counts them by columns: it must go on seeing all of them.
+        first = min(begin, int(starts.min())) if self._takes_positions else 0
         ids = np.full((rows, end - begin), self.pad_id, dtype=np.int64)
         for row, request in enumerate(self._rows[:rows]):
             start = int(self._starts[row])
