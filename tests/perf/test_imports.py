@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,10 @@ class Scene:
 
     def check(self, code: str, *, path: str | None = None) -> None:
         """Run `code` as a block of the tree would be, and look through what it logged."""
-        around = Surroundings(self.top, (self.top, self.tree), frozenset(), self.since)
+        around = Surroundings(self.top, (self.top, self.tree), frozenset())
         self.count += 1
         watch = Watch.begin(self.outside / f"watch-{self.count}", self.tree, around)
+        watch = replace(watch, since=self.since)
         env = watch.environment()
         if path:
             env["PYTHONPATH"] += os.pathsep + path
@@ -122,7 +124,7 @@ def test_what_an_environment_finds_elsewhere_is_refused(scene, trap, place):
 
 def test_the_other_revisions_tree_is_refused(scene, tmp_path):
     shutil.copytree(scene.tree, tmp_path / "other")
-    around = Surroundings(scene.top, (scene.top, scene.tree, tmp_path / "other"), frozenset(), 0.0)
+    around = Surroundings(scene.top, (scene.top, scene.tree, tmp_path / "other"), frozenset())
     watch = Watch.begin(tmp_path / "watch", scene.tree, around)
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'other' / 'vendor')!r}); import lib"
     subprocess.run([scene.python, "-c", code], env=watch.environment(), check=True)
@@ -301,6 +303,30 @@ def test_what_is_honest_passes(scene, monkeypatch):
     scene.check(HONEST, path=str(ROOT))
 
 
+def test_what_the_other_revision_generated_is_refused(scene, tmp_path):
+    """A shared folder outside of all trees, in which a module is made unless there is one already."""
+    other = tmp_path / "other"
+    shutil.copytree(scene.tree, other)
+    around = Surroundings(scene.top, (scene.top, scene.tree, other), frozenset())
+    code = f"""
+import pathlib, sys
+made = pathlib.Path({str(scene.outside)!r}, "made.py")
+made.exists() or made.write_text("RATE = 1")
+sys.path.insert(0, str(made.parent))
+import made
+"""
+    for number, tree in enumerate((scene.tree, other, scene.tree)):
+        watch = Watch.begin(tmp_path / f"watch-{number}", tree, around)
+        subprocess.run([scene.python, "-c", code], env=watch.environment(), check=True)
+        if tree is scene.tree:
+            watch.check("block")
+            continue
+        with pytest.raises(GateError, match=f"made.py, which is {Place.OTHERS.value}: generate it in") as error:
+            watch.check("block 2")
+        assert error.value.code is Exit.NOT_COMPARABLE
+        assert "\n" not in str(error.value)
+
+
 def test_python_paths_into_the_checkout_lead_into_the_tree(tmp_path, monkeypatch):
     (tmp_path / "checkout" / "vendor").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "checkout")
@@ -313,7 +339,7 @@ def test_python_paths_into_the_checkout_lead_into_the_tree(tmp_path, monkeypatch
 
 
 def test_a_block_that_logs_nothing_is_refused(tmp_path):
-    watch = Watch.begin(tmp_path / "watch", tmp_path, Surroundings(tmp_path, (tmp_path,), frozenset(), 0.0))
+    watch = Watch.begin(tmp_path / "watch", tmp_path, Surroundings(tmp_path, (tmp_path,), frozenset()))
     with pytest.raises(GateError, match="block 7: no process logged its imports") as error:
         watch.check("block 7")
     assert error.value.code is Exit.NOT_COMPARABLE
@@ -327,7 +353,7 @@ def test_a_log_whose_process_was_killed_while_it_wrote_is_read(tmp_path):
 
 
 def test_the_log_has_every_module_of_a_process(scene):
-    watch = Watch.begin(scene.outside / "watch", scene.tree, Surroundings(scene.top, (), frozenset(), 0.0))
+    watch = Watch.begin(scene.outside / "watch", scene.tree, Surroundings(scene.top, (), frozenset()))
     code = "import sys, json.tool; print(*[n for n, m in sys.modules.items() if hasattr(m, '__file__')])"
     command = [scene.python, "-c", code]
     done = subprocess.run(command, env=watch.environment(), stdout=subprocess.PIPE, text=True)
