@@ -20,6 +20,7 @@ from pathlib import Path
 
 from perf.runs import Exit, GateError
 
+NOT_SPARSE = ("-c", "core.sparseCheckout=false")  # what lies outside its patterns counts too
 NO_HOOKS = ("-c", "core.hooksPath=/dev/null")
 POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\n(?:.*\n)*?oid sha256:([0-9a-f]{64})\nsize (\d+)\n"
@@ -60,15 +61,30 @@ def snapshot(top: Path) -> str:
         index = Path(folder) / "index"
         own = top / git(top, "rev-parse", "--git-path", "index")
         if own.is_file():
-            shutil.copyfile(own, index)  # so that git need not read every file again
+            shutil.copy2(own, index)  # so that git need not read every file again; its time tells which it must
         who = ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL")
         extra = {"GIT_INDEX_FILE": str(index), **{f"GIT_{part}": "perf-ab" for part in who}}
-        git(top, "add", "--all", extra=extra)
+        _look_at_all(top, extra)
+        git(top, *NOT_SPARSE, "add", "--all", extra=extra)
         for path, _ in _gitlinks(top, extra):
             if (top / path / ".git").exists():
                 git(top, "update-index", "--cacheinfo", f"160000,{snapshot(top / path)},{path}", extra=extra)
         tree = git(top, "write-tree", extra=extra)
         return git(top, "commit-tree", tree, "-p", "HEAD", "-m", "the working tree as it was", extra=extra)
+
+
+def _look_at_all(top: Path, extra: dict[str, str]) -> None:
+    """Have an index tell git to look at every file again that it was told not to.
+
+    A file that is not there because the checkout is sparse stays as the index has it.
+    """
+    marked = git(top, *NOT_SPARSE, "ls-files", "-v", "-z", extra=extra).split("\0")
+    files = [(entry[0], entry[2:]) for entry in marked if entry]
+    assumed = [path for tag, path in files if tag.islower()]
+    skipped = [path for tag, path in files if tag in "Ss" and os.path.lexists(top / path)]
+    for option, paths in (("--no-assume-unchanged", assumed), ("--no-skip-worktree", skipped)):
+        for start in range(0, len(paths), 500):  # a command line has room for so many
+            git(top, *NOT_SPARSE, "update-index", option, "--", *paths[start : start + 500], extra=extra)
 
 
 @contextmanager

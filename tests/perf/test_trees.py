@@ -4,6 +4,7 @@ offline."""
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -240,3 +241,48 @@ def test_a_git_lfs_file_whose_contents_are_not_there_is_named(top, monkeypatch):
     monkeypatch.setenv("GIT_LFS_SKIP_SMUDGE", "1")
     with trees.worktrees(top, [pointer, pointer]) as found:
         assert (found[0] / "weights").read_text() == POINTER
+
+
+@pytest.mark.parametrize(
+    "bits", [["--assume-unchanged"], ["--skip-worktree"], ["--assume-unchanged", "--skip-worktree"]]
+)
+@pytest.mark.parametrize("where", ["", "vendor/lib"])
+def test_the_working_tree_has_what_git_was_told_not_to_look_at(top, bits, where):
+    repository = top / where
+    file = "test_thing.py" if not where else "lib/__init__.py"
+    for bit in bits:
+        git(repository, "update-index", bit, file)
+    (repository / file).write_text("CHANGED = 1\n")
+    before = git(repository, "ls-files", "-v")
+    with trees.worktrees(top, [ab._commit(top, "HEAD"), ab._commit(top, ".")]) as (_, tree):
+        assert (tree / where / file).read_text() == "CHANGED = 1\n"
+    assert git(repository, "ls-files", "-v") == before
+
+
+def test_a_sparse_checkout_keeps_what_it_leaves_out(top):
+    (top / "far").mkdir()
+    (top / "far" / "away.py").write_text("FAR = 1\n")
+    (top / "far" / "near.py").write_text("FAR = 1\n")
+    commit(top, "far")
+    git(top, "sparse-checkout", "set", "--no-cone", "/*", "!/far/")
+    assert not (top / "far").exists()
+    (top / "far").mkdir()
+    (top / "far" / "near.py").write_text("FAR = 2\n")
+    with trees.worktrees(top, [ab._commit(top, "HEAD"), ab._commit(top, ".")]) as (_, tree):
+        files = git(tree, "ls-tree", "-r", "--name-only", "HEAD").split()
+        assert {"far/away.py", "far/near.py"} <= set(files)
+        assert git(tree, "show", "HEAD:far/away.py") == "FAR = 1"
+        assert git(tree, "show", "HEAD:far/near.py") == "FAR = 2"
+
+
+def test_an_edit_in_the_second_of_the_last_commit_is_seen(top):
+    """Of the same size and time: git then looks at the contents, by the time of its index."""
+    git(top, "config", "core.trustctime", "false")
+    file, long_ago = top / "same.py", (1_600_000_000, 1_600_000_000)
+    file.write_text("RATE = 1\n")
+    os.utime(file, long_ago)
+    commit(top, "same")
+    os.utime(top / ".git" / "index", long_ago)
+    file.write_text("RATE = 2\n")
+    os.utime(file, long_ago)
+    assert git(top, "show", f"{trees.snapshot(top)}:same.py") == "RATE = 2"
