@@ -7,6 +7,7 @@ torch nor pytest.
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ Flat = dict[str, Any]
 NO_DATA = "has no per-round data: use the perf_case fixture, or save with --benchmark-save-data"
 NESTED = ("fingerprint", "rounds", "gate")
 # What a record says of itself; `perf_case.measure(extra=...)` and backends add to it under other names.
+WHO = ("backend", "model", "workload", "group")  # strings, in every record of what was run
 SETUP = ("model", "model_revision", "dtype", "device", "policy", "runner", "batch_size")
 WHAT = ("schema", "group", "backend", *SETUP, "workload", "arrivals", "seed", *NESTED)
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -96,9 +98,15 @@ def read(name: str, entry: Mapping[str, Any], machine: Mapping[str, Any]) -> Ben
 
 
 def own(extra: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Our record in an extra_info; None where there is none, whatever else somebody keeps under that name."""
-    record = extra.get(KEY)
-    return dict(record) if isinstance(record, Mapping) and "schema" in record else None
+    """Our record in an extra_info; None where there is none, whatever else somebody keeps under that name.
+
+    It says what was run and has rounds and a fingerprint, or it is a plain benchmark's tolerances alone.
+    """
+    record = mapping(extra.get(KEY))
+    if not _is_schema(record.get("schema")):
+        return None
+    measured = {"rounds", "fingerprint"} <= record.keys() and _says_what(record)
+    return record if measured or (not {"rounds", "fingerprint"} & record.keys() and _has_limits(record)) else None
 
 
 def write(extra: dict[str, Any], record: Mapping[str, Any]) -> None:
@@ -149,12 +157,26 @@ def mapping(value: Any) -> dict[str, Any]:
 
 def _is_flat_record(extra: Mapping[str, Any]) -> bool:
     """Whether extra_info itself is a record, as it was before KEY: one key alone may be anybody's."""
-    schema, rounds, fingerprint = (extra.get(key) for key in ("schema", "rounds", "fingerprint"))
-    if not isinstance(schema, int) or isinstance(schema, bool):
+    rounds, fingerprint = mapping(extra.get("rounds")), mapping(extra.get("fingerprint"))
+    gated = any(name in GATED and isinstance(values, list | tuple) for name, values in rounds.items())
+    return _is_schema(extra.get("schema")) and _says_what(extra) and gated and bool(fingerprint)
+
+
+def _is_schema(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _says_what(record: Mapping[str, Any]) -> bool:
+    return all(isinstance(record.get(key), str) for key in WHO)
+
+
+def _has_limits(record: Mapping[str, Any]) -> bool:
+    """Whether a record has the JSON text of limits by metric, be they right or not."""
+    try:
+        limits = json.loads(record["gate"])
+    except (KeyError, TypeError, ValueError, RecursionError):
         return False
-    if not isinstance(rounds, Mapping) or not isinstance(fingerprint, Mapping):
-        return False
-    return not rounds or not METRICS.keys().isdisjoint(rounds)
+    return isinstance(limits, dict) and bool(limits) and all(isinstance(limit, dict) for limit in limits.values())
 
 
 def _is_scalar(value: Any) -> bool:

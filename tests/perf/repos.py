@@ -10,7 +10,8 @@ RECORD = """
 def test_thing(benchmark):
     rounds = [{rate} * factor for factor in (0.999, 1.0, 1.001)]
     benchmark.pedantic(int, rounds=1)
-    record = dict(schema=1, group="g", fingerprint={{"cpu": "any"}}, rounds={{"tokens_per_s": rounds}})
+    what = dict(backend="b", model="m", workload="w", group="g")
+    record = dict(what, schema=1, fingerprint={{"cpu": "any"}}, rounds={{"tokens_per_s": rounds}})
     benchmark.extra_info.update(record)
 """
 LOCAL = ("-c", "protocol.file.allow=always")  # git asks for it where a submodule's URL is a folder

@@ -26,7 +26,8 @@ def test_thing(benchmark):
     benchmark.pedantic(int, rounds=1)
     assert pathlib.Path(thing.__file__).parents[1] == pathlib.Path(__file__).parent
     assert thing.RIGHT
-    benchmark.extra_info.update(schema=1, group="g", fingerprint={"cpu": "any"}, rounds={"tokens_per_s": ROUNDS})
+    benchmark.extra_info.update(schema=1, fingerprint={"cpu": "any"}, rounds={"tokens_per_s": ROUNDS})
+    benchmark.extra_info.update(backend="b", model="m", workload="w", group="g")
 """
 
 
@@ -160,7 +161,8 @@ def test_too_few_blocks_are_refused():
 
 
 def block(rounds, cpu="any", name="t::x", **info):
-    extra = {"schema": 1, "fingerprint": {"cpu": cpu}, "rounds": rounds, **info}
+    what = dict.fromkeys(("backend", "model", "workload", "group"), "x")
+    extra = {**what, "schema": 1, "fingerprint": {"cpu": cpu}, "rounds": rounds, **info}
     return runs.parse({"benchmarks": [{"fullname": name, "extra_info": extra}]}, "block.json")
 
 

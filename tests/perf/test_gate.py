@@ -26,7 +26,8 @@ def noisy(centre, seed, noise=0.005, n=7):
 
 
 def bench(rounds, name=NAME, gate=None, **info):
-    what = {"schema": 1, "group": "policy", "model": "random:tiny", "arrivals": "all", "fingerprint": PRINT, **info}
+    what = {"schema": 1, "group": "policy", "model": "random:tiny", "backend": "engine", "workload": "mixed"}
+    what |= {"arrivals": "all", "fingerprint": PRINT, **info}
     return {"fullname": name, "extra_info": {**what, **({"gate": json.dumps(gate)} if gate else {}), "rounds": rounds}}
 
 
@@ -146,7 +147,7 @@ def test_nothing_compared_is_never_a_pass():
     ({}, {"fingerprint": {**PRINT, "gpu": None, "cpu": "EPYC"}}, "cpu none -> EPYC, gpu NVIDIA H200 -> none"),
     ({}, {"model": "smollm2"}, "another thing was run: model random:tiny -> smollm2"),
     ({"batch_size": 8}, {"batch_size": 16}, "batch_size 8 -> 16"), ({}, {"schema": 9}, "head is of schema 9"),
-    ({"fingerprint": {}}, {}, "base has no fingerprint"),
+    ({"fingerprint": {}}, {}, "base has no per-round data"),
 ])  # fmt: skip
 def test_other_machines_and_other_work_are_refused(before, after, says):
     rounds = {"tokens_per_s": noisy(100, 1), **COUNTS}
@@ -318,3 +319,18 @@ def test_what_gets_worse_never_gets_a_better_verdict(base, head, factor, metric,
     worse = [value / factor if metric == "tokens_per_s" else value * factor for value in head]
     before, after = (only(judge({metric: base}, {metric: values}, paired=paired)).outcome for values in (head, worse))
     assert rank.index(after) >= rank.index(before)
+
+
+@pytest.mark.parametrize("metric", ["tokens_per_s", "tpot_p50_ms", "latency_p95_ms"])
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("values", [(5e-324, 1.7e308), (1.7e308, 5e-324), (5e-324, 5e-324), (1.7e308, 1.7e308)])
+def test_the_largest_and_the_smallest_numbers_are_judged_like_others(metric, paired, values):
+    base, head = ([value] * 6 for value in values)
+    verdict = only(judge({metric: base}, {metric: head}, paired=paired))
+    worse = values[0] > values[1] if metric == "tokens_per_s" else values[0] < values[1]
+    assert verdict.outcome is (Outcome.FAIL if worse else Outcome.PASS)
+    canaries = [bench({metric: [1.0] * 6}, canary_copy_gbps=value) for value in values]
+    comparison = gate.compare(run(canaries[0]), run(canaries[1]))
+    assert comparison.outcome is Outcome.PASS
+    assert bool(comparison.notes) == (values[0] != values[1])
+    assert json.dumps(comparison.plain(), allow_nan=False)

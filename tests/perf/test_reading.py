@@ -136,7 +136,7 @@ IN_ONE = {
     "twice": (TWICE, "test_batch_size[7] is there 2 times", False),
     "no tolerances": ([entry("7", gate="{")], "is not a JSON object of tolerances", False),
     "a newer record": ([entry("7", schema=2)], "test_batch_size[7] is of schema 2, not 1", True),
-    "no fingerprint": ([entry("7", fingerprint={})], "test_batch_size[7] has no fingerprint", True),
+    "no fingerprint": ([entry("7", fingerprint={})], "test_batch_size[7] has no per-round data", True),
     "no record": ([PLAIN | {"stats": {"mean": 1}}], "has no per-round data", True),
     "no stats": ([PLAIN], "has no per-round data", True),
     "stats of NaN": ([PLAIN | {"stats": {"data": [1, math.nan]}}], "round time, s, has nan among its", True),

@@ -108,7 +108,7 @@ def test_rounds_of_what_is_not_gated_or_not_there_are_problems():
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"schema": 2}, "schema 2, not 1"), ({"fingerprint": {}}, "no fingerprint"), ({"rounds": {}}, "no rounds")
+    ({"schema": 2}, "schema 2, not 1"), ({"fingerprint": {}}, "no per-round data"), ({"rounds": {}}, "no per-round")
 ])  # fmt: skip
 def test_a_record_that_lacks_what_it_needs_is_a_problem(change, says):
     bad = entry()

@@ -76,7 +76,8 @@ def made(process, effect, seed):
     rng = np.random.default_rng([seed, process, int(1000 * effect)])
     rate = 100 / (1 + effect) * np.exp(rng.normal(0, 0.003))
     rounds = {"tokens_per_s": (rate * np.exp(rng.normal(0, 0.003, 6))).tolist(), "forward_passes": [64] * 6}
-    extra = {"schema": 1, "fingerprint": {"cpu": "any"}, "rounds": rounds}
+    what = dict.fromkeys(("backend", "model", "workload", "group"), "x")
+    extra = {**what, "schema": 1, "fingerprint": {"cpu": "any"}, "rounds": rounds}
     return runs.parse({"benchmarks": [{"fullname": "selftest", "extra_info": extra}]}, "x.json")
 
 
