@@ -202,7 +202,8 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
     floor = metric.floor if own is None or own.abs is None else own.abs
     allowed = max(rel, floor / values[0]) if values[0] else (math.inf if floor else rel)
     estimate = (stats.compare_pairs if paired else stats.compare)(base, head)
-    return _timed(replace(start, tolerance=allowed), metric, estimate, _canary(before, after), unit)
+    limit = _log_limit(metric, allowed, floor, values[0])
+    return _timed(replace(start, tolerance=allowed), metric, estimate, limit, _canary(before, after), unit)
 
 
 def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[float, ...]) -> Verdict:
@@ -221,19 +222,29 @@ def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[
     return replace(start, outcome=Outcome.FAIL, reason=why, effect=effect, tolerance=0.0)
 
 
-def _timed(start: Verdict, metric: Metric, estimate: stats.Estimate, moved: tuple[float, str], unit: str) -> Verdict:
+def _log_limit(metric: Metric, tolerance: float, floor: float, base: float) -> float:
+    """By how much a log-ratio may be on the bad side."""
+    if metric.direction == "higher":
+        return -math.log1p(-tolerance) if tolerance < 1 else math.inf
+    if base and math.isinf(tolerance):  # the floor is so many times the base that no float says how many
+        return math.log(floor) - math.log(base)
+    return math.log1p(tolerance)
+
+
+def _timed(
+    start: Verdict, metric: Metric, estimate: stats.Estimate, limit: float, moved: tuple[float, str], unit: str
+) -> Verdict:
     bad = -1 if metric.direction == "higher" else 1
     harm, best, worst = bad * estimate.log_ratio, *sorted((bad * estimate.low, bad * estimate.high))
     assert start.tolerance is not None
     tolerance = start.tolerance
-    limit = math.log1p(tolerance) if bad > 0 else -math.log1p(-tolerance) if tolerance < 1 else math.inf
-    low, effect, high = (math.expm1(x) for x in (estimate.low, estimate.log_ratio, estimate.high))
+    low, effect, high = (_change(x) for x in (estimate.low, estimate.log_ratio, estimate.high))
     known = replace(start, effect=effect, low=low, high=high, p=estimate.tail(bad))
     allowed = f"{tolerance:.1%} allowed"
     elsewhere = metric.unit != "bytes" and moved[0] > max(abs(estimate.log_ratio), CANARY_NOISE)
     machine = f"; but the machine changed: {moved[1]}" if elsewhere else ""
     if best > 0 and harm > limit:
-        why = f"{_percent(harm, bad)}, {abs(math.expm1(bad * best)):.1%} at least; {allowed}"
+        why = f"{_percent(harm, bad)}, {abs(_change(bad * best)):.1%} at least; {allowed}"
         return replace(known, outcome=Outcome.FAIL, reason=why + machine)
     if worst <= limit:
         improved = worst < 0 and -harm > limit
@@ -264,7 +275,7 @@ def _notes(base: Run, head: Run, counters: bool) -> Iterator[str]:
     if loosened := [b.fullname for a, b in both if a.tolerances != b.tolerances]:
         yield f"tolerances are others than in the baseline: {_listed(loosened)}"
     for key in CANARIES:
-        ratios = [math.exp(c[key]) for a, b in both if key in (c := _canaries(a, b))]
+        ratios = [1 + _change(c[key]) for a, b in both if key in (c := _canaries(a, b))]
         if ratios and abs(change := median(ratios) - 1) > CANARY_NOISE:
             yield f"the machine changed: {METRICS[key].label} {change:+.1%} from base to head"
     for side, run in (("base", base), ("head", head)):
@@ -277,7 +288,7 @@ def _canaries(before: Benchmark, after: Benchmark) -> dict[str, float]:
     """log(head / base) of each canary that both have."""
     pairs = {key: (before.info.get(key), after.info.get(key)) for key in CANARIES}
     return {
-        key: math.log(b / a)
+        key: math.log(b) - math.log(a)  # the quotient may be too large for a float, or too small
         for key, (a, b) in pairs.items()
         if isinstance(a, int | float) and isinstance(b, int | float) and a > 0 and b > 0
     }
@@ -289,7 +300,7 @@ def _canary(before: Benchmark, after: Benchmark) -> tuple[float, str]:
     key = max(moves, key=lambda name: abs(moves[name]), default=None)
     if key is None:
         return 0.0, ""
-    return abs(moves[key]), f"{METRICS[key].label} {math.expm1(moves[key]):+.1%}"
+    return abs(moves[key]), f"{METRICS[key].label} {_change(moves[key]):+.1%}"
 
 
 def _differences(before: Mapping[str, object], after: Mapping[str, object], keys: Collection[str]) -> str:
@@ -301,8 +312,16 @@ def _listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def _change(log_ratio: float) -> float:
+    """head / base - 1; infinite where a float has no room for it."""
+    try:
+        return math.expm1(log_ratio)
+    except OverflowError:
+        return math.inf
+
+
 def _percent(harm: float, bad: int) -> str:
-    return f"{abs(math.expm1(bad * harm)):.1%} {'worse' if harm > 0 else 'better'}"
+    return f"{abs(_change(bad * harm)):.1%} {'worse' if harm > 0 else 'better'}"
 
 
 def _span(metric: Metric, values: tuple[float, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -372,3 +373,18 @@ def test_colours_have_enough_contrast(scheme: int) -> None:
             dark, light = sorted((luminance(colour), luminance(colours[ground])))
             least = {"ground": 0, "card": 0, "rule": 0}.get(name, 3.0 if name[1:].isdigit() else 4.5)
             assert (light + 0.05) / (dark + 0.05) >= least, f"{name} on {ground}"
+
+
+@pytest.mark.parametrize("values", [(5e-324, 1.7e308), (1.7e308, 5e-324)])
+def test_numbers_at_the_ends_of_what_a_float_holds_are_reported(tmp_path, values):
+    noise = random.Random(0)
+    for number, value in enumerate(values, 1):
+        measured = made.entry("8", "batch_size", noise, batch_size=8, canary_copy_gbps=value)
+        measured["extra_info"] |= {"tokens_per_s": value, "tpot_p50_ms": value}
+        measured["extra_info"]["rounds"] |= {"tokens_per_s": [value] * 5, "tpot_p50_ms": [value] * 5}
+        made.save(tmp_path, f"run{number}", [measured], number)
+    base, head = (load(path) for path in sorted(tmp_path.glob("*.json")))
+    comparison = compare(base, head)
+    assert comparison.outcome is Outcome.FAIL
+    assert page([base, head], comparison)
+    assert markdown([base, head], comparison)
