@@ -378,11 +378,11 @@ def test_colours_have_enough_contrast(scheme: int) -> None:
 @pytest.mark.parametrize("values", [(5e-324, 1.7e308), (1.7e308, 5e-324)])
 def test_numbers_at_the_ends_of_what_a_float_holds_are_reported(tmp_path, values):
     noise = random.Random(0)
-    for number, value in enumerate(values, 1):
+    for count, value in enumerate(values, 1):
         measured = made.entry("8", "batch_size", noise, batch_size=8, canary_copy_gbps=value)
         measured["extra_info"] |= {"tokens_per_s": value, "tpot_p50_ms": value}
         measured["extra_info"]["rounds"] |= {"tokens_per_s": [value] * 5, "tpot_p50_ms": [value] * 5}
-        made.save(tmp_path, f"run{number}", [measured], number)
+        made.save(tmp_path, f"run{count}", [measured], count)
     base, head = (load(path) for path in sorted(tmp_path.glob("*.json")))
     comparison = compare(base, head)
     assert comparison.outcome is Outcome.FAIL
