@@ -6,6 +6,7 @@ process, named by its number, and in it a line an entry, which is the `ascii()` 
 
     ("process", command, folders of the standard library, of site-packages, and of the whole installation)
     ("module", name, file), ("library", file) and ("child", number, command) of a Python that this one started
+    ("ended", number), if this one waited for it, and no signal ended it
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def start(folder: str) -> None:
             write("library", file)
 
     write()
+    script = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if script not in ("", "-", "-c", "-m") and os.path.exists(script):
+        note("__main__", os.path.abspath(script))  # which may import nothing, and then be killed
     note_loaded()
     _watch_imports(note)
     _watch_children(folder, write)
@@ -110,6 +114,7 @@ def _watch_imports(note: Callable[[str, Any], None]) -> None:
 
 def _watch_children(folder: str, write: Callable[..., None]) -> None:
     """Have each Python that is started log too, whatever its environment; note it, for some ignore theirs."""
+    import functools
     import subprocess
 
     popen: Any = subprocess.Popen
@@ -126,9 +131,24 @@ def _watch_children(folder: str, write: Callable[..., None]) -> None:
             options["env"] = {**env, "PYTHONPATH": os.pathsep.join([folder, *filter(None, paths)])}
         begin(self, args, *others, **options)
         write("child", self.pid, command)
+        mine.add(self.pid)
 
+    def noting_the_end(look: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(look)
+        def looked(self: Any, *args: Any, **options: Any) -> Any:
+            found = look(self, *args, **options)
+            if self.returncode is not None and self.pid in mine:
+                mine.remove(self.pid)
+                if self.returncode >= 0:
+                    write("ended", self.pid)
+            return found
+
+        return looked
+
+    mine: set[int] = set()
     started.__wrapped__ = begin  # type: ignore[attr-defined]
     popen.__init__ = started
+    popen.wait, popen.poll = noting_the_end(popen.wait), noting_the_end(popen.poll)
 
 
 def _is_python(command: list[str]) -> bool:

@@ -30,6 +30,7 @@ INSTALLED_IN = frozenset({"site-packages", "dist-packages"})
 # Where compilers keep the modules that they generate: by the variable that names it, or where it is without.
 CACHES = {"XDG_CACHE_HOME": "~/.cache", "TRITON_CACHE_DIR": "~/.triton", "HF_MODULES_CACHE": ""}
 CACHES |= {"TORCHINDUCTOR_CACHE_DIR": "", "TORCH_EXTENSIONS_DIR": ""}
+BIN = ("bin", "Scripts")
 COMMAND_LENGTH = 120
 
 
@@ -60,6 +61,7 @@ class Log:
     modules: list[tuple[str, str]] = field(default_factory=list)
     libraries: list[str] = field(default_factory=list)
     children: list[tuple[int, list[str]]] = field(default_factory=list)
+    ended: set[int] = field(default_factory=set)
 
     @classmethod
     def read(cls, path: Path) -> Log:
@@ -77,6 +79,8 @@ class Log:
                 log.libraries.append(entry[0])
             elif kind == "child":
                 log.children.append((entry[0], entry[1]))
+            elif kind == "ended":
+                log.ended.add(entry[0])
         return log
 
 
@@ -150,11 +154,13 @@ class Watch:
             )
         for log in logs.values():
             for number, command in log.children:
-                if number not in logs:
-                    raise GateError(
-                        f"{name}: nobody can say what {_words(command)} imported, for it ignores its "
-                        "environment: start it without -I, -E and -S"
-                    )
+                if number in logs:
+                    continue
+                unknown = f"{name}: nobody can say what {_words(command)} imported, for it"
+                if _is_isolated(command):
+                    raise GateError(f"{unknown} ignores its environment: start it without -I, -E and -S")
+                if number in log.ended:  # and not killed, which may be before it could log anything
+                    raise GateError(f"{unknown} ended and logged nothing: start a Python that runs sitecustomize")
 
     def _faults(self, log: Log) -> Iterator[tuple[str, str, Place]]:
         """Module, file and place of whatever a process imported from where it must not be."""
@@ -162,7 +168,7 @@ class Watch:
         own = {path.parent.name for root in _roots(self.tree) for path in root.glob("*/__init__.py")}
         for module, file in log.modules:
             place = self._place(file, places, log)
-            if place is Place.INSTALLED and module.partition(".")[0] in own:
+            if place is Place.INSTALLED and module.partition(".")[0] in own and self._has(module):
                 place = Place.OTHER
             if place not in ALLOWED:
                 yield module, file, place
@@ -170,6 +176,11 @@ class Watch:
         for file in log.libraries:
             if _innermost(_real(file), places) is Place.CHECKOUT:
                 yield f"the shared library {Path(file).name}", file, Place.CHECKOUT
+
+    def _has(self, module: str) -> bool:
+        """Whether the tree has this very module: another distribution may have others of one package."""
+        files = [root.joinpath(*module.split(".")) for root in _roots(self.tree)]
+        return any(file.is_dir() or any(file.parent.glob(f"{file.name}.*")) for file in files)
 
     def _places(self, log: Log) -> dict[Path, Place]:
         """What each known folder is to a process; of folders in one another the innermost is meant."""
@@ -179,6 +190,9 @@ class Watch:
         if not any(checkout in TOOL.parents for checkout in self.around.checkouts):
             places |= {TOOL: Place.INSTALLED, TOOL.with_name("engine"): Place.INSTALLED}
         places |= {_real(path): Place.INSTALLED for path in (*log.standard, *log.site)}
+        # Commands are installed beside Python: in its prefix, and for a user three folders above the packages.
+        above = [str(Path(*Path(path).parts[:-3])) for path in log.site]
+        places |= {_real(path) / name: Place.INSTALLED for path in (*log.prefixes, *above) for name in BIN}
         return places | {self.folder: Place.INSTALLED, self.tree: Place.TREE}
 
     def _place(self, file: str, places: dict[Path, Place], log: Log) -> Place:
@@ -265,6 +279,27 @@ def _inside(file: str, folders: Iterable[str]) -> bool:
 
 def _innermost(file: Path, places: dict[Path, Place]) -> Place | None:
     return next((places[folder] for folder in (file, *file.parents) if folder in places), None)
+
+
+def _is_isolated(command: Sequence[str]) -> bool:
+    """Whether a Python's options make it ignore its environment, or what runs at its start."""
+    words = iter(command[1:])
+    for word in words:
+        if not word.startswith("-") or word in ("-", "--"):
+            return False
+        if word.startswith("--"):
+            next(words, None)  # the one long option has a value
+            continue
+        for at, letter in enumerate(word[1:], 1):
+            if letter in "IES":
+                return True
+            if letter in "cm":
+                return False
+            if letter in "WX":
+                if at == len(word) - 1:
+                    next(words, None)
+                break
+    return False
 
 
 def _words(command: Iterable[str]) -> str:

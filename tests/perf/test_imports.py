@@ -196,6 +196,60 @@ def test_a_worker_that_ignores_its_environment_is_refused(scene, option):
     )
 
 
+@pytest.mark.parametrize("code", [
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).kill()",
+    "subprocess.Popen([sys.executable, '-Xdev', '-W', 'error::ImportWarning', 'ISE.py']).kill()",
+    "p = subprocess.Popen([sys.executable, '-c', '3']); p.kill(); p.wait()",
+])  # fmt: skip
+def test_a_worker_that_is_killed_at_once_is_no_fault(scene, code):
+    scene.check(f"import subprocess, sys; {code}")
+
+
+def test_a_python_that_ends_and_logged_nothing_is_refused(scene):
+    fake = scene.outside / "python"
+    fake.write_text(f"#!/bin/sh\n{scene.python} -I -c 3\n")
+    fake.chmod(0o755)
+    said = scene.refused(f"import subprocess; subprocess.run([{str(fake)!r}, '-c', '3'])")
+    assert said.startswith(f"nobody can say what {fake} -c 3 imported, for it ended and logged nothing: ")
+    isolated = "p = subprocess.Popen([sys.executable, '-I', '-c', '3']); p.kill(); p.wait()"
+    assert "start it without -I, -E and -S" in scene.refused(f"import subprocess, sys; {isolated}")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_installed_command_is_installed(scene, inside):
+    if inside:  # an environment inside the checkout, as many have it
+        shutil.copytree(scene.python.parents[1], scene.top / ".venv", symlinks=True)
+        scene.python = scene.top / ".venv" / "bin" / "python"
+    tool = scene.python.parent / "tool"
+    tool.write_text(f"#!{scene.python}\nimport colorsys\n")
+    tool.chmod(0o755)
+    scene.check(f"import subprocess; subprocess.run([{str(tool)!r}], check=True)")
+    scene.check(f"import subprocess, sys; subprocess.run([sys.executable, {str(tool)!r}], check=True)")
+
+
+@pytest.mark.parametrize("ends", ["", "import os; os._exit(0)"])
+def test_a_script_of_the_checkout_is_refused_though_it_imports_nothing(scene, ends):
+    script = scene.top / "worker.py"
+    for folder in (scene.top, scene.tree):
+        (folder / "worker.py").write_text(f"X = sum(range(9))\n{ends}\n")
+    said = scene.refused(f"import subprocess, sys; subprocess.run([sys.executable, {str(script)!r}], check=True)")
+    assert said.startswith("__main__ was imported by ")
+    assert f" from {script}, which is {Place.CHECKOUT.value}: " in said
+    scene.check("import subprocess, sys; subprocess.run([sys.executable, 'worker.py'], check=True)")
+
+
+def test_another_distributions_part_of_a_package_is_installed(scene):
+    spread = "__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n"
+    for folder, part in ((scene.tree, "ours"), (scene.site, "other")):
+        (folder / "acme").mkdir()
+        (folder / "acme" / "__init__.py").write_text(spread)
+        (folder / "acme" / f"{part}.py").touch()
+    scene.check("import acme.ours, acme.other")
+    (scene.tree / "acme" / "other.py").touch()
+    said = scene.refused(f"import acme; acme.__path__.insert(0, {str(scene.site / 'acme')!r}); import acme.other")
+    assert f"from {scene.site / 'acme/other.py'}, which is {Place.OTHER.value}" in said
+
+
 @pytest.mark.parametrize("env", ["{}", "{'PYTHONPATH': '/nowhere'}", "os.environ.clear()"])
 def test_a_worker_with_an_environment_of_its_own_is_seen_too(scene, env):
     command = "[sys.executable, '-c', 'import this, MODULE']"
