@@ -7,11 +7,14 @@ tests must not wait for it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from perf.shadow import USAGE, explain
 
 if TYPE_CHECKING:
     from perf.record import Bench, PerfCase, Trial
@@ -52,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     shown = config.getoption("help", False) or config.getoption("markers", False)  # no session follows
     if baseline is None or shown or hasattr(config, "workerinput"):
         return
+    _check_whole()
     from perf.session_gate import Gate, GateError
 
     off = _benchmarks_off(config)
@@ -118,7 +122,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if any(item.get_closest_marker("perf_gate") for item in items):
+    marked = any(item.get_closest_marker("perf_gate") for item in items)
+    if marked or any("perf_bench" in _fixtures(item) for item in items):
+        _check_whole()
+    if marked:
         from perf import tolerances
         from perf.errors import GateError
 
@@ -236,6 +243,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(title)
         for line in lines:
             terminalreporter.write_line(line)
+
+
+def _check_whole() -> None:
+    """End the session with one line where ours cannot be imported, as where another package has its name."""
+    try:
+        importlib.import_module("perf.errors")
+    except Exception as error:
+        way_out = "rename it, or run pytest where it is not on the path"
+        pytest.exit(f"error: {explain(error, way_out)}", returncode=USAGE)
 
 
 def _label(value: Any) -> str:

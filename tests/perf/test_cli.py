@@ -194,3 +194,38 @@ def test_accuracy_needs_words(run, tmp_path):
     code, _, err = run("accuracy", str(tmp_path / "text"), "--model", "random:tiny-llama")
     assert code == 2
     assert "model='random:tiny-llama' has no tokenizer: name one that has" in err
+
+
+@pytest.mark.parametrize("theirs", ["", "raise ValueError('two\\nlines')", "import sys; sys.exit(1)", "import nowhere"])
+def test_another_package_named_engine_is_said_to_be_in_the_way(tmp_path, theirs):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text(theirs)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "perf", "ab", "main", "."]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    found = tmp_path / "engine" / "__init__.py"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: another package named engine, {found}, hides the one that perf needs: run it from elsewhere, "
+        "or python -P -m perf\n"
+    )
+    command.insert(1, "-P")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "hides" not in done.stderr
+
+
+def test_the_plugin_says_so_too_where_it_needs_ours_and_only_there(tmp_path):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").touch()
+    (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark(int)\n")
+    mark = "import pytest\n@pytest.mark.perf_gate('round_s', rel=0.2)\n"
+    (tmp_path / "test_marked.py").write_text(mark + "def test_marked(benchmark): benchmark(int)\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for file, options, code in (
+        ("test_plain.py", (), 0), ("test_marked.py", (), 2), ("test_plain.py", ("--perf-baseline=x",), 2)
+    ):  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "perf.plugin", file, *options]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert ("error: another package named engine" in done.stdout + done.stderr) == bool(code)
+        assert "Traceback" not in done.stdout + done.stderr
