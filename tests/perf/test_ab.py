@@ -194,3 +194,38 @@ def test_blocks_that_do_not_fit_together_are_problems():
         (block({"tokens_per_s": [1.0]}, name="t::y"), "", "measured in 1 of 2 blocks"),
     ):
         assert says in ab.merge([one, other], "main").benchmarks["t::x"].problems[where]
+
+
+MARKED = """
+import pytest
+@pytest.mark.perf_gate({mark})
+def test_marked(benchmark):
+    benchmark.pedantic(sum, args=(range(9),), rounds=5)
+"""
+
+
+@pytest.mark.parametrize("conftest", [None, "pytest_plugins = ['perf.plugin']"])
+def test_a_tolerance_mark_is_used_or_refused_without_a_conftest_of_ours(tmp_path, conftest):
+    if conftest:
+        (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_marked.py").write_text(MARKED.format(mark="'round_s', rel=0.9"))
+    run = ab.block(["test_marked.py"], tmp_path / "1.json", tmp_path, "block 1")
+    (found,) = run.benchmarks.values()
+    assert found.tolerances == {"round_s": runs.Tolerance(rel=0.9)}
+    (tmp_path / "test_marked.py").write_text(MARKED.format(mark="'no such', rel=0.9"))
+    with pytest.raises(GateError, match=r"(?s)block 2: .*test_marked: perf_gate.*no such gated metric"):
+        ab.block(["test_marked.py"], tmp_path / "2.json", tmp_path, "block 2")
+
+
+def test_a_conftest_with_an_option_of_the_same_name_has_a_way_out(tmp_path):
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--model')\n")
+    (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark.pedantic(int, rounds=5)\n")
+    args = ["-p", "no:perf.plugin", "test_plain.py"]
+    assert ab.block(args, tmp_path / "1.json", tmp_path, "block 1").benchmarks
+
+
+def test_a_tree_with_an_older_package_of_ours_gets_no_plugin_that_it_lacks(tmp_path):
+    (tmp_path / "perf").mkdir()
+    (tmp_path / "perf" / "__init__.py").touch()
+    (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark.pedantic(int, rounds=5)\n")
+    assert ab.block(["test_plain.py"], tmp_path / "1.json", tmp_path, "block 1").benchmarks
