@@ -46,22 +46,36 @@ class Member:
 def read(which: Sequence[str], base: str | None, storage: Path | str) -> Reading:
     """Read runs, oldest first, and judge the last against `base`, by default the first if there are more.
 
+    What is one file by two names is one run.
+
     Raises:
         GateError: if there is nothing to show in any of them, or a name means several.
     """
     members = {name: _member(name, storage) for name in dict.fromkeys([*which, *([] if base is None else [base])])}
     left_out = dict.fromkeys(line for member in members.values() for line in member.wrong)
+    first: dict[object, str] = {}
+    alike = {name: first.setdefault(_file(member, name), name) for name, member in members.items()}
+    left_out |= {f"{name} is the same file as {same}": None for name, same in alike.items() if name != same}
+    which, base = list(dict.fromkeys(alike[name] for name in which)), None if base is None else alike[base]
     shown = [run for name in which if (run := _showable(members[name].run)) is not None]
     if not shown:
         raise GateError(next(iter(left_out), f"there is nothing to show in {', '.join(which)}"))
     against = base if base is not None else which[0] if len(which) > 1 else None
-    if against is None:
+    if against is None or against == which[-1]:  # and nothing is judged against itself
         return Reading(tuple(shown), None, tuple(left_out))
     before, after = members[against], members[which[-1]]
     if before.run and after.run and before.whole and after.whole:
         return Reading(tuple(shown), compare(before.run, after.run), tuple(left_out))
     missing = " and ".join(dict.fromkeys(name for name in (against, which[-1]) if not members[name].whole))
     return Reading(tuple(shown), None, (f"nothing is judged, for lack of {missing}", *left_out))
+
+
+def _file(member: Member, name: str) -> object:
+    """What tells the file of a run from all others, by whatever name it was asked for."""
+    if member.run is None:
+        return name
+    about = member.run.path.stat()
+    return about.st_dev, about.st_ino
 
 
 def _member(which: str, storage: Path | str) -> Member:

@@ -240,3 +240,28 @@ def test_odd_numbers_are_shown_as_such():
 def test_nothing_at_all_is_an_error_that_says_why(folder):
     with pytest.raises(GateError, match="no run 'gone'"):
         read(["gone"], None, folder)
+
+
+@pytest.mark.parametrize("args", [
+    ["1", "first"], ["first", "0001_first.json"], ["first", "--base", "1"], ["first", "first"],
+    ["first", "link.json"],
+])  # fmt: skip
+def test_one_file_by_two_names_is_one_run_and_not_judged_against_itself(tmp_path, args):
+    made.save(tmp_path, "first", [entry("8")], 1)
+    (tmp_path / "link.json").hardlink_to(tmp_path / "0001_first.json")
+    names = [str(tmp_path / arg) if arg.endswith(".json") else arg for arg in args]
+    base = names[2] if "--base" in names else None
+    found = read(names[:1] if base else names, base, tmp_path)
+    assert found.comparison is None
+    assert [run.name for run in found.runs] == ["first"]
+    told = [line for line in found.left_out if "is the same file as" in line]
+    assert len(told) == len({*args} - {"--base"}) - 1
+
+
+def test_what_else_was_asked_for_is_still_judged(tmp_path):
+    made.save(tmp_path, "first", [entry("8")], 1)
+    made.save(tmp_path, "second", [entry("8")], 2)
+    found = read(["first", "1", "second"], None, tmp_path)
+    assert [run.name for run in found.runs] == ["first", "second"]
+    assert found.comparison is not None
+    assert (found.comparison.base.name, found.comparison.head.name) == ("first", "second")
