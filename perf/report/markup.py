@@ -8,7 +8,10 @@ from __future__ import annotations
 import html
 import sys
 from collections.abc import Iterable
+from itertools import accumulate, takewhile
 from typing import Any
+
+from rich.cells import cell_len
 
 FLOAT_MAX = sys.float_info.max
 
@@ -46,12 +49,23 @@ def clean(text: Any) -> str:
 
 
 def middle(text: str, most: int, mark: str = "") -> str:
-    """Text of at most `most` characters: of a longer one both ends, with `mark` where its middle was."""
-    if len(text) <= most:
+    """Text of at most `most` terminal cells: of a wider one both ends, with `mark` where its middle was."""
+    if width(text) <= most:
         return text
     gap = f"…{mark}…" if mark else "…"
     left = (most - len(gap) + 1) // 2
-    return f"{text[:left]}{gap}{text[len(text) - (most - len(gap) - left) :]}"
+    return f"{_begin(text, left)}{gap}{_begin(text[::-1], most - len(gap) - left)[::-1]}"
+
+
+def width(text: str) -> int:
+    """The terminal cells that text takes; what has no width counts as one, so that no length hides in it."""
+    return len(text) if text.isascii() else sum(max(1, cell_len(c)) for c in text)
+
+
+def _begin(text: str, most: int) -> str:
+    """As much of the beginning of text as `most` cells hold."""
+    taken = accumulate(width(c) for c in text)
+    return text[: sum(1 for _ in takewhile(lambda cells: cells <= most, taken))]
 
 
 def number(value: object) -> str:

@@ -29,8 +29,8 @@ TIMED = ("tokens_per_s", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms", "latency_p
 FIGURES = (*TIMED, "decode_bandwidth_pct", "prefill_mfu_pct", "startup_s", "round_s", "forward_passes", "padded_tokens")
 COLOURS = {Outcome.FAIL: "red", Outcome.ERROR: "red", Outcome.INCONCLUSIVE: "yellow", Outcome.PASS: "green"}
 NAME_SHARE = 3 / 8  # of the terminal's width, at most, is for test ids
-NAME_LENGTH = 20  # characters, which they have in any case
-CELL_LENGTH = 1000  # characters of any other cell
+NAME_LENGTH = 20  # cells, which they have in any case
+CELL_LENGTH = 1000  # of the terminal's cells, for any other cell
 
 
 def figures(run: Run, name_length: int | None = None) -> list[list[str]]:

@@ -13,7 +13,7 @@ from statistics import median
 
 from perf.gate import Comparison, Outcome, Verdict
 from perf.metrics import Metric
-from perf.report.markup import FLOAT_MAX, middle, signed
+from perf.report.markup import FLOAT_MAX, middle, signed, width
 from perf.runs import Benchmark, Run
 
 COLUMNS = ("benchmark", "metric", "base", "head", "change", "95 % interval", "allowed", "why")
@@ -80,7 +80,7 @@ def value(benchmark: Benchmark, metric: str) -> float | None:
 
 
 def shorten(fullnames: Iterable[str], most: int | None = None) -> dict[str, str]:
-    """Test ids without their file, where that leaves them distinct, and of at most `most` characters.
+    """Test ids without their file, where that leaves them distinct, and of at most `most` terminal cells.
 
     Of a long one the ends stay, which say what is tested and with which parameters. Where that makes two the
     same, a digest of the whole is between them, so that they stay distinct.
@@ -99,7 +99,7 @@ def shorten(fullnames: Iterable[str], most: int | None = None) -> dict[str, str]
 def brief(lines: Sequence[str], runs: Sequence[Run], name_length: int) -> list[str]:
     """The first lines, not too long, in which the long test ids of these runs are shortened."""
     names = shorten((name for run in runs for name in run.benchmarks), name_length)
-    long = sorted((name for name in names if len(name) > name_length), key=len, reverse=True)
+    long = sorted((name for name in names if width(name) > name_length), key=len, reverse=True)
     changes = {name: names[name] for name in long}
     found = [middle(_replaced(line, changes), LINE_LENGTH) for line in lines[:LINES]]
     if len(lines) > LINES:

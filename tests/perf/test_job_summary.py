@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 from markdown_it import MarkdownIt
+from rich.cells import cell_len
 
 from perf import cli
 from perf.gate import Comparison, Outcome, Verdict, compare as judge
 from perf.metrics import METRICS
 from perf.report import comparison_table, job_summary, markdown, runs_table, write
-from perf.report.markup import middle
+from perf.report.markup import middle, width
 from perf.report.verdicts import shorten
 from perf.runs import Run, load
 from perf.summary import lines
@@ -217,7 +218,7 @@ def test_the_tables_at_the_end_of_a_session_are_no_wider():
     assert found[1].split()[0].endswith("x0")
 
 
-ids = st.text(alphabet="ab[]-é", min_size=0, max_size=40)
+ids = st.text(alphabet="ab[]-é日本", min_size=0, max_size=40)
 
 
 @given(st.lists(st.tuples(ids, ids, ids), unique=True, max_size=12), st.integers(20, 30))
@@ -227,7 +228,7 @@ def test_shortened_ids_are_short_and_as_many_as_before(parts, most):
     found = shorten(known, most)
     assert list(found) == list(dict.fromkeys(known))
     assert len(set(found.values())) == len(found)
-    assert all(len(short) <= most for short in found.values())
+    assert all(width(short) <= most for short in found.values())
     for full, short in found.items():
         last = full.split("::")[1]
         assert short in (last, full) or "…" in short
@@ -239,10 +240,19 @@ def test_shortened_ids_are_short_and_as_many_as_before(parts, most):
 @given(st.text(max_size=50), st.integers(1, 60))
 def test_the_middle_goes_and_the_ends_stay(text, most):
     found = middle(text, most)
-    assert len(found) <= most
-    assert found == text or (len(found) == most and len(text) > most)
+    assert width(found) <= most
+    assert found == text or (most - 2 <= width(found) and width(text) > most)
     begin, _, end = found.partition("…")
     if "…" not in text and found != text:
         assert text.startswith(begin)
         assert text.endswith(end)
-        assert 0 <= len(begin) - len(end) <= 1
+        assert -1 <= width(begin) - width(end) <= 2
+
+
+def test_wide_characters_count_as_what_they_take_of_a_terminal():
+    known = [f"t.py::test_{'表' * 200}[{i}]" for i in range(3)]
+    assert width("表a") == 3
+    found = shorten(known, 30)
+    assert len(set(found.values())) == 3
+    assert all(cell_len(short) <= 30 for short in found.values())
+    assert middle("日本語" * 9, 10) == "日本…本語"
