@@ -4,7 +4,6 @@ for."""
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from perf import plugin, runs
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.usefixtures("imported", "processor_unasked")
 
 SUITE = """
 import pytest
@@ -24,16 +24,8 @@ XDIST = "def pytest_addoption(parser): parser.addoption('--dist', default='no')"
 SAVING = ("--benchmark-save=x", "--benchmark-autosave", "--benchmark-json=x.json")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _imported() -> None:
-    """Import what runs inside will need: pytester forgets modules that such a run was the first to import."""
-    for name in ("perf.gate", "perf.report", "perf.session_gate", "rich.table"):
-        import_module(name)
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)
     monkeypatch.setenv("PYTHONPATH", str(Path(plugin.__file__).parents[1]))
 
 

@@ -4,7 +4,6 @@ stands."""
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,14 @@ from perf.workloads import fixed
 from tests.perf.test_record import Fixture, Scripted
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.usefixtures("imported", "processor_unasked")
 
 HEAD = "import pytest\nmark = pytest.mark.perf_gate\n"
 TIMED = "def test_time(benchmark):\n    benchmark.pedantic(lambda: None, rounds=6)\n"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _imported() -> None:
-    """Import what runs inside will need: pytester forgets modules that such a run was the first to import."""
-    for name in ("perf.gate", "perf.report", "perf.session_gate", "rich.table"):
-        import_module(name)
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)
     monkeypatch.setattr(canary, "measure", lambda *args, **how: Canary(100.0, 10.0))
 
 
