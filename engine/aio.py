@@ -70,7 +70,9 @@ class AsyncEngine:
         assert chunks[-1].output is not None
         return chunks[-1].output
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamChunk]:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncIterator[StreamChunk]:
         """The chunks for one prompt as they come. Raises as `generate` does."""
         waiter = Waiter()
         with self._lock:

@@ -1,7 +1,7 @@
 """The main job: one workload through several ways of batching it, in one run, on one model.
 
-`generate` is Transformers' own `model.generate`, one prompt at a time at batch size 1 and on padded batches above;
-every other way is a policy of the engine.
+`generate` is Transformers' own `model.generate`, one prompt at a time at batch size 1 and on padded batches
+above; every other way is a policy of the engine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def ways(policies: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str,
             raise InputError(f"policies has {policy!r}: choose from {', '.join(known)}")
     for size in batch_sizes:
         check("batch-sizes", size, int, 1)
-    sizes = {p: [1] if p == "sequential" else [s for s in batch_sizes if s > 1 or p == "generate"] for p in policies}
+    sizes = {
+        p: [1] if p == "sequential" else [s for s in batch_sizes if s > 1 or p == "generate"]
+        for p in policies
+    }
     pairs = [(policy, size) for policy in policies for size in sizes[policy]]
     if not pairs:
         raise InputError("nothing to run: give policies, and a batch size above 1 for those that batch")
@@ -59,35 +62,47 @@ def ways(policies: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str,
 
 
 def bench(
-    loaded: LoadedModel, workload: Workload, pairs: Sequence[tuple[str, int]], config: EngineConfig, rounds: int = 1
+    loaded: LoadedModel,
+    workload: Workload,
+    pairs: Sequence[tuple[str, int]],
+    config: EngineConfig,
+    rounds: int = 1,
 ) -> Iterator[Run]:
-    """Run every (policy, batch size) pair, and again for each round, so that a drifting machine drifts for all.
+    """Run every (policy, batch size) pair, and again for each round, so that a drifting machine drifts for
+    all.
 
     What a request leaves open is greedy, whatever the model's generation_config says, in every way alike.
 
-    Raises KeyboardInterrupt when a run was interrupted, InputError when a request of it failed: neither is a result.
+    Raises KeyboardInterrupt when a run was interrupted, InputError when a request of it failed: neither is a
+    result.
     """
     config = replace(config, generation_config="none")
-    warm = Engine(loaded, replace(config, policy="sequential"))  # nobody pays for the first touch of weights and code
+    # nobody pays for the first touch of weights and code
+    warm = Engine(loaded, replace(config, policy="sequential"))
     warm.generate([[1] * 8] * 2, SamplingParams(max_new_tokens=4), progress=False)
     for _ in range(rounds):
         for policy, size in pairs:
             if policy == "generate":
                 yield Run(policy, size, *transformers_generate(warm, workload.items, size))
             else:
-                engine = Engine(loaded, replace(config, policy=policy, max_batch_size=size, metrics_window=None))
+                engine = Engine(
+                    loaded, replace(config, policy=policy, max_batch_size=size, metrics_window=None)
+                )
                 outputs = engine.replay(workload.items, progress=False)
                 if any(output.finish_reason is FinishReason.ABORT for output in outputs):
                     raise KeyboardInterrupt
                 if failed := next((output for output in outputs if output.error is not None), None):
-                    raise InputError(f"{policy} at batch size {size}: {failed.request_id} failed: {failed.error}")
+                    raise InputError(
+                        f"{policy} at batch size {size}: {failed.request_id} failed: {failed.error}"
+                    )
                 yield Run(policy, size, outputs, engine.metrics, engine.runner.copied_bytes)
 
 
 def transformers_generate(
     engine: Engine, items: Sequence[WorkItem], size: int
 ) -> tuple[list[RequestOutput], EngineMetrics]:
-    """Transformers' own greedy `generate` on left-padded batches of up to `size` requests that are due, to their ends.
+    """Transformers' own greedy `generate` on left-padded batches of up to `size` requests that are due, to
+    their ends.
 
     The engine checks the prompts and knows the model; it runs nothing. Outputs are in the order of `items`.
     """
@@ -111,7 +126,8 @@ def transformers_generate(
 
 
 def _generate_batch(model: PreTrainedModel, batch: list[Request], metrics: EngineMetrics) -> None:
-    """Generate for one batch, each forward pass a step: a rectangle of which not every request needs its part."""
+    """Generate for one batch, each forward pass a step: a rectangle of which not every request needs its
+    part."""
     width, now = max(request.prompt_len for request in batch), time.perf_counter()
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -121,12 +137,18 @@ def _generate_batch(model: PreTrainedModel, batch: list[Request], metrics: Engin
         mask[row, width - request.prompt_len :] = 1
 
     def take(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """As a stopping criterion: Transformers calls it with each new token, and asks which rows are done."""
+        """As a stopping criterion: Transformers calls it with each new token, and asks which rows are
+        done."""
         tokens, now = input_ids[:, -1].tolist(), time.perf_counter()
-        needed = [len(request.tokens) - request.computed if request.finish_reason is None else 0 for request in batch]
+        needed = [
+            len(request.tokens) - request.computed if request.finish_reason is None else 0
+            for request in batch
+        ]
         choices = [Choice(token) if count else None for token, count in zip(tokens, needed, strict=True)]
         padded = len(batch) * max(needed) - sum(needed)
-        metrics.count_step(len(batch), StepResult(choices, 1, sum(needed), padded, model_s=0.0, kv_bytes=0), 0.0)
+        metrics.count_step(
+            len(batch), StepResult(choices, 1, sum(needed), padded, model_s=0.0, kv_bytes=0), 0.0
+        )
         for request, token, count in zip(batch, tokens, needed, strict=True):
             if count:
                 request.computed += count
@@ -138,7 +160,8 @@ def _generate_batch(model: PreTrainedModel, batch: list[Request], metrics: Engin
         attention_mask=mask.to(model.device),
         max_new_tokens=max(request.params.max_new_tokens for request in batch),
         do_sample=False,
-        repetition_penalty=1.0,  # a model may bring its own, which the engine's greedy decoding does not apply
+        # a model may bring its own, which the engine's greedy decoding does not apply
+        repetition_penalty=1.0,
         eos_token_id=None,
         pad_token_id=0,
         stopping_criteria=[take],

@@ -1,4 +1,5 @@
-"""`python -m engine bench | generate | models`: arguments, progress and one-line errors; torch is imported on use."""
+"""`python -m engine bench | generate | models`: arguments, progress and one-line errors; torch is imported on
+use."""
 
 from __future__ import annotations
 
@@ -18,18 +19,26 @@ from engine.output import INTERRUPTED, Output, ending, fail
 from engine.progress import Progress
 from engine.request import SamplingParams
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
 PLOTS = (".png", ".svg", ".pdf")
 
-Model = Annotated[str, typer.Option(help="A hub id, a folder, a .gguf file, 'smollm2' or 'random:NAME'; see models.")]
+Model = Annotated[
+    str, typer.Option(help="A hub id, a folder, a .gguf file, 'smollm2' or 'random:NAME'; see models.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16, float64 or int8 (packed on a CPU).")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32, float16, bfloat16, float64 or int8 (packed on a CPU).")
+]
 Seed = Annotated[int, typer.Option(help="Seeds the workload, random weights and sampling.")]
 
 
 @app.callback(invoke_without_command=True)
 @ending()
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
     """Dynamic batching for unmodified Hugging Face Transformers causal language models.
 
     Exit codes: 0 done, 1 a fault of this program, 2 what you can mend (one line says how), 130 interrupted,
@@ -45,21 +54,30 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def bench(
     model: Model = "smollm2",
     policies: Annotated[str, typer.Option(help="Comma-separated; also: generate.")] = ",".join(POLICIES),
-    batch_sizes: Annotated[str, typer.Option(help="Comma-separated, for the policies that batch.")] = "1,4,16",
-    workload: Annotated[str, typer.Option(help="N requests: chat-N, paper-N, mixed-N or shared-prefix-N.")] = "chat-32",
-    arrivals: Annotated[str, typer.Option(help="When they are due: all, poisson:RATE or burst:SIZE:GAP_S.")] = "all",
+    batch_sizes: Annotated[
+        str, typer.Option(help="Comma-separated, for the policies that batch.")
+    ] = "1,4,16",
+    workload: Annotated[
+        str, typer.Option(help="N requests: chat-N, paper-N, mixed-N or shared-prefix-N.")
+    ] = "chat-32",
+    arrivals: Annotated[
+        str, typer.Option(help="When they are due: all, poisson:RATE or burst:SIZE:GAP_S.")
+    ] = "all",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, interleaved; the median one is shown.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     csv: Annotated[Path | None, typer.Option(help="Write a row a request here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw throughput and latency here (.png, .svg, .pdf).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw throughput and latency here (.png, .svg, .pdf).")
+    ] = None,
 ) -> None:
     """Run one workload through several ways of batching it and compare them in one table.
 
-    'sequential' is the batch=1 baseline, whose tokens the others' are compared with; 'generate' is Transformers' own.
-    Workloads: chat is English, paper 128 tokens in and 256 out, mixed log-normal. Ctrl-C shows what has finished.
+    'sequential' is the batch=1 baseline, whose tokens the others' are compared with; 'generate' is
+    Transformers' own. Workloads: chat is English, paper 128 tokens in and 256 out, mixed log-normal. Ctrl-C
+    shows what has finished.
     """
     from engine import bench as bench_module, report
     from engine.engine import Engine
@@ -73,12 +91,15 @@ def bench(
     pairs = bench_module.ways([policy.strip() for policy in policies.split(",")], sizes)
     for option, path in (("csv", csv), ("json", json), ("plot", plot)):
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise InputError(f"{option}={str(path)!r} cannot be written: name a file in a folder that is there")
+            raise InputError(
+                f"{option}={str(path)!r} cannot be written: name a file in a folder that is there"
+            )
     if plot and plot.suffix not in PLOTS:
         raise InputError(f"plot={str(plot)!r} must end in one of {', '.join(PLOTS)}")
     if plot and find_spec("matplotlib") is None:
         raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
-    make(workload, vocab_size=2, seed=seed, arrivals=arrivals)  # bad names and numbers, before a model is loaded
+    # bad names and numbers, before a model is loaded
+    make(workload, vocab_size=2, seed=seed, arrivals=arrivals)
     if dtype == "int8" and "generate" in dict(pairs):
         raise InputError("policies has 'generate', which is Transformers' own: leave it out of dtype='int8'")
     config = EngineConfig(device=device, dtype=dtype, seed=seed, generation_config="none")
@@ -96,7 +117,12 @@ def bench(
             bar.write("interrupted: showing the runs that finished")
     if not runs:
         raise typer.Exit(INTERRUPTED)
-    environment = {"workload": workload, "arrivals": arrivals, "seed": seed, **bench_module.environment(engine.loaded)}
+    environment = {
+        "workload": workload,
+        "arrivals": arrivals,
+        "seed": seed,
+        **bench_module.environment(engine.loaded),
+    }
     environment["dtype"] = engine.config.dtype
     title = f"{workload}, arrivals {arrivals}, on {model} ({environment['dtype']}, {environment['device']})"
     summary = report.summarise(runs)
@@ -134,18 +160,30 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample among the fewest of this share (1).")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop those below this share of the best (0).")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less (1).")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End the output at this text; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the output at this text; may be repeated.")
+    ] = None,
     generation_config: Annotated[
         str, typer.Option(help="auto: what isn't given is as the model says, else as in (); none: as in ().")
     ] = "auto",
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
     """Stream a model's answer to a prompt, through its chat template where it has one."""
     params = SamplingParams(
-        max_new_tokens, 0, temperature, top_k, top_p, min_p, repetition_penalty, stop=tuple(stop or ()), seed=seed
+        max_new_tokens,
+        0,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
     )
     text = check_text("prompt", _standard_input() if prompt == "-" else prompt)
     if not text.strip():
@@ -190,7 +228,16 @@ def models() -> None:
     from engine.models import catalogue
 
     out = Table(caption="also: a hub id (org/name), a local folder, or a .gguf file", caption_justify="left")
-    for heading in ("spec", "architecture", "parameters", "32-bit", "16-bit", "KV/token 32-bit", "16-bit", "positions"):
+    for heading in (
+        "spec",
+        "architecture",
+        "parameters",
+        "32-bit",
+        "16-bit",
+        "KV/token 32-bit",
+        "16-bit",
+        "positions",
+    ):
         out.add_column(heading, justify="left" if heading in ("spec", "architecture") else "right")
     for row in catalogue():
         sizes = (row["bytes_32bit"], row["bytes_16bit"])

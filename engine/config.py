@@ -18,27 +18,29 @@ class EngineConfig:
     """Configuration of an `Engine`. Raises InputError for a value out of bounds.
 
     Args:
-        policy: who is admitted when: "sequential" runs one request at a time (the baseline); "dynamic" fills a batch
-            in arrival order and runs it to completion; "continuous" admits at every step.
-        runner: how keys and values are held: "packed" in pages, without any padding; "padded" in Transformers' own
-            cache, with masks (not for "continuous"); "auto" is packed for "continuous" and padded for the other two,
-            and falls back to padded, with a warning, for a model that cannot run packed. (Deterministic and int8
-            engines are always packed.)
+        policy: who is admitted when: "sequential" runs one request at a time (the baseline); "dynamic" fills
+            a batch in arrival order and runs it to completion; "continuous" admits at every step.
+        runner: how keys and values are held: "packed" in pages, without any padding; "padded" in
+            Transformers' own cache, with masks (not for "continuous"); "auto" is packed for "continuous" and
+            padded for the other two, and falls back to padded, with a warning, for a model that cannot run
+            packed. (Deterministic and int8 engines are always packed.)
         device: "auto" (CUDA if there is one, else the CPU) or a torch device: "cpu", "cuda", "cuda:1".
-        dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16; or "int8": float32
-            with the weights of linear layers in int8, for models built like Llama (packed on a CPU): fewer bytes to
-            read, and not quite the same model.
+        dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16; or "int8":
+            float32 with the weights of linear layers in int8, for models built like Llama (packed on a CPU):
+            fewer bytes to read, and not quite the same model.
         max_batch_size: requests that share a step at most.
-        max_step_tokens: tokens a step computes at most; longer prompts are computed in several. None: 512 packed on a
-            CPU, where more do not fit its caches, else 8192. (Padded: positions of one forward pass, padding
-            included, but at least one a row.)
+        max_step_tokens: tokens a step computes at most; longer prompts are computed in several. None: 512
+            packed on a CPU, where more do not fit its caches, else 8192. (Padded: positions of one forward
+            pass, padding included, but at least one a row.)
         page_size: tokens of one page of KV memory (packed).
         prefix_caching: keep what was computed and reuse it for prompts that begin the same (packed).
         deterministic: bitwise the same logits for a request whatever shares its batch (packed); slower.
-        kv_memory: for keys and values: bytes (an int), or a fraction (a float up to 1) of the memory free at start.
+        kv_memory: for keys and values: bytes (an int), or a fraction (a float up to 1) of the memory free at
+            start.
         seed: seeds `random:` weights, and the draws of requests that bring no seed.
-        metrics_window: requests whose own metrics are kept, the last that ended: percentiles are of these, counters
-            and rates of all. None: all of them, which an engine that serves for days has no memory for.
+        metrics_window: requests whose own metrics are kept, the last that ended: percentiles are of these,
+            counters and rates of all. None: all of them, which an engine that serves for days has no memory
+            for.
         generation_config: where the parameters come from that a request does not state: "auto" is the model's
             generation_config (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty; as with
             `generate`, tokens are drawn only if it says `do_sample`), "none" what SamplingParams says.
@@ -73,8 +75,12 @@ class EngineConfig:
             window = check("metrics_window", self.metrics_window, int, 1, 2**31)
             object.__setattr__(self, "metrics_window", window)
         if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
-            raise InputError("runner='padded' can be neither continuous nor deterministic: use runner='packed'")
-        if self.dtype == "int8" and (self.runner == "padded" or self.device.split(":")[0] not in ("auto", "cpu")):
+            raise InputError(
+                "runner='padded' can be neither continuous nor deterministic: use runner='packed'"
+            )
+        if self.dtype == "int8" and (
+            self.runner == "padded" or self.device.split(":")[0] not in ("auto", "cpu")
+        ):
             bad = f"runner={self.runner!r}" if self.runner == "padded" else f"device={self.device!r}"
             raise InputError(f"dtype='int8' runs packed on a CPU, not with {bad}: change one of the two")
 

@@ -99,8 +99,8 @@ class Engine(Loop):
         """Make what a settled config says: runner, scheduler and the accounting of so many bytes of memory.
 
         Args:
-            token_bytes: what the model's own cache takes for a token. (Pages hold what its attention is given, which
-                may be more: some models compress what they keep.)
+            token_bytes: what the model's own cache takes for a token. (Pages hold what its attention is
+                given, which may be more: some models compress what they keep.)
         """
         assert config.max_step_tokens is not None
         self.config, tokens, rows = config, config.max_step_tokens, config.max_batch_size
@@ -109,9 +109,8 @@ class Engine(Loop):
             page_bytes = page_token_bytes(self.model) * config.page_size
             pages = memory // page_bytes
             if not pages:
-                much = (
-                    f"a page of page_size={config.page_size} takes {page_bytes} bytes: raise the one or lower the other"
-                )
+                much = f"a page of page_size={config.page_size} takes {page_bytes} bytes"
+                much += ": raise the one or lower the other"
                 raise InputError(f"kv_memory={config.kv_memory} is too small: {much}")
             pool = PagePool(min(pages, useful), config.page_size, config.prefix_caching)
             self.runner = packed_runner(self.model, pool, config.deterministic, rows, config.dtype == "int8")
@@ -121,8 +120,11 @@ class Engine(Loop):
             self.scheduler = Scheduler(config.policy, rows, sys.maxsize, RowPool(memory // token_bytes))
 
     @classmethod
-    def from_pretrained(cls, spec: str, config: EngineConfig | None = None, *, progress: bool = True) -> Engine:
-        """Load the model that `spec` names (hub id, folder, .gguf file, `smollm2`, `random:NAME`) and build on it.
+    def from_pretrained(
+        cls, spec: str, config: EngineConfig | None = None, *, progress: bool = True
+    ) -> Engine:
+        """Load the model that `spec` names (hub id, folder, .gguf file, `smollm2`, `random:NAME`) and build
+        on it.
 
         Raises:
             InputError: for an unknown or broken model, or a device that is not there.
@@ -185,7 +187,8 @@ class Engine(Loop):
                 where that is no terminal a line every ten seconds.
 
         Returns:
-            An output a prompt. A request that failed alone says so in its `finish_reason` and `error`. Ctrl-C ends
+            An output a prompt. A request that failed alone says so in its `finish_reason` and `error`. Ctrl-C
+                ends
             the call early: unfinished requests have reason "abort" and the tokens they got.
 
         Raises:
@@ -199,7 +202,9 @@ class Engine(Loop):
             given = check_list("params", params, "SamplingParams, or a list of them")
             many = [_params(f"params[{i}]", one) for i, one in enumerate(given)]
         if len(many) != len(each):
-            raise InputError(f"params has {len(many)} entries for {len(each)} prompts: give one, or one for each")
+            raise InputError(
+                f"params has {len(many)} entries for {len(each)} prompts: give one, or one for each"
+            )
         return self.replay(list(map(WorkItem, each, many)), progress=progress)
 
     def replay(self, items: Sequence[WorkItem], *, progress: bool = True) -> list[RequestOutput]:
@@ -236,7 +241,8 @@ class Engine(Loop):
         return [request.result for request in requests if request.result is not None]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Generate for one prompt and give its chunks as they come; leaving the loop early aborts the request.
+        """Generate for one prompt and give its chunks as they come; leaving the loop early aborts the
+        request.
 
         Several streams may be read in turn: whichever is read steps the engine for all.
 

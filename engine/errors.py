@@ -52,7 +52,8 @@ def check(name: str, value: Any, kind: type, low: float = 0, high: float = UNBOU
     if isinstance(number, good) and isinstance(number, bool) == (kind is bool):
         try:
             number = kind(number)
-        except Exception:  # an int that no float is as large as; a class of the caller's that can't be converted
+        # an int that no float is as large as; a class of the caller's that can't be converted
+        except Exception:
             number = math.nan
         if low <= number <= high:
             return number

@@ -49,7 +49,8 @@ class InputProcessor:
         return self._tokens("message", lambda: self.tokenizer.apply_chat_template(turns, **options))
 
     def check_positions(self, name: str, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Raise InputError unless the model has a position for each token but the last, which is not fed back."""
+        """Raise InputError unless the model has a position for each token but the last, which is not fed
+        back."""
         needed = prompt_tokens + max_new_tokens - 1
         if needed > self.max_positions:
             asked = f"{name} of {prompt_tokens} tokens with max_new_tokens={max_new_tokens}"
@@ -92,7 +93,9 @@ class InputProcessor:
     def _check_ids(self, name: str, ids: Sequence[int], size: int) -> None:
         for token in ids:
             if not 0 <= token < size:
-                raise InputError(f"{name} has token id {shown(token)}; the ids of {self.spec} are 0 to {size - 1}")
+                raise InputError(
+                    f"{name} has token id {shown(token)}; the ids of {self.spec} are 0 to {size - 1}"
+                )
 
     def _listed(self, name: str, prompt: Any) -> list[int]:
         """Return the ids of a list, a NumPy array or a tensor of whole numbers; the first bad one ends it."""

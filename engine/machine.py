@@ -23,7 +23,8 @@ def cache_dir() -> Path:
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What tells one CPU model from another: its name and, since clouds give many the same, family and stepping.
+    """What tells one CPU model from another: its name and, since clouds give many the same, family and
+    stepping.
 
     Where the kernel does not tell, what Python calls it.
     """
@@ -57,7 +58,8 @@ def limit_threads() -> None:
 
 
 def placement(device: str, dtype: str) -> tuple[str, str]:
-    """The device and dtype to load a model on and in: what "auto" means here, float32 for int8, or those given.
+    """The device and dtype to load a model on and in: what "auto" means here, float32 for int8, or those
+    given.
 
     Raises:
         InputError: for a device that is not here: better learnt before a download than after it.
@@ -71,4 +73,7 @@ def placement(device: str, dtype: str) -> tuple[str, str]:
     except Exception as error:  # whatever torch raises for a word that names no device
         reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"device={device!r} is not here ({reason}): give auto or cpu") from None
-    return device, ("float16" if device.startswith("cuda") else "float32") if dtype in ("auto", "int8") else dtype
+    return device, ("float16" if device.startswith("cuda") else "float32") if dtype in (
+        "auto",
+        "int8",
+    ) else dtype

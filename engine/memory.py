@@ -1,4 +1,5 @@
-"""How much of a machine's memory may hold keys and values, and whether an error says that there was too little."""
+"""How much of a machine's memory may hold keys and values, and whether an error says that there was too
+little."""
 
 from __future__ import annotations
 
@@ -16,19 +17,21 @@ from engine.errors import InputError
 
 
 def kv_memory(model: PreTrainedModel, config: EngineConfig, tokens: int) -> int:
-    """Bytes for keys and values: of what is free beside a step of so many tokens, which is measured by running one.
+    """Bytes for keys and values: of what is free beside a step of so many tokens, which is measured by
+    running one.
 
     Raises:
         InputError: if more is asked for than there is.
     """
     free, rows = free_bytes(model.device), config.max_batch_size
-    taken = 2 * step_bytes(model, tokens, rows) + step_bytes(model, rows, rows)  # by itself, and of the graphs
+    # by itself, and of the graphs
+    taken = 2 * step_bytes(model, tokens, rows) + step_bytes(model, rows, rows)
     if not isinstance(config.kv_memory, int):
         return int(config.kv_memory * max(0, free - taken))
     if config.kv_memory > free - taken:
         raise InputError(
-            f"kv_memory={config.kv_memory} is too large: {free} bytes are free, and a step of {tokens} tokens "
-            f"takes {taken} of them: lower kv_memory, max_step_tokens or max_batch_size"
+            f"kv_memory={config.kv_memory} is too large: {free} bytes are free, and a step "
+            f"of {tokens} tokens takes {taken} of them: lower kv_memory, max_step_tokens or max_batch_size"
         )
     return config.kv_memory
 
@@ -49,7 +52,8 @@ def free_bytes(device: torch.device, root: Path = cgroup.ROOT) -> int:
 
 
 def _own_limits() -> list[int]:
-    """Bytes that this process may still take by each of its own limits (`ulimit -v`, `ulimit -d`) that is set."""
+    """Bytes that this process may still take by each of its own limits (`ulimit -v`, `ulimit -d`) that is
+    set."""
     if sys.platform == "win32":
         return []
     import resource
@@ -79,7 +83,8 @@ def peak_bytes(status: Path = Path("/proc/self/status")) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory for a tensor or an array; torch's on a CPU raise a RuntimeError that says so."""
+    """Whether there was no memory for a tensor or an array; torch's on a CPU raise a RuntimeError that says
+    so."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "not enough memory" in str(error)
     )
@@ -87,7 +92,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 @torch.inference_mode()
 def step_bytes(model: PreTrainedModel, tokens: int, rows: int) -> int:
-    """Device memory that a step of so many tokens, `rows` of them sampled, takes beside weights, keys and values.
+    """Device memory that a step of so many tokens, `rows` of them sampled, takes beside weights, keys and
+    values.
 
     Measured by running the model, whose own layers take no less than fused ones; 0 on a CPU, which can swap.
 
@@ -102,7 +108,9 @@ def step_bytes(model: PreTrainedModel, tokens: int, rows: int) -> int:
     try:
         model(ids, use_cache=False, logits_to_keep=min(rows, tokens))
     except torch.OutOfMemoryError as error:
-        raise InputError(f"max_step_tokens={tokens}: a step does not fit the device's memory: lower it") from error
+        raise InputError(
+            f"max_step_tokens={tokens}: a step does not fit the device's memory: lower it"
+        ) from error
     peak = torch.cuda.max_memory_allocated(model.device) - before
     torch.cuda.empty_cache()
     return peak

@@ -1,6 +1,7 @@
 """What happened and when: a record a request, exact counters, and their summaries as pandas frames.
 
-Times come from `time.perf_counter`, read when a token is on the host. A leaf: it knows no model and no scheduler.
+Times come from `time.perf_counter`, read when a token is on the host. A leaf: it knows no model and no
+scheduler.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ LATENCIES = ["queue_ms", "ttft_ms", "prefill_ms", "decode_ms", "latency_ms", "tp
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """One request's timeline, in milliseconds; None where an event never happened (aborted, or a single token).
+    """One request's timeline, in milliseconds; None where an event never happened (aborted, or a single
+    token).
 
-    queue_ms: due to first scheduled. ttft_ms: due to first token. prefill_ms: scheduled to first token. decode_ms:
-    first token to finished. latency_ms: due to finished. tpot_ms: decode_ms / (output_tokens - 1). itl_ms: every gap
-    between successive tokens. `arrival_s` and `finished_s` are `time.perf_counter` seconds.
+    queue_ms: due to first scheduled. ttft_ms: due to first token. prefill_ms: scheduled to first token.
+    decode_ms: first token to finished. latency_ms: due to finished. tpot_ms: decode_ms / (output_tokens - 1).
+    itl_ms: every gap between successive tokens. `arrival_s` and `finished_s` are `time.perf_counter` seconds.
     """
 
     request_id: str
@@ -68,7 +70,8 @@ class Counters:
 
     @property
     def kv_unused_mean(self) -> float:
-        """Positions of KV memory that a running request held without need, on average over steps and requests."""
+        """Positions of KV memory that a running request held without need, on average over steps and
+        requests."""
         return self.kv_unused_tokens / max(1, self.requests_advanced)
 
     @property
@@ -80,11 +83,11 @@ class Counters:
 class EngineMetrics:
     """Everything measured by one engine. It takes no more memory the longer the engine serves.
 
-    Counters, totals, `wall_s` and `tokens_per_s` are of all requests that ended; `records`, and with them frames,
-    percentiles and goodput, of the last ones.
+    Counters, totals, `wall_s` and `tokens_per_s` are of all requests that ended; `records`, and with them
+    frames, percentiles and goodput, of the last ones.
 
-    `step_s` is wall time inside `Engine.step`; `model_s` is the part of it from handing tensors to the model to
-    holding sampled tokens on the host. The rest is the engine's own host work.
+    `step_s` is wall time inside `Engine.step`; `model_s` is the part of it from handing tensors to the model
+    to holding sampled tokens on the host. The rest is the engine's own host work.
 
     Args:
         window: requests whose own metrics are kept, the last that ended; None: all.
@@ -101,13 +104,16 @@ class EngineMetrics:
         self._last_finished_s = -math.inf
 
     def count_step(self, requests: int, result: StepResult, step_s: float, unused: int = 0) -> None:
-        """Add a step of `requests` requests that took `step_s` seconds; they held `unused` positions without need."""
+        """Add a step of `requests` requests that took `step_s` seconds; they held `unused` positions without
+        need."""
         counters = self.counters
         counters.steps += 1
         counters.forward_passes += result.forward_passes
         counters.tokens_computed += result.tokens_computed
         counters.padded_tokens += result.padded_tokens
-        counters.output_tokens += sum(choice is not None and choice.token is not None for choice in result.choices)
+        counters.output_tokens += sum(
+            choice is not None and choice.token is not None for choice in result.choices
+        )
         counters.kv_bytes_peak = max(counters.kv_bytes_peak, result.kv_bytes)
         counters.batch_sizes[requests] += 1
         counters.kv_unused_tokens += unused
@@ -141,7 +147,8 @@ class EngineMetrics:
         return 100.0 * (1.0 - self.model_s / self.step_s) if self.step_s else 0.0
 
     def goodput(self, ttft_ms: float, tpot_ms: float) -> float:
-        """Requests per second that ended by themselves within both limits, among the last ones and in their time.
+        """Requests per second that ended by themselves within both limits, among the last ones and in their
+        time.
 
         Args:
             ttft_ms, tpot_ms: milliseconds; `math.inf` is no limit.
@@ -158,28 +165,35 @@ class EngineMetrics:
         return good / wall_s if wall_s else 0.0
 
     def frame(self) -> pd.DataFrame:
-        """One row a request of those kept, in the order they ended; columns are the fields of RequestMetrics."""
+        """One row a request of those kept, in the order they ended; columns are the fields of
+        RequestMetrics."""
         import pandas as pd
 
-        frame = pd.DataFrame([asdict(r) for r in self.records], columns=[f.name for f in fields(RequestMetrics)])
+        frame = pd.DataFrame(
+            [asdict(r) for r in self.records], columns=[f.name for f in fields(RequestMetrics)]
+        )
         return frame.astype(dict.fromkeys(LATENCIES[:-1], float))
 
     def summary(self) -> pd.DataFrame:
-        """Statistics (rows count, mean, std, min, 50%, 95%, 99%, max) of each latency (columns), milliseconds.
+        """Statistics (rows count, mean, std, min, 50%, 95%, 99%, max) of each latency (columns),
+        milliseconds.
 
-        They are of the requests kept, and `count` says how many; itl_ms is over every gap of each. Percentiles are
-        numpy's default (linear).
+        They are of the requests kept, and `count` says how many; itl_ms is over every gap of each.
+        Percentiles are numpy's default (linear).
         """
         frame = self.frame()
         columns = {name: frame[name].explode().astype(float).dropna() for name in LATENCIES}
         return type(frame)({name: c.describe(percentiles=[0.5, 0.95, 0.99]) for name, c in columns.items()})
 
     def flat(self) -> dict[str, float | int | None]:
-        """The run as plain numbers by flat names (`ttft_p95_ms`, `tokens_per_s`, `forward_passes`, ...), for JSON.
+        """The run as plain numbers by flat names (`ttft_p95_ms`, `tokens_per_s`, `forward_passes`, ...), for
+        JSON.
 
         No numpy scalars, and None where nothing was measured.
         """
-        counters = {f.name: getattr(self.counters, f.name) for f in fields(Counters) if f.name != "batch_sizes"}
+        counters = {
+            f.name: getattr(self.counters, f.name) for f in fields(Counters) if f.name != "batch_sizes"
+        }
         own = ("wall_s", "tokens_per_s", "host_pct")
         flat = {"requests": self.requests, **{name: getattr(self, name) for name in own}, **counters}
         flat["padding_ratio"] = self.counters.padding_ratio

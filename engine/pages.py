@@ -1,7 +1,8 @@
-"""Who may hold KV memory: pages and their owners, and what past requests left in them. Pure Python, no tensors.
+"""Who may hold KV memory: pages and their owners, and what past requests left in them. Pure Python, no
+tensors.
 
-A pool answers the scheduler: `check` (could it ever fit), `admit`, `reserve` (room for more of its tokens), `seal`
-(these tokens are computed), `unused` and `release`.
+A pool answers the scheduler: `check` (could it ever fit), `admit`, `reserve` (room for more of its tokens),
+`seal` (these tokens are computed), `unused` and `release`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ class _Pool:
         if request.max_positions > self.capacity:
             raise InputError(
                 f"request {request.id}: a prompt of {request.prompt_len} tokens with max_new_tokens="
-                f"{request.params.max_new_tokens} needs {request.max_positions} positions of KV memory; it holds "
-                f"{self.capacity}: raise kv_memory or ask for less"
+                f"{request.params.max_new_tokens} needs {request.max_positions} positions of KV memory; "
+                f"it holds {self.capacity}: raise kv_memory or ask for less"
             )
 
 
 class PagePool(_Pool):
     """Pages of `page_size` tokens, block tables, reference counts and the prefix cache.
 
-    A full page whose tokens are computed can be shared by every request with the same tokens up to its end: it is
-    found by the page before it and its own tokens, compared exactly, so no hash collision can give out another's.
-    Nobody writes to it again. A freed page keeps its tokens until it is needed, least recently freed first.
+    A full page whose tokens are computed can be shared by every request with the same tokens up to its end:
+    it is found by the page before it and its own tokens, compared exactly, so no hash collision can give out
+    another's. Nobody writes to it again. A freed page keeps its tokens until it is needed, least recently
+    freed first.
 
     Args:
         pages: how many there are.
@@ -49,10 +51,12 @@ class PagePool(_Pool):
         self._tainted: set[int] = set()  # pages that a failed request wrote or read, and somebody still holds
         self._references = [0] * pages
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
-        self._cached: dict[tuple[object, tuple[int, ...]], int] = {}  # (mark of the page before, tokens) -> page
+        # (mark of the page before, tokens) -> page
+        self._cached: dict[tuple[object, tuple[int, ...]], int] = {}
         self._keys: dict[int, tuple[object, tuple[int, ...]]] = {}  # the reverse
         self._marks: dict[int, object] = {}  # cached page -> an object that no other contents have
-        self._sealed: dict[Request, tuple[int, object]] = {}  # pages of a request seen by `seal`; mark of the last
+        # pages of a request seen by `seal`; mark of the last
+        self._sealed: dict[Request, tuple[int, object]] = {}
 
     def admit(self, request: Request) -> bool:
         """Give the request what is cached of it and pages for all of its tokens, or nothing; True if given.
@@ -71,7 +75,8 @@ class PagePool(_Pool):
         return True
 
     def reserve(self, request: Request, tokens: int) -> bool:
-        """Make the request's table hold its first `tokens` tokens; False, and nothing taken, if pages lack."""
+        """Make the request's table hold its first `tokens` tokens; False, and nothing taken, if pages
+        lack."""
         table = self.tables[request]
         need = -(-tokens // self.page_size) - len(table)
         if need > len(self._free):
@@ -127,7 +132,8 @@ class PagePool(_Pool):
         return len(self.tables[request]) * self.page_size - tokens
 
     def check_integrity(self) -> None:
-        """Assert that every page is free or owned as often as it is counted, and that the cache agrees with itself."""
+        """Assert that every page is free or owned as often as it is counted, and that the cache agrees with
+        itself."""
         for request, table in self.tables.items():
             assert len(set(table)) == len(table), "a request holds a page twice"
             assert len(table) * self.page_size >= request.computed, "computed tokens without a page"
@@ -161,7 +167,8 @@ class PagePool(_Pool):
 
 
 class RowPool(_Pool):
-    """The padded runner's rectangle: as many rows as requests, each as wide as the longest prompt and output need.
+    """The padded runner's rectangle: as many rows as requests, each as wide as the longest prompt and output
+    need.
 
     Args:
         capacity: positions (tokens of one request) that fit in KV memory.

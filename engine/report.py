@@ -35,19 +35,27 @@ COLUMNS = {  # heading -> name in the summary, format
 def summarise(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a (policy, batch size), taken from its round of median tokens/s (of two, the slower).
 
-    Besides all of `EngineMetrics.flat`: `rounds`, `speedup` (tokens/s over sequential's, or the first way's where it
-    was not run), `same_tokens` (how many requests gave exactly the tokens they gave there) and `copied_bytes`.
+    Besides all of `EngineMetrics.flat`: `rounds`, `speedup` (tokens/s over sequential's, or the first way's
+    where it was not run), `same_tokens` (how many requests gave exactly the tokens they gave there) and
+    `copied_bytes`.
     """
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.policy, run.batch_size), []).append(run)
-    medians = [sorted(group, key=lambda r: r.metrics.tokens_per_s)[(len(group) - 1) // 2] for group in groups.values()]
+    medians = [
+        sorted(group, key=lambda r: r.metrics.tokens_per_s)[(len(group) - 1) // 2]
+        for group in groups.values()
+    ]
     base = next((run for run in medians if run.policy == "sequential"), medians[0])
     frame = pd.DataFrame([run.metrics.flat() for run in medians])
-    same = [sum(a.token_ids == b.token_ids for a, b in zip(r.outputs, base.outputs, strict=True)) for r in medians]
+    same = [
+        sum(a.token_ids == b.token_ids for a, b in zip(r.outputs, base.outputs, strict=True)) for r in medians
+    ]
     speedup = frame["tokens_per_s"] / base.metrics.tokens_per_s
     copied = [run.copied_bytes for run in medians]
-    ways = pd.DataFrame(list(groups), columns=["policy", "batch_size"]).assign(rounds=[*map(len, groups.values())])
+    ways = pd.DataFrame(list(groups), columns=["policy", "batch_size"]).assign(
+        rounds=[*map(len, groups.values())]
+    )
     return pd.concat([ways.assign(speedup=speedup, same_tokens=same, copied_bytes=copied), frame], axis=1)
 
 
@@ -58,7 +66,9 @@ def table(summary: pd.DataFrame, title: str) -> Table:
     for heading in COLUMNS:
         out.add_column(heading.rstrip(), justify="left" if heading == "policy" else "right")
     for row in summary.to_dict("records"):
-        out.add_row(*("-" if pd.isna(row[name]) else form.format(row[name]) for name, form in COLUMNS.values()))
+        out.add_row(
+            *("-" if pd.isna(row[name]) else form.format(row[name]) for name, form in COLUMNS.values())
+        )
     return out
 
 
@@ -69,7 +79,8 @@ def requests_frame(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def write_json(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
-    """Everything in one file: `environment`, `summary` (a row a way), `requests` (a row a request of every run)."""
+    """Everything in one file: `environment`, `summary` (a row a way), `requests` (a row a request of every
+    run)."""
     frames = {"summary": summarise(runs), "requests": requests_frame(runs)}
     rows = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
     path.write_text(json.dumps({"environment": environment, **rows}, indent=1) + "\n")
@@ -84,7 +95,9 @@ def write_plot(path: Path, summary: pd.DataFrame, title: str) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     throughput, ttft, latency = figure.subplots(1, 3, sharey=True)
     bars["tokens_per_s"].plot.barh(ax=throughput, color="#2a6f97", width=0.8)
-    throughput.bar_label(throughput.containers[0], [f" {value:.2f}x" for value in bars["speedup"]], fontsize=8)
+    throughput.bar_label(
+        throughput.containers[0], [f" {value:.2f}x" for value in bars["speedup"]], fontsize=8
+    )
     throughput.margins(x=0.15)
     for axis, metric in ((ttft, "ttft"), (latency, "latency")):
         pair = bars[[f"{metric}_p50_ms", f"{metric}_p95_ms"]].set_axis(["P50", "P95"], axis=1) / 1e3

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class FinishReason(StrEnum):
-    """Why a request ended: a stop condition of its own, its length limit, its caller, or an error of its own."""
+    """Why a request ended: a stop condition of its own, its length limit, its caller, or an error of its
+    own."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -37,8 +38,8 @@ class SamplingParams:
         min_new_tokens: before there are this many, no stop token is drawn and no stop string ends the output.
             One that token number `min_new_tokens` or a later one completes does, wherever it began.
         temperature: 0 takes the most likely token; above, logits are divided by it and a token is drawn [0].
-        top_k: draw among the k most likely tokens; 0 is all of them [0]. Here and elsewhere, of equally likely
-            tokens the one with the lower id comes first.
+        top_k: draw among the k most likely tokens; 0 is all of them [0]. Here and elsewhere, of equally
+            likely tokens the one with the lower id comes first.
         top_p: draw among the fewest tokens whose probabilities reach p (nucleus sampling; Holtzman et al.,
             2019) [1].
         min_p: drop tokens less likely than this fraction of the most likely one (Nguyen et al., 2024) [0].
@@ -49,8 +50,10 @@ class SamplingParams:
             `stop_reason` is the string.
         stop_token_ids: token ids that end the output, besides the model's EOS ids.
         ignore_eos: generate past the model's EOS ids.
-        seed: makes this request's draws repeatable whatever shares its batch; None takes one from the engine's seed.
-        logprobs: report each token's log-probability and this many of the most likely alternatives; None: nothing.
+        seed: makes this request's draws repeatable whatever shares its batch; None takes one from the
+            engine's seed.
+        logprobs: report each token's log-probability and this many of the most likely alternatives; None:
+            nothing.
     """
 
     max_new_tokens: int | None = bounded(None, int, 1)
@@ -125,7 +128,8 @@ BARRED = Choice(None, error="min_new_tokens bars every token the model allows: l
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What a request gave. `text` is None without a tokenizer; `error` says why, where the reason is "error"."""
+    """What a request gave. `text` is None without a tokenizer; `error` says why, where the reason is
+    "error"."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -155,7 +159,8 @@ OnChunk = Callable[[StreamChunk], object] | None
 class Request:
     """One request's state: its tokens (prompt, then output) and how many of them are computed.
 
-    Prefill, decode, recomputation and a cache hit are one act, computing the next tokens, so no phase is kept.
+    Prefill, decode, recomputation and a cache hit are one act, computing the next tokens, so no phase is
+    kept.
     """
 
     id: str
@@ -211,7 +216,8 @@ class Request:
         return self.stop_ids if self.output_len < self.params.min_new_tokens else frozenset()
 
     def append(self, token: int, now: float) -> None:
-        """Take an output token that reached the host at `now` seconds; end on a stop token or the length limit."""
+        """Take an output token that reached the host at `now` seconds; end on a stop token or the length
+        limit."""
         self.tokens.append(token)
         self.token_times.append(now)
         if token in self.stop_ids and self.output_len >= self.params.min_new_tokens:
@@ -220,8 +226,11 @@ class Request:
         elif len(self.tokens) >= self.max_len:
             self.finish(FinishReason.LENGTH)
 
-    def finish(self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None) -> None:
-        """Say why it ends; the last reason given holds (a stop string found in the last token allowed is a stop)."""
+    def finish(
+        self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None
+    ) -> None:
+        """Say why it ends; the last reason given holds (a stop string found in the last token allowed is a
+        stop)."""
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
 
     def close(self, text: str | None, finished: float) -> RequestOutput:

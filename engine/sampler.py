@@ -2,8 +2,9 @@
 
 On a CPU a row at a time (`engine.cpu.choose`), on a device all rows at once; either gives the same tokens.
 
-R rows (requests), V vocabulary. A row's token depends on that row and its request alone: its draw is a counter-based
-random number keyed by (seed, output position), so neither batch-mates nor preemption can change it.
+R rows (requests), V vocabulary. A row's token depends on that row and its request alone: its draw is a
+counter-based random number keyed by (seed, output position), so neither batch-mates nor preemption can change
+it.
 """
 
 from __future__ import annotations

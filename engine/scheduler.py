@@ -1,8 +1,8 @@
 """Which tokens are computed next. Pure Python, no torch.
 
-A request is its tokens and how many of them are computed; a step is a list of `(request, n)`: compute the next n
-tokens of that request. Prefill, decode, recomputation and cache hits are one act, so nothing here knows a phase
-(after vLLM's V1 scheduler). Policies differ only in when a waiting request is admitted.
+A request is its tokens and how many of them are computed; a step is a list of `(request, n)`: compute the
+next n tokens of that request. Prefill, decode, recomputation and cache hits are one act, so nothing here
+knows a phase (after vLLM's V1 scheduler). Policies differ only in when a waiting request is admitted.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ class Scheduler:
     """Plans steps, first come first served.
 
     Args:
-        policy: "sequential" admits one request when none runs, "dynamic" a batch when none runs, "continuous" at
-            every step.
+        policy: "sequential" admits one request when none runs, "dynamic" a batch when none runs, "continuous"
+            at every step.
         max_batch_size: requests that run together at most.
-        max_step_tokens: tokens of a step at most. A request that needs one token (all that decode) goes before any
-            that need more, and these share what is left in order of arrival.
-        memory: the KV accounting. When a running request finds no room, the youngest is preempted: it loses its
-            pages, keeps its tokens and is computed again when there is room.
+        max_step_tokens: tokens of a step at most. A request that needs one token (all that decode) goes
+            before any that need more, and these share what is left in order of arrival.
+        memory: the KV accounting. When a running request finds no room, the youngest is preempted: it loses
+            its pages, keeps its tokens and is computed again when there is room.
     """
 
-    def __init__(self, policy: str, max_batch_size: int, max_step_tokens: int, memory: PagePool | RowPool) -> None:
+    def __init__(
+        self, policy: str, max_batch_size: int, max_step_tokens: int, memory: PagePool | RowPool
+    ) -> None:
         self.continuous = policy == "continuous"
         self.max_running = 1 if policy == "sequential" else max_batch_size
         self.max_step_tokens = max_step_tokens
@@ -62,7 +64,8 @@ class Scheduler:
             (fresh or (self.continuous and spare and len(self.waiting) <= preempted)) and self._admit(now)
         ):
             request = self.running[at]
-            wanted = wants[at] if at < len(wants) else _wanted(request)  # preempted ones only leave at the end
+            # preempted ones only leave at the end
+            wanted = wants[at] if at < len(wants) else _wanted(request)
             count = min(wanted, left, spare) if wanted > 1 else min(wanted, left)
             if count and self._make_room(request, request.computed + count):
                 step.append((request, count))
@@ -73,7 +76,11 @@ class Scheduler:
 
     def _admit(self, now: float) -> bool:
         """Start the next waiting request, if there is one and the batch size and the memory allow it."""
-        if not self.waiting or len(self.running) >= self.max_running or not self.memory.admit(self.waiting[0]):
+        if (
+            not self.waiting
+            or len(self.running) >= self.max_running
+            or not self.memory.admit(self.waiting[0])
+        ):
             return False
         request = self.waiting.popleft()
         if request.scheduled is None:
@@ -83,7 +90,8 @@ class Scheduler:
         return True
 
     def _make_room(self, request: Request, tokens: int) -> bool:
-        """Reserve memory, preempting younger requests for it, and the request itself if it is the youngest."""
+        """Reserve memory, preempting younger requests for it, and the request itself if it is the
+        youngest."""
         while not self.memory.reserve(request, tokens):
             victim = self.running.pop()
             self.memory.release(victim)
@@ -95,9 +103,11 @@ class Scheduler:
         return True
 
     def shrink(self, step: Step) -> bool:
-        """After this step ran out of memory: plan half as many tokens from now on; False if that cannot be."""
+        """After this step ran out of memory: plan half as many tokens from now on; False if that cannot
+        be."""
         tokens = sum(count for _, count in step)
-        if tokens < 2 or not isinstance(self.memory, PagePool):  # rows are laid out as a whole, and cannot be fewer
+        # rows are laid out as a whole, and cannot be fewer
+        if tokens < 2 or not isinstance(self.memory, PagePool):
             return False
         self.max_step_tokens = tokens // 2
         return True
@@ -122,10 +132,12 @@ class Scheduler:
             request.pending += request.computed == len(request.tokens) + request.pending
 
     def commit(self, step: Step, tokens: Sequence[int | None], now: float) -> None:
-        """Hand each request of a step that has been computed its next token, which reached the host at `now` seconds.
+        """Hand each request of a step that has been computed its next token, which reached the host at `now`
+        seconds.
 
-        `tokens` has one entry a request of the step, None where it has no token. A request that ended since the plan
-        is passed over; one that ends by this token has its `finish_reason` set, and is let go by `release`.
+        `tokens` has one entry a request of the step, None where it has no token. A request that ended since
+        the plan is passed over; one that ends by this token has its `finish_reason` set, and is let go by
+        `release`.
         """
         for (request, _), token in zip(step, tokens, strict=True):
             if request.finish_reason is None:

@@ -17,10 +17,10 @@ _CONTEXT = 6
 class TextStream:
     """Incremental detokenisation of one request, with stop strings.
 
-    A token may carry a part of a character, and a tokenizer may join or strip at borders, so each piece is the
-    difference between two decodings that share a few tokens of context (the method of Hugging Face's
-    text-generation-inference). Text that ends in an unfinished character, or in what could become a stop string, is
-    held back until it is decided.
+    A token may carry a part of a character, and a tokenizer may join or strip at borders, so each piece is
+    the difference between two decodings that share a few tokens of context (the method of Hugging Face's
+    text-generation-inference). Text that ends in an unfinished character, or in what could become a stop
+    string, is held back until it is decided.
 
     What counts is the token that completes a stop string: one that was complete before stops were looked for
     is text like any other, and one that began before and is completed after ends the text where it begins.
@@ -67,8 +67,11 @@ class TextStream:
             return ""
         self._read = len(self._ids)
         self._start = max(self._start, self._read - _CONTEXT)
-        # A context that begins inside a character would decode it differently with and without its first byte.
-        while self._start and self._decode(self._ids[self._start : self._read]).startswith("\N{REPLACEMENT CHARACTER}"):
+        # A context that begins inside a character would decode it differently with and without its first
+        # byte.
+        while self._start and self._decode(self._ids[self._start : self._read]).startswith(
+            "\N{REPLACEMENT CHARACTER}"
+        ):
             self._start -= 1
         return text[len(known) :]
 

@@ -22,7 +22,13 @@ from perf.metrics import METRICS
 from perf.runs import Benchmark, Exit, GateError, Run, load
 from perf.trees import git, snapshot, worktrees
 
-OWN_OPTIONS = ("--benchmark-json", "--benchmark-save", "--benchmark-autosave", "--perf-baseline", "--perf-plant")
+OWN_OPTIONS = (
+    "--benchmark-json",
+    "--benchmark-save",
+    "--benchmark-autosave",
+    "--perf-baseline",
+    "--perf-plant",
+)
 NO_TIMINGS = ("--benchmark-disable", "--benchmark-skip", "--numprocesses", "--dist", "-n")
 TAIL = 30
 PYTEST_USAGE = 4
@@ -78,7 +84,8 @@ def order(pairs: int) -> list[int]:
 
 
 def check(args: Sequence[str], blocks: int) -> None:
-    """Raises GateError, code 2, for arguments of pytest that take the measuring away from us, or too few pairs."""
+    """Raises GateError, code 2, for arguments of pytest that take the measuring away from us, or too few
+    pairs."""
     if blocks < stats.MIN_PAIRS:
         raise GateError(f"blocks={blocks} cannot decide anything: give {stats.MIN_PAIRS} or more", Exit.USAGE)
     for arg in args:
@@ -97,7 +104,16 @@ def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch 
         GateError: if a test fails, nothing is collected, or nothing was saved, with the end of pytest's
             output; if something was imported from where it must not be.
     """
-    command = [sys.executable, "-m", "pytest", *args, "-q", "-p", "no:cacheprovider", f"--benchmark-json={saved}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *args,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--benchmark-json={saved}",
+    ]
     unwanted = any(arg.endswith("no:perf.plugin") for arg in args)
     if not unwanted and (not (tree / "perf").is_dir() or (tree / "perf" / "plugin.py").is_file()):
         command += ["-p", "perf.plugin"]  # or nobody would look at a tolerance mark
@@ -114,7 +130,8 @@ def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch 
 
 
 def merge(blocks: Sequence[Run], name: str) -> Run:
-    """Blocks as one run, each of whose rounds is a block's typical value; of counters every value that occurred."""
+    """Blocks as one run, each of whose rounds is a block's typical value; of counters every value that
+    occurred."""
     names = dict.fromkeys(fullname for run in blocks for fullname in run.benchmarks)
     merged = {fullname: _merge([run.benchmarks.get(fullname) for run in blocks]) for fullname in names}
     return replace(blocks[0], name=name, benchmarks=merged)
@@ -144,7 +161,8 @@ def _merge(found: Sequence[Benchmark | None]) -> Benchmark:
 
 
 def _commit(top: Path, revision: str) -> str:
-    """The commit that a revision names; for `.` one made of the working tree, that no branch or index knows of."""
+    """The commit that a revision names; for `.` one made of the working tree, that no branch or index knows
+    of."""
     if revision == ".":
         return snapshot(top)
     _check_one_meaning(top, revision)

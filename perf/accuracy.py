@@ -13,7 +13,8 @@ from engine.errors import check
 
 @torch.inference_mode()
 def accuracy(loaded: LoadedModel, tokens: list[int], kv_memory: int = 2**26) -> dict[str, Any]:
-    """Perplexity of a text in each dtype, how often both have the same likeliest next token, and KL(float32 | int8).
+    """Perplexity of a text in each dtype, how often both have the same likeliest next token, and KL(float32 |
+    int8).
 
     Raises:
         InputError: for less than two tokens, or a model that int8 refuses.

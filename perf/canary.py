@@ -1,7 +1,8 @@
-"""The canary: a fixed product and a fixed copy. They change when the machine changes, never when the engine does.
+"""The canary: a fixed product and a fixed copy. They change when the machine changes, never when the engine
+does.
 
-Run before and after each benchmark, so that a slow machine is not taken for slow code; their rates are also the
-measured limits that roofline columns are percentages of. No model and no engine may enter.
+Run before and after each benchmark, so that a slow machine is not taken for slow code; their rates are also
+the measured limits that roofline columns are percentages of. No model and no engine may enter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ REPEATS = 4
 
 @dataclass(frozen=True)
 class Canary:
-    """Rates a device reached: `matmul_gflops` in the given dtype, `copy_gbps` counting bytes read plus written."""
+    """Rates a device reached: `matmul_gflops` in the given dtype, `copy_gbps` counting bytes read plus
+    written."""
 
     matmul_gflops: float
     copy_gbps: float
@@ -32,8 +34,9 @@ def measure(device: str, dtype: str, size: int | None = None, copy_bytes: int | 
     """The best of a few repeats (what the machine can do, not what it happened to do).
 
     Args:
-        device, dtype: as torch names them. On a CPU the product is [2 size, size] x [size, size], by whichever of BLAS
-            and oneDNN is faster (they can differ by more than two); on CUDA it is `size` cubed.
+        device, dtype: as torch names them. On a CPU the product is [2 size, size] x [size, size], by
+            whichever of BLAS and oneDNN is faster (they can differ by more than two); on CUDA it is `size`
+            cubed.
         size, copy_bytes: default to work of about a tenth of a second on the CPU and less on a GPU.
     """
     cuda = device.startswith("cuda")

@@ -1,4 +1,5 @@
-"""`python -m perf compare | ab | selftest | report | counters | accuracy | setup-peer`: arguments, progress, codes.
+"""`python -m perf compare | ab | selftest | report | counters | accuracy | setup-peer`: arguments, progress,
+codes.
 
 Thin: what it does is done elsewhere, and imported when used, so that `compare` and `report` never wait for
 torch. Exit codes are those of perf/errors.py, 130 on Ctrl-C, and 70 where this program itself is at fault,
@@ -34,16 +35,23 @@ NEEDED = ("scipy", "pytest", "pytest_benchmark")  # the extra `perf`
 ERRORS = Console(stderr=True)
 CODES = "Exit codes: 0 pass, 1 regression, 2 usage, 3 not comparable, 4 inconclusive."
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=f"The performance gate. {CODES}"
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=f"The performance gate. {CODES}",
 )
 
 Storage = Annotated[str, typer.Option(help="Where pytest-benchmark saves runs: a folder, or file://FOLDER.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page here that needs no network.")]
-Markdown = Annotated[Path | None, typer.Option(help="Write a summary here; added to it if it is $GITHUB_STEP_SUMMARY.")]
+Markdown = Annotated[
+    Path | None, typer.Option(help="Write a summary here; added to it if it is $GITHUB_STEP_SUMMARY.")
+]
 Csv = Annotated[Path | None, typer.Option(help="Write a row a benchmark here.")]
 Json = Annotated[Path | None, typer.Option(help="Write every verdict here.")]
 Counters = Annotated[bool, typer.Option(help="Whether exact counters are judged too.")]
-PytestArgs = Annotated[list[str] | None, typer.Argument(metavar="[-- PYTEST ARGS]", help="What pytest is given.")]
+PytestArgs = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- PYTEST ARGS]", help="What pytest is given.")
+]
 
 
 @app.command()
@@ -61,8 +69,8 @@ def compare(
 ) -> None:
     """Judge one saved run against another, of the same machine.
 
-    How rounds vary within a run is accounted for; that a machine is slower today than it was is not, beyond a note when
-    its canary says so. Where that matters, use ab.
+    How rounds vary within a run is accounted for; that a machine is slower today than it was is not, beyond a
+    note when its canary says so. Where that matters, use ab.
     """
     from perf.gate import compare as judge
 
@@ -79,7 +87,9 @@ def compare(
 @app.command()
 def ab(
     base: Annotated[str, typer.Argument(metavar="BASE_REV", help="A branch, tag or commit.")],
-    head: Annotated[str, typer.Argument(metavar="HEAD_REV", help="Likewise; '.' is the working tree as it is.")],
+    head: Annotated[
+        str, typer.Argument(metavar="HEAD_REV", help="Likewise; '.' is the working tree as it is.")
+    ],
     pytest_args: PytestArgs = None,
     blocks: Annotated[int, typer.Option(help="Pairs of fresh processes; four or more.")] = 6,
     counters: Counters = True,
@@ -88,7 +98,8 @@ def ab(
     csv: Csv = None,
     json: Json = None,
 ) -> None:
-    """Measure two revisions in turn, in worktrees and processes of their own, and judge: the way on a noisy machine.
+    """Measure two revisions in turn, in worktrees and processes of their own, and judge: the way on a noisy
+    machine.
 
     PYTEST ARGS default to: perf
     """
@@ -96,7 +107,9 @@ def ab(
 
     _writable(html=html, markdown=markdown, csv=csv, json=json)
     with _progress("starting", 2 * blocks) as advance:
-        comparison = measure(base, head, pytest_args or ["perf"], blocks=blocks, counters=counters, advance=advance)
+        comparison = measure(
+            base, head, pytest_args or ["perf"], blocks=blocks, counters=counters, advance=advance
+        )
     _conclude(comparison, html, markdown, csv, json)
 
 
@@ -112,8 +125,9 @@ def selftest(
 ) -> None:
     """Measure how often identical code is called a regression here, and how often a planted slowdown is.
 
-    PYTEST ARGS name a benchmark of yours, run whole in every block; without them a tiny model is timed on the CPU.
-    Ends with code 1 if identical code fails in more than 1 run of 20, or the largest effect is found in fewer than 19.
+    PYTEST ARGS name a benchmark of yours, run whole in every block; without them a tiny model is timed on the
+    CPU. Ends with code 1 if identical code fails in more than 1 run of 20, or the largest effect is found in
+    fewer than 19.
     """
     from perf.selftest import selftest as measure
 
@@ -121,13 +135,17 @@ def selftest(
     try:
         fractions = [float(effect) for effect in effects.split(",")]
     except ValueError:
-        raise GateError(f"effects={effects!r} must be fractions, comma-separated: 0,0.05,0.1", Exit.USAGE) from None
+        raise GateError(
+            f"effects={effects!r} must be fractions, comma-separated: 0,0.05,0.1", Exit.USAGE
+        ) from None
     with _progress("starting", trials) as advance:
         report = measure(fractions, trials, pairs=blocks, args=pytest_args or (), advance=advance)
     _show(report)
     if json:
         json.write_text(json_module.dumps(report.plain(), indent=2) + "\n", encoding="utf-8")
-    quiet = all(rate.regressions <= (1 - ENOUGH) * len(rate.outcomes) for rate in report.rates if not rate.effect)
+    quiet = all(
+        rate.regressions <= (1 - ENOUGH) * len(rate.outcomes) for rate in report.rates if not rate.effect
+    )
     largest = max(report.rates, key=lambda rate: rate.effect)
     found = not largest.effect or largest.regressions >= ENOUGH * len(largest.outcomes)
     raise typer.Exit(Exit.PASS if quiet and found else Exit.REGRESSION)
@@ -136,9 +154,9 @@ def selftest(
 @app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(help="Names, numbers or files, oldest first.")],
-    base: Annotated[str | None, typer.Option(help="What the last is judged against; the first, if there are two.")] = (
-        None
-    ),
+    base: Annotated[
+        str | None, typer.Option(help="What the last is judged against; the first, if there are two.")
+    ] = (None),
     storage: Storage = str(STORAGE),
     html: Html = None,
     markdown: Markdown = None,
@@ -164,7 +182,9 @@ def report(
 
 @app.command()
 def counters(
-    record: Annotated[bool, typer.Option("--record", help="Take the counters as they are now for right.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Take the counters as they are now for right.")
+    ] = False,
 ) -> None:
     """Compare exact counters with the committed ones: the gate that needs no quiet machine."""
     from perf.counters import main as run
@@ -178,14 +198,17 @@ def accuracy(
     model: Annotated[str, typer.Option(help="A model with a tokenizer.")] = "smollm2",
     tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 2048,
 ) -> None:
-    """Show what int8 does to a model on a text: perplexity beside float32's, and how often the top token agrees."""
+    """Show what int8 does to a model on a text: perplexity beside float32's, and how often the top token
+    agrees."""
     from engine import load as load_model
     from perf.accuracy import accuracy as measure
 
     loaded = load_model(model, progress=True)
     if loaded.tokenizer is None:
         raise InputError(f"model={model!r} has no tokenizer: name one that has")
-    for name, value in measure(loaded, loaded.tokenizer(text.read_text(encoding="utf-8")).input_ids[:tokens]).items():
+    for name, value in measure(
+        loaded, loaded.tokenizer(text.read_text(encoding="utf-8")).input_ids[:tokens]
+    ).items():
         typer.echo(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
 
 
@@ -206,7 +229,9 @@ def _conclude(
     _print(comparison_table(comparison))
     _write([comparison.base, comparison.head], comparison, html, markdown, csv)
     if json:
-        json.write_text(json_module.dumps(comparison.plain(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        json.write_text(
+            json_module.dumps(comparison.plain(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
     raise typer.Exit(comparison.exit)
 
 
@@ -244,7 +269,12 @@ def _show(report: Report) -> None:
         low, high = rate.bounds
         total, said = len(rate.outcomes), [str(outcome) for outcome in rate.outcomes]
         undecided = said.count("INCONCLUSIVE")
-        cells = (f"{rate.regressions} of {total}", f"{low:.0%} to {high:.0%}", str(undecided), str(said.count("PASS")))
+        cells = (
+            f"{rate.regressions} of {total}",
+            f"{low:.0%} to {high:.0%}",
+            str(undecided),
+            str(said.count("PASS")),
+        )
         table.add_row("nothing" if rate.effect == 0 else f"{rate.effect:.1%} slower", *cells)
     each = Table(title="metric by metric: regressions called", title_justify="left")
     each.add_column("metric")
@@ -260,7 +290,8 @@ def _show(report: Report) -> None:
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error; the call it gives names what begins now. Ctrl-C ends the program with code 130."""
+    """A bar on standard error; the call it gives names what begins now. Ctrl-C ends the program with code
+    130."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -287,7 +318,9 @@ def _writable(**paths: Path | None) -> None:
     """Raises GateError for a file that could not be written, before anything is measured."""
     for option, path in paths.items():
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise GateError(f"--{option} {path} cannot be written: name a file in a folder that is there", Exit.USAGE)
+            raise GateError(
+                f"--{option} {path} cannot be written: name a file in a folder that is there", Exit.USAGE
+            )
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """Correct before fast: are these tokens what the unmodified model itself would have chosen?
 
-One forward pass over prompt and output gives the model's own choice at every position, given the tokens before it. So
-an answer is checked to its end even after a near-tie went the other way, and without generating it a second time.
+One forward pass over prompt and output gives the model's own choice at every position, given the tokens
+before it. So an answer is checked to its end even after a near-tie went the other way, and without generating
+it a second time.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 
 from engine import LoadedModel
 
-# How far below the model's best logit a chosen one may lie and still be its equal but for rounding, relative to the
-# largest logit: other orders of summation move logits by about this much in each dtype.
+# How far below the model's best logit a chosen one may lie and still be its equal but for rounding, relative
+# to the largest logit: other orders of summation move logits by about this much in each dtype.
 TIE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -24,7 +25,8 @@ class WrongTokens(AssertionError):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of one answer: how many of its tokens are near-ties that rounding broke the other way; the first wrong one."""
+    """Of one answer: how many of its tokens are near-ties that rounding broke the other way; the first wrong
+    one."""
 
     ties: int
     wrong_at: int | None = None

@@ -1,7 +1,8 @@
 """Deterministic counters, saved and compared exactly: the gate for machines whose clocks can't be trusted.
 
-How many passes, tokens, pads and bytes a workload costs depends on the code alone. A change is either a mistake or is
-meant; then `python -m perf counters --record` writes the new ones, and the review shows which, and by how much.
+How many passes, tokens, pads and bytes a workload costs depends on the code alone. A change is either a
+mistake or is meant; then `python -m perf counters --record` writes the new ones, and the review shows which,
+and by how much.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from perf.runs import Exit
 FILE = Path(__file__).with_name("counters.json")
 MODELS = tuple(f"random:tiny-{name}" for name in ("qwen2", "qwen3", "llama", "mistral", "gemma3"))
 WORKLOADS = ("chat-8", "paper-2", "mixed-8", "shared-prefix-8")
-# Small batches and steps, so that batches fill, prompts are cut and requests wait; the last two share and preempt.
+# Small batches and steps, so that batches fill, prompts are cut and requests wait; the last two share and
+# preempt.
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {"policy": "sequential"},
     "dynamic": {"policy": "dynamic", "max_batch_size": 4},
-    "continuous": {"policy": "continuous", "max_batch_size": 4, "max_step_tokens": 128, "prefix_caching": False},
+    "continuous": {
+        "policy": "continuous",
+        "max_batch_size": 4,
+        "max_step_tokens": 128,
+        "prefix_caching": False,
+    },
     "continuous-shared": {"policy": "continuous", "max_batch_size": 4, "max_step_tokens": 128},
     "continuous-tight": {"policy": "continuous", "max_batch_size": 4, "max_step_tokens": 128},
 }
@@ -33,7 +40,8 @@ Table = dict[str, dict[str, int]]
 
 
 def measure(spec: str) -> Table:
-    """The counters of one model, by "model workload way"; EOS is ignored throughout, so that no token matters."""
+    """The counters of one model, by "model workload way"; EOS is ignored throughout, so that no token
+    matters."""
     loaded = load(spec)
     config = loaded.model.config
     found: Table = {}

@@ -106,7 +106,11 @@ def own(extra: Mapping[str, Any]) -> dict[str, Any] | None:
     if not _is_schema(record.get("schema")):
         return None
     measured = {"rounds", "fingerprint"} <= record.keys() and _says_what(record)
-    return record if measured or (not {"rounds", "fingerprint"} & record.keys() and _has_limits(record)) else None
+    return (
+        record
+        if measured or (not {"rounds", "fingerprint"} & record.keys() and _has_limits(record))
+        else None
+    )
 
 
 def write(extra: dict[str, Any], record: Mapping[str, Any]) -> None:
@@ -176,7 +180,11 @@ def _has_limits(record: Mapping[str, Any]) -> bool:
         limits = json.loads(record["gate"])
     except (KeyError, TypeError, ValueError, RecursionError):
         return False
-    return isinstance(limits, dict) and bool(limits) and all(isinstance(limit, dict) for limit in limits.values())
+    return (
+        isinstance(limits, dict)
+        and bool(limits)
+        and all(isinstance(limit, dict) for limit in limits.values())
+    )
 
 
 def _is_scalar(value: Any) -> bool:

@@ -1,10 +1,11 @@
 """The gate: two runs in, a verdict a metric and an exit code out.
 
-A metric FAILs if its 95 % interval lies wholly on the bad side and its effect exceeds what is allowed: the tolerance,
-or the absolute floor where that is more. It PASSes if the worse end of the interval is still allowed. Everything else
-is INCONCLUSIVE. A counter FAILs if it differs at all. Among many comparisons some look bad by chance: a FAIL must also
-stand after Benjamini and Hochberg, so that noise fails at most one run in forty, however many benchmarks it has.
-Statistics are in perf/stats.py, rendering in perf/report; nothing here measures or prints.
+A metric FAILs if its 95 % interval lies wholly on the bad side and its effect exceeds what is allowed: the
+tolerance, or the absolute floor where that is more. It PASSes if the worse end of the interval is still
+allowed. Everything else is INCONCLUSIVE. A counter FAILs if it differs at all. Among many comparisons some
+look bad by chance: a FAIL must also stand after Benjamini and Hochberg, so that noise fails at most one run
+in forty, however many benchmarks it has. Statistics are in perf/stats.py, rendering in perf/report; nothing
+here measures or prints.
 """
 
 from __future__ import annotations
@@ -23,13 +24,26 @@ from perf.runs import STORAGE, Benchmark, Exit, GateError, Run, load
 
 CANARIES = ("canary_matmul_gflops", "canary_copy_gbps")
 CANARY_NOISE = 0.03
-WORK = ("backend", "model", "dtype", "device", "policy", "batch_size", "workload", "arrivals", "seed", "requests")
-IDENTITY = (*WORK, "offered_rate", "slo_ttft_ms", "slo_tpot_ms")  # other answers to other questions are no regression
+WORK = (
+    "backend",
+    "model",
+    "dtype",
+    "device",
+    "policy",
+    "batch_size",
+    "workload",
+    "arrivals",
+    "seed",
+    "requests",
+)
+# other answers to other questions are no regression
+IDENTITY = (*WORK, "offered_rate", "slo_ttft_ms", "slo_tpot_ms")
 LEVEL = (1 - stats.CONFIDENCE) / 2
 
 
 class Outcome(StrEnum):
-    """What is said of one metric, of one benchmark or of a whole comparison; in order of rank, gravest first."""
+    """What is said of one metric, of one benchmark or of a whole comparison; in order of rank, gravest
+    first."""
 
     FAIL = "FAIL"
     ERROR = "ERROR"  # should have been compared and could not be
@@ -41,12 +55,12 @@ class Outcome(StrEnum):
 class Verdict:
     """One metric of one benchmark.
 
-    base, head: typical values over rounds. effect: head / base - 1, signed as measured (+0.10 is 10 % more, whatever is
-    better); low, high: its 95 % interval. tolerance: by how much it may get worse, a fraction, the floor included.
-    improved: surely and noticeably better. rounds: of base and head. rounds_needed: how many rounds a side would
-    probably decide it (None where decided, or where more rounds would not help). p: how likely so bad an effect is
-    without any change. metric is None where the benchmark as a whole could not be compared (outcome ERROR). reason: a
-    sentence for a person.
+    base, head: typical values over rounds. effect: head / base - 1, signed as measured (+0.10 is 10 % more,
+    whatever is better); low, high: its 95 % interval. tolerance: by how much it may get worse, a fraction,
+    the floor included. improved: surely and noticeably better. rounds: of base and head. rounds_needed: how
+    many rounds a side would probably decide it (None where decided, or where more rounds would not help). p:
+    how likely so bad an effect is without any change. metric is None where the benchmark as a whole could not
+    be compared (outcome ERROR). reason: a sentence for a person.
     """
 
     benchmark: str
@@ -68,9 +82,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two runs compared. notes: what a reader should know and no verdict says (new benchmarks, "the machine changed").
+    """Two runs compared. notes: what a reader should know and no verdict says (new benchmarks, "the machine
+    changed").
 
-    paired: whether rounds were taken in turn (`perf ab`), so that round i of one belongs to round i of the other.
+    paired: whether rounds were taken in turn (`perf ab`), so that round i of one belongs to round i of the
+    other.
     """
 
     base: Run
@@ -93,7 +109,12 @@ class Comparison:
     def plain(self) -> dict[str, Any]:
         """All of it as plain Python, for JSON: outcome, exit, notes, and a flat record a verdict."""
         runs = {
-            side: {"name": run.name, "path": str(run.path), "commit": run.commit.get("id"), "datetime": run.datetime}
+            side: {
+                "name": run.name,
+                "path": str(run.path),
+                "commit": run.commit.get("id"),
+                "datetime": run.datetime,
+            }
             for side, run in (("base", self.base), ("head", self.head))
         }
         records = []
@@ -113,8 +134,8 @@ def check_session(
     skipped: bool,
     collecting: bool = False,
 ) -> Run:
-    """Before a pytest session that will be gated: whether it can be at all, and the baseline, loaded before the
-    session saves a run of the same name.
+    """Before a pytest session that will be gated: whether it can be at all, and the baseline, loaded before
+    the session saves a run of the same name.
 
     Args:
         baseline: what `--perf-baseline` names.
@@ -142,9 +163,11 @@ def compare(
     """Judge every gated metric of every benchmark of `base` against `head`.
 
     Args:
-        paired: round i of one was measured next to round i of the other (`perf ab`), each typical of a fresh process.
+        paired: round i of one was measured next to round i of the other (`perf ab`), each typical of a fresh
+            process.
         counters: whether exact counters are judged too.
-        deselected: benchmarks that were left out of `head` on purpose; they are named in the notes, not judged.
+        deselected: benchmarks that were left out of `head` on purpose; they are named in the notes, not
+            judged.
     """
     verdicts: list[Verdict] = []
     left_out = sorted(name for name in base.benchmarks if name not in head.benchmarks and name in deselected)
@@ -160,17 +183,25 @@ def compare(
 def _benchmark(before: Benchmark, after: Benchmark | None, paired: bool, counters: bool) -> Iterator[Verdict]:
     whole = Verdict(before.fullname, before.group, None, Outcome.ERROR, "")
     if after is None:
-        yield replace(whole, reason="is in the baseline and not in this run: removed, renamed, skipped or failed")
+        yield replace(
+            whole, reason="is in the baseline and not in this run: removed, renamed, skipped or failed"
+        )
         return
-    broken = [f"{side} {b.problems['']}" for side, b in (("base", before), ("head", after)) if "" in b.problems]
+    broken = [
+        f"{side} {b.problems['']}" for side, b in (("base", before), ("head", after)) if "" in b.problems
+    ]
     prints = _differences(before.fingerprint, after.fingerprint, {*before.fingerprint, *after.fingerprint})
     other = _differences(before.info, after.info, IDENTITY)
     if broken:
         yield replace(whole, reason="; ".join(broken))
     elif prints:
-        yield replace(whole, reason=f"refused, the fingerprint is another: {prints}; measure the baseline again here")
+        yield replace(
+            whole, reason=f"refused, the fingerprint is another: {prints}; measure the baseline again here"
+        )
     elif other:
-        yield replace(whole, reason=f"refused, another thing was run: {other}; give both runs the same options")
+        yield replace(
+            whole, reason=f"refused, another thing was run: {other}; give both runs the same options"
+        )
     else:
         names = dict.fromkeys([*before.rounds, *before.problems, *after.problems])
         for metric in (METRICS[name] for name in names if name in METRICS):
@@ -212,7 +243,9 @@ def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[
         return replace(start, reason=why, base=base[0], head=head[0])
     start = replace(start, base=base[0], head=next((value for value in head if value != base[0]), base[0]))
     if set(head) == set(base):
-        return replace(start, outcome=Outcome.PASS, reason="the same in every round", effect=0.0, tolerance=0.0)
+        return replace(
+            start, outcome=Outcome.PASS, reason="the same in every round", effect=0.0, tolerance=0.0
+        )
     assert start.head is not None
     word = "more" if start.head > base[0] else "fewer"
     why = f"{metric.format(abs(start.head - base[0]))} {word} than {metric.format(base[0])}"
@@ -232,7 +265,12 @@ def _log_limit(metric: Metric, tolerance: float, floor: float, base: float) -> f
 
 
 def _timed(
-    start: Verdict, metric: Metric, estimate: stats.Estimate, limit: float, moved: tuple[float, str], unit: str
+    start: Verdict,
+    metric: Metric,
+    estimate: stats.Estimate,
+    limit: float,
+    moved: tuple[float, str],
+    unit: str,
 ) -> Verdict:
     bad = -1 if metric.direction == "higher" else 1
     harm, best, worst = bad * estimate.log_ratio, *sorted((bad * estimate.low, bad * estimate.high))
@@ -251,7 +289,11 @@ def _timed(
         why = f"{_percent(worst, bad)} {'at least' if worst < 0 else 'at most'}; {allowed}"
         return replace(known, outcome=Outcome.PASS, reason=why, improved=improved)
     needed = estimate.rounds_needed(min(start.rounds), harm if harm > limit else limit - harm)
-    more = f"about {needed} {unit} would probably tell" if needed else "too near the limit for more rounds to tell"
+    more = (
+        f"about {needed} {unit} would probably tell"
+        if needed
+        else "too near the limit for more rounds to tell"
+    )
     why = f"anything from {_percent(best, bad)} to {_percent(worst, bad)}; {allowed}; {more}{machine}"
     return replace(known, outcome=Outcome.INCONCLUSIVE, reason=why, rounds_needed=needed)
 
@@ -260,13 +302,20 @@ def _together(verdicts: list[Verdict]) -> list[Verdict]:
     """The verdicts, of which those FAILs that chance could have made among so many are INCONCLUSIVE."""
     timed = [verdict for verdict in verdicts if verdict.p is not None]
     standing = stats.false_discoveries([verdict.p for verdict in timed if verdict.p is not None], LEVEL)
-    chance = {id(v) for v, stands in zip(timed, standing, strict=True) if v.outcome is Outcome.FAIL and not stands}
+    chance = {
+        id(v) for v, stands in zip(timed, standing, strict=True) if v.outcome is Outcome.FAIL and not stands
+    }
     why = f"; alone a regression, but of {len(timed)} comparisons one may look so by chance: measure again"
-    return [replace(v, outcome=Outcome.INCONCLUSIVE, reason=v.reason + why) if id(v) in chance else v for v in verdicts]
+    return [
+        replace(v, outcome=Outcome.INCONCLUSIVE, reason=v.reason + why) if id(v) in chance else v
+        for v in verdicts
+    ]
 
 
 def _notes(base: Run, head: Run, counters: bool) -> Iterator[str]:
-    both = [(before, head.benchmarks[name]) for name, before in base.benchmarks.items() if name in head.benchmarks]
+    both = [
+        (before, head.benchmarks[name]) for name, before in base.benchmarks.items() if name in head.benchmarks
+    ]
     yield from dict.fromkeys((*base.notes, *head.notes))
     if new := [name for name in head.benchmarks if name not in base.benchmarks]:
         yield f"new, so not judged: {_listed(new)}"
@@ -304,7 +353,9 @@ def _canary(before: Benchmark, after: Benchmark) -> tuple[float, str]:
 
 
 def _differences(before: Mapping[str, object], after: Mapping[str, object], keys: Collection[str]) -> str:
-    found = [(key, before.get(key), after.get(key)) for key in sorted(keys) if before.get(key) != after.get(key)]
+    found = [
+        (key, before.get(key), after.get(key)) for key in sorted(keys) if before.get(key) != after.get(key)
+    ]
     return ", ".join(f"{key} {a or 'none'} -> {b or 'none'}" for key, a, b in found)
 
 

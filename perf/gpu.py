@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any
 
 INTERVAL_S = 0.05
-# Clocks held down by heat or by the power supply: the round says nothing about the code. NVML's bits; the power cap
-# (0x4) is left out, because a GPU under full load runs at it by design.
+# Clocks held down by heat or by the power supply: the round says nothing about the code. NVML's bits; the
+# power cap (0x4) is left out, because a GPU under full load runs at it by design.
 SLOWDOWNS = {0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
              0x80: "hardware power brake"}  # fmt: skip
 
@@ -50,14 +50,18 @@ class Monitor:
         try:
             import pynvml
         except ImportError:
-            self.reading = GpuReading(reason="nvidia-ml-py is not installed: pip install 'dynamic-batch[gpu]'")
+            self.reading = GpuReading(
+                reason="nvidia-ml-py is not installed: pip install 'dynamic-batch[gpu]'"
+            )
             return
         import torch
 
         try:
             pynvml.nvmlInit()
             # CUDA_VISIBLE_DEVICES renumbers torch's devices and not NVML's, so it is found by its UUID.
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(
+                f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            )
             self._nvml = pynvml
         except pynvml.NVMLError as error:
             self.reading = GpuReading(reason=f"NVML: {error}")
@@ -72,7 +76,9 @@ class Monitor:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         if self._nvml is None:
             return
         self._stop.set()

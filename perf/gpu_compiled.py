@@ -1,8 +1,10 @@
-"""Decode with the packed model compiled by TorchInductor in place of our fused layers: the other way to few kernels.
+"""Decode with the packed model compiled by TorchInductor in place of our fused layers: the other way to few
+kernels.
 
-The whole model is one graph, in the same CUDA graphs as ours. Attention is an operator that the compiler does not look
-into; it finds the step where the runner keeps it, for a graph that took it as an argument would be guarded on all that
-a step holds. Only steps of one token a row are compiled, anew for each number of rows. For a model of plain attention.
+The whole model is one graph, in the same CUDA graphs as ours. Attention is an operator that the compiler does
+not look into; it finds the step where the runner keeps it, for a graph that took it as an argument would be
+guarded on all that a step holds. Only steps of one token a row are compiled, anew for each number of rows.
+For a model of plain attention.
 
 T tokens of the step, H query heads, K KV heads, D head size.
 """
@@ -39,7 +41,13 @@ def _shape(q_1HTD: torch.Tensor, k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, lay
 
 
 def attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float, **others: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: None,
+    scaling: float,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a model calls as its attention."""
     return _opaque(query * scaling, key, value, module.layer_idx), None
@@ -83,10 +91,13 @@ class CompiledRunner(DeviceRunner):
 
 
 def decode(bench: Any, batch: int, **options: Any) -> dict[str, Any]:
-    """`bench.decode` of its main model, compiled, and what compiling it took: seconds, and graphs (1 is all of it)."""
+    """`bench.decode` of its main model, compiled, and what compiling it took: seconds, and graphs (1 is all
+    of it)."""
     made: list[CompiledRunner] = []
 
-    def runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int, int8: bool) -> CompiledRunner:
+    def runner(
+        model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int, int8: bool
+    ) -> CompiledRunner:
         made.append(CompiledRunner(model, pool, deterministic, rows, **options))
         return made[-1]
 

@@ -1,9 +1,10 @@
-"""The table of the CUDA path: decode, prefill, TTFT, memory and start-up of random-weights models, in one process.
+"""The table of the CUDA path: decode, prefill, TTFT, memory and start-up of random-weights models, in one
+process.
 
-`perf/gpu_check.sh` runs it after the GPU tests. Each row is measured by itself, and one that fails says why and leaves
-the others alone; rows that would begin after the budget is spent are left out by name. Every shape runs once before it
-is timed. With `--device cpu --tiny` it runs anywhere, to show that it does. An engine's KV memory is most of what is
-free, so no method may hold one when it asks for the next.
+`perf/gpu_check.sh` runs it after the GPU tests. Each row is measured by itself, and one that fails says why
+and leaves the others alone; rows that would begin after the budget is spent are left out by name. Every shape
+runs once before it is timed. With `--device cpu --tiny` it runs anywhere, to show that it does. An engine's
+KV memory is most of what is free, so no method may hold one when it asks for the next.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class Bench:
         loaded = self.loaded(spec)
         if key not in self._engines:
             self.free()
-            self._engines[key] = Engine(loaded, EngineConfig(device=self.device, prefix_caching=False, **config))
+            self._engines[key] = Engine(
+                loaded, EngineConfig(device=self.device, prefix_caching=False, **config)
+            )
         return self._engines[key]
 
     def free(self) -> None:
@@ -128,7 +131,8 @@ class Bench:
         return gpu_compiled.decode(self, batch)
 
     def against_sequential(self) -> Row:
-        """The demonstration project's shape: 32 requests of 128 tokens in, 256 out; continuous at batch 16."""
+        """The demonstration project's shape: 32 requests of 128 tokens in, 256 out; continuous at batch
+        16."""
         inside, out, count = (8, 8, 4) if self.tiny else (128, 256, 32)
         loaded = self.loaded(self.main)
         rates = {}
@@ -142,7 +146,9 @@ class Bench:
             del server
         model: Any = loaded.model
         ids = torch.tensor(prompts(loaded, 1, inside), device=self.device)
-        options = dict(do_sample=False, pad_token_id=0, eos_token_id=None, attention_mask=torch.ones_like(ids))
+        options = dict(
+            do_sample=False, pad_token_id=0, eos_token_id=None, attention_mask=torch.ones_like(ids)
+        )
         for some in (4, out // 4):
             sync(self.device)
             started = time.perf_counter()
@@ -160,9 +166,14 @@ class Bench:
         count, length = (4, 8) if self.tiny else (32, 128)
         server = self.engine(self.main, max_batch_size=32)
         for seed in range(OFTEN + 2):
-            outputs = server.generate(prompts(self.loaded(self.main), count, length, seed), exactly(4), progress=False)
+            outputs = server.generate(
+                prompts(self.loaded(self.main), count, length, seed), exactly(4), progress=False
+            )
         times = [output.metrics.ttft_ms or 0.0 for output in outputs]
-        return {"ttft_p50_ms": float(np.percentile(times, 50)), "ttft_p95_ms": float(np.percentile(times, 95))}
+        return {
+            "ttft_p50_ms": float(np.percentile(times, 50)),
+            "ttft_p95_ms": float(np.percentile(times, 95)),
+        }
 
     def prefill(self) -> Row:
         """8,192 tokens packed as 8 prompts of 1,024: model FLOPs over the time to their first tokens."""
@@ -181,7 +192,11 @@ class Bench:
         attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim * length**2 * count
         flops = 2 * matrices * count * length + attention + 2 * head * count
         best = statistics.median(seconds[2:])
-        return {"ms": 1e3 * best, "tok_s": count * length / best, "mfu_pct": 100 * flops / best / self.matmul_flops_s}
+        return {
+            "ms": 1e3 * best,
+            "tok_s": count * length / best,
+            "mfu_pct": 100 * flops / best / self.matmul_flops_s,
+        }
 
     def largest_batch(self) -> Row:
         """512 requests that reach 1k of context, none preempted."""
@@ -196,7 +211,8 @@ class Bench:
         }  # fmt: skip
 
     def ready(self) -> Row:
-        """From a loaded model to the end of a first batch of 8 requests: proofs, KV memory, compilation, captures."""
+        """From a loaded model to the end of a first batch of 8 requests: proofs, KV memory, compilation,
+        captures."""
         loaded = self.loaded(self.main)
         self.free()
         started = time.perf_counter()
@@ -208,7 +224,8 @@ class Bench:
     def utilisation(self) -> Row:
         """NVML's share of time in which a kernel ran, sampled by a thread while 32 requests decode."""
         server = self.engine(self.main, max_batch_size=32)
-        # From 4,200 to 12,200 positions one graph does: none is captured on the way, and 3 s of decoding find room.
+        # From 4,200 to 12,200 positions one graph does: none is captured on the way, and 3 s of decoding find
+        # room.
         requests = [server.add_request(p, exactly(8000)) for p in prompts(self.loaded(self.main), 32, 4200)]
         while min(r.output_len for r in requests) < 2:
             server.step()
@@ -252,7 +269,11 @@ class Bench:
             busy += max(0.0, until - max(begin, end))
             end = max(end, until)
         span = end - spans[0][0]
-        return {"idle_pct": 100 * (1 - busy / span), "longest_gap_us": longest, "kernels_a_step": len(spans) / 40}
+        return {
+            "idle_pct": 100 * (1 - busy / span),
+            "longest_gap_us": longest,
+            "kernels_a_step": len(spans) / 40,
+        }
 
     def against_transformers(self) -> Row:
         """`mixed-256` through Transformers' continuous batching and through ours."""
@@ -261,7 +282,9 @@ class Bench:
         from engine.workload import make
 
         loaded = self.loaded(self.main)
-        items = make("mixed-256" if not self.tiny else "mixed-8", vocab_size=loaded.model.config.vocab_size).items
+        items = make(
+            "mixed-256" if not self.tiny else "mixed-8", vocab_size=loaded.model.config.vocab_size
+        ).items
         server = self.engine(self.main, max_batch_size=256)
         for _ in range(2):
             started = time.perf_counter()
@@ -307,14 +330,18 @@ def rows(bench: Bench, trace: Path) -> dict[str, Callable[[], Row]]:
     """What is measured, the most wanted first."""
     main, cuda = bench.main, bench.device == "cuda"
     table: dict[str, Callable[[], Row]] = {"ready": bench.ready}
-    table |= {f"decode b={b}": partial(bench.decode, main, b) for b in ((1, 32, 256) if not bench.tiny else (1, 3))}
+    table |= {
+        f"decode b={b}": partial(bench.decode, main, b) for b in ((1, 32, 256) if not bench.tiny else (1, 3))
+    }
     table |= {"ttft 32x128": bench.ttft, "prefill 8k": bench.prefill}
     if cuda:
         table |= {"utilisation b=32": bench.utilisation, "gaps b=32": lambda: bench.gaps(trace)}
     table |= {"continuous b=16": bench.against_sequential, "512 x 1k": bench.largest_batch}
     table |= {"mixed-256 vs transformers": bench.against_transformers}
     if not bench.tiny:
-        table |= {f"decode b=16 {s}": partial(bench.decode, f"random:{s}", 16) for s in ("qwen2-1.5b", "mistral-7b")}
+        table |= {
+            f"decode b=16 {s}": partial(bench.decode, f"random:{s}", 16) for s in ("qwen2-1.5b", "mistral-7b")
+        }
     if cuda:  # most of it is compilation
         table |= {f"torch.compile b={b}": partial(bench.compiled, b) for b in (32, 1)}
     return table
@@ -348,7 +375,9 @@ def main() -> None:
     started = time.perf_counter()
     bench = Bench(options.device, options.dtype, options.tiny)
     copy, matmul = bench.copy_bytes_s / 1e12, bench.matmul_flops_s / 1e12
-    print(f"{options.dtype}; measured ceilings: copy {copy:.2f} TB/s, matmul {matmul:.0f} TFLOP/s", flush=True)
+    print(
+        f"{options.dtype}; measured ceilings: copy {copy:.2f} TB/s, matmul {matmul:.0f} TFLOP/s", flush=True
+    )
     found: dict[str, Row] = {}
     for name, measure in rows(bench, options.trace).items():
         if time.perf_counter() - started > options.budget:
@@ -358,7 +387,12 @@ def main() -> None:
         show(name, found[name])
         if options.json is not None:  # after each row, or a run that is cut off leaves nothing
             device = torch.cuda.get_device_name() if options.device == "cuda" else options.device
-            made_on = {"device": device, "dtype": options.dtype, "torch": torch.__version__, "weights": "random"}
+            made_on = {
+                "device": device,
+                "dtype": options.dtype,
+                "torch": torch.__version__,
+                "weights": "random",
+            }
             ceilings = {"copy_bytes_s": bench.copy_bytes_s, "matmul_flops_s": bench.matmul_flops_s}
             options.json.write_text(json.dumps({**made_on, **ceilings, "rows": found}, indent=1))
 

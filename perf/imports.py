@@ -160,7 +160,9 @@ class Watch:
                 if _is_isolated(command):
                     raise GateError(f"{unknown} ignores its environment: start it without -I, -E and -S")
                 if number in log.ended:  # and not killed, which may be before it could log anything
-                    raise GateError(f"{unknown} ended and logged nothing: start a Python that runs sitecustomize")
+                    raise GateError(
+                        f"{unknown} ended and logged nothing: start a Python that runs sitecustomize"
+                    )
 
     def _faults(self, log: Log) -> Iterator[tuple[str, str, Place]]:
         """Module, file and place of whatever a process imported from where it must not be."""
@@ -190,7 +192,8 @@ class Watch:
         if not any(checkout in TOOL.parents for checkout in self.around.checkouts):
             places |= {TOOL: Place.INSTALLED, TOOL.with_name("engine"): Place.INSTALLED}
         places |= {_real(path): Place.INSTALLED for path in (*log.standard, *log.site)}
-        # Commands are installed beside Python: in its prefix, and for a user three folders above the packages.
+        # Commands are installed beside Python: in its prefix, and for a user three folders above the
+        # packages.
         above = [str(Path(*Path(path).parts[:-3])) for path in log.site]
         places |= {_real(path) / name: Place.INSTALLED for path in (*log.prefixes, *above) for name in BIN}
         return places | {self.folder: Place.INSTALLED, self.tree: Place.TREE}

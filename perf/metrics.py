@@ -1,6 +1,8 @@
-"""The one table of metrics: what each is called, its unit, which way is better, and how much change is too much.
+"""The one table of metrics: what each is called, its unit, which way is better, and how much change is too
+much.
 
-A leaf: no measuring, no statistics, no imports of the project. A metric that is not gated is shown and never judged.
+A leaf: no measuring, no statistics, no imports of the project. A metric that is not gated is shown and never
+judged.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ TIME = "round_s"  # all that a benchmark records which knows nothing of this pro
 class Metric:
     """One metric of a benchmark.
 
-    direction: which way is better; "exact" allows no change at all. rel: the fraction of the baseline's value by which
-    it may get worse. floor: a change smaller than this, in the metric's own unit, is never a regression. gated: whether
-    the gate judges it. zero: whether 0 is a value that it can have; 0 s is of a clock that stood still.
+    direction: which way is better; "exact" allows no change at all. rel: the fraction of the baseline's value
+    by which it may get worse. floor: a change smaller than this, in the metric's own unit, is never a
+    regression. gated: whether the gate judges it. zero: whether 0 is a value that it can have; 0 s is of a
+    clock that stood still.
     """
 
     name: str
@@ -41,7 +44,8 @@ class Metric:
         return None if number and (value or self.zero) else f"is not a finite number {least}"
 
     def format(self, value: float | None) -> str:
-        """The value for a person, without its unit unless that is bytes: `1,234`, `12.3`, `0.0456`, `1.5 GiB`."""
+        """The value for a person, without its unit unless that is bytes: `1,234`, `12.3`, `0.0456`, `1.5
+        GiB`."""
         if value is None:
             return "-"
         if self.unit == "bytes":

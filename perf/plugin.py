@@ -1,7 +1,8 @@
-"""The pytest plugin: the suite's options, the `perf_case` fixture, the points a test runs at, the gate at the end.
+"""The pytest plugin: the suite's options, the `perf_case` fixture, the points a test runs at, the gate at the
+end.
 
-Loaded by the root conftest, or by `-p perf.plugin` in a project of your own. It imports no torch by itself: plain unit
-tests must not wait for it.
+Loaded by the root conftest, or by `-p perf.plugin` in a project of your own. It imports no torch by itself:
+plain unit tests must not wait for it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
 MARKERS = (
     "gpu: needs a CUDA device",
     "perf_gate(metric, rel=None, abs=None): this test's own tolerance for one metric; the closest mark wins",
-    "points(name, cpu=[...], cuda=[...], quick=[...]): values of a parameter on each device; quick ones for --quick",
+    "points(name, cpu=[...], cuda=[...], quick=[...]): values of a parameter on each device, and of --quick",
 )
 
 
@@ -36,14 +37,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--require-gpu", action="store_true", help="fail, rather than skip, gpu tests without a CUDA device"
     )
-    group.addoption("--model", help="model spec of the benchmarks (default: random:tiny-llama, on CUDA qwen2.5-0.5b)")
+    group.addoption(
+        "--model", help="model spec of the benchmarks (default: random:tiny-llama, on CUDA qwen2.5-0.5b)"
+    )
     group.addoption("--dtype", help="dtype of the benchmarks (default: float32, on CUDA float16)")
     group.addoption("--batch-sizes", type=_integers, metavar="N,N", help="batch sizes of the sweep")
     group.addoption("--rounds", type=_positive, metavar="N", help="timed rounds of each perf_case benchmark")
     group.addoption("--quick", action="store_true", help="fewer points and rounds: 2 minutes on a GPU, not 8")
-    group.addoption("--peers", type=_names, metavar="A,B", help="what the peers benchmark compares, in this order")
-    group.addoption("--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable")
-    group.addoption("--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate")
+    group.addoption(
+        "--peers", type=_names, metavar="A,B", help="what the peers benchmark compares, in this order"
+    )
+    group.addoption(
+        "--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable"
+    )
+    group.addoption(
+        "--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate"
+    )
     group.addoption("--perf-plant", type=_fraction, default=0.0, metavar="FRACTION",
                     help="slow the engine down by this much, to test the gate itself")  # fmt: skip
 
@@ -113,7 +122,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if mark.args[0] == "batch_size" and sizes:
             values = sizes
         if mark.args[0] == "peer":
-            values = [*(metafunc.config.getoption("--peers") or values), *metafunc.config.getoption("--backend")]
+            values = [
+                *(metafunc.config.getoption("--peers") or values),
+                *metafunc.config.getoption("--backend"),
+            ]
         for value in values:
             skip = (pytest.mark.skip(reason="left out by --quick"),) if value in left_out else ()
             rows.append(pytest.param(device, value, id=f"{device}-{_label(value)}", marks=(*marks, *skip)))
@@ -163,9 +175,11 @@ def perf_bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 @pytest.fixture(scope="session")
-def peer_rounds(request: pytest.FixtureRequest, perf_bench: Bench) -> Callable[..., dict[str, Trial | Exception]]:
-    """`peer_rounds(device, workload, batch_size, rounds)`: every peer that this session selected for the device, run in
-    turns; a finished trial each, or why there is none. Run at the first call."""
+def peer_rounds(
+    request: pytest.FixtureRequest, perf_bench: Bench
+) -> Callable[..., dict[str, Trial | Exception]]:
+    """`peer_rounds(device, workload, batch_size, rounds)`: every peer that this session selected for the
+    device, run in turns; a finished trial each, or why there is none. Run at the first call."""
     from perf.turns import run_peers
 
     known: dict[str, dict[str, Trial | Exception]] = {}
@@ -223,7 +237,8 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """What failed is not saved: pytest-benchmark by itself would keep the time of a test that failed after it."""
+    """What failed is not saved: pytest-benchmark by itself would keep the time of a test that failed after
+    it."""
     fixture = item.stash.get(BENCHMARK, None)
     if fixture is not None and call.excinfo is not None:
         fixture.has_error = True

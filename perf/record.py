@@ -1,7 +1,8 @@
-"""From a workload and a backend to one recorded benchmark: prove the tokens, warm up, time rounds, write it down.
+"""From a workload and a backend to one recorded benchmark: prove the tokens, warm up, time rounds, write it
+down.
 
-The order is the point: tokens are checked before anything is timed, and again after every round that gave others;
-whatever fails on the way marks the benchmark as failed, so that nothing of it is saved.
+The order is the point: tokens are checked before anything is timed, and again after every round that gave
+others; whatever fails on the way marks the benchmark as failed, so that nothing of it is saved.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from perf.roofline import Costs, costs
 
 ROUNDS = 5
 CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are
-TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")  # what a backend that tells only the end can't have
+# what a backend that tells only the end can't have
+TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")
 Derive = Callable[[Flat, EngineMetrics], Flat]
 
 
@@ -44,7 +46,9 @@ class Round:
 class Bench:
     """What the benchmarks of a session share: the options, and one model at a time with its reference."""
 
-    def __init__(self, *, model: str | None, dtype: str | None, rounds: int | None, quick: bool, plant: float) -> None:
+    def __init__(
+        self, *, model: str | None, dtype: str | None, rounds: int | None, quick: bool, plant: float
+    ) -> None:
         self.model, self.dtype, self.rounds, self.quick, self.plant = model, dtype, rounds, quick, plant
         self.recorded: list[Flat] = []
         self._canaries: dict[str, Canary] = {}
@@ -52,7 +56,8 @@ class Bench:
         self._held: tuple[LoadedModel, Reference, Costs] | None = None
 
     def spec(self, device: str) -> str:
-        """The model to run on a device: `--model`, else a small one on a CPU and the published 0.5B shape on CUDA."""
+        """The model to run on a device: `--model`, else a small one on a CPU and the published 0.5B shape on
+        CUDA."""
         return self.model or ("random:qwen2.5-0.5b" if device == "cuda" else "random:tiny-llama")
 
     def hold(self, device: str, spec: str | None = None) -> tuple[LoadedModel, Reference, Costs]:
@@ -116,11 +121,18 @@ class Trial:
         limits = {"vocab_size": config.vocab_size, "max_positions": positions(config)[0]}
         tokenizer = self.loaded.tokenizer
         self.workload = (
-            make(workload, tokenizer=tokenizer, arrivals=arrivals, **limits) if isinstance(workload, str) else workload
+            make(workload, tokenizer=tokenizer, arrivals=arrivals, **limits)
+            if isinstance(workload, str)
+            else workload
         )
         dtype = str(self.loaded.model.dtype).removeprefix("torch.")
         self.setup = Setup(
-            self.loaded, device, dtype, max_batch_size, threads=torch.get_num_threads(), options=dict(options or {})
+            self.loaded,
+            device,
+            dtype,
+            max_batch_size,
+            threads=torch.get_num_threads(),
+            options=dict(options or {}),
         )
         self.before_canary = canary.measure(device, dtype)
         self.rounds: list[Round] = []
@@ -136,21 +148,26 @@ class Trial:
         canary.sync(self.device)
 
     def check(self, outcome: Outcome) -> None:
-        """Raise WrongTokens unless every request got as many tokens as it asked for, and those of the sample are the
-        model's own; counts how many requests have exactly its choice, and how many part from it at a near-tie."""
+        """Raise WrongTokens unless every request got as many tokens as it asked for, and those of the sample
+        are the model's own; counts how many requests have exactly its choice, and how many part from it at a
+        near-tie."""
         items = self.workload.items
         for index, (item, tokens) in enumerate(zip(items, outcome.tokens, strict=True)):
             if len(tokens) != item.params.max_new_tokens:
                 asked = item.params.max_new_tokens
-                raise WrongTokens(f"{self.backend.name}: requests[{index}] asked for {asked} tokens, got {len(tokens)}")
+                raise WrongTokens(
+                    f"{self.backend.name}: requests[{index}] asked for {asked} tokens, got {len(tokens)}"
+                )
         count = min(len(items), CHECKED) if self.device == "cuda" else len(items)
         sample = np.linspace(0, len(items) - 1, count).round().astype(int).tolist()
-        verdicts = [(index, self.reference.judge(items[index].prompt, outcome.tokens[index])) for index in sample]
+        verdicts = [
+            (index, self.reference.judge(items[index].prompt, outcome.tokens[index])) for index in sample
+        ]
         for index, verdict in verdicts:
             if verdict.wrong_at is not None and getattr(self.backend, "exact", True):
                 raise WrongTokens(
-                    f"{self.backend.name}: token {verdict.wrong_at} of requests[{index}] is not the model's choice: "
-                    f"its logit is {verdict.gap:.3g} below the best"
+                    f"{self.backend.name}: token {verdict.wrong_at} of requests[{index}] is not the model's "
+                    f"choice: its logit is {verdict.gap:.3g} below the best"
                 )
         self.same_tokens = sum(verdict.same for _, verdict in verdicts)
         self.near_ties = sum(verdict.ties > 0 and verdict.wrong_at is None for _, verdict in verdicts)
@@ -203,7 +220,9 @@ class Trial:
         good = [round_ for round_ in self.rounds if round_.gpu.slowdown is None]
         reasons = sorted({round_.gpu.slowdown for round_ in self.rounds if round_.gpu.slowdown})
         if not good:
-            raise RuntimeError(f"all {len(self.rounds)} rounds were hit by {', '.join(reasons)}: nothing was measured")
+            raise RuntimeError(
+                f"all {len(self.rounds)} rounds were hit by {', '.join(reasons)}: nothing was measured"
+            )
         after = canary.measure(self.device, self.setup.dtype)
         middle = sorted(good, key=lambda round_: round_.flat["tokens_per_s"])[len(good) // 2]
         samples = {
@@ -212,7 +231,9 @@ class Trial:
             if all(round_.flat.get(name) is not None for round_ in good)
         }
         if self.workload.arrivals != "all":
-            samples = {name: values for name, values in samples.items() if metrics.METRICS[name].direction != "exact"}
+            samples = {
+                name: values for name, values in samples.items() if metrics.METRICS[name].direction != "exact"
+            }
         policy = getattr(self.backend, "policy", self.backend.name)
         info: Flat = {
             "schema": SCHEMA,
@@ -241,7 +262,10 @@ class Trial:
             "rounds_voided": len(self.rounds) - len(good),
             "void_reason": ", ".join(reasons) or None,
         }
-        nested = {"fingerprint": fingerprint(self.device, self.setup.dtype, self.loaded.revision), "rounds": samples}
+        nested = {
+            "fingerprint": fingerprint(self.device, self.setup.dtype, self.loaded.revision),
+            "rounds": samples,
+        }
         return plain({**info, **nested})
 
     def close(self) -> None:
@@ -260,7 +284,8 @@ class PerfCase:
         self.bench, self.benchmark, self.gate, self.own = bench, benchmark, gate, own
 
     def rounds(self, rounds: int | None) -> int:
-        """How many rounds to time: `--rounds`, else what the test asks for, else the least that allows a verdict."""
+        """How many rounds to time: `--rounds`, else what the test asks for, else the least that allows a
+        verdict."""
         return self.bench.rounds or rounds or ROUNDS
 
     def measure(
@@ -295,7 +320,8 @@ class PerfCase:
                         trial.run, setup=trial.before, teardown=trial.after, rounds=self.rounds(rounds),
                         warmup_rounds=warmup, iterations=1,
                     )  # fmt: skip
-                if self.benchmark.disabled:  # run once, to see that it works: pytest-benchmark skips the teardown
+                # run once, to see that it works: pytest-benchmark skips the teardown
+                if self.benchmark.disabled:
                     trial.after()
                 else:
                     del trial.rounds[:warmup]
@@ -322,7 +348,8 @@ class PerfCase:
 
     @contextmanager
     def unsaved_if_it_fails(self) -> Iterator[None]:
-        """pytest-benchmark keeps a time once it is taken, whatever fails later, unless it is told of the failure."""
+        """pytest-benchmark keeps a time once it is taken, whatever fails later, unless it is told of the
+        failure."""
         try:
             yield
         except BaseException:

@@ -1,4 +1,5 @@
-"""What the work costs at least: FLOPs and bytes of a model's linear layers, attention and cache, from its shapes.
+"""What the work costs at least: FLOPs and bytes of a model's linear layers, attention and cache, from its
+shapes.
 
 With the rates that the canary measured this gives the roofline columns. It counts; it runs and times nothing.
 """
@@ -20,21 +21,27 @@ class Costs:
 
     linear_weights: int
     head_weights: int
-    weight_bytes: int  # what a decode step reads: all linear layers; of the embedding only the tokens' own rows
+    # what a decode step reads: all linear layers; of the embedding only the tokens' own rows
+    weight_bytes: int
     kv_bytes: int  # of one token in all layers
     attention_flop: int  # of one query with one key and value, in all layers
 
     def flop(self, prompt: int, output: int) -> float:
-        """FLOPs that one request needs at least: 2 a weight and token, causal attention, logits where one is chosen.
+        """FLOPs that one request needs at least: 2 a weight and token, causal attention, logits where one is
+        chosen.
 
-        The last output token is never computed. A sliding window would need less; it is not taken into account.
+        The last output token is never computed. A sliding window would need less; it is not taken into
+        account.
         """
         tokens = prompt + output - 1
         products = 2.0 * (self.linear_weights * tokens + self.head_weights * output)
         return products + self.attention_flop * tokens * (tokens + 1) / 2
 
-    def useful_flops_pct(self, lengths: Iterable[tuple[int, int]], seconds: float, matmul_gflops: float) -> float:
-        """FLOPs that requests of these (prompt, output) lengths need, in percent of what the canary does meanwhile."""
+    def useful_flops_pct(
+        self, lengths: Iterable[tuple[int, int]], seconds: float, matmul_gflops: float
+    ) -> float:
+        """FLOPs that requests of these (prompt, output) lengths need, in percent of what the canary does
+        meanwhile."""
         return 100.0 * sum(self.flop(*pair) for pair in lengths) / (seconds * matmul_gflops * 1e9)
 
     def decode_bandwidth_pct(self, batch: int, context: float, step_ms: float, copy_gbps: float) -> float:

@@ -1,4 +1,5 @@
-"""Saved pytest-benchmark runs, read and checked: a JSON file becomes a Run of Benchmarks, or an error that says why.
+"""Saved pytest-benchmark runs, read and checked: a JSON file becomes a Run of Benchmarks, or an error that
+says why.
 
 Which file is meant is decided in perf/storage.py, what an entry of it says in perf/entries.py. It judges
 nothing and imports neither torch nor pytest.
@@ -68,7 +69,8 @@ def load(which: str | Path, storage: Path | str = STORAGE) -> Run:
 
 
 def parse(data: Any, path: Path | str) -> Run:
-    """A Run from pytest-benchmark's own dict (what `pytest_benchmark_update_json` sees). Raises as `load` does."""
+    """A Run from pytest-benchmark's own dict (what `pytest_benchmark_update_json` sees). Raises as `load`
+    does."""
     path = Path(path)
     found = data.get("benchmarks") if isinstance(data, dict) else None
     if not isinstance(found, list):

@@ -1,9 +1,10 @@
-"""Can the gate be trusted here? Identical code and planted slowdowns, judged as `perf ab` judges two revisions.
+"""Can the gate be trusted here? Identical code and planted slowdowns, judged as `perf ab` judges two
+revisions.
 
-A trial is one A/B run: pairs of fresh processes in ABBA order, all of them its own. The processes of a trial start
-together, since nearly all of their time is imports, and then measure one at a time while the others sleep. Each process
-of B measures every effect in turn, so that figures for different effects share processes; trials of one effect share
-nothing. The slowdown is planted from outside: nothing in the engine knows of it.
+A trial is one A/B run: pairs of fresh processes in ABBA order, all of them its own. The processes of a trial
+start together, since nearly all of their time is imports, and then measure one at a time while the others
+sleep. Each process of B measures every effect in turn, so that figures for different effects share processes;
+trials of one effect share nothing. The slowdown is planted from outside: nothing in the engine knows of it.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ Measure = Callable[[int, float], Run]  # (which process, planted fraction) -> wh
 def plant(fraction: float) -> Iterator[None]:
     """Stretch every `Engine.step` of this process to 1 + `fraction` times its length, by spinning.
 
-    The model's part is stretched before its tokens are published, so that every latency sees it. Only engines of this
-    package slow down; other backends do not.
+    The model's part is stretched before its tokens are published, so that every latency sees it. Only engines
+    of this package slow down; other backends do not.
     """
     from engine import Engine
 
@@ -72,7 +73,8 @@ def plant(fraction: float) -> Iterator[None]:
 
 
 def _spin(fraction: float, since: float) -> float:
-    """Wait for `fraction` of the time since then, busy as slow code would be; gives the time it is afterwards."""
+    """Wait for `fraction` of the time since then, busy as slow code would be; gives the time it is
+    afterwards."""
     now = time.perf_counter()
     until = now + fraction * (now - since)
     while now < until:
@@ -84,7 +86,8 @@ def _spin(fraction: float, since: float) -> float:
 class Rate:
     """What the gate said in every trial of one effect.
 
-    outcomes: of whole runs, one a trial. failed: in how many trials each metric alone was called a regression.
+    outcomes: of whole runs, one a trial. failed: in how many trials each metric alone was called a
+    regression.
     """
 
     effect: float
@@ -103,7 +106,8 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """rates: one an effect. visible: by metric, the slowdown that is called a regression four times in five."""
+    """rates: one an effect. visible: by metric, the slowdown that is called a regression four times in
+    five."""
 
     pairs: int
     rates: tuple[Rate, ...]
@@ -138,8 +142,8 @@ def selftest(
     Args:
         effects: planted slowdowns as fractions; 0 is identical code, and gives the false-alarm rate.
         pairs: pairs of blocks a trial.
-        args: pytest arguments of a benchmark of your own, each block then being a pytest run (`--perf-plant` plants
-            in it); by default a tiny model on the CPU, without pytest's overhead.
+        args: pytest arguments of a benchmark of your own, each block then being a pytest run (`--perf-plant`
+            plants in it); by default a tiny model on the CPU, without pytest's overhead.
         advance: called with a line about what comes next, once before each trial.
 
     Raises:
@@ -148,7 +152,9 @@ def selftest(
     if trials < 1:
         raise GateError(f"trials={trials} must be 1 or more", Exit.USAGE)
     if not effects or any(not 0 <= effect < 10 for effect in effects) or len(set(effects)) < len(effects):
-        raise GateError(f"effects={list(effects)} must be different fractions from 0 (0.1 is 10 %)", Exit.USAGE)
+        raise GateError(
+            f"effects={list(effects)} must be different fractions from 0 (0.1 is 10 %)", Exit.USAGE
+        )
     ab.check(args, pairs)
     found: dict[float, list[gate.Comparison]] = {effect: [] for effect in effects}
     for trial in range(trials):
@@ -169,7 +175,8 @@ def selftest(
 def one_trial(
     measure: Measure, effects: Sequence[float], pairs: int, trial: int
 ) -> tuple[list[Run], dict[float, list[Run]]]:
-    """Measure A blocks without a slowdown and B blocks with each, in ABBA order; effects in another order each time."""
+    """Measure A blocks without a slowdown and B blocks with each, in ABBA order; effects in another order
+    each time."""
     base: list[Run] = []
     heads: dict[float, list[Run]] = {effect: [] for effect in effects}
     for number, side in enumerate(ab.order(pairs)):
@@ -185,14 +192,17 @@ def one_trial(
 def _rate(effect: float, comparisons: Sequence[gate.Comparison]) -> Rate:
     failed: dict[str, int] = {}
     for comparison in comparisons:
-        names = {v.metric.name: v.outcome for v in comparison.verdicts if v.metric is not None and v.p is not None}
+        names = {
+            v.metric.name: v.outcome for v in comparison.verdicts if v.metric is not None and v.p is not None
+        }
         for name, outcome in names.items():
             failed[name] = failed.get(name, 0) + (outcome is Outcome.FAIL)
     return Rate(effect, tuple(comparison.outcome for comparison in comparisons), failed)
 
 
 def _visible(found: dict[float, list[gate.Comparison]]) -> dict[str, float]:
-    """From the intervals themselves: half of one and 0.84 standard errors must fit between no effect and this one."""
+    """From the intervals themselves: half of one and 0.84 standard errors must fit between no effect and this
+    one."""
     sizes: dict[str, list[float]] = {}
     for comparison in (c for some in found.values() for c in some):
         for v in comparison.verdicts:
@@ -229,7 +239,9 @@ class _Block:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         command, pipe = [sys.executable, "-m", "perf.selftest"], subprocess.PIPE
         with log.open("w") as errors:
-            return cls(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, env=env, text=True), log)
+            return cls(
+                subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, env=env, text=True), log
+            )
 
     def ask(self, **request: Any) -> None:
         assert self.process.stdin is not None
@@ -271,7 +283,8 @@ def _processes(count: int) -> Iterator[Measure]:
 
 
 def _serve(requests: IO[str], replies: IO[str]) -> None:
-    """A block's process: prepare as `perf_case` does, then time and save some rounds for each line of `requests`."""
+    """A block's process: prepare as `perf_case` does, then time and save some rounds for each line of
+    `requests`."""
     import torch
 
     from perf.entries import KEY

@@ -1,11 +1,11 @@
 """How sure are we: an interval of log(head / base) from a few rounds a side, or from pairs of blocks.
 
-The typical value is the 20 % trimmed mean of logarithms, its interval Yuen's (1974): Welch's t with winsorised
-variance, equal to scipy's `ttest_ind(trim=0.2)`, which has no form for pairs. Why not the mean: one disturbed round in
-ten makes it useless. Why not the median: of five rounds it is one of them, and it does not see what happens to a third
-of the rounds. Why no bootstrap: below ten rounds the percentile bootstrap calls identical code slower about twice as
-often as it says (tests/perf/test_stats.py shows it), and the studentised one agrees with Yuen but wants a seed. Here
-the same data give the same answer.
+The typical value is the 20 % trimmed mean of logarithms, its interval Yuen's (1974): Welch's t with
+winsorised variance, equal to scipy's `ttest_ind(trim=0.2)`, which has no form for pairs. Why not the mean:
+one disturbed round in ten makes it useless. Why not the median: of five rounds it is one of them, and it does
+not see what happens to a third of the rounds. Why no bootstrap: below ten rounds the percentile bootstrap
+calls identical code slower about twice as often as it says (tests/perf/test_stats.py shows it), and the
+studentised one agrees with Yuen but wants a seed. Here the same data give the same answer.
 
 Rounds of one process follow one another, and a slow spell covers several. So the variance is inflated by
 (1 + r) / (1 - r), r being the lag-1 autocorrelation with its small-sample bias (Kendall 1954) removed.
@@ -44,7 +44,8 @@ class Estimate:
     high: float
 
     def tail(self, sign: int) -> float:
-        """One-sided p: how likely a log-ratio this far in the direction of `sign` (+1 or -1) is without any change."""
+        """One-sided p: how likely a log-ratio this far in the direction of `sign` (+1 or -1) is without any
+        change."""
         if self.error == 0:
             return 0.0 if sign * self.log_ratio > 0 else 1.0
         return float(scipy.stats.t.sf(sign * self.log_ratio / self.error, self.df))
@@ -66,7 +67,8 @@ class Estimate:
 
 
 def centre(values: Sequence[float]) -> float:
-    """The typical value: the geometric mean of what is left when a fifth of the values is cut from each end."""
+    """The typical value: the geometric mean of what is left when a fifth of the values is cut from each
+    end."""
     if not any(values):
         return 0.0
     logs = np.sort(_logs(values)[0])
@@ -85,7 +87,8 @@ def compare(base: Sequence[float], head: Sequence[float]) -> Estimate:
 
 
 def compare_pairs(base: Sequence[float], head: Sequence[float]) -> Estimate:
-    """The estimate from pairs measured in turn: base[i] next to head[i], two or more, each typical of its block.
+    """The estimate from pairs measured in turn: base[i] next to head[i], two or more, each typical of its
+    block.
 
     Blocks are fresh processes and their values already robust, so that trimming begins at seven pairs.
     """
@@ -99,8 +102,8 @@ def compare_pairs(base: Sequence[float], head: Sequence[float]) -> Estimate:
 def false_discoveries(p: Sequence[float], level: float = (1 - CONFIDENCE) / 2) -> list[bool]:
     """Which of several one-sided p-values stand after Benjamini and Hochberg (1995).
 
-    Without any change, one of them stands at most in `level` of all runs, however many there are; of a change that
-    many benchmarks show, next to nothing is lost.
+    Without any change, one of them stands at most in `level` of all runs, however many there are; of a change
+    that many benchmarks show, next to nothing is lost.
     """
     return (scipy.stats.false_discovery_control(p) <= level).tolist() if len(p) else []
 
@@ -111,7 +114,8 @@ def t_quantile(p: float, df: float) -> float:
 
 
 def binomial_bounds(hits: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of Clopper and Pearson for the rate behind so many hits in so many trials, one or more."""
+    """The 95 % interval of Clopper and Pearson for the rate behind so many hits in so many trials, one or
+    more."""
     interval = scipy.stats.binomtest(hits, trials).proportion_ci(CONFIDENCE, method="exact")
     return float(interval.low), float(interval.high)
 
@@ -122,7 +126,8 @@ def _estimate(log_ratio: float, error: float, df: float) -> Estimate:
 
 
 def _logs(*samples: Sequence[float]) -> list[Floats]:
-    """Logarithms of values; a 0 becomes half the smallest positive value among all, so that it counts as very small."""
+    """Logarithms of values; a 0 becomes half the smallest positive value among all, so that it counts as very
+    small."""
     arrays = [np.asarray(sample, float) for sample in samples]
     positive = np.concatenate(arrays)
     positive = positive[positive > 0]

@@ -110,7 +110,9 @@ def _file(path: Path, word: str) -> Path:
 
 def _no_file(word: str) -> GateError:
     what = "is a folder" if os.path.isdir(word) else "is not there"
-    return GateError(f"run {word!r} {what}: name a .json file that --benchmark-json or --benchmark-save wrote")
+    return GateError(
+        f"run {word!r} {what}: name a .json file that --benchmark-json or --benchmark-save wrote"
+    )
 
 
 def _saved(root: Path) -> Iterator[_Saved]:

@@ -1,4 +1,5 @@
-"""The CPU's gate: every workload, policy and tiny model costs exactly what it cost when its counters were recorded."""
+"""The CPU's gate: every workload, policy and tiny model costs exactly what it cost when its counters were
+recorded."""
 
 from __future__ import annotations
 

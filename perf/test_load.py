@@ -1,8 +1,9 @@
-"""Latency under open load: requests come when they come, whether the engine is ready or not (Poisson arrivals).
+"""Latency under open load: requests come when they come, whether the engine is ready or not (Poisson
+arrivals).
 
-Every latency counts from when a request was due, so a stall is felt by all who wait (no coordinated omission). Goodput
-is the requests a second that met both limits. Estimate for an H200: 32 requests at 8, 16 and 32 a second take 7 s, 6
-runs: 42 s; --quick, one rate: 12 s.
+Every latency counts from when a request was due, so a stall is felt by all who wait (no coordinated
+omission). Goodput is the requests a second that met both limits. Estimate for an H200: 32 requests at 8, 16
+and 32 a second take 7 s, 6 runs: 42 s; --quick, one rate: 12 s.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from perf.record import Flat, PerfCase
 @pytest.mark.points("caching", cpu=[False, True], cuda=[False, True], quick=[True])
 def test_prefix_reuse(perf_case: PerfCase, device: str, caching: bool) -> None:
     """256 tokens in common; each run starts with an empty cache."""
-    requests = 32 if perf_case.bench.real(device) else 8  # four batches: whoever is in the first finds nothing
+    # four batches: whoever is in the first finds nothing
+    requests = 32 if perf_case.bench.real(device) else 8
     info = perf_case.measure(
         "prefix",
         "continuous",
@@ -32,7 +33,8 @@ def test_prefix_reuse(perf_case: PerfCase, device: str, caching: bool) -> None:
     "policy", cpu=["dynamic", "continuous"], cuda=["dynamic", "continuous"], quick=["dynamic", "continuous"]
 )
 def test_memory(perf_case: PerfCase, device: str, policy: str) -> None:
-    """Room for a third of all tokens: how many requests run at once, and how much of what they hold is not needed."""
+    """Room for a third of all tokens: how many requests run at once, and how much of what they hold is not
+    needed."""
     loaded, _, _ = perf_case.bench.hold(device)
     requests = 32 if perf_case.bench.real(device) else 16
     tokens = requests * 40  # of the 110 or so that a request of this workload needs at its end

@@ -1,7 +1,9 @@
-"""Peers side by side in one run: the same model, the same tokens in, as many out, each at its best setting, in turns.
+"""Peers side by side in one run: the same model, the same tokens in, as many out, each at its best setting,
+in turns.
 
-`python -m pytest perf/test_peers.py --model smollm2 --peers continuous,openvino,ctranslate2,transformers-cb` compares
-what it names; `--backend module:attr` adds one of yours. A peer that is not here is skipped, saying how to get it.
+`python -m pytest perf/test_peers.py --model smollm2 --peers continuous,openvino,ctranslate2,transformers-cb`
+compares what it names; `--backend module:attr` adds one of yours. A peer that is not here is skipped, saying
+how to get it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The demonstration project's table: 32 requests one at a time, in dynamic batches, and batched continuously.
 
-Estimate for an H200 at 10 ms a step: sequential takes 1,000 steps a run, the others 75: 6 runs each, 70 s; --quick
-leaves sequential out: 10 s.
+Estimate for an H200 at 10 ms a step: sequential takes 1,000 steps a run, the others 75: 6 runs each, 70 s;
+--quick leaves sequential out: 10 s.
 """
 
 from __future__ import annotations

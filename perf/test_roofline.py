@@ -1,7 +1,8 @@
-"""Prefill alone and decode alone, each against the limit that the canary measured: matmul rate and copy bandwidth.
+"""Prefill alone and decode alone, each against the limit that the canary measured: matmul rate and copy
+bandwidth.
 
-Estimate for an H200: 4 lengths of prefill at under 0.2 s a run, 5 points of decode at 32 steps and a prefill, 6 runs
-each: 30 s; --quick, 2 and 2 points: 12 s.
+Estimate for an H200: 4 lengths of prefill at under 0.2 s a run, 5 points of decode at 32 steps and a prefill,
+6 runs each: 30 s; --quick, 2 and 2 points: 12 s.
 """
 
 from __future__ import annotations

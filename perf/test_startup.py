@@ -50,5 +50,7 @@ class ColdSession:
 
 def test_startup(perf_case: PerfCase, device: str) -> None:
     vocab_size = perf_case.bench.hold(device)[0].model.config.vocab_size
-    info = perf_case.measure("startup", ColdStart(), fixed(1, 16, 1, vocab_size), device=device, max_batch_size=8)
+    info = perf_case.measure(
+        "startup", ColdStart(), fixed(1, 16, 1, vocab_size), device=device, max_batch_size=8
+    )
     assert info["load_s"] + info["build_s"] < info["startup_s"]

@@ -61,7 +61,8 @@ def snapshot(top: Path) -> str:
         index = Path(folder) / "index"
         own = top / git(top, "rev-parse", "--git-path", "index")
         if own.is_file():
-            shutil.copy2(own, index)  # so that git need not read every file again; its time tells which it must
+            # so that git need not read every file again; its time tells which it must
+            shutil.copy2(own, index)
         who = ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL")
         extra = {"GIT_INDEX_FILE": str(index), **{f"GIT_{part}": "perf-ab" for part in who}}
         _look_at_all(top, extra)

@@ -1,6 +1,7 @@
 """Benchmarks that take turns: A B C, C B A, ..., so that a machine that drifts drifts for all of them.
 
-pytest-benchmark times a test while it runs; these are timed together, before any of their tests, and then replayed.
+pytest-benchmark times a test while it runs; these are timed together, before any of their tests, and then
+replayed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 
 from perf.record import Bench, Trial
 
-# Peers are open at the same time and share the memory, so none may take most of it. Speed does not depend on it.
+# Peers are open at the same time and share the memory, so none may take most of it. Speed does not depend on
+# it.
 PEER_OPTIONS: dict[str, dict[str, Any]] = {
     **{policy: {"kv_memory": 0.2} for policy in ("sequential", "dynamic", "continuous")},
     "transformers-cb": {"max_memory_percent": 0.1},
@@ -20,7 +22,8 @@ PEER_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class ReplayClock:
-    """A clock that stands still but for what it is told: rounds timed elsewhere become pytest-benchmark's own.
+    """A clock that stands still but for what it is told: rounds timed elsewhere become pytest-benchmark's
+    own.
 
     Benchmarks that must take turns (A B C, C B A, ...) cannot each be timed while their own test runs.
     """
@@ -38,7 +41,8 @@ class ReplayClock:
 
 
 def take_turns(trials: Sequence[Trial], rounds: int) -> dict[str, Exception]:
-    """Time every trial once a round, in an order that turns round each time, so that a drifting machine drifts for all.
+    """Time every trial once a round, in an order that turns round each time, so that a drifting machine
+    drifts for all.
 
     What fails is left out of the following rounds; gives its error by the backend's name.
     """
@@ -60,7 +64,8 @@ def take_turns(trials: Sequence[Trial], rounds: int) -> dict[str, Exception]:
 def run_peers(
     bench: Bench, names: Sequence[str], workload: str, device: str, batch_size: int, rounds: int
 ) -> dict[str, Trial | Exception]:
-    """Open all, prove all, then time all in turns and close them; a trial for each name, or why there is none."""
+    """Open all, prove all, then time all in turns and close them; a trial for each name, or why there is
+    none."""
     found: dict[str, Trial | Exception] = {}
     for name in names:
         try:

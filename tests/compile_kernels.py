@@ -1,8 +1,8 @@
 """Compile every kernel for an H100 or H200 on a machine that need not have one, as a program of its own.
 
-The interpreter runs what the compiler would refuse, so each launch is caught, compiled for its very arguments, and its
-registers and shared memory looked at. Prints a line a kernel; exits with 1 where one spills, does not fit, or would be
-compiled again for what differs from step to step.
+The interpreter runs what the compiler would refuse, so each launch is caught, compiled for its very
+arguments, and its registers and shared memory looked at. Prints a line a kernel; exits with 1 where one
+spills, does not fit, or would be compiled again for what differs from step to step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from engine.runner import fused, thin
 
 SHARED = 227 * 1024
 STACK = 64  # bytes: a compiler's own, not spilled registers
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 problems: list[str] = []
 known: dict[str, dict] = {}  # what each kernel was specialised on, by its types and constants
@@ -62,7 +68,8 @@ def compile_instead(function: JITFunction, *args, grid, warmup=False, **named) -
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
     shape = {name: values[name] for name in ("DIM", "GROUPS", "SIZE") if name in values}
-    line = f"{function.fn.__name__} {shape} {options}: {registers} registers, {compiled.metadata.shared} bytes shared"
+    line = f"{function.fn.__name__} {shape} {options}: {registers} registers"
+    line += f", {compiled.metadata.shared} bytes shared"
     print(line, flush=True)
     if stack > STACK or compiled.metadata.shared > SHARED:
         problems.append(f"{line}, {stack} bytes of stack")
@@ -71,7 +78,9 @@ def compile_instead(function: JITFunction, *args, grid, warmup=False, **named) -
         problems.append(f"{line}: not by the warpgroup's matrix instructions")
 
 
-def launch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, window=None, softcap=None, sinks=False):
+def launch(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, window=None, softcap=None, sinks=False
+):
     """Every launch over one attention shape."""
     ints, tables = torch.zeros(64, dtype=torch.int32), torch.zeros(8, 64, dtype=torch.int32)
     store = torch.empty(9, kv_heads, page, dim, dtype=dtype)
@@ -84,7 +93,9 @@ def launch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, win
     tiles = torch.zeros(8, 2, dtype=torch.int32)
     for some, split in ((ints, 64), (ints[1:], 256)):
         kernels.attend_chunks(q, store, store, tables, some, some, some, tiles, 0.1, *options)
-        kernels.attend_rows(q[: len(some)], store, store, tables, some, 4096, 0.1, *options, owners_B=some, split=split)
+        kernels.attend_rows(
+            q[: len(some)], store, store, tables, some, 4096, 0.1, *options, owners_B=some, split=split
+        )
 
 
 def layer(tokens: int, dtype: torch.dtype) -> None:
@@ -94,7 +105,10 @@ def layer(tokens: int, dtype: torch.dtype) -> None:
     (q, k, v), store = heads.split([14, 2, 2], 2), torch.empty(9, 2, 16, 64, dtype=dtype)
     angles, slots = torch.empty(tokens, 64, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
     write.write_pages(k, v, slots, store, store, (q, angles, angles), torch.empty(1152, dtype=dtype))
-    for given, weight in ((x, torch.empty(896, 896, dtype=dtype)), (inner, torch.empty(896, 4864, dtype=dtype))):
+    for given, weight in (
+        (x, torch.empty(896, 896, dtype=dtype)),
+        (inner, torch.empty(896, 4864, dtype=dtype)),
+    ):
         fused.add_rms_norm(thin.thin_product(given, weight), x, x[0], 1e-5, summed=True)
     thin.thin_gated(x, torch.empty(9728, 896, dtype=dtype), "silu")
 

@@ -12,8 +12,10 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU then, if set before Triton is imported
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and so in all that tests start
+    # kernels run on the CPU then, if set before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# as in a shell's background job, and so in all that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from engine.models import PRESETS, LoadedModel, load
@@ -48,7 +50,8 @@ def tiny() -> Callable[..., Oracle]:
 
 @pytest.fixture(scope="session")
 def roped() -> Callable[[str], Oracle]:
-    """`roped(kind)` gives a tiny Llama whose RoPE changes beyond 32 of its 64 positions (longrope) or all (dynamic)."""
+    """`roped(kind)` gives a tiny Llama whose RoPE changes beyond 32 of its 64 positions (longrope) or all
+    (dynamic)."""
 
     def get(kind: str) -> Oracle:
         config = PRESETS["tiny-llama"].config()

@@ -1,4 +1,5 @@
-"""The oracle: `model.generate`, greedily, one prompt at a time; and the one way an answer may differ from it."""
+"""The oracle: `model.generate`, greedily, one prompt at a time; and the one way an answer may differ from
+it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 from engine.models import LoadedModel
 from engine.request import RequestOutput
 
-# Logits closer than this are a tie that rounding may break either way (they differ by 1e-6 and 1e-14 as computed).
+# Logits closer than this are a tie that rounding may break either way (they differ by 1e-6 and 1e-14 as
+# computed).
 TIE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 3e-2}
 
 
@@ -38,7 +40,8 @@ class Oracle:
         return self._answers[key]
 
     def check(self, output: RequestOutput, new_tokens: int, eos: tuple[int, ...] = ()) -> None:
-        """Assert that the tokens are the oracle's, or part from them at a tie of the oracle's own top two logits."""
+        """Assert that the tokens are the oracle's, or part from them at a tie of the oracle's own top two
+        logits."""
         expected = self.answer(output.prompt_token_ids, new_tokens, eos)
         if output.token_ids == expected:
             return
@@ -51,4 +54,6 @@ class Oracle:
         with torch.inference_mode():
             logits = self.model(ids).logits[0, -1].double()
         gap = float(logits[expected[at]] - logits[output.token_ids[at]])
-        assert abs(gap) < TIE[self.model.dtype], f"token {at}: {output.token_ids[at]} for {expected[at]}, gap {gap}"
+        assert abs(gap) < TIE[self.model.dtype], (
+            f"token {at}: {output.token_ids[at]} for {expected[at]}, gap {gap}"
+        )

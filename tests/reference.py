@@ -1,4 +1,5 @@
-"""What the kernels of a device step compute, in plain torch with the same arguments: its tests run on any machine.
+"""What the kernels of a device step compute, in plain torch with the same arguments: its tests run on any
+machine.
 
 Written to be read: each token by itself over its own past.
 """
@@ -118,7 +119,9 @@ def _attend(
     kv_heads, page = keys_LKPD.shape[1:3]
     pages_N = table_N[: -(-length // page)].long()
     first = max(0, length - window) if window else 0
-    k_KCD, v_KCD = (x[pages_N].transpose(0, 1).flatten(1, 2)[:, first:length] for x in (keys_LKPD, values_LKPD))
+    k_KCD, v_KCD = (
+        x[pages_N].transpose(0, 1).flatten(1, 2)[:, first:length] for x in (keys_LKPD, values_LKPD)
+    )
     scores_KGC = (q_HD.unflatten(0, (kv_heads, -1)) @ k_KCD.transpose(1, 2)) * scale
     scores_KGC = scores_KGC.to(torch.promote_types(q_HD.dtype, torch.float32))
     if softcap is not None:

@@ -243,7 +243,8 @@ def test_closing_tells_whoever_still_waits(tiny):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), MemoryError()]
+    "error",
+    [RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), MemoryError()],
 )
 def test_out_of_memory_makes_steps_smaller(tiny, error):
     oracle = tiny()

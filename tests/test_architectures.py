@@ -1,4 +1,5 @@
-"""Architectures with parts of their own: run as they compute, or refused by name; and what the proof at load sees."""
+"""Architectures with parts of their own: run as they compute, or refused by name; and what the proof at load
+sees."""
 
 from __future__ import annotations
 
@@ -24,9 +25,13 @@ from perf.roofline import costs
 from tests import reference
 from tests.oracle import Oracle
 
-SIZES = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
+SIZES = dict(
+    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4
+)
 SIZES |= dict(num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3)
-MLA = SIZES | dict(num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16)
+MLA = SIZES | dict(
+    num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16
+)
 MLA |= dict(v_head_dim=16, n_group=1, topk_group=1, n_routed_experts=4, num_experts_per_tok=2)
 MLA |= dict(moe_intermediate_size=32, first_k_dense_replace=1)
 EXPERTS = SIZES | dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
@@ -39,7 +44,10 @@ OLD_ROPE |= dict(beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0, 
 SHAPES: dict[str, tuple[str, dict]] = {
     "gemma4": ("gemma4_text", GEMMA4 | dict(num_kv_shared_layers=0)),
     "gemma4 that shares": ("gemma4_text", GEMMA4 | dict(num_kv_shared_layers=2)),
-    "gemma3n": ("gemma3n_text", GEMMA4 | dict(num_kv_shared_layers=2, laurel_rank=8, activation_sparsity_pattern=None)),
+    "gemma3n": (
+        "gemma3n_text",
+        GEMMA4 | dict(num_kv_shared_layers=2, laurel_rank=8, activation_sparsity_pattern=None),
+    ),
     "deepseek v3": ("deepseek_v3", MLA),
     "ministral3": ("ministral3", SIZES | dict(head_dim=16, rope_parameters=OLD_ROPE)),
     "qwen2-moe": ("qwen2_moe", EXPERTS),
@@ -59,7 +67,10 @@ SHAPES: dict[str, tuple[str, dict]] = {
         | dict(intermediate_size_mlp=64, layer_types=["full_attention"] * 4, no_rope_layers=[0] * 4)
         | dict(attn_temperature_tuning=True, floor_scale=16, attn_scale=0.5),
     ),
-    "bart": ("bart", dict(vocab_size=256, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64)),
+    "bart": (
+        "bart",
+        dict(vocab_size=256, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64),
+    ),
     "bert": ("bert", SIZES),
     "openai-gpt": ("openai-gpt", dict(vocab_size=256, n_embd=64, n_layer=2, n_head=4)),
     "mamba": ("mamba", dict(vocab_size=256, hidden_size=64, num_hidden_layers=2)),
@@ -111,7 +122,9 @@ def check(name: str, lengths: tuple[int, ...] = LENGTHS, tokens: int = 10, **con
 def test_keys_and_values_are_counted_as_the_models_own_cache_holds_them(name, layers):
     model = made(name).model
     assert kv_layers(model) == layers
-    assert kv_bytes_per_token(model) == 4 * sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
+    assert kv_bytes_per_token(model) == 4 * sum(
+        layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers
+    )
     assert costs(model).kv_bytes == kv_bytes_per_token(model)
 
 
@@ -162,7 +175,9 @@ def test_telling_positions_are_from_the_whole_range():
     config = made("ministral3").model.config
     found = telling_positions(config)
     assert found == sorted(set(found))
-    assert {*range(16), 63, 64, 127, 128, 255, 256, 510, 511} <= set(found), "each number of the config, and the last"
+    assert {*range(16), 63, 64, 127, 128, 255, 256, 510, 511} <= set(found), (
+        "each number of the config, and the last"
+    )
     assert max(found) == 511
     assert telling_positions(config, 100)[-1] == 99, "no request has more"
     assert telling_positions(config, 10) == list(range(10))
@@ -170,7 +185,8 @@ def test_telling_positions_are_from_the_whole_range():
 
 @pytest.mark.parametrize("lengths", [(60, 61, 70), (100, 200, 63)])
 def test_a_temperature_by_position_is_seen_and_kept(lengths):
-    """Ministral 3 scales queries beyond the first 64 positions here: the compiled path does not know how to."""
+    """Ministral 3 scales queries beyond the first 64 positions here: the compiled path does not know how
+    to."""
     engine = check("ministral3", lengths, policy="continuous")
     assert isinstance(engine.runner.model, EagerModel)
 
@@ -185,7 +201,8 @@ def test_a_temperature_by_position_is_kept_on_a_device():
 
 
 def test_a_proof_without_the_late_positions_would_have_passed():
-    """The same model where nothing begins late gives the same logits at its first positions: they say nothing."""
+    """The same model where nothing begins late gives the same logits at its first positions: they say
+    nothing."""
     model, expected = made("ministral3").model, probe(made("ministral3").model, 60)
     kept = model.config.rope_parameters["llama_4_scaling_beta"]
     try:
@@ -211,7 +228,8 @@ def test_a_window_that_lives_in_the_mask_alone_is_refused_when_packed_and_kept_w
 
 def test_a_mask_of_both_directions_is_refused_when_packed():
     with pytest.raises(
-        InputError, match="gives attention no window in layer 0, and its mask says otherwise: position 0 sees 1"
+        InputError,
+        match="gives attention no window in layer 0, and its mask says otherwise: position 0 sees 1",
     ):
         attention_layers(twin(made("bert").model))
 

@@ -39,7 +39,8 @@ def run(step, layer, q_HTD, k_KTD, v_KTD, scale, window=None, softcap=None, sink
 def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False, spread=1, share=0, **kind):
     """Attend one step of `requests` (computed, new) and compare; what no request owns is huge, never NaN.
 
-    spread: how many times more pages there are than needed. share: whole pages all requests have in common, at most.
+    spread: how many times more pages there are than needed. share: whole pages all requests have in common,
+    at most.
     """
     layers, layer = 2, 1
     heads = KV_HEADS * groups
@@ -54,7 +55,8 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
     if spread == 1 and rng.integers(2):
         ids.sort()
     stores = [
-        Store.zeros((pages, KV_HEADS, size, DIM, DIM), torch.zeros((), dtype=torch.float64)) for _ in range(layers)
+        Store.zeros((pages, KV_HEADS, size, DIM, DIM), torch.zeros((), dtype=torch.float64))
+        for _ in range(layers)
     ]
     for store in stores:
         store.keys_LKDP.fill_(1e3)
@@ -170,7 +172,9 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
 
 def call(**options):
     rows = torch.randn(1, 2, 3, DIM)
-    packed = options.pop("packed", PackedStep([Store.zeros((2, 2, 4, DIM, DIM), rows)], [Piece(0, 3, 0, [0])]))
+    packed = options.pop(
+        "packed", PackedStep([Store.zeros((2, 2, 4, DIM, DIM), rows)], [Piece(0, 3, 0, [0])])
+    )
     module = SimpleNamespace(layer_idx=0)
     return attend(module, rows, rows, rows, options.pop("attention_mask", None), packed=packed, **options)
 

@@ -1,4 +1,5 @@
-"""The comparison itself: which ways run, which round is shown, against what, and that every way is given equal work."""
+"""The comparison itself: which ways run, which round is shown, against what, and that every way is given
+equal work."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from engine.workload import WorkItem, Workload
 BOTH = [("generate", 1), ("sequential", 1)]
 
 
-def made_up(policy: str, size: int, seconds: float, tokens: tuple[tuple[int, ...], ...] = ((5, 6), (7, 8))) -> Run:
+def made_up(
+    policy: str, size: int, seconds: float, tokens: tuple[tuple[int, ...], ...] = ((5, 6), (7, 8))
+) -> Run:
     """A run of a request for each of `tokens`, all ending after `seconds`."""
     metrics, outputs = EngineMetrics(), []
     for index, ids in enumerate(tokens):
@@ -82,7 +85,11 @@ def test_the_round_shown_is_the_median_and_of_two_the_slower(seconds, shown):
 
 def test_speedup_and_tokens_are_against_sequential_wherever_it_stands():
     other, shorter = ((5, 6), (7, 9)), ((5, 6), (7,))
-    runs = [made_up("dynamic", 4, 1.0, other), made_up("sequential", 1, 4.0), made_up("dynamic", 8, 0.5, shorter)]
+    runs = [
+        made_up("dynamic", 4, 1.0, other),
+        made_up("sequential", 1, 4.0),
+        made_up("dynamic", 8, 0.5, shorter),
+    ]
     summary = summarise(runs)
     assert list(zip(summary.policy, summary.batch_size, strict=True)) == [
         ("dynamic", 4),
@@ -132,8 +139,12 @@ def test_generate_and_every_policy_give_the_same_tokens_for_the_same_work(tiny):
     runs = list(bench(loaded, workload, pairs, EngineConfig(), rounds=2))
     assert [(run.policy, run.batch_size) for run in runs] == pairs * 2
     for run in runs:
-        assert [output.prompt_token_ids for output in run.outputs] == [tuple(item.prompt) for item in workload.items]
-        assert [output.token_ids for output in run.outputs] == [output.token_ids for output in runs[0].outputs]
+        assert [output.prompt_token_ids for output in run.outputs] == [
+            tuple(item.prompt) for item in workload.items
+        ]
+        assert [output.token_ids for output in run.outputs] == [
+            output.token_ids for output in runs[0].outputs
+        ]
         assert {output.finish_reason for output in run.outputs} == {FinishReason.LENGTH}
         assert run.metrics.counters.output_tokens == 7 * 9
         assert len(run.metrics.records) == 7
@@ -163,7 +174,9 @@ def llama(tiny):
 @pytest.mark.parametrize("ignore", [False, True])
 def test_eos_ends_both_where_it_is_honoured_and_neither_where_not(llama, ignore):
     prompts, free = prompts_of(4), SamplingParams(max_new_tokens=12, ignore_eos=True)
-    whole = [output.token_ids for output in next(bench(llama, work(prompts, free), BOTH, EngineConfig())).outputs]
+    whole = [
+        output.token_ids for output in next(bench(llama, work(prompts, free), BOTH, EngineConfig())).outputs
+    ]
     eos = [whole[0][4], whole[1][0]]
     llama.model.generation_config.eos_token_id = eos
     ends = [next((i + 1 for i, token in enumerate(ids) if token in eos), 12) for ids in whole]
@@ -227,6 +240,10 @@ def test_a_run_with_a_request_that_failed_is_no_run(tiny, monkeypatch):
 
 def test_the_environment_is_plain_and_says_what_ran(tiny):
     found = environment(tiny("tiny-llama").loaded)
-    assert (found["model"], found["revision"], found["dtype"]) == ("random:tiny-llama", "random-seed-0", "float32")
+    assert (found["model"], found["revision"], found["dtype"]) == (
+        "random:tiny-llama",
+        "random-seed-0",
+        "float32",
+    )
     assert {type(value) for value in found.values()} <= {str, int}
     assert 0 < found["weight_bytes"] < found["peak_rss_bytes"]

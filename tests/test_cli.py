@@ -1,4 +1,5 @@
-"""The command line as its user meets it: help without torch, one line for what can be mended, tables, files, Ctrl-C."""
+"""The command line as its user meets it: help without torch, one line for what can be mended, tables, files,
+Ctrl-C."""
 
 from __future__ import annotations
 
@@ -57,22 +58,29 @@ def strict(path: Path) -> dict:
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["bench", "--help"], ["generate", "--help"], ["models", "--help"],
-                                  ["--version"], [], ["generate", ""], ["generate", "hi", "--top-p", "2"],
-                                  ["generate", "hi", "--dtype", "float8"], ["bench", "--rounds", "0"]])  # fmt: skip
+@pytest.mark.parametrize("args", [
+    ["--help"], ["bench", "--help"], ["generate", "--help"], ["models", "--help"], ["--version"], [],
+    ["generate", ""], ["generate", "hi", "--top-p", "2"], ["generate", "hi", "--dtype", "float8"],
+    ["bench", "--rounds", "0"],
+])  # fmt: skip
 def test_what_needs_no_model_needs_no_torch(args):
     code = (
         "import sys; from engine.cli import main\ntry: main(sys.argv[1:])\n"
-        "finally: print('HEAVY', sorted({'torch', 'transformers', 'pandas', 'matplotlib'} & sys.modules.keys()))"
+        "finally: print('HEAVY', sorted({'torch', 'transformers', 'pandas', 'matplotlib'} "
+        "& sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []", done.stdout + done.stderr
 
 
 def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "engine", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", "--version"], capture_output=True, text=True, check=True
+    )
     assert (done.stdout, done.stderr) == (f"{__version__}\n", "")
-    done = subprocess.run([sys.executable, "-m", "engine", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", "--help"], capture_output=True, text=True, check=True
+    )
     assert all(command in done.stdout for command in ("bench", "generate", "models"))
 
 
@@ -105,12 +113,18 @@ WRONG = {
     "seed": (["generate", "hi", "--seed", "-1"], "seed=-1 must .* 0"),
     "dtype": (["generate", "hi", "--dtype", "float8"], "dtype='float8' must be one of auto, float64, "),
     "device": (["generate", "hi", "--device", "gpu"], r"device='gpu' is not here \(.*\): give auto or cpu"),
-    "far device": (["generate", "hi", "--device", "cuda:99"], r"device='cuda:99' is not here \(.*\): give auto or cpu"),
+    "far device": (
+        ["generate", "hi", "--device", "cuda:99"],
+        r"device='cuda:99' is not here \(.*\): give auto or cpu",
+    ),
     "model": (["generate", "hi", "--model", "smolm2"], "model 'smolm2' is no folder, .* near: .*smollm2"),
     "preset": (["bench", "--model", "random:nope"], "model 'random:nope' is no folder"),
     "file": (["generate", "hi", "--model", "./nope.gguf"], "model './nope.gguf' is no folder, .gguf file"),
     "no tokenizer": (["generate", "hi", "--model", TINY], f"{TINY} has no tokenizer"),
-    "policy": ([*BENCH, "--policies", "dynamic,nope"], "policies has 'nope': choose from generate, sequential, "),
+    "policy": (
+        [*BENCH, "--policies", "dynamic,nope"],
+        "policies has 'nope': choose from generate, sequential, ",
+    ),
     "no policy": ([*BENCH, "--policies", ""], "policies has '': choose from"),
     "size 0": ([*BENCH, "--batch-sizes", "4,0"], "batch-sizes=0 must .* at least 1"),
     "size word": ([*BENCH, "--batch-sizes", "4,many"], "batch-sizes='4,many' must be whole numbers"),
@@ -118,13 +132,22 @@ WRONG = {
     "nothing": ([*BENCH, "--policies", "dynamic", "--batch-sizes", "1"], "nothing to run: .* above 1"),
     "workload": (["bench", "--workload", "chats-32"], "workload='chats-32' must be one of chat-N, "),
     "workload N": (["bench", "--workload", "chat-0"], "workload='chat-0' must .* N from 1 to "),
-    "arrivals": (["bench", "--arrivals", "poisson:0"], "arrivals='poisson:0' must be all, poisson:RATE or burst:"),
+    "arrivals": (
+        ["bench", "--arrivals", "poisson:0"],
+        "arrivals='poisson:0' must be all, poisson:RATE or burst:",
+    ),
     "defaults": (["generate", "hi", "--generation-config", "x"], "generation_config='x' must be one of auto"),
     "bench seed": (["bench", "--seed", "-1"], "seed=-1 must .* 0"),
-    "int8 by another": ([*BENCH, "--dtype", "int8", "--policies", "generate"], "policies has 'generate', which is "),
+    "int8 by another": (
+        [*BENCH, "--dtype", "int8", "--policies", "generate"],
+        "policies has 'generate', which is ",
+    ),
     "bench dtype": ([*BENCH, "--dtype", "int4"], "dtype='int4' must be one of "),
     "bench device": ([*BENCH, "--device", "gpu"], "device='gpu' is not here"),
-    "csv": ([*BENCH, "--csv", "no/folder.csv"], "csv='no/folder.csv' cannot be written: name a file in a folder"),
+    "csv": (
+        [*BENCH, "--csv", "no/folder.csv"],
+        "csv='no/folder.csv' cannot be written: name a file in a folder",
+    ),
     "csv is a folder": ([*BENCH, "--csv", "."], "csv='.' cannot be written"),
     "json": ([*BENCH, "--csv", "fine.csv", "--json", "no/f.json"], "json='no/f.json' cannot be written"),
     "plot": ([*BENCH, "--json", "fine.json", "--plot", "no/f.png"], "plot='no/f.png' cannot be written"),
@@ -162,7 +185,9 @@ def test_cuda_where_there_is_none(run, monkeypatch):
     monkeypatch.setattr("torch.empty", absent)
     code, out, err = run(*BENCH, "--device", "cuda")
     assert (code, out) == (2, "")
-    assert err == "error: device='cuda' is not here (Torch not compiled with CUDA enabled): give auto or cpu\n"
+    assert (
+        err == "error: device='cuda' is not here (Torch not compiled with CUDA enabled): give auto or cpu\n"
+    )
 
 
 def test_an_unknown_hub_id_without_a_network():
@@ -281,15 +306,21 @@ def test_bench_prints_a_table_and_writes_the_files(run, elsewhere):
 
     data = strict(elsewhere / "out.json")
     assert set(data) == {"environment", "summary", "requests"}
-    assert {"workload": "mixed-6", "arrivals": "all", "seed": 0, "model": TINY}.items() <= data["environment"].items()
-    assert [(row["policy"], row["batch_size"], row["rounds"]) for row in data["summary"]] == [(*way, 2) for way in ways]
+    assert {"workload": "mixed-6", "arrivals": "all", "seed": 0, "model": TINY}.items() <= data[
+        "environment"
+    ].items()
+    assert [(row["policy"], row["batch_size"], row["rounds"]) for row in data["summary"]] == [
+        (*way, 2) for way in ways
+    ]
     assert [row["same_tokens"] for row in data["summary"]] == [6] * len(ways)
     assert len(data["requests"]) == len(rows)
     assert matplotlib.imread("out.png").shape[2] == 4
 
 
 def test_bench_needs_room_for_the_longest_request(run):
-    code, out, err = run("bench", "--model", TINY, "--workload", "paper-2", "--policies", "sequential", "--seed", "3")
+    code, out, err = run(
+        "bench", "--model", TINY, "--workload", "paper-2", "--policies", "sequential", "--seed", "3"
+    )
     assert (code, "paper-2" in out) == (0, True), err
     short = models.Preset("qwen2", (256, 64, 128, 1, 4, 2, 300), {})
     with pytest.MonkeyPatch.context() as patch:
@@ -302,7 +333,14 @@ def test_bench_needs_room_for_the_longest_request(run):
 @pytest.mark.parametrize("wait_for", ["a finished run", "nothing"])
 def test_ctrl_c_shows_what_finished(elsewhere, wait_for):
     policies = "sequential,dynamic" if wait_for == "a finished run" else "dynamic,sequential"
-    work = ["--workload", "paper-40" if wait_for == "nothing" else "mixed-3", "--rounds", "100000", "--csv", "out.csv"]
+    work = [
+        "--workload",
+        "paper-40" if wait_for == "nothing" else "mixed-3",
+        "--rounds",
+        "100000",
+        "--csv",
+        "out.csv",
+    ]
     command = [sys.executable, "-c", INTERRUPTIBLE, "bench", "--model", TINY, "--policies", policies, *work]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     runs = 1 if wait_for == "nothing" else 4
@@ -314,7 +352,8 @@ def test_ctrl_c_shows_what_finished(elsewhere, wait_for):
     time.sleep(0.3)
     err = "five interrupts changed nothing"
     try:
-        for _ in range(5):  # Python drops an interrupt that falls into a finaliser, and then one presses again
+        # Python drops an interrupt that falls into a finaliser, and then one presses again
+        for _ in range(5):
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 out, err = process.communicate(timeout=12)

@@ -1,4 +1,5 @@
-"""The compiled step of models built like Llama: what the model gives, to the bit in any company, by any threads."""
+"""The compiled step of models built like Llama: what the model gives, to the bit in any company, by any
+threads."""
 
 from __future__ import annotations
 
@@ -98,7 +99,10 @@ def test_functions_of_vectors_are_right_to_the_last_places():
     np.testing.assert_allclose(power, np.exp(x.astype(float)), rtol=3e-7)
     exact = torch.from_numpy(x).double()
     torch.testing.assert_close(
-        torch.from_numpy(gated).double(), nn.functional.silu(exact) * torch.from_numpy(up), rtol=1e-6, atol=1e-30
+        torch.from_numpy(gated).double(),
+        nn.functional.silu(exact) * torch.from_numpy(up),
+        rtol=1e-6,
+        atol=1e-30,
     )
     gated = x.copy()
     gelu(gated, up)
@@ -223,7 +227,9 @@ def lean(model, page: int = 16, pages: int = 200) -> LeanModel:
 
 def made(seed: int = 0, **changes) -> torch.nn.Module:
     """A model built like Llama in a shape of its own."""
-    sizes = dict(vocab_size=259, hidden_size=96, intermediate_size=136, num_hidden_layers=2, num_attention_heads=6)
+    sizes = dict(
+        vocab_size=259, hidden_size=96, intermediate_size=136, num_hidden_layers=2, num_attention_heads=6
+    )
     sizes |= dict(num_key_value_heads=2, head_dim=32, initializer_range=0.3)
     config = AutoConfig.for_model(changes.pop("kind", "llama"), **(sizes | changes))
     with torch.random.fork_rng():
@@ -259,8 +265,13 @@ def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
         expected = [model(torch.tensor([text])).logits[0] for text in texts]
         pages = -(-len(texts[0]) // page)
         tables = [list(range(row * pages, (row + 1) * pages)) for row in range(3)]
-        for cuts in (([0, 101], [0, 1], [0, 30]), ([0, 7, 70, 100, 101], [0, 0, 1, 1, 1], [0, 13, 14, 14, 30])):
-            for begins, ends in zip(list(zip(*cuts, strict=True))[:-1], list(zip(*cuts, strict=True))[1:], strict=True):
+        for cuts in (
+            ([0, 101], [0, 1], [0, 30]),
+            ([0, 7, 70, 100, 101], [0, 0, 1, 1, 1], [0, 13, 14, 14, 30]),
+        ):
+            for begins, ends in zip(
+                list(zip(*cuts, strict=True))[:-1], list(zip(*cuts, strict=True))[1:], strict=True
+            ):
                 tokens, pieces, at = [], [], []
                 for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
                     if begin < end:

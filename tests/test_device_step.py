@@ -1,4 +1,5 @@
-"""Steps whose tokens stay on the device, a step ahead of the host, without a GPU: the oracle's tokens all the same."""
+"""Steps whose tokens stay on the device, a step ahead of the host, without a GPU: the oracle's tokens all the
+same."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def test_steps_are_launched_before_the_one_before_is_read(tiny, monkeypatch):
         oracle.check(output, 6)
     steady = [event for i in range(1, 6) for event in (("launch", i), ("collect", i - 1))]
     assert events == [("launch", 0), *steady, ("collect", 5)]
-    assert server.metrics.counters.forward_passes == 6, "an end by length is known ahead: nothing is computed in vain"
+    assert server.metrics.counters.forward_passes == 6, (
+        "an end by length is known ahead: nothing is computed in vain"
+    )
     assert not server.has_work
 
 
@@ -103,7 +106,9 @@ def test_sampled_requests_wait_for_their_tokens_and_keep_them(tiny):
             exactly(limit + 3),
             exactly(limit + 4, temperature=0.8, seed=i, top_k=20),
             exactly(limit + 2, repetition_penalty=1.3),
-            SamplingParams(max_new_tokens=limit + 5, min_new_tokens=limit + 1, stop_token_ids=tuple(range(0, 256, 2))),
+            SamplingParams(
+                max_new_tokens=limit + 5, min_new_tokens=limit + 1, stop_token_ids=tuple(range(0, 256, 2))
+            ),
             exactly(limit + 1, logprobs=3),
         ][i % 5]
         for i, (_, limit) in enumerate(work)
@@ -246,7 +251,11 @@ def test_deterministic_means_the_same_bits_in_any_company(tiny, name, monkeypatc
 
     alone = {i: run([i])[i] for i in range(len(work))}
     monkeypatch.setattr(engine.attention.device, "ROWS", 3)
-    for options in (dict(max_batch_size=8), dict(max_batch_size=3, max_step_tokens=5), dict(max_batch_size=2)):
+    for options in (
+        dict(max_batch_size=8),
+        dict(max_batch_size=3, max_step_tokens=5),
+        dict(max_batch_size=2),
+    ):
         assert run(list(range(len(work))), **options) == alone
 
 
@@ -261,7 +270,9 @@ def test_the_kernels_serve_a_model(tiny):
             patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args[:4]))
             patch.setattr("engine.runner.thin.few_rows", lambda dtype, layer_bytes: 4)  # none, for this dtype
             server = build(oracle, max_batch_size=2, max_step_tokens=30, page_size=4)
-        assert isinstance(server.runner.model.base_model.layers[0], FusedLayer), "its fused kernels are proven at load"
+        assert isinstance(server.runner.model.base_model.layers[0], FusedLayer), (
+            "its fused kernels are proven at load"
+        )
         assert server.runner.model.base_model.layers[0].stream.few == 4
         work = work_of(3)
         for output, (_, limit) in zip(drive(server, work), work, strict=True):
@@ -393,5 +404,7 @@ def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
         )
         assert server.scheduler.memory.pages == int(share * 1_010_000) // token_bytes
     assert asked[-2:] == [(4096, 3), (3, 3)], "no request is longer than the model's positions"
-    with pytest.raises(InputError, match=r"kv_memory=2000000 .* 1013000 bytes are free, and a step .* takes 3000"):
+    with pytest.raises(
+        InputError, match=r"kv_memory=2000000 .* 1013000 bytes are free, and a step .* takes 3000"
+    ):
         Engine(oracle.loaded, EngineConfig(kv_memory=2_000_000))

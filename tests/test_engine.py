@@ -1,4 +1,5 @@
-"""End to end: the engine gives what `model.generate` gives, whatever shares the batch and whatever goes wrong."""
+"""End to end: the engine gives what `model.generate` gives, whatever shares the batch and whatever goes
+wrong."""
 
 from __future__ import annotations
 
@@ -122,7 +123,9 @@ def test_a_seeded_request_draws_the_same_alone_and_in_any_batch(tiny, config):
         mixed = engine.generate(prompts, [own, *others], progress=False)
         assert mixed[0].token_ids == alone.token_ids
     again = Engine(loaded, EngineConfig(**config)).generate(prompts, [own, *others], progress=False)
-    assert [o.token_ids for o in again] == [o.token_ids for o in mixed], "seeds from the engine's seed repeat too"
+    assert [o.token_ids for o in again] == [o.token_ids for o in mixed], (
+        "seeds from the engine's seed repeat too"
+    )
 
 
 @both
@@ -294,7 +297,10 @@ BAD = [
     (dict(prompts=["text"]), "no tokenizer"),
     (dict(prompts=[3, 4]), r"prompts\[0\]=3 must be text or a list"),
     (dict(prompts=[[1.5]]), "must be text or a list"),
-    (dict(prompts=[[3] * 4000], params=SamplingParams(200)), "needs 4199 positions; random:tiny-qwen2 has 4096"),
+    (
+        dict(prompts=[[3] * 4000], params=SamplingParams(200)),
+        "needs 4199 positions; random:tiny-qwen2 has 4096",
+    ),
     (dict(prompts=[[3]] * 3, params=[SamplingParams()] * 2), "params has 2 entries for 3 prompts"),
     (dict(prompts=[[3]], params=SamplingParams(stop="end")), "no tokenizer: use stop_token_ids"),
     (dict(prompts=[[3]], params=SamplingParams(stop_token_ids=(999,))), "stop_token_ids has token id 999"),
@@ -324,7 +330,9 @@ def test_no_request_reaches_positions_where_rope_would_turn_its_neighbours(roped
     for output in engine.generate(prompts, exactly(13), progress=False):
         oracle.check(output, 13)
     reason = r" \(of its 64: beyond, its longrope RoPE .*\)" if kind == "longrope" else ""
-    with pytest.raises(InputError, match=rf"needs {most + 1} positions; llama with {kind} has {most}{reason}: shorten"):
+    with pytest.raises(
+        InputError, match=rf"needs {most + 1} positions; llama with {kind} has {most}{reason}: shorten"
+    ):
         engine.generate([[3] * most, [4]], exactly(2), progress=False)
 
 

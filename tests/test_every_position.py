@@ -20,7 +20,9 @@ LENGTHS = [(32, 1), (31, 2), (20, 13), (1, 32), (32, 1), (7, 26)]  # prompt, out
 GROWS = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
 SHORT_LONG = dict(short_factor=[1.0] * 8, long_factor=[4.0] * 8, original_max_position_embeddings=CONTEXT)
 LONG = dict(rope_type="longrope", rope_theta=1e4, factor=4.0, **SHORT_LONG)
-SIZES = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
+SIZES = dict(
+    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3
+)
 LLAMA = dict(max_position_embeddings=CONTEXT, intermediate_size=128, num_key_value_heads=2, head_dim=16)
 KINDS = {
     "gpt2": dict(n_positions=CONTEXT),  # a table of learned positions ends there
@@ -120,5 +122,7 @@ def test_one_position_more_is_refused(policy, prompt, limit):
 
 def test_a_workload_may_fill_the_context():
     assert make("paper-2", vocab_size=256, max_positions=128 + 256 - 1)
-    with pytest.raises(InputError, match="max_positions=382 is too small: the longest request of paper-2 needs 383"):
+    with pytest.raises(
+        InputError, match="max_positions=382 is too small: the longest request of paper-2 needs 383"
+    ):
         make("paper-2", vocab_size=256, max_positions=382)

@@ -110,7 +110,8 @@ def test_its_max_new_tokens_is_a_default_and_gives_way_to_a_long_prompt() -> Non
     made = loaded(max_new_tokens=100)
     engine = Engine(made)
     assert resolved(engine).max_new_tokens == 100
-    assert engine.add_request([5] * 500).params.max_new_tokens == 13  # the last needs no position, and 512 are there
+    # the last needs no position, and 512 are there
+    assert engine.add_request([5] * 500).params.max_new_tokens == 13
     with pytest.raises(InputError, match=r"max_new_tokens=100 needs 599 positions"):
         engine.add_request([5] * 500, SamplingParams(max_new_tokens=100))
     with pytest.raises(InputError, match=r"min_new_tokens=101 must be a whole number from 0 to 100"):

@@ -1,4 +1,5 @@
-"""Whole models on a GPU: the equalities of the CPU, graphs against eager steps, half precision by logit margin."""
+"""Whole models on a GPU: the equalities of the CPU, graphs against eager steps, half precision by logit
+margin."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def test_other_policies_and_stops(on_gpu, policy):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", [*NAMES, "qwen2.5-0.5b"])
 def test_half_precision_by_the_margin_of_float32(on_gpu, name, dtype):
-    """Every chosen token is the best by a float32 model with the same weights and past, but for what rounding explains.
+    """Every chosen token is the best by a float32 model with the same weights and past, but for what rounding
+    explains.
 
     Both candidates' logits may be off; how far, the half-precision model's own, without any batching, say.
     """
@@ -79,7 +81,8 @@ def test_half_precision_by_the_margin_of_float32(on_gpu, name, dtype):
             answers = slice(len(output.prompt_token_ids) - 1, -1)
             logits_TV, half_TV = (model(ids).logits[0, answers].float() for model in (wide, oracle.model))
         off = float((half_TV - logits_TV).abs().max())
-        least = 0.75 if (name, dtype) == ("tiny-qwen2", "bfloat16") else 0.5  # the best lies 3 or more above the mean
+        # the best lies 3 or more above the mean
+        least = 0.75 if (name, dtype) == ("tiny-qwen2", "bfloat16") else 0.5
         assert off < least * float(logits_TV.std()), "rounding alone would decide"
         chosen_T = logits_TV.gather(1, torch.tensor(output.token_ids, device="cuda")[:, None])[:, 0]
         assert float((logits_TV.amax(-1) - chosen_T).max()) <= 2 * off
@@ -90,18 +93,24 @@ def test_half_precision_by_the_margin_of_float32(on_gpu, name, dtype):
 def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype, monkeypatch):
     """With longer and shorter contexts than at the capture, with and without chunks, and with padding."""
     monkeypatch.setattr("engine.runner.graphs.OFTEN", 1)
-    server = build(on_gpu(name, dtype), max_batch_size=16, page_size=4, max_step_tokens=50, prefix_caching=False)
+    server = build(
+        on_gpu(name, dtype), max_batch_size=16, page_size=4, max_step_tokens=50, prefix_caching=False
+    )
     runner, run = server.runner, server.runner.graphs.run
     replayed = []
 
     def checked(sizes, laid):
-        """The step's logits three ways, and then the step: its keys and values are written each time, the same."""
+        """The step's logits three ways, and then the step: its keys and values are written each time, the
+        same."""
         kept, half = len(laid.keep_K), dtype == "float16"
         padded, exact = sizes._replace(greedy=False), laid.sizes(greedy=False)
         found = run(padded, laid)[:kept].clone()
-        same, other = (runner._logits(size, upload(laid.ints(size), runner.device))[:kept] for size in (padded, exact))
+        same, other = (
+            runner._logits(size, upload(laid.ints(size), runner.device))[:kept] for size in (padded, exact)
+        )
         torch.testing.assert_close(found, same, rtol=1e-4, atol=5e-2 if half else 1e-3)
-        # Of other sizes, products go other ways: in 16 bits logits with a spread of 2.4 differ by a tenth then.
+        # Of other sizes, products go other ways: in 16 bits logits with a spread of 2.4 differ by a tenth
+        # then.
         torch.testing.assert_close(found, other, rtol=1e-4, atol=0.3 if half else 1e-3)
         replayed.append(bool(sizes.tokens))
         return run(sizes, laid)

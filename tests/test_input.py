@@ -333,7 +333,9 @@ class Pretender:
     __class__ = int
 
 
-@pytest.mark.parametrize("value", [Unreadable(), NoNumber(4), Pretender()], ids=["attributes", "conversion", "class"])
+@pytest.mark.parametrize(
+    "value", [Unreadable(), NoNumber(4), Pretender()], ids=["attributes", "conversion", "class"]
+)
 @pytest.mark.parametrize("name", ["max_new_tokens", "ignore_eos", "seed"])
 def test_values_that_raise_when_looked_at_are_refused(name, value):
     with pytest.raises(InputError, match=f"^{name}="):
@@ -359,5 +361,7 @@ def test_a_number_of_positions_that_cannot_be_is_refused(tiny, stated):
 
 
 def test_a_page_that_memory_cannot_hold_is_told_by_its_size(tiny):
-    with pytest.raises(InputError, match="page_size=1099511627776 is too large: a page takes more than kv_memory"):
+    with pytest.raises(
+        InputError, match="page_size=1099511627776 is too large: a page takes more than kv_memory"
+    ):
         Engine(tiny().loaded, EngineConfig(page_size=2**40))

@@ -19,7 +19,8 @@ from tests.oracle import Oracle
 
 
 @pytest.mark.parametrize(
-    "config", [dict(runner="padded", policy="dynamic"), dict(device="cuda"), dict(device="cuda:1"), dict(device="mps")]
+    "config",
+    [dict(runner="padded", policy="dynamic"), dict(device="cuda"), dict(device="cuda:1"), dict(device="mps")],
 )
 def test_what_cannot_be_int8_is_refused_at_once(config):
     with pytest.raises(InputError, match=r"dtype='int8' runs packed on a CPU, not with (runner|device)="):

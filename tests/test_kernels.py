@@ -29,7 +29,8 @@ DTYPES = list(TOLERANCE)
 
 @pytest.fixture(autouse=True)
 def _bfloat16_products(monkeypatch):
-    """The interpreter holds bfloat16 as 16-bit integers and multiplies these as such: give its products floats."""
+    """The interpreter holds bfloat16 as 16-bit integers and multiplies these as such: give its products
+    floats."""
     if DEVICE == "cuda":
         return
     import triton.language as tl
@@ -58,7 +59,9 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float | None =
 def definition(q_HD, k_CKD, v_CKD, scale, window, softcap, sink_H) -> torch.Tensor:
     """Attention of the last of C positions in float64, [H, D]."""
     groups = q_HD.shape[0] // k_CKD.shape[1]
-    k_CHD, v_CHD = (x.double().repeat_interleave(groups, 1)[-window if window else None :] for x in (k_CKD, v_CKD))
+    k_CHD, v_CHD = (
+        x.double().repeat_interleave(groups, 1)[-window if window else None :] for x in (k_CKD, v_CKD)
+    )
     scores_HC = torch.einsum("hd,chd->hc", q_HD.double(), k_CHD) * scale
     if softcap is not None:
         scores_HC = softcap * torch.tanh(scores_HC / softcap)
@@ -69,9 +72,12 @@ def definition(q_HD, k_CKD, v_CKD, scale, window, softcap, sink_H) -> torch.Tens
 
 
 class Case:
-    """Requests of (computed, new) tokens with random keys and values in random pages; every other page is NaN."""
+    """Requests of (computed, new) tokens with random keys and values in random pages; every other page is
+    NaN."""
 
-    def __init__(self, requests, page=16, kv_heads=2, groups=3, dim=64, dtype=torch.float32, seed=0, sinks=False):
+    def __init__(
+        self, requests, page=16, kv_heads=2, groups=3, dim=64, dtype=torch.float32, seed=0, sinks=False
+    ):
         rng = np.random.default_rng(seed)
 
         def draw(*shape):
@@ -89,7 +95,9 @@ class Case:
             self.past.append([draw(computed + new, kv_heads, dim) for _ in range(2)])
             for position in range(computed + new):
                 page_id, place = ids[at + position // page], position % page
-                self.keys[page_id, :, place], self.values[page_id, :, place] = (x[position] for x in self.past[-1])
+                self.keys[page_id, :, place], self.values[page_id, :, place] = (
+                    x[position] for x in self.past[-1]
+                )
             begins.append(begins[-1] + new)
             at += size
         self.tables = torch.from_numpy(tables).to(DEVICE)
@@ -102,8 +110,8 @@ class Case:
         """[T, H, D] in float64."""
         return torch.stack([
             definition(
-                self.q[self.begins[row] + i], *(x[: computed + i + 1] for x in self.past[row]), scale, window, softcap,
-                self.sinks,
+                self.q[self.begins[row] + i], *(x[: computed + i + 1] for x in self.past[row]), scale,
+                window, softcap, self.sinks,
             )
             for row, (computed, new) in enumerate(self.requests)
             for i in range(new)
@@ -120,9 +128,10 @@ class Case:
             for first in range(begin, end, step)
         ]
         return kernels.attend_chunks(
-            self.q, self.keys, self.values, self.tables, self.ints(self.begins[:-1]), self.ints(self.begins[1:]),
-            self.ints([computed for computed, _ in self.requests]), self.ints([*tiles, (-1, 0)]), scale, window,
-            softcap, self.sinks, torch.full(self.q.shape, torch.nan, dtype=self.dtype, device=DEVICE),
+            self.q, self.keys, self.values, self.tables, self.ints(self.begins[:-1]),
+            self.ints(self.begins[1:]), self.ints([computed for computed, _ in self.requests]),
+            self.ints([*tiles, (-1, 0)]), scale, window, softcap, self.sinks,
+            torch.full(self.q.shape, torch.nan, dtype=self.dtype, device=DEVICE),
         )  # fmt: skip
 
     def rows(self, scale=0.3, window=None, softcap=None, slack=0, **options) -> torch.Tensor:
@@ -130,8 +139,8 @@ class Case:
         owners = [row for row, (_, new) in enumerate(self.requests) for _ in range(new)]
         single = owners == list(range(len(owners)))
         return kernels.attend_rows(
-            self.q, self.keys, self.values, self.tables, self.ints(lengths), max(lengths) + slack, scale, window,
-            softcap, self.sinks, None if single else self.ints(owners), **options,
+            self.q, self.keys, self.values, self.tables, self.ints(lengths), max(lengths) + slack, scale,
+            window, softcap, self.sinks, None if single else self.ints(owners), **options,
         )  # fmt: skip
 
     def check(self, scale=0.3, window=None, softcap=None) -> None:
@@ -142,7 +151,8 @@ class Case:
 
 CHUNKS = [(0, 9), (70, 5), (33, 1), (0, 1), (130, 3)]
 OPTIONS = [
-    dict(), dict(window=1), dict(window=40), dict(window=1000), dict(softcap=0.8), dict(window=33, softcap=1.3),
+    dict(), dict(window=1), dict(window=40), dict(window=1000), dict(softcap=0.8),
+    dict(window=33, softcap=1.3),
 ]  # fmt: skip
 
 
@@ -188,7 +198,8 @@ def test_any_step_is_the_definition(requests, page, groups, window, softcap, sin
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_row_has_the_same_bits_in_any_company(window):
-    """Its splits depend on its own length alone: not on the number of rows, their lengths, or the grid's bound."""
+    """Its splits depend on its own length alone: not on the number of rows, their lengths, or the grid's
+    bound."""
     requests = [(700, 1), (20, 1), (0, 1), (255, 1)]
     everyone = Case(requests, kv_heads=1, dim=16)
     together = everyone.rows(window=window)
@@ -196,7 +207,11 @@ def test_a_row_has_the_same_bits_in_any_company(window):
     for row in range(len(requests)):
         for slack in (0, 3000):
             alone = Case(requests[row : row + 1], kv_heads=1, dim=16)
-            alone.keys, alone.values, alone.tables = everyone.keys, everyone.values, everyone.tables[row : row + 1]
+            alone.keys, alone.values, alone.tables = (
+                everyone.keys,
+                everyone.values,
+                everyone.tables[row : row + 1],
+            )
             alone.q = everyone.q[row : row + 1]
             assert torch.equal(alone.rows(window=window, slack=slack), together[row : row + 1])
 
@@ -216,8 +231,21 @@ def test_a_row_of_no_length_is_zero_and_a_tile_of_no_request_writes_nothing():
     close(out[1], case.expected(0.3, None, None)[1])
     untouched = torch.full(case.q.shape, 7.0, device=DEVICE)
     ones = case.ints([1, 1])
-    arguments = (case.tables, ones, ones, ones, case.ints([(-1, 0), (-1, 3)]), 0.3, None, None, None, untouched)
-    assert torch.equal(kernels.attend_chunks(case.q, case.keys, case.values, *arguments), torch.full_like(untouched, 7))
+    arguments = (
+        case.tables,
+        ones,
+        ones,
+        ones,
+        case.ints([(-1, 0), (-1, 3)]),
+        0.3,
+        None,
+        None,
+        None,
+        untouched,
+    )
+    assert torch.equal(
+        kernels.attend_chunks(case.q, case.keys, case.values, *arguments), torch.full_like(untouched, 7)
+    )
 
 
 def test_nan_stays_with_its_request():
@@ -245,7 +273,9 @@ def test_pages_get_keys_and_values_where_the_slots_say(dim, rotated, tokens, dty
     slots = torch.randperm(2 * tokens + page, generator=generator)[:tokens]
     slots[tokens // 2 :: 4] = -1
     pages = -(-(2 * tokens + page) // page)
-    keys, values = (torch.full((pages, kv_heads, page, dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    keys, values = (
+        torch.full((pages, kv_heads, page, dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)
+    )
     rope, turned = None, [q, k]
     if rotated:
         angles = torch.randn(tokens, rotated // 2, generator=generator).to(DEVICE).repeat(1, 2)
@@ -276,7 +306,9 @@ def test_pages_get_keys_and_values_where_the_slots_say(dim, rotated, tokens, dty
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize(("size", "plus_one"), [(64, False), (896, True), (1000, False)])
 def test_norm_of_a_sum_and_the_sum(size, plus_one, add, dtype):
-    x, residual = (torch.randn(5, size, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+    x, residual = (
+        torch.randn(5, size, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2)
+    )
     weight = torch.randn(size, generator=torch.Generator().manual_seed(2)).to(dtype)
     total = x + residual if add else x
     wide = total.double()
@@ -284,14 +316,18 @@ def test_norm_of_a_sum_and_the_sum(size, plus_one, add, dtype):
     residual = residual.to(DEVICE)
     found = fused.add_rms_norm(x.to(DEVICE), residual if add else None, weight.to(DEVICE), 1e-5, plus_one)
     close(found, expected, TOLERANCE[dtype])
-    if add and (dtype is not torch.bfloat16 or DEVICE == "cuda"):  # the interpreter cuts bfloat16 off, unrounded
+    # the interpreter cuts bfloat16 off, unrounded
+    if add and (dtype is not torch.bfloat16 or DEVICE == "cuda"):
         assert torch.equal(residual.cpu(), total), "the residual is the model's own sum, bit for bit"
 
 
-@pytest.mark.parametrize(("heads", "order"), [(3, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (3, (0, 2, 1, 3))], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "order"), [(3, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (3, (0, 2, 1, 3))], ids=str
+)
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_norm_of_heads_in_a_joined_product(tokens, heads, order):
-    """As models hand them over: [1, T, H, D] or [1, H, T, D], strided; one head of several tokens looks like rows."""
+    """As models hand them over: [1, T, H, D] or [1, H, T, D], strided; one head of several tokens looks like
+    rows."""
     joined = torch.randn(1, tokens, (heads + 2) * 32, generator=torch.Generator().manual_seed(0))
     x = joined[..., 32 : (heads + 1) * 32].unflatten(-1, (heads, 32)).permute(order)
     found = fused.add_rms_norm(x.to(DEVICE), None, torch.ones(32, device=DEVICE), 1e-5)
@@ -306,7 +342,9 @@ def test_thin_products_and_what_sums_them(outputs, inputs, rows, dtype):
     """Parts of a product, by themselves and with the norm that reads them."""
     generator = torch.Generator().manual_seed(rows)
     x, weight = (torch.randn(n, inputs, generator=generator).to(dtype).to(DEVICE) for n in (rows, outputs))
-    residual, scale = (torch.randn(*n, outputs, generator=generator).to(dtype).to(DEVICE) for n in ((rows,), ()))
+    residual, scale = (
+        torch.randn(*n, outputs, generator=generator).to(dtype).to(DEVICE) for n in ((rows,), ())
+    )
     parts = thin.thin_product(x, weight)
     assert parts.dtype == torch.float32
     exact = x.double() @ weight.double().T
@@ -314,7 +352,11 @@ def test_thin_products_and_what_sums_them(outputs, inputs, rows, dtype):
     total = exact + residual.double()
     found = fused.add_rms_norm(parts, residual, scale, 1e-5, summed=True)
     assert found.dtype == dtype
-    close(found, total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double(), 2 * TOLERANCE[dtype])
+    close(
+        found,
+        total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double(),
+        2 * TOLERANCE[dtype],
+    )
     close(residual, total, TOLERANCE[dtype])
 
 
@@ -326,7 +368,9 @@ def test_thin_gated_product(activation, rows, dtype):
     x, weight = (torch.randn(n, 300, generator=generator).to(dtype).to(DEVICE) for n in (rows, 2 * 90))
     gate, up = (x.double() @ weight.double().T / 300**0.5).chunk(2, 1)
     active = (
-        torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+        torch.nn.functional.silu(gate)
+        if activation == "silu"
+        else torch.nn.functional.gelu(gate, approximate="tanh")
     )
     close(thin.thin_gated(x, weight / 300**0.5, activation), active * up, 3 * TOLERANCE[dtype])
 
@@ -376,7 +420,12 @@ def test_best_tokens_are_the_first_largest_and_unsound_rows_have_none(dtype):
     for row, places in ((1, (5, vocabulary - 1)), (2, (fused.PART - 1, fused.PART)), (3, (vocabulary - 1,))):
         logits[row, list(places)] = 50.0
         expected[row] = places[0]
-    logits[4, vocabulary - 1], logits[5, 3], logits[6], logits[7, 9] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    logits[4, vocabulary - 1], logits[5, 3], logits[6], logits[7, 9] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        -torch.inf,
+    )
     expected[4:7] = -1
     padded = torch.full((9, vocabulary + 3), 99.0, dtype=dtype)
     padded[:, :vocabulary] = logits
@@ -388,7 +437,10 @@ def test_best_tokens_are_the_first_largest_and_unsound_rows_have_none(dtype):
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_inputs_of_a_step(tokens):
     rng = np.random.default_rng(tokens)
-    last, tables = torch.from_numpy(rng.integers(-1, 99, 40)), torch.from_numpy(rng.integers(0, 50, (6, 7))).int()
+    last, tables = (
+        torch.from_numpy(rng.integers(-1, 99, 40)),
+        torch.from_numpy(rng.integers(0, 50, (6, 7))).int(),
+    )
     at = rng.integers(-1, 7 * 16, tokens)
     inputs = torch.from_numpy(np.stack([rng.integers(-40, 99, tokens), at, rng.integers(0, 6, tokens)])).int()
     found = fused.step_inputs(inputs.to(DEVICE), last.to(DEVICE), tables.to(DEVICE), 16)

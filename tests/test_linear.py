@@ -46,7 +46,9 @@ def test_a_product_takes_the_way_of_its_rows_and_the_last_beyond(monkeypatch):
     taken = []
     for name in ("plain", "left"):
         monkeypatch.setitem(
-            ways.WAYS, name, lambda weight, name=name: lambda x, b: taken.append(name) or F.linear(x, weight, b)
+            ways.WAYS,
+            name,
+            lambda weight, name=name: lambda x, b: taken.append(name) or F.linear(x, weight, b),
         )
     monkeypatch.setattr("engine.runner.linear.choose", lambda weights: [(2, "plain"), (8, "left")])
     weights = [torch.nn.Parameter(torch.randn(n, 6), requires_grad=False) for n in (3, 5)]

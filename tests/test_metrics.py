@@ -20,10 +20,17 @@ from engine.runner import StepResult
 
 
 def record(
-    *, arrival: float, scheduled: float | None, times: tuple[float, ...], finished: float, reason: str = "length"
+    *,
+    arrival: float,
+    scheduled: float | None,
+    times: tuple[float, ...],
+    finished: float,
+    reason: str = "length",
 ) -> RequestMetrics:
     """The metrics of a request that lived so; in seconds."""
-    request = Request("a", 2, SamplingParams(), [1, 2, *range(len(times))], arrival=arrival, scheduled=scheduled)
+    request = Request(
+        "a", 2, SamplingParams(), [1, 2, *range(len(times))], arrival=arrival, scheduled=scheduled
+    )
     request.token_times = list(times)
     request.finish(FinishReason(reason))
     return request.close(None, finished).metrics
@@ -48,19 +55,34 @@ def step_result(
     return StepResult(choices, passes, computed, padded, model_s, kv_bytes)
 
 
-FULL: dict[str, Any] = {"arrival": 10.0, "scheduled": 10.25, "times": (10.75, 11.0, 11.5, 11.75), "finished": 12.0}
+FULL: dict[str, Any] = {
+    "arrival": 10.0,
+    "scheduled": 10.25,
+    "times": (10.75, 11.0, 11.5, 11.75),
+    "finished": 12.0,
+}
 SINGLE: dict[str, Any] = {"arrival": 10.5, "scheduled": 10.5, "times": (11.5,), "finished": 11.5}
-UNSEEN: dict[str, Any] = {"arrival": 11.0, "scheduled": None, "times": (), "finished": 13.0, "reason": "abort"}
+UNSEEN: dict[str, Any] = {
+    "arrival": 11.0,
+    "scheduled": None,
+    "times": (),
+    "finished": 13.0,
+    "reason": "abort",
+}
 BEGUN: dict[str, Any] = {"arrival": 11.0, "scheduled": 12.0, "times": (), "finished": 12.5, "reason": "abort"}
 
 
 @pytest.mark.parametrize(
     ("timeline", "wanted"),
     [
-        pytest.param(FULL, (250.0, 750.0, 500.0, 1250.0, 2000.0, 1250.0 / 3, (250.0, 500.0, 250.0)), id="full"),
+        pytest.param(
+            FULL, (250.0, 750.0, 500.0, 1250.0, 2000.0, 1250.0 / 3, (250.0, 500.0, 250.0)), id="full"
+        ),
         pytest.param(SINGLE, (0.0, 1000.0, 1000.0, 0.0, 1000.0, None, ()), id="single token"),
         pytest.param(UNSEEN, (None, None, None, None, 2000.0, None, ()), id="aborted before it began"),
-        pytest.param(BEGUN, (1000.0, None, None, None, 1500.0, None, ()), id="aborted before the first token"),
+        pytest.param(
+            BEGUN, (1000.0, None, None, None, 1500.0, None, ()), id="aborted before the first token"
+        ),
     ],
 )
 def test_latencies_of_a_request(timeline, wanted):
@@ -69,11 +91,18 @@ def test_latencies_of_a_request(timeline, wanted):
 
 
 def test_a_record_carries_what_the_request_counted():
-    request = Request("name", 3, SamplingParams(), [1, 2, 3, 4], arrival=1.0, prompt_tokens_cached=2, preemptions=1)
+    request = Request(
+        "name", 3, SamplingParams(), [1, 2, 3, 4], arrival=1.0, prompt_tokens_cached=2, preemptions=1
+    )
     request.finish(FinishReason.ERROR, error="broken")
     made = request.close(None, 2.0).metrics
     assert (made.request_id, made.finish_reason, type(made.finish_reason)) == ("name", "error", str)
-    assert (made.prompt_tokens, made.output_tokens, made.prompt_tokens_cached, made.preemptions) == (3, 1, 2, 1)
+    assert (made.prompt_tokens, made.output_tokens, made.prompt_tokens_cached, made.preemptions) == (
+        3,
+        1,
+        2,
+        1,
+    )
     assert (made.arrival_s, made.finished_s) == (1.0, 2.0)
 
 
@@ -128,7 +157,9 @@ def test_goodput_counts_requests_that_ended_by_themselves(reason, good):
 
 def test_count_step_adds_up():
     metrics = EngineMetrics()
-    metrics.count_step(2, step_result((1, None), passes=1, computed=20, padded=4, model_s=0.5, kv_bytes=70), 1.0)
+    metrics.count_step(
+        2, step_result((1, None), passes=1, computed=20, padded=4, model_s=0.5, kv_bytes=70), 1.0
+    )
     metrics.count_step(2, step_result((1, 2), passes=3, computed=2, padded=0, model_s=0.25, kv_bytes=90), 0.5)
     metrics.count_step(1, step_result((0,), passes=1, computed=1, padded=1, model_s=0.25, kv_bytes=80), 0.5)
     counters = metrics.counters
@@ -162,7 +193,9 @@ def test_unused_memory_is_a_mean_over_requests_and_steps():
     assert metrics.flat()["kv_unused_mean"] == 5.0
 
 
-@pytest.mark.parametrize(("computed", "padded", "ratio"), [(0, 0, 0.0), (7, 0, 0.0), (3, 1, 0.25), (1, 3, 0.75)])
+@pytest.mark.parametrize(
+    ("computed", "padded", "ratio"), [(0, 0, 0.0), (7, 0, 0.0), (3, 1, 0.25), (1, 3, 0.75)]
+)
 def test_padding_ratio_is_a_share_of_all_positions(computed, padded, ratio):
     assert Counters(tokens_computed=computed, padded_tokens=padded).padding_ratio == ratio
 
@@ -228,8 +261,12 @@ def test_statistics_are_those_of_numpy(many):
 
 
 def test_percentiles_interpolate():
-    metrics = engine_metrics(*(record(arrival=0.0, scheduled=0.0, times=(t,), finished=t) for t in (1.0, 2.0, 3.0)))
-    assert [metrics.summary()["ttft_ms"][row] for row in ("50%", "95%", "99%")] == pytest.approx([2000, 2900, 2980])
+    metrics = engine_metrics(
+        *(record(arrival=0.0, scheduled=0.0, times=(t,), finished=t) for t in (1.0, 2.0, 3.0))
+    )
+    assert [metrics.summary()["ttft_ms"][row] for row in ("50%", "95%", "99%")] == pytest.approx(
+        [2000, 2900, 2980]
+    )
 
 
 def test_summary_has_every_latency_and_statistic_even_of_nothing():
@@ -266,17 +303,19 @@ def test_flat_of_a_known_run():
     metrics.count_step(1, step_result((1,), computed=1, padded=1, model_s=0.5, kv_bytes=8), 1.0)
     flat = metrics.flat()
     wanted = {
-        "requests": 3, "wall_s": 3.0, "tokens_per_s": 5 / 3, "host_pct": 50.0, "steps": 2, "forward_passes": 2,
-        "tokens_computed": 7, "padded_tokens": 3, "padding_ratio": 0.3, "output_tokens": 3, "kv_bytes_peak": 9,
-        "batch_size_mean": 1.5, "prompt_tokens_cached": 0, "preemptions": 0, "ttft_mean_ms": 875.0,
-        "ttft_p50_ms": 875.0, "ttft_p95_ms": 987.5, "ttft_p99_ms": 997.5, "latency_p50_ms": 2000.0,
-        "tpot_p50_ms": 1250 / 3, "itl_mean_ms": 1000 / 3, "itl_p50_ms": 250.0,
+        "requests": 3, "wall_s": 3.0, "tokens_per_s": 5 / 3, "host_pct": 50.0, "steps": 2,
+        "forward_passes": 2, "tokens_computed": 7, "padded_tokens": 3, "padding_ratio": 0.3,
+        "output_tokens": 3, "kv_bytes_peak": 9, "batch_size_mean": 1.5, "prompt_tokens_cached": 0,
+        "preemptions": 0, "ttft_mean_ms": 875.0, "ttft_p50_ms": 875.0, "ttft_p95_ms": 987.5,
+        "ttft_p99_ms": 997.5, "latency_p50_ms": 2000.0, "tpot_p50_ms": 1250 / 3, "itl_mean_ms": 1000 / 3,
+        "itl_p50_ms": 250.0,
     }  # fmt: skip
     assert {name: flat[name] for name in wanted} == pytest.approx(wanted)
 
 
 def test_batch_size_mean_is_the_mean_of_the_histogram():
-    """A request in a step counts, whether the step gave it a token or not (a part of a prompt, a failed row)."""
+    """A request in a step counts, whether the step gave it a token or not (a part of a prompt, a failed
+    row)."""
     metrics = EngineMetrics()
     metrics.count_step(4, step_result((None, None, 1, None)), 1.0)
     metrics.count_step(2, step_result((1, 1)), 1.0)

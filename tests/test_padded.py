@@ -67,7 +67,9 @@ def test_rows_that_finish_are_computed_no_further(tiny):
     oracle = tiny()
     engine = Engine(oracle.loaded, EngineConfig(max_batch_size=8))
     limits = [1, 2, 3, 5, 8, 13, 21, 34]
-    outputs = engine.generate([[7 + i] * 6 for i in range(8)], [exactly(limit) for limit in limits], progress=False)
+    outputs = engine.generate(
+        [[7 + i] * 6 for i in range(8)], [exactly(limit) for limit in limits], progress=False
+    )
     assert engine.metrics.counters.padded_tokens == 0
     assert engine.metrics.counters.forward_passes == 34
     assert engine.metrics.counters.tokens_computed == sum(5 + limit for limit in limits)
@@ -103,7 +105,9 @@ def test_passes_cover_every_token_once_in_order(tiny, lengths, pass_tokens, max_
     assert passes[-1][0] == len(lengths)
     assert all(before[2] == after[1] for before, after in itertools.pairwise(passes))
     for rows, begin, end in passes:
-        assert rows == sum(width - length < end for length in rows_sorted), "every row with a token in the pass"
+        assert rows == sum(width - length < end for length in rows_sorted), (
+            "every row with a token in the pass"
+        )
         assert rows * (end - begin) <= max(max_step_tokens, rows)
     one_pass = len(lengths) * width + pass_tokens
     wide = passes_of(tiny().loaded, lengths, pass_tokens)

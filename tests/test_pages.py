@@ -189,7 +189,9 @@ def test_what_does_not_fit_takes_nothing():
 
 
 def test_check_names_the_request_and_the_bound():
-    with pytest.raises(InputError, match=r"request r: a prompt of 6 tokens with max_new_tokens=4 .* it holds 8"):
+    with pytest.raises(
+        InputError, match=r"request r: a prompt of 6 tokens with max_new_tokens=4 .* it holds 8"
+    ):
         PagePool(4, 2).check(request_of("r", [1] * 6))
     PagePool(4, 2).check(request_of("r", [1] * 5))
 
@@ -198,7 +200,9 @@ def test_check_names_the_request_and_the_bound():
 @given(
     size=st.integers(1, 4),
     pages=st.integers(1, 12),
-    prompts=st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=14), st.integers(0, 7)), max_size=25),
+    prompts=st.lists(
+        st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=14), st.integers(0, 7)), max_size=25
+    ),
 )
 def test_what_is_found_was_computed_by_somebody_in_just_that_place(size, pages, prompts):
     """Contents of pages are modelled as whole prefixes; some requests leave at once, some stay, some fail."""

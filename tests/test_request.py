@@ -1,4 +1,5 @@
-"""SamplingParams, EngineConfig and Request: what is out of bounds is refused by name, and when a request ends."""
+"""SamplingParams, EngineConfig and Request: what is out of bounds is refused by name, and when a request
+ends."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def cases(table: dict[str, tuple]) -> list:
 
 
 @pytest.mark.parametrize(
-    ("made", "good", "bad"), [(SamplingParams, GOOD_PARAMS, BAD_PARAMS), (EngineConfig, GOOD_CONFIG, BAD_CONFIG)]
+    ("made", "good", "bad"),
+    [(SamplingParams, GOOD_PARAMS, BAD_PARAMS), (EngineConfig, GOOD_CONFIG, BAD_CONFIG)],
 )
 def test_no_field_is_forgotten_here(made, good, bad):
     assert {field.name for field in dataclasses.fields(made)} == set(good) == set(bad)
@@ -143,7 +145,9 @@ def test_message_keeps_an_upper_bound_of_zero():
         check("count", 1, int, 0, 0)
 
 
-@pytest.mark.parametrize("fixed", [{"policy": "continuous"}, {"policy": "dynamic", "deterministic": True}], ids=str)
+@pytest.mark.parametrize(
+    "fixed", [{"policy": "continuous"}, {"policy": "dynamic", "deterministic": True}], ids=str
+)
 def test_what_the_padded_runner_cannot_do_is_refused(fixed):
     EngineConfig(**fixed)
     with pytest.raises(InputError, match=r"^runner='padded' .*use runner='packed'$"):
@@ -166,7 +170,9 @@ def test_frozen(made):
             setattr(made, field.name, getattr(made, field.name))
 
 
-@pytest.mark.parametrize(("made", "change"), [(SamplingParams(), {"top_k": -1}), (EngineConfig(), {"seed": -1})])
+@pytest.mark.parametrize(
+    ("made", "change"), [(SamplingParams(), {"top_k": -1}), (EngineConfig(), {"seed": -1})]
+)
 def test_a_changed_copy_is_checked_too(made, change):
     with pytest.raises(InputError, match=next(iter(change))):
         dataclasses.replace(made, **change)
@@ -190,7 +196,12 @@ def test_params_and_configs_are_values():
 def test_greedy_and_unfiltered_by_default():
     params = SamplingParams().resolved()
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.0, 0, 1.0, 0.0)
-    assert (params.repetition_penalty, params.ignore_eos, params.seed, params.logprobs) == (1.0, False, None, None)
+    assert (params.repetition_penalty, params.ignore_eos, params.seed, params.logprobs) == (
+        1.0,
+        False,
+        None,
+        None,
+    )
     with pytest.raises(InputError, match="min_new_tokens=65 must be a whole number from 0 to 64"):
         SamplingParams(min_new_tokens=65).resolved()
 

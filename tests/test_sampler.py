@@ -1,6 +1,7 @@
 """The sampler: every draw is legal, as likely as it should be, and nobody's business but its own request's.
 
-R rows (requests), V vocabulary. Transformers' own warpers say which tokens may be drawn and how likely each one is.
+R rows (requests), V vocabulary. Transformers' own warpers say which tokens may be drawn and how likely each
+one is.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def request(*, seed: int = 5, tokens: tuple[int, ...] = (1, 2), prompt_len: int 
     return Request("a", prompt_len, SamplingParams(**params), list(tokens), frozenset({3}), seed)
 
 
-def random_logits(rows: int, columns: int = V, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def random_logits(
+    rows: int, columns: int = V, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (2 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)).to(dtype)
 
@@ -57,7 +60,9 @@ def drawn(logits_V: torch.Tensor, count: int = DRAWS, **params) -> torch.Tensor:
     return torch.tensor(tokens).bincount(minlength=len(logits_V))
 
 
-def oracle(logits_V: torch.Tensor, order: str = "temperature min_p top_k top_p", seen=(1, 2), **params) -> torch.Tensor:
+def oracle(
+    logits_V: torch.Tensor, order: str = "temperature min_p top_k top_p", seen=(1, 2), **params
+) -> torch.Tensor:
     """Probabilities by Transformers' warpers, in `order`, in float64."""
     makers = {
         "temperature": TemperatureLogitsWarper,
@@ -75,7 +80,8 @@ def oracle(logits_V: torch.Tensor, order: str = "temperature min_p top_k top_p",
 
 
 def assert_drawn_from(probabilities_V: torch.Tensor, counts_V: torch.Tensor) -> None:
-    """No draw outside the kept set; in it, as often as expected, within bounds far out of the reach of chance."""
+    """No draw outside the kept set; in it, as often as expected, within bounds far out of the reach of
+    chance."""
     kept_V, draws = probabilities_V > 0, int(counts_V.sum())
     assert counts_V[~kept_V].sum() == 0
     expected_V, kept = probabilities_V[kept_V] * draws, int(kept_V.sum())
@@ -92,7 +98,9 @@ def test_greedy_takes_the_most_likely_token(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("row", "first"), [([0, 1, 2, 2, 2], 2), ([7, 7, 7, 7, 7], 0), ([0, -1, 0, -1, -1], 0)])
+@pytest.mark.parametrize(
+    ("row", "first"), [([0, 1, 2, 2, 2], 2), ([7, 7, 7, 7, 7], 0), ([0, -1, 0, -1, -1], 0)]
+)
 def test_greedy_takes_the_first_of_equals(dtype, row, first):
     logits_RV = torch.tensor([row, row], dtype=dtype).repeat(1, 20)
     assert tokens_of(sample(logits_RV, [request(), request()])) == [first, first]
@@ -185,7 +193,12 @@ def test_filters_apply_in_the_stated_order(params, other):
 )
 def test_any_draw_is_among_the_tokens_transformers_keeps(seed, temperature, top_k, top_p, min_p, penalty):
     logits_V = random_logits(1, seed=seed)[0]
-    params: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "repetition_penalty": penalty}
+    params: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": penalty,
+    }
     params |= {"top_k": top_k} if top_k else {}
     counts_V = drawn(logits_V, 40, **params)
     assert counts_V[oracle(logits_V, **params) == 0].sum() == 0
@@ -241,7 +254,9 @@ any_params = st.fixed_dictionaries(
     }
 )
 any_request = st.builds(
-    lambda params, seed, tokens, prompt_len: request(seed=seed, tokens=tokens, prompt_len=prompt_len, **params),
+    lambda params, seed, tokens, prompt_len: request(
+        seed=seed, tokens=tokens, prompt_len=prompt_len, **params
+    ),
     any_params,
     st.integers(0, 2**63 - 1),
     st.lists(st.integers(0, V - 1), min_size=2, max_size=6).map(tuple),
@@ -250,7 +265,9 @@ any_request = st.builds(
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.lists(any_request, min_size=2, max_size=6), st.integers(0, 100), st.sampled_from(DTYPES), st.randoms())
+@given(
+    st.lists(any_request, min_size=2, max_size=6), st.integers(0, 100), st.sampled_from(DTYPES), st.randoms()
+)
 def test_a_row_gets_alone_what_it_gets_in_any_batch(requests, seed, dtype, shuffler):
     logits_RV = random_logits(len(requests), seed=seed, dtype=dtype)
     alone = [sample(logits_RV[row : row + 1], [asked])[0] for row, asked in enumerate(requests)]
@@ -306,7 +323,11 @@ def test_draws_along_a_sequence_follow_the_distribution():
 def test_stop_ids_cannot_be_drawn_before_min_new_tokens(temperature, output, banned):
     logits_V = torch.zeros(V)
     logits_V[3] = 30.0
-    asked: dict[str, Any] = {"tokens": (1, 2) + (4,) * output, "min_new_tokens": 3, "temperature": temperature}
+    asked: dict[str, Any] = {
+        "tokens": (1, 2) + (4,) * output,
+        "min_new_tokens": 3,
+        "temperature": temperature,
+    }
     assert drawn(logits_V, 50, **asked)[3] == (0 if banned else 50)
 
 
@@ -325,7 +346,8 @@ def test_a_broken_row_fails_alone(dtype, temperature, bad):
         logits_RV[1] = -torch.inf
     logits_RV[1, 7 if "all" not in bad else slice(None)] = value
     requests = [
-        request(temperature=temperature, top_k=5, top_p=0.9, min_p=0.01, seed=seed, logprobs=2) for seed in range(3)
+        request(temperature=temperature, top_k=5, top_p=0.9, min_p=0.01, seed=seed, logprobs=2)
+        for seed in range(3)
     ]
     choices = sample(logits_RV, requests)
     assert choices[1].token is None
@@ -378,7 +400,9 @@ def test_alternatives_are_the_most_likely_best_first(count):
         assert choice.logprob is not None
         ranked = logits_RV[row].log_softmax(-1).sort(descending=True)
         assert [token for token, _ in choice.logprob.top] == ranked.indices[:count].tolist()
-        assert [value for _, value in choice.logprob.top] == pytest.approx(ranked.values[:count].tolist(), abs=1e-12)
+        assert [value for _, value in choice.logprob.top] == pytest.approx(
+            ranked.values[:count].tolist(), abs=1e-12
+        )
 
 
 def test_logprobs_only_for_those_who_ask():

@@ -1,4 +1,5 @@
-"""The scheduler over real page accounting and a fake runner: no token lost, no page leaked, nobody starves."""
+"""The scheduler over real page accounting and a fake runner: no token lost, no page leaked, nobody
+starves."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from engine.scheduler import Scheduler, Step
 POLICIES = ("sequential", "dynamic", "continuous")
 
 
-def request_of(name: object, prompt: list[int], max_new_tokens: int = 4, stop: frozenset[int] = frozenset()) -> Request:
+def request_of(
+    name: object, prompt: list[int], max_new_tokens: int = 4, stop: frozenset[int] = frozenset()
+) -> Request:
     return Request(str(name), len(prompt), SamplingParams(max_new_tokens=max_new_tokens), list(prompt), stop)
 
 
@@ -31,7 +34,8 @@ def next_token(tokens: list[int]) -> int:
 
 
 class FakeRunner:
-    """Writes each token's whole prefix where its key and value would go, and reads the past back from there."""
+    """Writes each token's whole prefix where its key and value would go, and reads the past back from
+    there."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
@@ -51,7 +55,9 @@ class FakeRunner:
         for request, count in step:
             table = self.pool.tables[request]
             for at in range(request.computed + count):
-                assert self.store[table[at // size], at % size] == self.tokens(request)[: at + 1], "not its own past"
+                assert self.store[table[at // size], at % size] == self.tokens(request)[: at + 1], (
+                    "not its own past"
+                )
         known = [(r, self.tokens(r), n) for r, n in step]
         chosen = [next_token(tokens) if r.computed + n == len(tokens) else None for r, tokens, n in known]
         for (request, _), token in zip(step, chosen, strict=True):
@@ -123,7 +129,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len({id(request) for request, _ in step}) == len(step)
         assert all(request in scheduler.running for request, _ in step)
         assert bool(step) <= bool(self.alive)
-        assert step or self.under_way or not self.alive or sum(r.preemptions for r in self.alive) > preemptions
+        assert (
+            step or self.under_way or not self.alive or sum(r.preemptions for r in self.alive) > preemptions
+        )
         admitted = [request for request in waiting if request in scheduler.running]
         assert admitted == waiting[: len(admitted)], "first come, first admitted"
         if step:
@@ -165,7 +173,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         owners = Counter(page for table in pool.tables.values() for page in table)
         for request, table in pool.tables.items():
             whole = table[: request.computed // pool.page_size] if pool.prefix_caching else []
-            assert all(owners[page] == 1 for page in table if page not in whole), "an unfinished page is shared"
+            assert all(owners[page] == 1 for page in table if page not in whole), (
+                "an unfinished page is shared"
+            )
 
     def teardown(self):
         if not hasattr(self, "pool"):
@@ -188,15 +198,25 @@ class LateMachine(SchedulerMachine):
 
 TestLateMachine = LateMachine.TestCase
 TestLateMachine.settings = settings(
-    deadline=None, derandomize=True, max_examples=1000, stateful_step_count=25, suppress_health_check=list(HealthCheck)
+    deadline=None,
+    derandomize=True,
+    max_examples=1000,
+    stateful_step_count=25,
+    suppress_health_check=list(HealthCheck),
 )
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    deadline=None, derandomize=True, max_examples=2000, stateful_step_count=25, suppress_health_check=list(HealthCheck)
+    deadline=None,
+    derandomize=True,
+    max_examples=2000,
+    stateful_step_count=25,
+    suppress_health_check=list(HealthCheck),
 )
 
 
-def scheduler_of(policy="continuous", batch_size=8, step_tokens=16, pages=64, page_size=4, caching=True) -> Scheduler:
+def scheduler_of(
+    policy="continuous", batch_size=8, step_tokens=16, pages=64, page_size=4, caching=True
+) -> Scheduler:
     return Scheduler(policy, batch_size, step_tokens, PagePool(pages, page_size, caching))
 
 
@@ -323,7 +343,9 @@ def test_what_can_never_fit_is_refused(limit):
     if limit == 6:
         scheduler.memory.check(request)
     else:
-        with pytest.raises(InputError, match=r"request huge: a prompt of 5 tokens .* needs 11 positions .* holds 10"):
+        with pytest.raises(
+            InputError, match=r"request huge: a prompt of 5 tokens .* needs 11 positions .* holds 10"
+        ):
             scheduler.memory.check(request)
 
 

@@ -1,4 +1,5 @@
-"""The text stream: what it gives out piece by piece is the text of all tokens, cut at the first stop string."""
+"""The text stream: what it gives out piece by piece is the text of all tokens, cut at the first stop
+string."""
 
 from __future__ import annotations
 
@@ -82,8 +83,11 @@ def settled_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> lis
     return [*texts[1:], decoded(tokenizer, ids)]
 
 
-def stopped_by(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stop: Sequence[str]) -> tuple[str, str | None]:
-    """The reference: text up to the first match in the first settled text that has one, and the stop string."""
+def stopped_by(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stop: Sequence[str]
+) -> tuple[str, str | None]:
+    """The reference: text up to the first match in the first settled text that has one, and the stop
+    string."""
     for text in settled_texts(tokenizer, ids):
         hits = [(text.index(string), string) for string in stop if string in text]
         if hits:
@@ -211,7 +215,10 @@ def test_what_could_become_a_stop_string_is_held_and_nothing_else(ids, stop):
 
 
 @modest
-@given(text=TEXTS, stop=st.lists(TEXTS.map(lambda text: text[:3]).filter(bool), min_size=1, max_size=3).map(tuple))
+@given(
+    text=TEXTS,
+    stop=st.lists(TEXTS.map(lambda text: text[:3]).filter(bool), min_size=1, max_size=3).map(tuple),
+)
 @pytest.mark.parametrize(
     "tokenizer", [byte_level(257), metaspace(), byte_fallback()], ids=["bytes", "meta", "fallback"]
 )

@@ -2,8 +2,8 @@
 
 Nothing in here may wait for the device or look at a value on it: this runs while a CUDA graph is captured.
 
-T tokens of the step, B rows of one token (they come first), R requests with chunks, X tiles, H query heads, K KV heads,
-D head size, E rotated part of it, L pages, P page size, N page ids of a block table.
+T tokens of the step, B rows of one token (they come first), R requests with chunks, X tiles, H query heads, K
+KV heads, D head size, E rotated part of it, L pages, P page size, N page ids of a block table.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import torch
 
 from engine.attention.paged import Options
 
-ROWS = 512  # attended at a time, for each takes up to MAX_SPLITS partial results: prefill by rows has thousands
+# attended at a time, for each takes up to MAX_SPLITS partial results: prefill by rows has thousands
+ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep:
     """What a layer's attention needs to know of a step, all of it on the device; the model hands it on.
 
-    `max_length` bounds lengths_B, and `split` is how finely a row is cut, as in `attend_rows`. `chunks` are the
-    requests that compute several tokens, as `attend_chunks` wants them: tables_RN, begins_R, ends_R, computed_R,
-    tiles_X2.
+    `max_length` bounds lengths_B, and `split` is how finely a row is cut, as in `attend_rows`. `chunks` are
+    the requests that compute several tokens, as `attend_chunks` wants them: tables_RN, begins_R, ends_R,
+    computed_R, tiles_X2.
     """
 
     keys_LKPD: list[torch.Tensor]
@@ -50,8 +51,8 @@ class DeviceStep:
     ) -> torch.Tensor:
         """Write the step's keys and values into their pages and attend; gives [T, H, D].
 
-        Queries are scaled and they and keys are rotated already; with cosines and sines, neither is. With these, all
-        three may also be partial sums, [S, T, H or K, D], that lack a bias (`write_pages`).
+        Queries are scaled and they and keys are rotated already; with cosines and sines, neither is. With
+        these, all three may also be partial sums, [S, T, H or K, D], that lack a bias (`write_pages`).
         """
         store, scale = (self.keys_LKPD[layer], self.values_LKPD[layer]), 1.0
         if angles_2TE is None:
@@ -64,8 +65,8 @@ class DeviceStep:
         for at in range(0, len(self.lengths_B), ROWS):
             some = slice(at, min(at + ROWS, len(self.lengths_B)))
             self.kernels.attend_rows(
-                q_THD[some], *store, self.tables_RN, self.lengths_B[some], self.max_length, *how, self.lines_B[some],
-                self.split, out_THD[some],
+                q_THD[some], *store, self.tables_RN, self.lengths_B[some], self.max_length, *how,
+                self.lines_B[some], self.split, out_THD[some],
             )  # fmt: skip
         if self.chunks is not None:
             self.kernels.attend_chunks(q_THD, *store, *self.chunks, *how, out_THD)

@@ -1,13 +1,15 @@
 """Triton kernels over paged keys and values: attend chunks, attend rows of one token.
 
-Nothing here knows a request or a scheduler: lengths and block tables are tensors that a kernel reads, so that a CUDA
-graph that holds it never goes stale; Python numbers are shapes, or bounds of a grid whose idle programs end at once.
-Block sizes are chosen by shape, ahead of time, and what differs from step to step (counts, and where in a tensor a
-row begins) is never compiled in: a request must not wait for a compiler. Every kernel also runs on CPU tensors in
-Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested where there is no GPU.
+Nothing here knows a request or a scheduler: lengths and block tables are tensors that a kernel reads, so that
+a CUDA graph that holds it never goes stale; Python numbers are shapes, or bounds of a grid whose idle
+programs end at once. Block sizes are chosen by shape, ahead of time, and what differs from step to step
+(counts, and where in a tensor a row begins) is never compiled in: a request must not wait for a compiler.
+Every kernel also runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested
+where there is no GPU.
 
-T tokens of the step, R requests, B rows of one token, H query heads, K KV heads, G = H / K, D head size, L pages,
-P page size, N page ids of a block table, S splits of a row. In kernels: M query rows and C positions of a block.
+T tokens of the step, R requests, B rows of one token, H query heads, K KV heads, G = H / K, D head size, L
+pages, P page size, N page ids of a block table, S splits of a row. In kernels: M query rows and C positions
+of a block.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -28,8 +30,8 @@ COMBINED = tl.constexpr(16)  # splits that are put together at a time
 @triton.jit
 def _fold(
     acc_MD, peak_M, total_M, q_MD, at, length, at_M, keys, values, table, scale, softcap,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Fold positions `at` to `at + BLOCK_C` into a running softmax (Milakov and Gimelshein, 2018).
 
@@ -80,14 +82,16 @@ def attend_chunks(
 ) -> torch.Tensor:
     """Causal attention of chunks of several requests over their pages (FlashAttention; Dao et al., 2022).
 
-    The query heads that share a KV head are rows of one matrix product, so keys and values are read once for all.
+    The query heads that share a KV head are rows of one matrix product, so keys and values are read once for
+    all.
 
     Args:
         q_THD: queries; their keys and values are in the pages already. Strided as you like.
         tables_RN: each request's pages, int32.
-        begins_R, ends_R: where in the step each request's tokens lie, int32. computed_R: how many precede them, int32.
-        tiles_X2: the work, int32: (request, first of its tokens in the step) for every `chunk_tokens` tokens of it; a
-            request of -1 is no work. Longest first keeps the GPU busy to the end.
+        begins_R, ends_R: where in the step each request's tokens lie, int32. computed_R: how many precede
+            them, int32.
+        tiles_X2: the work, int32: (request, first of its tokens in the step) for every `chunk_tokens` tokens
+            of it; a request of -1 is no work. Longest first keeps the GPU busy to the end.
         sink_H: a logit per head that takes weight and has no value (as in gpt-oss).
         out_THD: where to write, contiguous; rows of no tile stay as they are. Made if None.
 
@@ -114,7 +118,8 @@ def chunk_tokens(groups: int, dim: int, element_bytes: int) -> int:
 
 
 def _chunk_blocks(groups: int, dim: int, element_bytes: int) -> tuple[int, int, int, int]:
-    """Query rows, positions, warps and pipeline stages that spill no register and fit 227 KiB of shared memory.
+    """Query rows, positions, warps and pipeline stages that spill no register and fit 227 KiB of shared
+    memory.
 
     float32 is exact here, so it has no matrix instructions and its operands lie in registers: small blocks.
     """
@@ -124,12 +129,13 @@ def _chunk_blocks(groups: int, dim: int, element_bytes: int) -> tuple[int, int, 
     return max(rows, triton.next_power_of_2(groups)), block, warps, stages
 
 
-@triton.jit(do_not_specialize_on_alignment=["begins", "ends", "computed"])  # rows of a tensor: any number lies before
+# rows of a tensor: any number lies before
+@triton.jit(do_not_specialize_on_alignment=["begins", "ends", "computed"])
 def _chunks(
-    q, out, keys, values, tables, begins, ends, computed, tiles, sinks, scale, softcap, q_token, q_head, table_row,
-    KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    q, out, keys, values, tables, begins, ends, computed, tiles, sinks, scale, softcap, q_token, q_head,
+    table_row, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one request and the query heads of one KV head."""
     follow(PDL)
@@ -157,20 +163,21 @@ def _chunks(
         total_M = tl.full((BLOCK_M,), 1.0, tl.float32)
     offset = kv_head * (PAGE * DIM)
     table = tables + request.to(tl.int64) * table_row
-    # Positions before `clear` are seen by every row of the tile and need no mask; a window hides some from any block.
+    # Positions before `clear` are seen by every row of the tile and need no mask; a window hides some from
+    # any block.
     start, clear = 0, (low + 1) // BLOCK_C * BLOCK_C
     if WINDOW:
         start = tl.maximum(low - WINDOW + 1, 0) // BLOCK_C * BLOCK_C
         clear = start
     for at in range(start, clear, BLOCK_C):
         acc_MD, peak_M, total_M = _fold(
-            acc_MD, peak_M, total_M, q_MD, at, high, at_M, keys + offset, values + offset, table, scale, softcap,
-            KV_HEADS, DIM, PAGE, WINDOW, SOFTCAP, False, BLOCK_C, BLOCK_D,
+            acc_MD, peak_M, total_M, q_MD, at, high, at_M, keys + offset, values + offset, table, scale,
+            softcap, KV_HEADS, DIM, PAGE, WINDOW, SOFTCAP, False, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     for at in range(clear, high, BLOCK_C):
         acc_MD, peak_M, total_M = _fold(
-            acc_MD, peak_M, total_M, q_MD, at, high, at_M, keys + offset, values + offset, table, scale, softcap,
-            KV_HEADS, DIM, PAGE, WINDOW, SOFTCAP, True, BLOCK_C, BLOCK_D,
+            acc_MD, peak_M, total_M, q_MD, at, high, at_M, keys + offset, values + offset, table, scale,
+            softcap, KV_HEADS, DIM, PAGE, WINDOW, SOFTCAP, True, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     out_MD = acc_MD / total_M[:, None]
     at_MD = (t_M * (KV_HEADS * GROUPS) + head_M)[:, None] * DIM + d_D[None, :]
@@ -192,18 +199,20 @@ def attend_rows(
     split: int = 64,
     out_BHD: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of rows of one token, each context cut into splits that run side by side (Flash-Decoding; Dao, 2023).
+    """Attention of rows of one token, each context cut into splits that run side by side (Flash-Decoding;
+    Dao, 2023).
 
-    How a row is cut is a function of its own length, its window and `split` alone, and its splits are put together
-    in a fixed order: a row's bits depend neither on the other rows nor on how many there are, nor on max_length.
+    How a row is cut is a function of its own length, its window and `split` alone, and its splits are put
+    together in a fixed order: a row's bits depend neither on the other rows nor on how many there are, nor on
+    max_length.
 
     Args:
         q_BHD: queries; strided as you like.
         tables_RN: block tables, int32; row b reads line owners_B[b] (int32), or line b without owners.
         lengths_B: positions that each row sees, itself included, int32; 0 gives zeros.
         max_length: no length is larger. It bounds the grid and nothing else.
-        split: positions of a split, at least; more where there would be more than MAX_SPLITS. Small ones fill the GPU
-            when there are few rows, large ones leave less to put together when there are many.
+        split: positions of a split, at least; more where there would be more than MAX_SPLITS. Small ones fill
+            the GPU when there are few rows, large ones leave less to put together when there are many.
         out_BHD: where to write, contiguous. Made if None.
 
     Returns:
@@ -220,12 +229,12 @@ def attend_rows(
     peaks_BHS = torch.empty(rows, heads, splits, dtype=torch.float32, device=q_BHD.device)
     out_BHD = q_BHD.new_empty(q_BHD.shape) if out_BHD is None else out_BHD
     shape = dict(
-        DIM=dim, WINDOW=window or 0, BLOCK_C=block, BLOCK_D=max(16, triton.next_power_of_2(dim)), MAX_SPLITS=MAX_SPLITS,
-        **DEPENDENT,
+        DIM=dim, WINDOW=window or 0, BLOCK_C=block, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        MAX_SPLITS=MAX_SPLITS, **DEPENDENT,
     )  # fmt: skip
     _rows[rows, kv_heads, splits](
-        q_BHD, keys_LKPD, values_LKPD, tables_RN, lengths_B, lengths_B if owners_B is None else owners_B, parts_BHSD,
-        peaks_BHS, scale, softcap or 0.0, *q_BHD.stride()[:2], tables_RN.stride(0), splits, split,
+        q_BHD, keys_LKPD, values_LKPD, tables_RN, lengths_B, lengths_B if owners_B is None else owners_B,
+        parts_BHSD, peaks_BHS, scale, softcap or 0.0, *q_BHD.stride()[:2], tables_RN.stride(0), splits, split,
         OWNERS=owners_B is not None, KV_HEADS=kv_heads, GROUPS=heads // kv_heads, PAGE=page,
         SOFTCAP=softcap is not None, BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)), **shape,
         num_warps=4 if half else 8, num_stages=stages,
@@ -239,7 +248,8 @@ def attend_rows(
 
 @triton.jit
 def _span(length, least, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Where a row's first split begins, and how many positions each has: what alone decides how a row is cut."""
+    """Where a row's first split begins, and how many positions each has: what alone decides how a row is
+    cut."""
     first = length * 0
     if WINDOW:
         first = tl.maximum(length - WINDOW, 0) // BLOCK_C * BLOCK_C
@@ -248,9 +258,9 @@ def _span(length, least, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, MAX_SPLITS
 
 @triton.jit(do_not_specialize=["splits", "least"], do_not_specialize_on_alignment=["lengths", "owners"])
 def _rows(
-    q, keys, values, tables, lengths, owners, parts, peaks, scale, softcap, q_row, q_head, table_row, splits, least,
-    OWNERS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    q, keys, values, tables, lengths, owners, parts, peaks, scale, softcap, q_row, q_head, table_row, splits,
+    least, OWNERS: tl.constexpr, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and the query heads of one KV head: a partial result and the log of its weight."""

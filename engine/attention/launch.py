@@ -19,7 +19,8 @@ DEPENDENT = _dependent()
 
 @triton.jit
 def lead(PDL: tl.constexpr):
-    """Let the next kernel be launched: a program calls it as soon as it runs (programmatic dependent launch)."""
+    """Let the next kernel be launched: a program calls it as soon as it runs (programmatic dependent
+    launch)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -28,9 +29,10 @@ def lead(PDL: tl.constexpr):
 def follow(PDL: tl.constexpr):
     """Wait for what the kernels before have written, then let the next one be launched, if it has not been.
 
-    Every program of every kernel calls it before it writes, or reads what is neither a weight nor an input of the whole
-    step. So a kernel ends only after the one before it has, and nothing is overwritten that is still read. A step's
-    inputs are there earlier: a model's first norm does not `lead`, so nothing after it begins before they are.
+    Every program of every kernel calls it before it writes, or reads what is neither a weight nor an input of
+    the whole step. So a kernel ends only after the one before it has, and nothing is overwritten that is
+    still read. A step's inputs are there earlier: a model's first norm does not `lead`, so nothing after it
+    begins before they are.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -1,8 +1,10 @@
-"""What each layer of a model gives its attention: found by running the unmodified model once, with ours in its place.
+"""What each layer of a model gives its attention: found by running the unmodified model once, with ours in
+its place.
 
-Transformers hands a mask function to whoever makes masks, and options to whoever attends. Here both are written down,
-so that a mask can be asked about any two positions, however far apart. A window that lives in the mask alone, chunks
-and attention in both directions are seen at once, where the logits of a few tokens would not show them.
+Transformers hands a mask function to whoever makes masks, and options to whoever attends. Here both are
+written down, so that a mask can be asked about any two positions, however far apart. A window that lives in
+the mask alone, chunks and attention in both directions are seen at once, where the logits of a few tokens
+would not show them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from engine.models.geometry import config_numbers, positions, telling_positions
 TRACE = "dynamic_batch_trace"
 RANDOM_PAIRS = 2000
 SAME_LENGTH = 1e-2  # relative: what rounding to 16 bits does to a vector's length, and more
-# Given to every attention function, or saying what the mask says too: none of them changes what is computed here.
+# Given to every attention function, or saying what the mask says too: none of them changes what is computed
+# here.
 HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "is_training"}
 MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -31,9 +34,10 @@ MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
 class LayerAttention:
     """What one layer's attention takes: the sizes of its keys and values, and its options.
 
-    `source` is the layer whose keys and values it reads: itself, or the one that it shares them with. `only_rotates`:
-    queries and keys of one token have the same length at every position, so that rotary embedding can be all that
-    a position does to them. A temperature by position (Llama 4, Ministral 3) is more.
+    `source` is the layer whose keys and values it reads: itself, or the one that it shares them with.
+    `only_rotates`: queries and keys of one token have the same length at every position, so that rotary
+    embedding can be all that a position does to them. A temperature by position (Llama 4, Ministral 3) is
+    more.
     """
 
     kv_heads: int
@@ -50,21 +54,27 @@ class _Trace:
 
     layers: dict[int, LayerAttention] = field(default_factory=dict)
     masks: dict[int, MaskFunction | None] = field(default_factory=dict)
-    states: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)  # keys, values, their layer
+    # keys, values, their layer
+    states: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)
 
 
 def refuse_options(module: torch.nn.Module, given: dict[str, Any]) -> None:
-    """Raise InputError for options that attention would have to ignore. None, False and zero ask for nothing."""
+    """Raise InputError for options that attention would have to ignore. None, False and zero ask for
+    nothing."""
     unknown = sorted(
         name
         for name, value in given.items()
         if name not in HARMLESS and value is not None and (isinstance(value, torch.Tensor) or value)
     )
     if unknown:
-        raise InputError(f"{type(module).__name__} uses {', '.join(unknown)}: use runner='padded' for this model")
+        raise InputError(
+            f"{type(module).__name__} uses {', '.join(unknown)}: use runner='padded' for this model"
+        )
 
 
-def _mask(q_length: int, kv_length: int, mask_function: MaskFunction, device: Any = "cpu", **_: Any) -> torch.Tensor:
+def _mask(
+    q_length: int, kv_length: int, mask_function: MaskFunction, device: Any = "cpu", **_: Any
+) -> torch.Tensor:
     """A tensor that stands for the mask of these tokens, and has the function that it was to be made from."""
     mask: Any = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
     mask.function = mask_function
@@ -100,7 +110,9 @@ def _attend(
     packed.states.append((key, value, layer))
     options = Options(scale, sliding_window, softcap, s_aux)
     only_rotates = _same_length(query) and _same_length(key)
-    packed.layers[layer] = LayerAttention(key.shape[1], key.shape[-1], value.shape[-1], options, source, only_rotates)
+    packed.layers[layer] = LayerAttention(
+        key.shape[1], key.shape[-1], value.shape[-1], options, source, only_rotates
+    )
     packed.masks[layer] = getattr(attention_mask, "function", None)
     groups = query.shape[1] // value.shape[1]
     return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
@@ -125,7 +137,8 @@ def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
         model: a copy of the model that may be changed: it calls the attention of this module afterwards.
 
     Raises:
-        InputError: for an option that attention over pages does not have, and for a mask that its window does not say.
+        InputError: for an option that attention over pages does not have, and for a mask that its window does
+            not say.
     """
     # One token at positions that rise by leaps. The mask says that they are of one text all the same.
     at = torch.tensor([telling_positions(model.config)], device=model.device)
@@ -135,7 +148,9 @@ def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
     model(ids, position_ids=at, attention_mask=mask, use_cache=False, logits_to_keep=keep, packed=trace)
     layers = trace.layers
     if not layers or sorted(layers) != list(range(len(layers))):
-        raise InputError(f"{type(model).__name__} does not attend in layers 0, 1, 2, ...: use runner='padded'")
+        raise InputError(
+            f"{type(model).__name__} does not attend in layers 0, 1, 2, ...: use runner='padded'"
+        )
     checked: set[tuple[int, int | None]] = set()  # layers share their masks
     for layer, function in trace.masks.items():
         window = layers[layer].options.window
@@ -146,7 +161,8 @@ def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
 
 
 def _check_mask(model: PreTrainedModel, layer: int, function: MaskFunction, window: int | None) -> None:
-    """Raise InputError unless the mask says what the causal mask of this window says, at positions of the whole range.
+    """Raise InputError unless the mask says what the causal mask of this window says, at positions of the
+    whole range.
 
     It is asked about each number in the config and each power of two, their neighbours, and pairs at random.
     """
@@ -170,6 +186,7 @@ def _check_mask(model: PreTrainedModel, layer: int, function: MaskFunction, wind
         q, kv = q_N[wrong[0]], kv_N[wrong[0]]
         given = "no window" if window is None else f"a window of {window}"
         raise InputError(
-            f"{type(model).__name__} gives attention {given} in layer {layer}, and its mask says otherwise: position "
-            f"{q} {'sees' if found_N[wrong[0]] else 'does not see'} {kv}; use runner='padded' for this model"
+            f"{type(model).__name__} gives attention {given} in layer {layer}, and its mask says otherwise: "
+            f"position {q} {'sees' if found_N[wrong[0]] else 'does not see'} {kv}; use "
+            "runner='padded' for this model"
         )

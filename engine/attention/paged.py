@@ -2,8 +2,8 @@
 
 T tokens of the step, H query heads, K KV heads, D head size, L pages, P page size, C context of a chunk.
 
-Tokens that are alone in a step are computed together (`engine.attention.rows`); chunks go through torch's fused kernel
-one by one.
+Tokens that are alone in a step are computed together (`engine.attention.rows`); chunks go through torch's
+fused kernel one by one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ VECTOR = 16  # float32 in the widest vector of a CPU
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The next tokens of one request: where they lie in the step, how many precede them, and the request's pages."""
+    """The next tokens of one request: where they lie in the step, how many precede them, and the request's
+    pages."""
 
     begin: int
     end: int
@@ -47,7 +48,8 @@ class Options:
 class Store:
     """Keys and values of one layer: keys [L, K, D, P], dimension by dimension, and values [L, K, B, P, E].
 
-    A value's D dimensions are B blocks of E, which fill a vector: whatever is added up then lies side by side.
+    A value's D dimensions are B blocks of E, which fill a vector: whatever is added up then lies side by
+    side.
     """
 
     keys_LKDP: torch.Tensor
@@ -73,7 +75,9 @@ class Store:
         """Make pages zero again."""
         self.keys_LKDP[pages], self.values_LKBPE[pages] = 0, 0
 
-    def write(self, pages_T: torch.Tensor, offsets_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
+    def write(
+        self, pages_T: torch.Tensor, offsets_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> None:
         """Put a key and a value a token where it belongs."""
         self.keys_LKDP[pages_T, :, :, offsets_T] = k_TKD
         self.values_LKBPE[pages_T, :, :, offsets_T] = v_TKD.unflatten(2, (self.values_LKBPE.shape[2], -1))
@@ -91,8 +95,8 @@ class PackedStep:
     Args:
         stores: keys and values, one a layer.
         pieces: the requests of the step, in the order of their tokens.
-        one_by_one: treat every token as a row of its own, so that a token's result does not depend on how a prompt
-            was cut into chunks or on what else runs.
+        one_by_one: treat every token as a row of its own, so that a token's result does not depend on how a
+            prompt was cut into chunks or on what else runs.
     """
 
     def __init__(self, stores: list[Store], pieces: list[Piece], one_by_one: bool = False) -> None:
@@ -131,7 +135,8 @@ class PackedStep:
             out_RHD = self._attend_rows(layer, q_RHD, k_RKD, v_RKD, options)
         store = self.stores[layer]
         out_THD[self.tokens_R] = out_RHD
-        store.write(self.pages_T, self.offsets_T, k_TKD, v_TKD)  # rows have done it already, but it is one call
+        # rows have done it already, but it is one call
+        store.write(self.pages_T, self.offsets_T, k_TKD, v_TKD)
         for piece, pages in zip(self.chunks, self._contexts, strict=True):
             span, length = slice(piece.begin, piece.end), piece.computed + piece.end - piece.begin
             if pages is None:
@@ -166,8 +171,8 @@ def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """Zeros of the kind of `like`, which on a CPU take no memory before they are written."""
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    # numpy's zeros, unlike torch's, take no memory before they are written; nor does fresh memory, of which Linux gives
-    # huge pages if told to: attention reads all over it.
+    # numpy's zeros, unlike torch's, take no memory before they are written; nor does fresh memory, of which
+    # Linux gives huge pages if told to: attention reads all over it.
     count = math.prod(shape) * like.dtype.itemsize
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(shape)
@@ -176,13 +181,17 @@ def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
-def _attend_chunk(q_HTD: torch.Tensor, k_KCD: torch.Tensor, v_KCD: torch.Tensor, options: Options) -> torch.Tensor:
+def _attend_chunk(
+    q_HTD: torch.Tensor, k_KCD: torch.Tensor, v_KCD: torch.Tensor, options: Options
+) -> torch.Tensor:
     """Causal attention of the last T of C positions by scaled queries, [H, T, D]."""
     tokens, context, kv_heads = q_HTD.shape[1], k_KCD.shape[1], k_KCD.shape[0]
     window, sink_H = options.window, options.sink_H
     groups = q_HTD.shape[0] // kv_heads
     plain = options.softcap is None and sink_H is None
-    fused = partial(F.scaled_dot_product_attention, q_HTD[None], k_KCD[None], v_KCD[None], scale=1.0, enable_gqa=True)
+    fused = partial(
+        F.scaled_dot_product_attention, q_HTD[None], k_KCD[None], v_KCD[None], scale=1.0, enable_gqa=True
+    )
     if plain and tokens == context and (window is None or window >= context):
         return fused(is_causal=True)[0]
     query_at = torch.arange(context - tokens, context, device=q_HTD.device)[:, None]

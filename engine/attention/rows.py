@@ -1,10 +1,11 @@
 """Attention of rows of one token over pages, as one function of tensors.
 
-R rows, N pages that they read, H query heads, K KV heads, G = H / K, D head size, L pages, P page size, X pages of the
-row that has the most, B blocks of E dimensions of a value. Every page gives its own softmax, and a row puts those of
-its pages and its own token together (flash-decoding; Dao et al., 2023, with a page as the split), so only useful
-products are computed and nothing is padded but the last page. What a product adds up lies side by side, a vector at a
-time: keys dimension by dimension, and of values a block of every position before the next block.
+R rows, N pages that they read, H query heads, K KV heads, G = H / K, D head size, L pages, P page size, X
+pages of the row that has the most, B blocks of E dimensions of a value. Every page gives its own softmax, and
+a row puts those of its pages and its own token together (flash-decoding; Dao et al., 2023, with a page as the
+split), so only useful products are computed and nothing is padded but the last page. What a product adds up
+lies side by side, a vector at a time: keys dimension by dimension, and of values a block of every position
+before the next block.
 """
 
 from __future__ import annotations
@@ -27,11 +28,17 @@ class Rows:
 
 
 def rows_of(
-    tables: list[tuple[list[int], int]], size: int, window: int | None, dtype: torch.dtype, device: torch.device
+    tables: list[tuple[list[int], int]],
+    size: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Rows:
-    """Which pages each row reads, and which of their positions count for it: those before its own, in the window.
+    """Which pages each row reads, and which of their positions count for it: those before its own, in the
+    window.
 
-    `tables` has a row's pages and its own position. A row without a past reads one page, of which nothing counts.
+    `tables` has a row's pages and its own position. A row without a past reads one page, of which nothing
+    counts.
     """
     past_R = np.array([position for _, position in tables], dtype=np.int64)
     first_R = np.maximum(0, past_R + 1 - window) // size if window else np.zeros_like(past_R)
@@ -56,7 +63,8 @@ def by_sum(x_RX: torch.Tensor) -> torch.Tensor:
 
 
 def in_order(x_RX: torch.Tensor) -> torch.Tensor:
-    """Sum over a row's pages strictly in their order, so that the bits do not depend on how many columns there are."""
+    """Sum over a row's pages strictly in their order, so that the bits do not depend on how many columns
+    there are."""
     return x_RX.cumsum(1)[:, -1]
 
 
@@ -99,7 +107,8 @@ def attend_rows(
     own_RKG = capped((q_RKGD.to(wide) * k_RKD[:, :, None].to(wide)).sum(-1))
     scores_NKGP = capped(_multiply(q_RKGD[owner_N], keys_LKDP[page_N][:, :, None])[:, :, :, 0])
     scores_NKGP = scores_NKGP + bias_NP[:, None, None]
-    peak_NKG = scores_NKGP.amax(-1).clamp_min(torch.finfo(wide).min)  # not -inf, where nothing of a page counts
+    # not -inf, where nothing of a page counts
+    peak_NKG = scores_NKGP.amax(-1).clamp_min(torch.finfo(wide).min)
     weights_NKGP = (scores_NKGP - peak_NKG[..., None]).exp()
     total_NKG = weights_NKGP.sum(-1)
     mixed_NKGBE = _multiply(weights_NKGP.to(values_LKBPE.dtype), values_LKBPE[page_N]).to(wide)

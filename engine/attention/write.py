@@ -2,8 +2,8 @@
 
 engine/attention/kernels.py says how kernels are written here.
 
-T tokens of the step, H query heads, K KV heads, D head size, E rotated part of it, L pages, P page size, S parts of a
-sum, N outputs of a product.
+T tokens of the step, H query heads, K KV heads, D head size, E rotated part of it, L pages, P page size, S
+parts of a sum, N outputs of a product.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -28,11 +28,12 @@ def write_pages(
     """Write the step's keys and values into their pages, in one launch with the rotation of queries and keys.
 
     Args:
-        k_TKD, v_TKD: any strides between tokens and heads (views of a joined product will do). Or [S, T, K, D], as
-            queries are then: partial sums of a product of queries, keys and values side by side (`thin_product`).
+        k_TKD, v_TKD: any strides between tokens and heads (views of a joined product will do). Or [S, T, K,
+            D], as queries are then: partial sums of a product of queries, keys and values side by side
+            (`thin_product`).
         slots_T: where each token goes: page * P + place in the page. A negative slot is written nowhere.
-        rope: (q_THD, cos_TE, sin_TE) to rotate the first E of D elements of queries and keys as Llama does (RoPE;
-            Su et al., 2021), in float32; None where the model has done so.
+        rope: (q_THD, cos_TE, sin_TE) to rotate the first E of D elements of queries and keys as Llama does
+            (RoPE; Su et al., 2021), in float32; None where the model has done so.
         bias_N: what partial sums still lack, for queries, keys and values.
 
     Returns:
@@ -46,11 +47,11 @@ def write_pages(
     block = 16 if tokens >= 512 else 1  # few tokens: many programs; many tokens: more work in each
     _write[triton.cdiv(tokens, block), heads + 2 * kv_heads](
         q_THD, k_TKD, v_TKD, cos_TE, sin_TE, slots_T, out_THD, keys_LKPD, values_LKPD,
-        keys_LKPD if bias_N is None else bias_N, tokens, stride,
-        *q_THD.stride()[-3:-1], *k_TKD.stride()[-3:-1], *v_TKD.stride()[-3:-1], cos_TE.stride(0), sin_TE.stride(0),
-        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, ROTATED=rotated, PAGE=keys_LKPD.shape[2], PARTS=parts,
-        BIAS=bias_N is not None, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim), num_warps=4 if block > 1 else 1,
-        **DEPENDENT,
+        keys_LKPD if bias_N is None else bias_N, tokens, stride, *q_THD.stride()[-3:-1],
+        *k_TKD.stride()[-3:-1], *v_TKD.stride()[-3:-1], cos_TE.stride(0), sin_TE.stride(0), HEADS=heads,
+        KV_HEADS=kv_heads, DIM=dim, ROTATED=rotated, PAGE=keys_LKPD.shape[2], PARTS=parts,
+        BIAS=bias_N is not None, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim),
+        num_warps=4 if block > 1 else 1, **DEPENDENT,
     )  # fmt: skip
     return None if rope is None else out_THD
 
@@ -71,8 +72,8 @@ def _write(
     if head < HEADS:
         row_T1 = (q + t_T * q_token + head * q_head)[:, None]
         x_TD = _rotated(
-            row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED, PARTS, BIAS,
-            out.dtype.element_ty, PDL,
+            row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED,
+            PARTS, BIAS, out.dtype.element_ty, PDL,
         )  # fmt: skip
         at_TD = (t_T * HEADS + head)[:, None] * DIM + d_D[None, :]
         tl.store(out + at_TD, x_TD.to(out.dtype.element_ty), mask=here_TD)
@@ -85,8 +86,8 @@ def _write(
         if head < HEADS + KV_HEADS:
             row_T1 = (k + t_T * k_token + kv_head * k_head)[:, None]
             x_TD = _rotated(
-                row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED, PARTS,
-                BIAS, keys.dtype.element_ty, PDL,
+                row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED,
+                PARTS, BIAS, keys.dtype.element_ty, PDL,
             )  # fmt: skip
             tl.store(keys + at_TD, x_TD.to(keys.dtype.element_ty), mask=kept_TD)
         else:
@@ -98,12 +99,15 @@ def _write(
 
 @triton.jit
 def _whole(row_T1, bias, part, d_D, here_TD, PARTS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr):
-    """Elements of rows in float32; of partial sums, what they and the bias come to, rounded as a product's output."""
+    """Elements of rows in float32; of partial sums, what they and the bias come to, rounded as a product's
+    output."""
     x_TD = tl.load(row_T1 + d_D[None, :], mask=here_TD, other=0.0).to(tl.float32)
     for s in tl.static_range(1, PARTS):
         x_TD += tl.load(row_T1 + s * part + d_D[None, :], mask=here_TD, other=0.0)
     if BIAS:
-        x_TD += tl.load(tl.broadcast_to((bias + d_D)[None, :], here_TD.shape), mask=here_TD, other=0.0).to(tl.float32)
+        x_TD += tl.load(tl.broadcast_to((bias + d_D)[None, :], here_TD.shape), mask=here_TD, other=0.0).to(
+            tl.float32
+        )
     if PARTS:
         x_TD = x_TD.to(KIND).to(tl.float32)
     return x_TD
@@ -114,7 +118,8 @@ def _rotated(
     row_T1, bias, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD,
     ROTATED: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A head of some tokens in float32, its first ROTATED elements turned by pairs that lie ROTATED / 2 apart."""
+    """A head of some tokens in float32, its first ROTATED elements turned by pairs that lie ROTATED / 2
+    apart."""
     half: tl.constexpr = ROTATED // 2
     turned_TD = here_TD & (d_D < ROTATED)[None, :]
     pair_D = tl.where(d_D < half, d_D + half, d_D - half)
@@ -124,6 +129,7 @@ def _rotated(
     x_TD = _whole(row_T1, bias, part, d_D, here_TD, PARTS, BIAS, KIND)
     if ROTATED:
         y_TD = _whole(row_T1, bias, part, pair_D, turned_TD, PARTS, BIAS, KIND)
-        # Fused by hand: the compiler may fuse one way here and another for blocks of other sizes, with other bits.
+        # Fused by hand: the compiler may fuse one way here and another for blocks of other sizes, with other
+        # bits.
         x_TD = tl.fma(tl.where((d_D < half)[None, :], -y_TD, y_TD), s_TD, x_TD * c_TD)
     return x_TD

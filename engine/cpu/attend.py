@@ -1,8 +1,9 @@
 """Attention of the tokens of a step over pages: queries of a few tokens at a time, page by page.
 
-A page gives a softmax of its own, and a row puts those of its pages together as it goes (online softmax; Milakov and
-Gimelshein, 2018; the blocks are those of flash attention, Dao et al., 2022). What a page holds beyond a token's own
-position changes nothing, to the last bit: a token's result does not depend on who shares its block.
+A page gives a softmax of its own, and a row puts those of its pages together as it goes (online softmax;
+Milakov and Gimelshein, 2018; the blocks are those of flash attention, Dao et al., 2022). What a page holds
+beyond a token's own position changes nothing, to the last bit: a token's result does not depend on who shares
+its block.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -102,12 +103,13 @@ def attend(counter, qkv_TN, shape, plan, window, keys_XKDP, values_XKBPV, mixed_
 
 @part()
 def _block(
-    qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, keys_XKDP, values_XKBPV, mixed_TN,
-    q_RD, scores_RP, mixed_RD, peak_R, total_R,
+    qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, keys_XKDP, values_XKBPV,
+    mixed_TN, q_RD, scores_RP, mixed_RD, peak_R, total_R,
 ):  # fmt: skip
     """Tokens first, first + 1, ..., at `position` and after it, with the heads of one group."""
     size, filled, rows = shape.head_dim, keys_XKDP.shape[3], count * group
-    no, yes = np.int64(0), np.int64(1)  # a literal has a type of its own, for which functions would be compiled again
+    # a literal has a type of its own, for which functions would be compiled again
+    no, yes = np.int64(0), np.int64(1)
     page_bytes, row, at_once = size * filled * ITEM, scores_RP.shape[1] * ITEM, scores_RP.shape[1] // filled
     keys, values = address(keys_XKDP) + kv_head * page_bytes, address(values_XKBPV) + kv_head * page_bytes
     for t in range(count):
@@ -126,8 +128,9 @@ def _block(
             to = address(scores_RP) + (page - begin) * filled * ITEM
             for p in range(0, filled * ITEM, NARROW * ITEM):
                 ask = multiply_narrow(
-                    rows, keys_XKDP.dtype, address(q_RD), size * ITEM, keys + here * shape.kv_heads * page_bytes + p,
-                    filled * ITEM, size, to + p, row, no, no, no, ask, ask + page_bytes,
+                    rows, keys_XKDP.dtype, address(q_RD), size * ITEM,
+                    keys + here * shape.kv_heads * page_bytes + p, filled * ITEM, size, to + p, row, no, no,
+                    no, ask, ask + page_bytes,
                 )  # fmt: skip
         for r in range(rows):
             own = position + r // group
@@ -139,8 +142,9 @@ def _block(
             for b in range(size // NARROW):
                 ask = multiply_narrow(
                     rows, values_XKBPV.dtype, weights, row,
-                    values + here * shape.kv_heads * page_bytes + b * filled * NARROW * ITEM, NARROW * ITEM, filled,
-                    address(mixed_RD) + b * NARROW * ITEM, size * ITEM, no, no, yes, ask, ask + page_bytes,
+                    values + here * shape.kv_heads * page_bytes + b * filled * NARROW * ITEM, NARROW * ITEM,
+                    filled, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, no, no, yes, ask,
+                    ask + page_bytes,
                 )  # fmt: skip
         begin = end
     for t in range(count):
@@ -153,7 +157,8 @@ def _block(
 
 @part()
 def _softmax(scores_RP, r, first, end, filled, page_size, own, window, peak_R, total_R, mixed_RD):
-    """Turn a row's scores of pages first to end into weights, 0 where it does not look; keep up what came before."""
+    """Turn a row's scores of pages first to end into weights, 0 where it does not look; keep up what came
+    before."""
     dim, peak = mixed_RD.shape[1], peak_R[r]
     scores, mixed = address(scores_RP) + r * scores_RP.shape[1] * ITEM, address(mixed_RD) + r * dim * ITEM
     for page in range(first, end):  # what lies beyond its own position, before its window, or behind the page

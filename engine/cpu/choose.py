@@ -1,10 +1,10 @@
 """A row of logits to a token, in numpy: what `engine.sampler` does on a device, a row at a time.
 
-A row stays in the second cache, each pass over it is one thread's vectors, and no thread is left behind that spins for
-a while, as torch's do. V is the vocabulary, N the tokens that filters keep.
+A row stays in the second cache, each pass over it is one thread's vectors, and no thread is left behind that
+spins for a while, as torch's do. V is the vocabulary, N the tokens that filters keep.
 
-Tokens have one rank, here and on a device: by logit, and among equals the lower id first. The most likely one is
-the first in it, alternatives are the first few, and what filters keep is always a beginning of it.
+Tokens have one rank, here and on a device: by logit, and among equals the lower id first. The most likely one
+is the first in it, alternatives are the first few, and what filters keep is always a beginning of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ ROUNDING = 1e-6  # the share of top_p and of min_p that may be missing: logits i
 
 
 def choose(logits_V: np.ndarray, request: Request) -> Choice:
-    """The next token of a request, by its parameters, from float32 or float64 logits, which are not modified."""
+    """The next token of a request, by its parameters, from float32 or float64 logits, which are not
+    modified."""
     token = int(logits_V.argmax())  # the first of equals; NaN counts as the largest
     peak = logits_V[token]
     if not np.isfinite(peak):
@@ -107,7 +108,8 @@ def below_peak(min_p: float) -> float:
 def _nucleus(scores_N: np.ndarray, weights_N: np.ndarray, top_p: float) -> np.ndarray:
     """Where the fewest tokens lie, the first in rank, whose weights reach top_p of all weights; rising."""
     total = weights_N.sum()
-    # All tokens below this weight together have less than what top_p leaves out: only the others need sorting.
+    # All tokens below this weight together have less than what top_p leaves out: only the others need
+    # sorting.
     likely = np.flatnonzero(weights_N >= 0.99 * (1.0 - top_p) * total / len(weights_N))
     ranked = likely[np.argsort(-scores_N[likely], kind="stable")]
     ends = weights_N[ranked].cumsum()
@@ -115,7 +117,8 @@ def _nucleus(scores_N: np.ndarray, weights_N: np.ndarray, top_p: float) -> np.nd
 
 
 def _reached(weights_N: np.ndarray, target: float) -> tuple[int, float]:
-    """The first position by which the weights sum to more than `target`, or the last of any weight; what is left."""
+    """The first position by which the weights sum to more than `target`, or the last of any weight; what is
+    left."""
     ends_N = weights_N.cumsum()
     at = min(int(ends_N.searchsorted(target, "right")), int(np.flatnonzero(weights_N)[-1]))
     return at, target - (ends_N[at - 1] if at else 0.0)

@@ -57,7 +57,8 @@ def part(**options: Any) -> Any:
 
 
 def whole(function: Callable[..., Any]) -> Any:
-    """The function compiled when it is called, without the interpreter's lock; kept for its source and processor."""
+    """The function compiled when it is called, without the interpreter's lock; kept for its source and
+    processor."""
     before, CONFIG.CACHE_DIR = CONFIG.CACHE_DIR, str(_folder())
     try:  # where a function is kept is settled when it is decorated
         return numba.njit(function, nogil=True, cache=True, error_model="numpy")
@@ -72,8 +73,8 @@ def whole(function: Callable[..., Any]) -> Any:
 def _folder() -> Path:
     """Where compiled functions are kept; says so if there are none yet, for that takes a moment.
 
-    Numba tells by a function's own file whether what it has kept is still right, so the folder is named after all of
-    the files that go into it.
+    Numba tells by a function's own file whether what it has kept is still right, so the folder is named after
+    all of the files that go into it.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]

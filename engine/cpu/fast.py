@@ -43,7 +43,9 @@ class _Vectors:
 
     def spread(self, number: ir.Value) -> ir.Value:
         first = self.b.insert_element(ir.Constant(self.kind, ir.Undefined), number, _I32(0))
-        return self.b.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, self.count), [0] * self.count))
+        return self.b.shuffle_vector(
+            first, first, ir.Constant(ir.VectorType(_I32, self.count), [0] * self.count)
+        )
 
     def call(self, name: str, *values: ir.Value) -> ir.Value:
         kind = ir.FunctionType(self.kind, [self.kind] * len(values))
@@ -55,13 +57,16 @@ class _Vectors:
         return self.b.call(function, values, fastmath=fast)
 
     def exp(self, x: ir.Value) -> ir.Value:
-        """e^x within two units of the last place, 0 for what is less than LEAST (Cephes' expf; Moshier, 1989)."""
+        """e^x within two units of the last place, 0 for what is less than LEAST (Cephes' expf; Moshier,
+        1989)."""
         b, none = self.b, self.b.fcmp_ordered("<", x, self.all(LEAST))  # a NaN is not less, and stays one
         x = b.select(none, self.all(LEAST), x)
         x = b.select(b.fcmp_ordered(">", x, self.all(MOST)), self.all(MOST), x)
         n = self.call("floor", self.call("fma", x, self.all(LOG2E), self.all(0.5)))
         r = self.call("fma", n, self.all(-LOW), self.call("fma", n, self.all(-HIGH), x))
-        series = functools.reduce(lambda p, c: self.call("fma", p, r, self.all(c)), SERIES[1:], self.all(SERIES[0]))
+        series = functools.reduce(
+            lambda p, c: self.call("fma", p, r, self.all(c)), SERIES[1:], self.all(SERIES[0])
+        )
         power = b.fadd(self.call("fma", series, b.fmul(r, r), r), self.all(1.0))
         ints = ir.VectorType(_I32, self.count)
         bits = b.add(b.fptosi(n, ints), ir.Constant(ints, [127] * self.count))
@@ -81,7 +86,8 @@ def address(typing, array):
 
 
 def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a function that compiled code can call from one that writes it: (vectors, arguments) -> result or None."""
+    """Makes a function that compiled code can call from one that writes it: (vectors, arguments) -> result or
+    None."""
 
     def make(write: Callable[..., Any]) -> Any:
         def call(context, builder, signature, args):
@@ -128,7 +134,8 @@ def silu(v: _Vectors, gate: ir.Value, up: ir.Value) -> None:
 
 @_written(LANES, types.void, types.int64, types.int64)
 def gelu(v: _Vectors, gate: ir.Value, up: ir.Value) -> None:
-    """gate = GELU(gate) * up, by its tanh approximation (Hendrycks and Gimpel, 2016), for LANES numbers each."""
+    """gate = GELU(gate) * up, by its tanh approximation (Hendrycks and Gimpel, 2016), for LANES numbers
+    each."""
 
     def twice(x: ir.Value) -> ir.Value:  # (1 + tanh(y)) / 2 is the sigmoid of 2 y
         square = v.call("fma", v.b.fmul(x, x), v.all(GELU * CUBE), v.all(GELU))

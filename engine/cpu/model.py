@@ -1,7 +1,8 @@
-"""A model built like Llama on a CPU in float32: its weights in the order in which they are read, and its steps.
+"""A model built like Llama on a CPU in float32: its weights in the order in which they are read, and its
+steps.
 
-The weights are copies with the constants folded in: the norms' scales and the softmax scale. Whether a model really
-computes this is found by comparing logits, not by name.
+The weights are copies with the constants folded in: the norms' scales and the softmax scale. Whether a model
+really computes this is found by comparing logits, not by name.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ class LeanModel:
         size, scale = attention.head_dim, options[0].scale
         heads, kv_heads = (part.out_features // size for part in (attention.q_proj, attention.k_proj))
         normed = hasattr(attention, "q_norm")
-        self._rotary, self._most, self._angles_2PE = base.rotary_emb, positions(model.config)[0], _room(2, 0, size // 2)
+        self._rotary, self._most, self._angles_2PE = (
+            base.rotary_emb,
+            positions(model.config)[0],
+            _room(2, 0, size // 2),
+        )
         self.vocabulary = model.get_output_embeddings().out_features
         query_scale = 1.0 if normed else scale  # else it goes into the norm of the queries
 
@@ -55,13 +60,16 @@ class LeanModel:
 
         def gate_up(layer: Any) -> list[torch.Tensor]:
             return [
-                part.weight * layer.post_attention_layernorm.weight for part in (layer.mlp.gate_proj, layer.mlp.up_proj)
+                part.weight * layer.post_attention_layernorm.weight
+                for part in (layer.mlp.gate_proj, layer.mlp.up_proj)
             ]
 
         def gate_up_bias(layer: Any) -> torch.Tensor | None:
             if layer.mlp.gate_proj.bias is None:
                 return None
-            return torch.stack([_blocks(part.bias) for part in (layer.mlp.gate_proj, layer.mlp.up_proj)], 1).flatten()
+            return torch.stack(
+                [_blocks(part.bias) for part in (layer.mlp.gate_proj, layer.mlp.up_proj)], 1
+            ).flatten()
 
         def head_norm(layer: Any) -> torch.Tensor | None:
             if not normed:
@@ -84,10 +92,10 @@ class LeanModel:
             head_norm_LQD=np.stack([_array(head_norm(layer), (0, size)) for layer in layers]),
         )
         self.shape = Shape(
-            len(layers), attention.q_proj.in_features, heads, kv_heads, size, mlp.gate_proj.out_features, page_size,
-            ACTIVATIONS[type(mlp.act_fn).__name__] == "gelu_tanh", first.input_layernorm.variance_epsilon,
-            first.post_attention_layernorm.variance_epsilon, base.norm.variance_epsilon,
-            attention.q_norm.variance_epsilon if normed else 0.0,
+            len(layers), attention.q_proj.in_features, heads, kv_heads, size, mlp.gate_proj.out_features,
+            page_size, ACTIVATIONS[type(mlp.act_fn).__name__] == "gelu_tanh",
+            first.input_layernorm.variance_epsilon, first.post_attention_layernorm.variance_epsilon,
+            base.norm.variance_epsilon, attention.q_norm.variance_epsilon if normed else 0.0,
         )  # fmt: skip
         self._windows_L = np.array([option.window or 0 for option in options])
         self._page_size = page_size
@@ -117,7 +125,8 @@ class LeanModel:
 
     def quantize(self) -> None:
         """Turn the weights of products into int8: one scale an output, to nearest, symmetric."""
-        for name in ("qkv", "out", "gate_up", "down", "head"):  # one after the other, so that no more is held twice
+        # one after the other, so that no more is held twice
+        for name in ("qkv", "out", "gate_up", "down", "head"):
             rounded: dict[str, Any] = {name: _rounded(getattr(self.weights, name))}
             self.weights = self.weights._replace(**rounded)
 
@@ -161,7 +170,11 @@ class LeanModel:
             wanted_R=np.array(rows, np.int64),
             windows_L=self._windows_L,
         )
-        size, start, logits_RV = self._team.size, self._team.start, torch.empty(len(rows), _filled(self.vocabulary))
+        size, start, logits_RV = (
+            self._team.size,
+            self._team.start,
+            torch.empty(len(rows), _filled(self.vocabulary)),
+        )
         space = Space(
             x_TM=_room(count, _filled(shape.width)),
             qkv_TN=_room(count, _filled((shape.heads + 2 * shape.kv_heads) * shape.head_dim)),
@@ -216,7 +229,8 @@ def _rounded(panels: Panels) -> Panels:
 
 
 def _panels(layers: Sequence[Any], weights: Callable[[Any], list[torch.Tensor]]) -> Panels:
-    """Weights [N, M] of each layer as panels [L, C, M, W]; those of several products of a layer take turns."""
+    """Weights [N, M] of each layer as panels [L, C, M, W]; those of several products of a layer take
+    turns."""
     panels = None
     for index, layer in enumerate(layers):
         blocks_CSWM = torch.stack([_blocks(weight.detach()) for weight in weights(layer)], 1)
@@ -230,7 +244,9 @@ def _panels(layers: Sequence[Any], weights: Callable[[Any], list[torch.Tensor]])
 
 def _rows(layers: Sequence[Any], vector: Callable[[Any], torch.Tensor | None]) -> np.ndarray:
     """One vector a layer, filled up to whole panels; of no columns where there are none."""
-    return np.stack([_array(None if (x := vector(layer)) is None else _blocks(x).flatten(), (0,)) for layer in layers])
+    return np.stack(
+        [_array(None if (x := vector(layer)) is None else _blocks(x).flatten(), (0,)) for layer in layers]
+    )
 
 
 def _array(x: torch.Tensor | None, empty: tuple[int, ...]) -> np.ndarray:

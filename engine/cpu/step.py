@@ -1,12 +1,13 @@
-"""A step of a model built like Llama, as one compiled function: what threads run side by side, layer after layer.
+"""A step of a model built like Llama, as one compiled function: what threads run side by side, layer after
+layer.
 
-The model's layers are two RMS norms, rotary attention with or without a norm of queries and keys, and a gated MLP.
-Everything here computes a token's numbers in an order that does not depend on what else is in the step: results are the
-same to the last bit, whatever shares the batch and however a prompt was cut.
+The model's layers are two RMS norms, rotary attention with or without a norm of queries and keys, and a gated
+MLP. Everything here computes a token's numbers in an order that does not depend on what else is in the step:
+results are the same to the last bit, whatever shares the batch and however a prompt was cut.
 
-L layers, T tokens of the step, M width, N outputs of a product, H query heads, K KV heads, D head size, E half of it, F
-intermediate size, C panels of W outputs, X pages, P positions of a page, B blocks of V dimensions of a value, J pieces
-of requests, R tokens whose logits are wanted, S threads.
+L layers, T tokens of the step, M width, N outputs of a product, H query heads, K KV heads, D head size, E
+half of it, F intermediate size, C panels of W outputs, X pages, P positions of a page, B blocks of V
+dimensions of a value, J pieces of requests, R tokens whose logits are wanted, S threads.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -28,7 +29,8 @@ PHASES = 6  # of a layer
 
 
 class Panels(NamedTuple):
-    """Weights of a product in each layer, in the order in which they are read: float32, or int8 with scales."""
+    """Weights of a product in each layer, in the order in which they are read: float32, or int8 with
+    scales."""
 
     numbers: np.ndarray  # [L, C, inner size, W]
     scales_LCW: np.ndarray  # of each output, or 0 panels
@@ -98,15 +100,16 @@ class Space(NamedTuple):
 
 @part()
 def _panel(rows, x, x_row, size, panels_CMW, scales_CW, panel, out, out_row, row_scales, add, following):
-    """out [rows, WIDE] (+)= row_scales * x [rows, size] by one panel; asks for the `following` one meanwhile."""
+    """out [rows, WIDE] (+)= row_scales * x [rows, size] by one panel; asks for the `following` one
+    meanwhile."""
     item, scales = panels_CMW.itemsize, address(scales_CW) + panel * WIDE * ITEM if len(scales_CW) else 0
     length = size * WIDE * item
     w, ahead = address(panels_CMW) + panel * length, address(panels_CMW) + following * length
     end = ahead + length
     for k in range(0, size, DEPTH):
         ahead = multiply_wide(
-            rows, panels_CMW.dtype, x + k * ITEM, x_row, w + k * WIDE * item, WIDE * item, min(DEPTH, size - k), out,
-            out_row, row_scales, scales, 1 if add or k > 0 else 0, ahead, end,
+            rows, panels_CMW.dtype, x + k * ITEM, x_row, w + k * WIDE * item, WIDE * item,
+            min(DEPTH, size - k), out, out_row, row_scales, scales, 1 if add or k > 0 else 0, ahead, end,
         )  # fmt: skip
 
 
@@ -126,8 +129,9 @@ def _product(counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TN, bias
             inverse_rms(x_TM, begin, end, size, eps, norms_T)
         _panel(
             end - begin, address(x_TM) + begin * x_row, x_row, size, panels_CMW, scales_CW, panel,
-            address(out_TN) + begin * out_row + panel * WIDE * ITEM, out_row, address(norms_T) if eps >= 0 else 0,
-            0 if eps >= 0 else 1, following % panels if following < units else panel,
+            address(out_TN) + begin * out_row + panel * WIDE * ITEM, out_row,
+            address(norms_T) if eps >= 0 else 0, 0 if eps >= 0 else 1,
+            following % panels if following < units else panel,
         )  # fmt: skip
         if len(bias_N):
             for t in range(begin, end):
@@ -137,7 +141,9 @@ def _product(counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TN, bias
 
 
 @part()
-def _gated(counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TF, bias_N, with_gelu, norms_T, both_2TW):
+def _gated(
+    counter, rows, x_TM, size, eps, panels_CMW, scales_CW, out_TF, bias_N, with_gelu, norms_T, both_2TW
+):
     """out = activation(norm(x) by gates) * (norm(x) by values), for the first `rows` of x."""
     pairs, x_row, row = len(panels_CMW) // 2, x_TM.shape[1] * ITEM, WIDE * ITEM
     gate, up = address(both_2TW[0]), address(both_2TW[1])
@@ -180,7 +186,8 @@ def _of(panels, bias_LN, layer):
 
 @whole
 def step(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXKBPV, space):
-    """Compute a step: what thread `thread` of a team does, with its `start`. `space.counts` is all zero before.
+    """Compute a step: what thread `thread` of a team does, with its `start`. `space.counts` is all zero
+    before.
 
     Writes the step's keys and values into their pages, and the logits of the wanted tokens.
     """
@@ -221,14 +228,19 @@ def step(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXKBPV
         met = meet(arrivals, met + threads)
         panels_CMW, scales_CW, bias_N = _of(weights.gate_up, weights.gate_up_bias_LN, layer)
         _gated(
-            counter + 32, rows, x_TM, width, shape.mlp_eps, panels_CMW, scales_CW, inner_TF, bias_N, shape.gelu,
-            norms_T, both_2TW,
+            counter + 32, rows, x_TM, width, shape.mlp_eps, panels_CMW, scales_CW, inner_TF, bias_N,
+            shape.gelu, norms_T, both_2TW,
         )  # fmt: skip
         met = meet(arrivals, met + threads)
         panels_CMW, scales_CW, bias_N = _of(weights.down, weights.down_bias_LM, layer)
-        _product(counter + 40, rows, inner_TF, shape.inner, -1.0, panels_CMW, scales_CW, x_TM, bias_N, norms_T)
+        _product(
+            counter + 40, rows, inner_TF, shape.inner, -1.0, panels_CMW, scales_CW, x_TM, bias_N, norms_T
+        )
         met = meet(arrivals, met + threads)
         counter += 8 * PHASES
-    panels_CMW, scales_CW, bias_N = _of(weights.head, weights.head_bias_LV, np.int64(0))  # a literal has its own type
-    _product(counter, rows, x_TM, width, shape.last_eps, panels_CMW, scales_CW, space.logits_RV, bias_N, norms_T)
+    # a literal has its own type
+    panels_CMW, scales_CW, bias_N = _of(weights.head, weights.head_bias_LV, np.int64(0))
+    _product(
+        counter, rows, x_TM, width, shape.last_eps, panels_CMW, scales_CW, space.logits_RV, bias_N, norms_T
+    )
     meet(arrivals, met + threads)

@@ -1,8 +1,8 @@
 """Threads that run one compiled function side by side, and meet in it.
 
-A step of a model is one call that all threads make. Between its phases they wait for each other, spinning, for a phase
-takes microseconds; what there is to do in a phase is numbered, and each thread takes the next number. Between steps
-they spin on for some milliseconds: to wake a thread that sleeps takes a tenth of one.
+A step of a model is one call that all threads make. Between its phases they wait for each other, spinning,
+for a phase takes microseconds; what there is to do in a phase is numbered, and each thread takes the next
+number. Between steps they spin on for some milliseconds: to wake a thread that sleeps takes a tenth of one.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -27,7 +27,9 @@ PATIENCE = 4000  # looks at what others do before the processor is offered to wh
 AWAKE = 10_000  # looks at whether there is something to do before a thread goes to sleep
 PAUSE = "llvm.x86.sse2.pause" if INTEL else ""
 _I64 = ir.IntType(64)
-_give_way = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
+_give_way = types.ExternalFunction(
+    "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
+)
 
 
 @intrinsic
@@ -67,7 +69,8 @@ def meet(address, arrivals):
 
 @part()
 def lead(thread, start):
-    """What a job does first: the first thread tells the others, by the number at `start`, that they may begin too."""
+    """What a job does first: the first thread tells the others, by the number at `start`, that they may begin
+    too."""
     if thread == 0:
         take(start)
 
@@ -86,8 +89,8 @@ def _changed(address, before, looks):
 class Team:
     """The calling thread and `size` - 1 others, which run compiled jobs together.
 
-    The others begin when the caller is in compiled code, and it leaves that when they are through: so an interrupt
-    finds a job not begun or ended, and no thread waits for one that does not come.
+    The others begin when the caller is in compiled code, and it leaves that when they are through: so an
+    interrupt finds a job not begun or ended, and no thread waits for one that does not come.
     """
 
     def __init__(self, size: int) -> None:
@@ -99,7 +102,9 @@ class Team:
         self._wanted = False
         self._awake = [threading.Event() for _ in range(1, size)]
         for index, awake in enumerate(self._awake, 1):
-            threading.Thread(target=self._work, args=(index, awake), name=f"team-{index}", daemon=True).start()
+            threading.Thread(
+                target=self._work, args=(index, awake), name=f"team-{index}", daemon=True
+            ).start()
 
     def run(self, job: Callable[[int], Any]) -> None:
         """Call job(0) here and job(1), job(2), ... in the other threads.

@@ -1,9 +1,10 @@
-"""A product of a few rows by a few vectors of outputs, its sums in registers: what every product here is made of.
+"""A product of a few rows by a few vectors of outputs, its sums in registers: what every product here is made
+of.
 
-That is the inner loop of every good matrix product (Goto and van de Geijn, "Anatomy of High-Performance Matrix
-Multiplication", 2008). It is written as LLVM's vectors, so that the registers are used as meant on any processor, and
-every sum is a chain of fused multiply-adds in the same order however many rows there are: a row's result does not
-depend on its neighbours, to the last bit.
+That is the inner loop of every good matrix product (Goto and van de Geijn, "Anatomy of High-Performance
+Matrix Multiplication", 2008). It is written as LLVM's vectors, so that the registers are used as meant on any
+processor, and every sum is a chain of fused multiply-adds in the same order however many rows there are: a
+row's result does not depend on its neighbours, to the last bit.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls

@@ -20,6 +20,6 @@ from engine.models.vocabulary import eos_ids, vocabulary
 
 __all__ = [
     "PRESETS", "SPECS", "LoadedModel", "ModelError", "Preset", "catalogue", "config_numbers", "eos_ids",
-    "kv_bytes_per_token", "kv_layers", "load", "positions", "refuse_other_state", "ropes", "sampling_defaults",
-    "telling_positions", "vocabulary", "with_defaults",
+    "kv_bytes_per_token", "kv_layers", "load", "positions", "refuse_other_state", "ropes",
+    "sampling_defaults", "telling_positions", "vocabulary", "with_defaults",
 ]  # fmt: skip

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 TAKEN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 WAY_OUT = "mend the file, or set generation_config='none'"
-# What else changes the tokens that `model.generate` gives, and the value by which it changes nothing. (max_length gives
-# way to max_new_tokens there, of which every request has one.)
+# What else changes the tokens that `model.generate` gives, and the value by which it changes nothing.
+# (max_length gives way to max_new_tokens there, of which every request has one.)
 IGNORED: dict[str, Any] = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0.0,
     "penalty_alpha": 0.0, "dola_layers": None, "constraints": None, "force_words_ids": None,
@@ -59,7 +59,8 @@ def sampling_defaults(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def with_defaults(params: SamplingParams, defaults: dict[str, Any], room: int) -> ResolvedParams:
-    """What a request asks for, filled up with a model's defaults, for a prompt that leaves `room` for so many tokens.
+    """What a request asks for, filled up with a model's defaults, for a prompt that leaves `room` for so many
+    tokens.
 
     The model's max_new_tokens, which nobody asked for, gives way where that is less.
     """

@@ -39,15 +39,16 @@ def refuse_other_state(model: PreTrainedModel) -> None:
 
 def _refuse(model: PreTrainedModel, why: str) -> NoReturn:
     raise InputError(
-        f"{type(model).__name__} {why}: only causal models with full or sliding-window attention and a key-value "
-        "cache can be batched here"
+        f"{type(model).__name__} {why}: only causal models with full or sliding-window attention and a "
+        "key-value cache can be batched here"
     )
 
 
 def kv_layers(model: PreTrainedModel) -> list[KVLayer]:
     """Return what the model's own cache holds of a token, layer by layer: found by running one token.
 
-    A config says it only to who knows the architecture: layers differ, share their keys and values, or compress them.
+    A config says it only to who knows the architecture: layers differ, share their keys and values, or
+    compress them.
 
     Raises:
         InputError: for a model that keeps something else, or nothing.
@@ -60,7 +61,11 @@ def kv_layers(model: PreTrainedModel) -> list[KVLayer]:
     cache = DynamicCache(config=model.config)
     try:
         with torch.inference_mode():
-            model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+            model(
+                torch.zeros(1, 1, dtype=torch.long, device=model.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError) as error:
         _refuse(model, f"does not take a cache of keys and values ({repr(error).splitlines()[0]:.200})")
     layers: list[Any] = [
@@ -75,7 +80,8 @@ def kv_layers(model: PreTrainedModel) -> list[KVLayer]:
 
 
 def kv_bytes_per_token(model: PreTrainedModel, element_bytes: int | None = None) -> int:
-    """Bytes of one token's keys and values in all layers, in the model's dtype or of elements of another size.
+    """Bytes of one token's keys and values in all layers, in the model's dtype or of elements of another
+    size.
 
     A sliding window bounds how many tokens are kept, not this. Raises what `kv_layers` raises.
     """
@@ -84,7 +90,8 @@ def kv_bytes_per_token(model: PreTrainedModel, element_bytes: int | None = None)
 
 
 def ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The parameters of each RoPE of a model, `rope_type` among them: one for all layers, or one a layer type."""
+    """The parameters of each RoPE of a model, `rope_type` among them: one for all layers, or one a layer
+    type."""
     given = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     return [rope for rope in (given, *given.values()) if isinstance(rope, dict) and "rope_type" in rope]
 
@@ -92,17 +99,22 @@ def ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
 def positions(config: PreTrainedConfig) -> tuple[int, str]:
     """How many positions a request may take, and why not all that the model has (empty where it may).
 
-    Transformers rotates every token of a pass by other frequencies once one of them lies beyond a bound. What a request
-    gets would depend on its company there, and its cache would mix both. The bound of `dynamic` RoPE is the model's own
-    number of positions, which no request passes; that of `longrope` lies below.
+    Transformers rotates every token of a pass by other frequencies once one of them lies beyond a bound. What
+    a request gets would depend on its company there, and its cache would mix both. The bound of `dynamic`
+    RoPE is the model's own number of positions, which no request passes; that of `longrope` lies below.
     """
     stated = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     most = sys.maxsize if stated is None else int(check("max_position_embeddings", stated, int, 1))
-    bounds = [rope["original_max_position_embeddings"] for rope in ropes(config) if rope["rope_type"] == "longrope"]
+    bounds = [
+        rope["original_max_position_embeddings"] for rope in ropes(config) if rope["rope_type"] == "longrope"
+    ]
     bound = min(bounds, default=most)
     if bound >= most:
         return most, ""
-    return bound, f" (of its {most}: beyond, its longrope RoPE would make results depend on what shares a batch)"
+    return (
+        bound,
+        f" (of its {most}: beyond, its longrope RoPE would make results depend on what shares a batch)",
+    )
 
 
 def config_numbers(config: PreTrainedConfig) -> set[int]:
@@ -126,12 +138,14 @@ def config_numbers(config: PreTrainedConfig) -> set[int]:
 
 
 def telling_positions(config: PreTrainedConfig, capacity: int = sys.maxsize) -> list[int]:
-    """Return rising positions from the whole range: the first, either side of each number in the config, the last.
+    """Return rising positions from the whole range: the first, either side of each number in the config, the
+    last.
 
     What a model does otherwise from some position on shows there.
 
     Args:
-        capacity: positions that a request may take at most, besides those that the model has; no more are returned.
+        capacity: positions that a request may take at most, besides those that the model has; no more are
+            returned.
     """
     most = min(positions(config)[0], capacity)
     found = {*range(min(FIRST, most))}

@@ -92,8 +92,8 @@ def check_values(file: GgufFile) -> None:
     """Refuse by its key a value that no such key can have, before anything is computed from it.
 
     Raises:
-        ModelError: for text or a truth where a number is due, a number that is negative or not finite, and 0 where
-            something is divided by it or has to be there.
+        ModelError: for text or a truth where a number is due, a number that is negative or not finite, and 0
+            where something is divided by it or has to be there.
     """
     for key, value in file.own.items():
         if key in TEXTS:

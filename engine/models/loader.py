@@ -1,4 +1,5 @@
-"""From a model spec to a model and its tokenizer: `random:NAME`, `smollm2`, a GGUF file, a folder, a hub id."""
+"""From a model spec to a model and its tokenizer: `random:NAME`, `smollm2`, a GGUF file, a folder, a hub
+id."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """An architecture without weights: Transformers' name for it, its sizes and what else is special to it."""
+    """An architecture without weights: Transformers' name for it, its sizes and what else is special to
+    it."""
 
     model_type: str
     sizes: tuple[int, ...]  # vocabulary, hidden, MLP, layers, query heads, KV heads, positions

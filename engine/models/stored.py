@@ -42,8 +42,9 @@ def causal_lm(folder: str, dtype: str, source: str, **options: Any) -> PreTraine
     how["ignore_mismatched_sizes"] = True  # only so that what is found says which
     loaded = AutoModelForCausalLM.from_pretrained(folder, **how, **options)
     model, found = cast("tuple[PreTrainedModel, Any]", loaded)
-    # Without a word, Transformers would give BERT a causal head, and random numbers to a weight that is missing.
-    # One that has no place in the model, such as a bias that its config does not have, it would pass over.
+    # Without a word, Transformers would give BERT a causal head, and random numbers to a weight that is
+    # missing. One that has no place in the model, such as a bias that its config does not have, it would pass
+    # over.
     declared = model.config.architectures or []
     if declared and not any(name in CAUSAL.values() or name.endswith("ForCausalLM") for name in declared):
         raise ModelError(f"{source} is not a causal LM but {', '.join(declared)}; {WAYS_OUT}")

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 class StepResult:
     """What running a step gave and what it cost.
 
-    `choices` has one entry a request of the step, in its order: None where more of its tokens must be computed first.
-    `tokens_computed` counts useful positions, `padded_tokens` the others. `model_s` is the time from handing tensors
-    to the model to holding the sampled tokens on the host (seconds), `kv_bytes` the KV memory that requests hold.
+    `choices` has one entry a request of the step, in its order: None where more of its tokens must be
+    computed first. `tokens_computed` counts useful positions, `padded_tokens` the others. `model_s` is the
+    time from handing tensors to the model to holding the sampled tokens on the host (seconds), `kv_bytes` the
+    KV memory that requests hold.
     """
 
     choices: list[Choice | None]
@@ -29,7 +30,8 @@ class StepResult:
 
 
 class Ticket(Protocol):
-    """A step that has been launched; if `late`, the next may be launched before `collect`, which waits for this one."""
+    """A step that has been launched; if `late`, the next may be launched before `collect`, which waits for
+    this one."""
 
     @property
     def late(self) -> bool: ...

@@ -47,7 +47,8 @@ class DeterministicModel(EagerModel):
     def logits(
         self, tokens: list[int], pieces: list[Piece], rows: list[int], position_ids: list[int] | None = None
     ) -> torch.Tensor:
-        """Logits [R, V] of the tokens at `rows`, rising, of a step of these pieces; `position_ids` as elsewhere."""
+        """Logits [R, V] of the tokens at `rows`, rising, of a step of these pieces; `position_ids` as
+        elsewhere."""
         found = []
         for begin, ids, parts in self._passes(tokens, pieces):
             wanted = [row - begin for row in rows if begin <= row < begin + self._size]

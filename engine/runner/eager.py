@@ -1,7 +1,8 @@
-"""A model called as Transformers wrote it, over pages: attention is ours, and linear layers are joined products.
+"""A model called as Transformers wrote it, over pages: attention is ours, and linear layers are joined
+products.
 
-It is given token ids, position ids and one keyword more, which reaches the attention function registered under
-`engine.attention.NAME`.
+It is given token ids, position ids and one keyword more, which reaches the attention function registered
+under `engine.attention.NAME`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class EagerModel:
     def compute(
         self, step: PackedStep, tokens: list[int], rows: list[int], position_ids: list[int] | None = None
     ) -> torch.Tensor:
-        """Logits [R, V] of the tokens at `rows`, of a step with these tokens; `position_ids` as for `logits`."""
+        """Logits [R, V] of the tokens at `rows`, of a step with these tokens; `position_ids` as for
+        `logits`."""
         device = self.twin.device
         positions_T = step.positions_T if position_ids is None else torch.tensor(position_ids, device=device)
         logits_1RV = self.twin(

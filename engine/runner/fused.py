@@ -1,7 +1,8 @@
-"""Triton kernels for what lies between a layer's matrix products: norms, activations, and the choice of a token.
+"""Triton kernels for what lies between a layer's matrix products: norms, activations, and the choice of a
+token.
 
-Each does in one pass over memory what the model's own modules do in several, and rounds where they round. Attention and
-pages are in engine/attention/kernels.py, which says how kernels are written here.
+Each does in one pass over memory what the model's own modules do in several, and rounds where they round.
+Attention and pages are in engine/attention/kernels.py, which says how kernels are written here.
 
 T tokens, X by Y rows of C elements, I intermediate size, B rows of logits, V vocabulary, S parts of a row.
 """
@@ -25,11 +26,12 @@ def step_inputs(
     """What a model and its attention want to know of each token, from the little that the host has to say.
 
     Args:
-        inputs_3T: int32; token ids, or -1 - b for the one that lies at last_B[b]; positions, -1 for no token; and
-            lines of the block tables.
+        inputs_3T: int32; token ids, or -1 - b for the one that lies at last_B[b]; positions, -1 for no token;
+            and lines of the block tables.
 
     Returns:
-        Token ids (0 where there is none, or for one that is not sound), positions, slots (`write_pages`), int64 [T],
+        Token ids (0 where there is none, or for one that is not sound), positions, slots (`write_pages`),
+            int64 [T],
         and the length of each token's context, itself included, int32 [T].
     """
     tokens = inputs_3T.shape[1]
@@ -76,11 +78,13 @@ def add_rms_norm(
     Args:
         x: [..., C], such as heads that lie in a joined product.
         summed: x is [S, T, C], partial sums of a product [T, C] in the dtype of the weight (`thin_product`).
-        residual: as many rows, contiguous; the sum is rounded to their dtype before it is normed, as a model does.
+        residual: as many rows, contiguous; the sum is rounded to their dtype before it is normed, as a model
+            does.
         plus_one: scale by 1 + weight (Gemma).
 
     Returns:
-        Contiguous, in the shape and dtype of x (of the product, where it is summed); computed in float32 (Zhang and
+        Contiguous, in the shape and dtype of x (of the product, where it is summed); computed in float32
+            (Zhang and
         Sennrich, 2019).
     """
     parts, part, one = (x.shape[0], x.stride(0), x[0]) if summed else (0, 0, x)
@@ -129,7 +133,8 @@ def _norm(
 def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) * up, contiguous [T, I]; gate and up may be halves of one joined product.
 
-    `activation` is one of ACTIVATIONS: x * sigmoid(x), or GELU by its tanh approximation (Hendrycks and Gimpel, 2016).
+    `activation` is one of ACTIVATIONS: x * sigmoid(x), or GELU by its tanh approximation (Hendrycks and
+    Gimpel, 2016).
     """
     tokens, size = gate_TI.shape
     out_TI = torch.empty(tokens, size, dtype=gate_TI.dtype, device=gate_TI.device)
@@ -142,7 +147,15 @@ def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.
 
 @triton.jit
 def _gated(
-    gate, up, out, gate_row, up_row, SIZE: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    gate,
+    up,
+    out,
+    gate_row,
+    up_row,
+    SIZE: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -177,13 +190,21 @@ def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
         logits_BV, peaks_BS, tokens_BS, logits_BV.stride(0), VOCABULARY=vocabulary, PART=PART, **DEPENDENT
     )
     _best_of_row[(rows,)](
-        peaks_BS, tokens_BS, tokens_B, PARTS=parts, BLOCK=triton.next_power_of_2(parts), num_warps=1, **DEPENDENT
+        peaks_BS,
+        tokens_BS,
+        tokens_B,
+        PARTS=parts,
+        BLOCK=triton.next_power_of_2(parts),
+        num_warps=1,
+        **DEPENDENT,
     )
     return tokens_B
 
 
 @triton.jit
-def _best_of_part(logits, peaks, tokens, logits_row, VOCABULARY: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr):
+def _best_of_part(
+    logits, peaks, tokens, logits_row, VOCABULARY: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr
+):
     follow(PDL)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v_V = part * PART + tl.arange(0, PART)

@@ -1,9 +1,10 @@
-"""Decoder layers in nine kernels: modules of a packed model replaced where they compute what a fused kernel does.
+"""Decoder layers in nine kernels: modules of a packed model replaced where they compute what a fused kernel
+does.
 
-A norm is known by its results, not by its name: it is replaced where the kernel gives the same on random rows. A layer
-built like Llama's (a norm before attention and one before a gated MLP) or Gemma's (one after each as well) is replaced
-as a whole, so that each sum of the residual stream is part of the norm that reads it; whether the model still computes
-the same is for the runner to prove.
+A norm is known by its results, not by its name: it is replaced where the kernel gives the same on random
+rows. A layer built like Llama's (a norm before attention and one before a gated MLP) or Gemma's (one after
+each as well) is replaced as a whole, so that each sum of the residual stream is part of the norm that reads
+it; whether the model still computes the same is for the runner to prove.
 
 T tokens of the step, M hidden size, H query heads, K KV heads, D head size, I intermediate size.
 """
@@ -35,7 +36,9 @@ class FusedNorm(nn.Module):
         super().__init__()
         self.weight, self.eps, self.plus_one, self.kernels = weight, eps, plus_one, kernels
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, summed: bool = False) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, summed: bool = False
+    ) -> torch.Tensor:
         """[..., M] -> [..., M], of residual + x if there is a residual, which then becomes that sum.
 
         `summed`: x is [S, T, M], partial sums of a product.
@@ -46,8 +49,8 @@ class FusedNorm(nn.Module):
 class Stream:
     """The residual stream between layers, which Transformers' own loop over layers does not carry.
 
-    `added` is what the last layer adds to x_TM, partial sums of it where `summed`. Steps of up to `few` rows take thin
-    products.
+    `added` is what the last layer adds to x_TM, partial sums of it where `summed`. Steps of up to `few` rows
+    take thin products.
     """
 
     x_TM: torch.Tensor
@@ -84,7 +87,8 @@ class Angles(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """Takes the place of a decoder layer; leaves in `stream` what is to be added to it, instead of giving the sum.
+    """Takes the place of a decoder layer; leaves in `stream` what is to be added to it, instead of giving the
+    sum.
 
     Args:
         layer: a layer that `is_plain`, its norms FusedNorms and its linear layers Parts of joined products.
@@ -96,7 +100,10 @@ class FusedLayer(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         self.index, self.options, self.stream, self.kernels = index, options, stream, kernels
         self.head_dim = attention.head_dim
-        before, after = [layer.input_layernorm, layer.post_attention_layernorm], [nn.Identity(), nn.Identity()]
+        before, after = (
+            [layer.input_layernorm, layer.post_attention_layernorm],
+            [nn.Identity(), nn.Identity()],
+        )
         if hasattr(layer, "pre_feedforward_layernorm"):
             before[1], after = layer.pre_feedforward_layernorm, [before[1], layer.post_feedforward_layernorm]
         self.before, self.after = nn.ModuleList(before), nn.ModuleList(after)  # attention, the MLP
@@ -110,7 +117,8 @@ class FusedLayer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, position_embeddings: tuple, packed: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """[1, T, M], of which the first layer alone reads more than the shape: what a layer adds is in the stream."""
+        """[1, T, M], of which the first layer alone reads more than the shape: what a layer adds is in the
+        stream."""
         stream, kernels = self.stream, self.kernels
         thin = hidden_states.shape[1] <= stream.few
         if self.index == 0:
@@ -147,7 +155,8 @@ class FusedLayer(nn.Module):
 
     @property
     def may_be_thin(self) -> bool:
-        """Whether its products may be thin: plain weights, none cut into tiles, a bias at attention's inputs alone."""
+        """Whether its products may be thin: plain weights, none cut into tiles, a bias at attention's inputs
+        alone."""
         plain = all(product.weights and not product.tiled for product in self.products)
         return plain and all(product.bias is None for product in self.products[1:])
 
@@ -167,7 +176,8 @@ class LastNorm(nn.Module):
 def fuse(
     model: PreTrainedModel, given: Sequence[LayerAttention], kernels: Any, positions: int
 ) -> tuple[Stream, Callable[[], None]]:
-    """Replace each norm of `model` that the kernel equals, and its layers if all are plain; gives what undoes it.
+    """Replace each norm of `model` that the kernel equals, and its layers if all are plain; gives what undoes
+    it.
 
     Args:
         given: what each layer's attention takes, as the model's own code passes it.
@@ -192,13 +202,20 @@ def fuse(
                 replace(module, name, norm)
     layers, last = getattr(model.base_model, "layers", None), getattr(model.base_model, "norm", None)
     rotated = all(layer.only_rotates and layer.source == index for index, layer in enumerate(given))
-    if isinstance(layers, nn.ModuleList) and isinstance(last, FusedNorm) and rotated and all(map(is_plain, layers)):
+    if (
+        isinstance(layers, nn.ModuleList)
+        and isinstance(last, FusedNorm)
+        and rotated
+        and all(map(is_plain, layers))
+    ):
         fused = [FusedLayer(layer, i, given[i].options, stream, kernels) for i, layer in enumerate(layers)]
         for layer in fused:
             replace(layers, str(layer.index), layer)
         replace(model.base_model, "norm", LastNorm(last, stream))
         if all(layer.may_be_thin for layer in fused):
-            stream.few = kernels.few_rows(model.dtype, sum(w.nbytes for p in fused[0].products for w in p.weights))
+            stream.few = kernels.few_rows(
+                model.dtype, sum(w.nbytes for p in fused[0].products for w in p.weights)
+            )
         rotary = getattr(model.base_model, "rotary_emb", None)
         if rotary is not None and positions <= POSITIONS:
             replace(model.base_model, "rotary_emb", Angles(rotary, positions, last.weight))
@@ -206,7 +223,8 @@ def fuse(
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer has the parts of Llama's, or Gemma's, and no others, each of a kind that can be fused."""
+    """Whether a layer has the parts of Llama's, or Gemma's, and no others, each of a kind that can be
+    fused."""
     children = {name: dict(module.named_children()) for name, module in layer.named_children()}
     if set(children) not in (LAYER, LAYER | AFTER) or set(children["mlp"]) != MLP:
         return False
@@ -228,13 +246,20 @@ def _fused_norm(module: nn.Module, kernels: Any) -> FusedNorm | None:
     """A module's fused equal: one weight vector, one epsilon, and the same results on random rows."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float) or weight.is_meta:
+    if (
+        not isinstance(weight, torch.Tensor)
+        or weight.dim() != 1
+        or not isinstance(eps, float)
+        or weight.is_meta
+    ):
         return None
     generator = torch.Generator().manual_seed(0)
     x_TM = (3 * torch.randn(5, len(weight), generator=generator)).to(weight)
     expected = module(x_TM).double()
     for plus_one in (False, True):
         fused = FusedNorm(weight, eps, plus_one, kernels)
-        if float((fused(x_TM).double() - expected).abs().max()) <= CLOSE[weight.dtype] * float(expected.abs().max()):
+        if float((fused(x_TM).double() - expected).abs().max()) <= CLOSE[weight.dtype] * float(
+            expected.abs().max()
+        ):
             return fused
     return None

@@ -1,15 +1,16 @@
-"""Steps whose tokens stay on the device, so that the next step is launched before the host has read this one's.
+"""Steps whose tokens stay on the device, so that the next step is launched before the host has read this
+one's.
 
-A token that the device has chosen and the host has not seen is *pending*: the next step's input names it by where it
-lies, and everything else that a step needs (positions, pages, who runs) the host knows without it.
+A token that the device has chosen and the host has not seen is *pending*: the next step's input names it by
+where it lies, and everything else that a step needs (positions, pages, who runs) the host knows without it.
 
-Launching a layer's nine kernels takes the host about half a millisecond (measured beside an H200: 13 ms for 24 layers),
-which is more than most steps of a small model take a GPU. So steps are CUDA graphs: those in which every request
-computes one token from the first on; those with chunks when their sizes come often, unless they keep a GPU busy for
-longer than that. All of it but the capture also runs on a CPU.
+Launching a layer's nine kernels takes the host about half a millisecond (measured beside an H200: 13 ms for
+24 layers), which is more than most steps of a small model take a GPU. So steps are CUDA graphs: those in
+which every request computes one token from the first on; those with chunks when their sizes come often,
+unless they keep a GPU busy for longer than that. All of it but the capture also runs on a CPU.
 
-T tokens of the step, B rows of one token (they come first), R requests of several, X table entries or tiles, K tokens
-whose logits are wanted, V vocabulary.
+T tokens of the step, B rows of one token (they come first), R requests of several, X table entries or tiles,
+K tokens whose logits are wanted, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ BOUND = 1024  # least context that a graph's grid is made for; more in powers of
 FEW_TOKENS = 8  # of the proof's shortest chunk
 FEW_ROWS = 32  # up to so many rows, short splits are needed to fill a GPU
 SHORT = 7e10  # multiply-adds of a layer: beyond, an H200 takes longer than a host that launches its kernels
-OFTEN = 6  # steps of the same sizes before a capture: it costs about as much as six such steps lose without it
+# steps of the same sizes before a capture: it costs about as much as six such steps lose without it
+OFTEN = 6
 
 
 def bucket(rows: int) -> int:
-    """How many rows the graph for `rows` rows has: the next power of two, multiple of 8, or (beyond 160) of 16."""
+    """How many rows the graph for `rows` rows has: the next power of two, multiple of 8, or (beyond 160) of
+    16."""
     if rows <= 8:
         return 1 << (rows - 1).bit_length()
     unit = 8 if rows <= 160 else 16
@@ -71,8 +74,10 @@ class InFlight:
     """A step under way whose tokens are still on the device.
 
     Args:
-        tokens_B: of every output row, on their way to the host; -1 for a row that is not sound. `done` says when.
-        rows: the output row of each request of the step, None where more of its tokens must be computed first.
+        tokens_B: of every output row, on their way to the host; -1 for a row that is not sound. `done` says
+            when.
+        rows: the output row of each request of the step, None where more of its tokens must be computed
+            first.
         result: everything else about the step.
     """
 
@@ -107,19 +112,26 @@ class DeviceRunner(Runner):
         model, pool, deterministic: as for PackedRunner. Deterministic steps take products of a fixed size,
             and attend every token as a row of its own, cut by its own length alone.
         rows: requests that share a step, at most.
-        kernels: what else has the functions of `triton_kernels` and shall compute instead of them; on a CPU these run
-            in Triton's interpreter only.
+        kernels: what else has the functions of `triton_kernels` and shall compute instead of them; on a CPU
+            these run in Triton's interpreter only.
 
     Raises:
         InputError: for a model that cannot run packed.
     """
 
     def __init__(
-        self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False, rows: int = 32, kernels: Any = None
+        self,
+        model: PreTrainedModel,
+        pool: PagePool,
+        deterministic: bool = False,
+        rows: int = 32,
+        kernels: Any = None,
     ) -> None:
         refuse_unpackable(model)
         if any("dynamic" in rope["rope_type"] for rope in ropes(model.config)):
-            raise InputError(f"{type(model).__name__} has dynamic RoPE, which reads every step's positions on the host")
+            raise InputError(
+                f"{type(model).__name__} has dynamic RoPE, which reads every step's positions on the host"
+            )
         self.pool, self.deterministic, self.device = pool, deterministic, model.device
         self.model = twin(model)
         with refused(model):
@@ -128,7 +140,9 @@ class DeviceRunner(Runner):
         sizes = {(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in self.layers}
         kv_heads, head_dim, value_dim = next(iter(sizes))
         if len(sizes) > 1 or head_dim != value_dim:
-            raise InputError(f"{type(model).__name__} has keys and values of several sizes, which no kernel here reads")
+            raise InputError(
+                f"{type(model).__name__} has keys and values of several sizes, which no kernel here reads"
+            )
         self.copied_bytes = prepare(join(self.model, deterministic))
         shape = (2, pool.pages, kv_heads, pool.page_size, head_dim)
         own = {layer.source for layer in self.layers}
@@ -142,9 +156,11 @@ class DeviceRunner(Runner):
         # The tokens of the step before: of its rows, then of what else it kept.
         self._last_B = torch.zeros(2 * self._most, dtype=torch.int64, device=self.device)
         self._sources: dict[Request, int] = {}  # whose they are
-        self._lines: dict[Request, tuple[int, list[int], int]] = {}  # line of the tables, its pages, how many are there
+        # line of the tables, its pages, how many are there
+        self._lines: dict[Request, tuple[int, list[int], int]] = {}
         self._free_lines = list(range(rows))[::-1]
-        self._sampled_KV: torch.Tensor | None = None  # logits of a step that is not greedy, for one graph at a time
+        # logits of a step that is not greedy, for one graph at a time
+        self._sampled_KV: torch.Tensor | None = None
         heads = model.config.get_text_config(decoder=True).num_attention_heads
         self._tile = self.kernels.chunk_tokens(heads // kv_heads, head_dim, model.dtype.itemsize)
         outer: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -153,7 +169,8 @@ class DeviceRunner(Runner):
         self.graphs = Graphs(self._compute, self._last_B)
         self._seen: Counter[Sizes] = Counter()  # of steps with chunks, and how often
         cuda = self.device.type == "cuda"
-        self._here = torch.cuda.device(self.device if cuda else -1)  # Triton launches where torch's current device is
+        # Triton launches where torch's current device is
+        self._here = torch.cuda.device(self.device if cuda else -1)
         with self._here:
             self._fuse(model)
 
@@ -219,8 +236,9 @@ class DeviceRunner(Runner):
     def launch(self, step: Step) -> Ticket:
         """Start a step; the ticket's `collect` gives its result.
 
-        Of a request's tokens the last may be pending, chosen by the step launched just before. Where all requests of
-        the step take the likeliest token, nothing is waited for; else the ticket holds tokens that are here already.
+        Of a request's tokens the last may be pending, chosen by the step launched just before. Where all
+        requests of the step take the likeliest token, nothing is waited for; else the ticket holds tokens
+        that are here already.
         """
         with self._here, torch.inference_mode():
             return self._launch(step)
@@ -228,7 +246,9 @@ class DeviceRunner(Runner):
     def _launch(self, step: Step) -> Ticket:
         started = time.perf_counter()
         self.pool.dirty.clear()  # no kernel reads beyond what its request has written
-        rows_first = step if all(count == 1 for _, count in step) else sorted(step, key=lambda item: item[1] > 1)
+        rows_first = (
+            step if all(count == 1 for _, count in step) else sorted(step, key=lambda item: item[1] > 1)
+        )
         ids: list[int] = []
         ends: dict[Request, int] = {}
         for request, count in rows_first:
@@ -250,7 +270,9 @@ class DeviceRunner(Runner):
         greedy = all(map(_greedy, ready))
         single = len(ids) == len(step)
         at = {request: ends[request] - 1 if single else row for row, request in enumerate(ready)}
-        keep_K = np.arange(len(ids)) if single else np.array([ends[request] - 1 for request in ready], dtype=int)
+        keep_K = (
+            np.arange(len(ids)) if single else np.array([ends[request] - 1 for request in ready], dtype=int)
+        )
         spans_3R = np.stack([ends_R - counts_R, ends_R, computed_R])
         laid = self._laid(np.stack([np.array(ids), positions_T, lines_T]), keep_K, lines_R, spans_3R)
         sizes = self._padded(laid, greedy, single)
@@ -276,7 +298,9 @@ class DeviceRunner(Runner):
             done = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
             return InFlight(tokens_B, done, [at.get(request) for request, _ in step], result)
         assert logits_KV is not None
-        by_request = dict(zip(ready, sample(logits_KV[[at[request] for request in ready]], ready), strict=True))
+        by_request = dict(
+            zip(ready, sample(logits_KV[[at[request] for request in ready]], ready), strict=True)
+        )
         return Done(result([by_request.get(request) for request, _ in step]))
 
     def _place(self, requests: list[Request]) -> np.ndarray:
@@ -300,7 +324,9 @@ class DeviceRunner(Runner):
             self._tables_RN[line_X, column_X] = page_X
         return np.array(lines)
 
-    def _laid(self, inputs_3T: np.ndarray, keep_K: np.ndarray, lines_R: np.ndarray, spans_3R: np.ndarray) -> Laid:
+    def _laid(
+        self, inputs_3T: np.ndarray, keep_K: np.ndarray, lines_R: np.ndarray, spans_3R: np.ndarray
+    ) -> Laid:
         """A step of tokens in the order of its requests: those of one token come first."""
         rows = inputs_3T.shape[1] if self.deterministic else int((spans_3R[1] - spans_3R[0] == 1).sum())
         if self.deterministic or rows == len(lines_R):
@@ -315,7 +341,8 @@ class DeviceRunner(Runner):
         return Laid(rows, inputs_3T, keep_K, lines_R, spans_3R, tiles_X2)
 
     def _padded(self, laid: Laid, greedy: bool, single: bool) -> Sizes | None:
-        """The sizes of a graph for a step, `single` if each of its requests computes one token; None if it has none."""
+        """The sizes of a graph for a step, `single` if each of its requests computes one token; None if it
+        has none."""
         exact = laid.sizes(greedy)
         bound, most = BOUND, self._columns * self.pool.page_size
         while bound < min(exact.bound, most):
@@ -345,7 +372,9 @@ class DeviceRunner(Runner):
             self._sampled_KV = logits_KV.new_empty(len(self._last_B), logits_KV.shape[1])
         return self._sampled_KV[: sizes.kept].copy_(logits_KV)
 
-    def _logits(self, sizes: Sizes, ints_I: torch.Tensor, position_ids_T: torch.Tensor | None = None) -> torch.Tensor:
+    def _logits(
+        self, sizes: Sizes, ints_I: torch.Tensor, position_ids_T: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The model's logits, [K, V], for a step that lies in an array on the device.
 
         `position_ids_T` are what the model is told instead of the tokens' places in their requests.
@@ -357,12 +386,13 @@ class DeviceRunner(Runner):
         )
         chunks = (self._tables_RN[lines_R], *spans_3R, tiles_X2) if sizes.requests else None
         step = DeviceStep(
-            self.keys, self.values, self.kernels, slots_T, self._tables_RN, lengths_T[:rows], inputs_3T[2, :rows],
-            sizes.bound, 64 if self.deterministic or rows <= FEW_ROWS else 256, chunks,
+            self.keys, self.values, self.kernels, slots_T, self._tables_RN, lengths_T[:rows],
+            inputs_3T[2, :rows], sizes.bound, 64 if self.deterministic or rows <= FEW_ROWS else 256, chunks,
         )  # fmt: skip
         every = sizes.kept == rows and not sizes.tokens
         return self.model(
-            input_ids=ids_T[None], position_ids=positions_T[None] if position_ids_T is None else position_ids_T[None],
+            input_ids=ids_T[None],
+            position_ids=positions_T[None] if position_ids_T is None else position_ids_T[None],
             use_cache=False, logits_to_keep=0 if every else keep_K.long(), packed=step,
         ).logits[0]  # fmt: skip
 
@@ -380,7 +410,9 @@ def _greedy(request: Request) -> bool:
     return request.greedy and (known >= request.params.min_new_tokens or not request.stop_ids)
 
 
-def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int, int8: bool = False) -> Runner:
+def packed_runner(
+    model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int, int8: bool = False
+) -> Runner:
     """The packed runner for the model's device; `rows` requests share a step at most; int8 is for a CPU.
 
     Raises:
@@ -392,7 +424,8 @@ def packed_runner(model: PreTrainedModel, pool: PagePool, deterministic: bool, r
 
 
 def triton_kernels() -> Any:
-    """What a device step calls, as Triton kernels; imported when needed, since a CPU can do without Triton."""
+    """What a device step calls, as Triton kernels; imported when needed, since a CPU can do without
+    Triton."""
     from engine.attention import kernels, write
     from engine.runner import fused, thin
 

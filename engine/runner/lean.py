@@ -1,7 +1,7 @@
 """Which models are built like Llama: two RMS norms a layer, rotary attention, and a gated MLP.
 
-Llama, Mistral, Qwen2, Qwen3 and SmolLM2 are. This looks at the parts alone: whether they compute the same is found by
-comparing logits.
+Llama, Mistral, Qwen2, Qwen3 and SmolLM2 are. This looks at the parts alone: whether they compute the same is
+found by comparing logits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
 
 
 def is_lean(model: PreTrainedModel, given: Sequence[LayerAttention]) -> bool:
@@ -36,7 +41,8 @@ def is_lean(model: PreTrainedModel, given: Sequence[LayerAttention]) -> bool:
     return (
         type(embedding) is nn.Embedding
         and all(
-            weight.dtype is torch.float32 and weight.device.type == "cpu" for weight in (embedding.weight, head.weight)
+            weight.dtype is torch.float32 and weight.device.type == "cpu"
+            for weight in (embedding.weight, head.weight)
         )
         and _is_norm(base.norm)
         and len(given) == len(base.layers)
@@ -45,12 +51,18 @@ def is_lean(model: PreTrainedModel, given: Sequence[LayerAttention]) -> bool:
 
 
 def _is_lean_layer(layer: Any, given: LayerAttention, index: int) -> bool:
-    if not _has(layer, LAYER) or not _has(layer.self_attn, ATTENTION, {"q_norm", "k_norm"}) or not _has(layer.mlp, MLP):
+    if (
+        not _has(layer, LAYER)
+        or not _has(layer.self_attn, ATTENTION, {"q_norm", "k_norm"})
+        or not _has(layer.mlp, MLP)
+    ):
         return False
     attention, mlp = layer.self_attn, layer.mlp
     siblings = [[getattr(attention, f"{x}_proj") for x in "qkv"], [mlp.gate_proj, mlp.up_proj]]
     linear = [*siblings[0], *siblings[1], attention.o_proj, mlp.down_proj]
-    head_norms = [norm for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if norm]
+    head_norms = [
+        norm for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if norm
+    ]
     head_dim = getattr(attention, "head_dim", 1)
     return (
         all(type(module) is nn.Linear and module.weight.dtype is torch.float32 for module in linear)

@@ -1,8 +1,9 @@
 """Linear layers that suit packed rows, in a copy of a model that shares every weight with the original.
 
-Layers that read the same input (Q/K/V, gate/up) become one product, and a product goes whichever way is fastest for
-its number of rows (`engine.runner.ways`). The original model gives the same results as before: its weights become
-parts of the joined ones where those are used as they are, so that nothing is held twice; what a way packs is a copy.
+Layers that read the same input (Q/K/V, gate/up) become one product, and a product goes whichever way is
+fastest for its number of rows (`engine.runner.ways`). The original model gives the same results as before:
+its weights become parts of the joined ones where those are used as they are, so that nothing is held twice;
+what a way packs is a copy.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ class Product:
     """x @ weight.T + bias, whichever way suits the rows of x; callable once `prepare` has chosen the ways.
 
     Args:
-        weights: one [N_i, M] or several; outputs lie side by side. A Parameter that is joined with others becomes a
-            view of the whole.
+        weights: one [N_i, M] or several; outputs lie side by side. A Parameter that is joined with others
+            becomes a view of the whole.
         biases: one [N_i] for each weight, or none.
-        tiled: multiply exactly TILE rows at a time, one way, so that a row's result does not depend on its neighbours.
+        tiled: multiply exactly TILE rows at a time, one way, so that a row's result does not depend on its
+            neighbours.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], tiled: bool = False) -> None:
+    def __init__(
+        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], tiled: bool = False
+    ) -> None:
         self.weights, self.tiled = weights, tiled
         self.bias = torch.cat([bias.data for bias in biases]) if biases else None
         self.sizes = [len(weight) for weight in weights]
@@ -104,7 +108,8 @@ class Shared:
 
 
 class Part(nn.Module):
-    """Stands where a linear layer was: one of a product's outputs, and that layer's weight for models that read it."""
+    """Stands where a linear layer was: one of a product's outputs, and that layer's weight for models that
+    read it."""
 
     def __init__(self, shared: Shared, index: int, layer: nn.Module) -> None:
         super().__init__()
@@ -151,16 +156,22 @@ def product_of(layers: Sequence[nn.Module], tiled: bool = False) -> Product:
 def _joinable(layers: list[nn.Module | None]) -> bool:
     """Plain linear layers of one input size, all with a bias or all without."""
     plain = [layer for layer in layers if type(layer) is nn.Linear]
-    return len(plain) == len(layers) and len({(layer.in_features, layer.bias is None) for layer in plain}) == 1
+    return (
+        len(plain) == len(layers) and len({(layer.in_features, layer.bias is None) for layer in plain}) == 1
+    )
 
 
 def _already_joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensor that these are consecutive rows of: one by itself, or several that an earlier engine has joined."""
+    """The tensor that these are consecutive rows of: one by itself, or several that an earlier engine has
+    joined."""
     base = tensors[0].data
     shape = (sum(len(tensor) for tensor in tensors), *base.shape[1:])
     at = base.data_ptr()
     for tensor in tensors:
-        if tensor.data_ptr() != at or tensor.untyped_storage().data_ptr() != base.untyped_storage().data_ptr():
+        if (
+            tensor.data_ptr() != at
+            or tensor.untyped_storage().data_ptr() != base.untyped_storage().data_ptr()
+        ):
             return None
         at += tensor.nbytes
     return base.as_strided(shape, base.stride(), base.storage_offset())

@@ -1,7 +1,8 @@
 """The packed runner: every token of a step in one row, no padding to lengths, keys and values in pages.
 
-Any mix of prompts, parts of prompts and decodes is one pass. On a CPU, a model built like Llama runs as one compiled
-function (`engine.cpu`), any other as Transformers wrote it (`engine.runner.eager`); either is proven equal.
+Any mix of prompts, parts of prompts and decodes is one pass. On a CPU, a model built like Llama runs as one
+compiled function (`engine.cpu`), any other as Transformers wrote it (`engine.runner.eager`); either is proven
+equal.
 """
 
 from __future__ import annotations
@@ -55,15 +56,17 @@ class PackedRunner(Runner):
     Args:
         model: a causal LM in eval mode that takes its attention from Transformers' AttentionInterface.
         pool: the pages' accounting; the store is made to its size.
-        deterministic: give each token bitwise the same logits whatever shares its step and however its prompt was
-            cut. A compiled model does so anyway; others run in passes of a fixed size.
+        deterministic: give each token bitwise the same logits whatever shares its step and however its prompt
+            was cut. A compiled model does so anyway; others run in passes of a fixed size.
         int8: round the weights of linear layers to int8, once they are proven in float32.
 
     Raises:
         InputError: for a model that cannot run packed, saying why; found out by running it.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False, int8: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pool: PagePool, deterministic: bool = False, int8: bool = False
+    ) -> None:
         refuse_unpackable(model)
         self.pool = pool
         self.model = self._build(model, deterministic, int8)
@@ -90,7 +93,9 @@ class PackedRunner(Runner):
                 LOG.warning("%s: its layers look like Llama's but are not; they run as they are", error)
                 lean = None
         if lean is None and int8:
-            raise InputError(f"dtype='int8' is for models built like Llama; {type(model).__name__} is not: use float32")
+            raise InputError(
+                f"dtype='int8' is for models built like Llama; {type(model).__name__} is not: use float32"
+            )
         if lean is None and deterministic:
             return deterministic_model(model, self.pool.page_size, prove)
         if lean is None:
@@ -143,7 +148,9 @@ class PackedRunner(Runner):
             tokens += request.tokens[computed : computed + count]
             pieces.append(Piece(begin, len(tokens), computed, self.pool.tables[request]))
         ready = [
-            (r, piece.end - 1) for (r, n), piece in zip(step, pieces, strict=True) if r.computed + n == len(r.tokens)
+            (r, piece.end - 1)
+            for (r, n), piece in zip(step, pieces, strict=True)
+            if r.computed + n == len(r.tokens)
         ]
         requests = [request for request, _ in ready]
         started = time.perf_counter()
@@ -177,4 +184,6 @@ def refuse_unpackable(model: PreTrainedModel) -> None:
     """Raise InputError for a model that is known not to run packed before it is tried."""
     refuse_other_state(model)
     if not model._supports_attention_backend:
-        raise InputError(f"{type(model).__name__} does not take its attention from Transformers' AttentionInterface")
+        raise InputError(
+            f"{type(model).__name__} does not take its attention from Transformers' AttentionInterface"
+        )

@@ -1,13 +1,15 @@
-"""The padded runner: Transformers' own cache, attention and masks, with as little padding as a rectangle allows.
+"""The padded runner: Transformers' own cache, attention and masks, with as little padding as a rectangle
+allows.
 
-A batch is a rectangle of rows (requests) and columns (positions), left-padded so that every row ends in the same
-column: the last column holds each row's last real token, and one more column is one decode step. Rows are never in
-two batches at once. It works with every causal LM whose cache is keys and values, and is the baseline and the oracle.
+A batch is a rectangle of rows (requests) and columns (positions), left-padded so that every row ends in the
+same column: the last column holds each row's last real token, and one more column is one decode step. Rows
+are never in two batches at once. It works with every causal LM whose cache is keys and values, and is the
+baseline and the oracle.
 
-Three things keep the rectangle cheap without touching the model: keys and values are written in place into buffers
-allocated once a batch (Transformers' DynamicCache copies the whole cache at every step); rows that
-leave are filled from the end and columns that only they used are cut off, as views; and a prefill of uneven prompts
-runs as a staircase of passes, long rows first, where that costs less than the padding it avoids.
+Three things keep the rectangle cheap without touching the model: keys and values are written in place into
+buffers allocated once a batch (Transformers' DynamicCache copies the whole cache at every step); rows that
+leave are filled from the end and columns that only they used are cut off, as views; and a prefill of uneven
+prompts runs as a staircase of passes, long rows first, where that costs less than the padding it avoids.
 """
 
 from __future__ import annotations
@@ -29,18 +31,21 @@ from engine.runner.verify import check_equal, check_finite, proof_text, refused
 from engine.sampler import sample
 from engine.scheduler import Step
 
-# What one more forward pass costs, in tokens of prefill: it reads all weights again. Measured on a CPU at about 20;
-# on a GPU a pass of a small model costs as much as some hundreds of tokens.
+# What one more forward pass costs, in tokens of prefill: it reads all weights again. Measured on a CPU at
+# about 20; on a GPU a pass of a small model costs as much as some hundreds of tokens.
 PASS_TOKENS = {"cpu": 32, "cuda": 1024}
-# Of the proof at load: its text, the prompts of its requests and after how many steps each leaves, positions of a pass.
+# Of the proof at load: its text, the prompts of its requests and after how many steps each leaves, positions
+# of a pass.
 PROOF_TOKENS, PROOF_LENGTHS, PROOF_LEAVES, PROOF_STEP = 14, (10, 6, 3), (1, 2, 2), 6
 PROOF_FAR, FAR_COLUMNS = 6, 8192  # tokens of the text behind so many columns of padding
 
 
 class RowLayer(DynamicLayer):
-    """One layer's keys and values, [rows, K heads, columns, D], in place; `keys` and `values` are views of it.
+    """One layer's keys and values, [rows, K heads, columns, D], in place; `keys` and `values` are views of
+    it.
 
-    Only `update` differs from Transformers' DynamicLayer, so masks and lengths are derived by Transformers itself.
+    Only `update` differs from Transformers' DynamicLayer, so masks and lengths are derived by Transformers
+    itself.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -58,7 +63,9 @@ class RowLayer(DynamicLayer):
         super().lazy_initialization(key_states, value_states)
         rows, columns = self.shape
         # Zeros, because what a mask hides is still multiplied: by zero, which does not hide a NaN.
-        self.buffers = [s.new_zeros(rows, s.shape[1], columns, s.shape[3]) for s in (key_states, value_states)]
+        self.buffers = [
+            s.new_zeros(rows, s.shape[1], columns, s.shape[3]) for s in (key_states, value_states)
+        ]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -80,7 +87,8 @@ class RowLayer(DynamicLayer):
 
 
 class BlankLayer(DynamicLayer):
-    """One layer's keys and values of so many columns of padding, which take no memory, before those of one pass."""
+    """One layer's keys and values of so many columns of padding, which take no memory, before those of one
+    pass."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()
@@ -95,7 +103,9 @@ class BlankLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The pass's keys and values behind zeros; nothing is kept."""
         keys, values = (
-            torch.cat([states.new_zeros(()).expand(*states.shape[:2], self.columns, states.shape[3]), states], 2)
+            torch.cat(
+                [states.new_zeros(()).expand(*states.shape[:2], self.columns, states.shape[3]), states], 2
+            )
             for states in (key_states, value_states)
         )
         return keys, values
@@ -137,8 +147,8 @@ class PaddedRunner(Runner):
     def _prove(self) -> None:
         """Compute requests of unlike length together, and compare with the model's own logits of their text.
 
-        Their prompts are cut into several passes and padded, and the longest and the next leave before the last.
-        That says whether a model looks ahead, and whether it counts positions from a row's first token.
+        Their prompts are cut into several passes and padded, and the longest and the next leave before the
+        last. That says whether a model looks ahead, and whether it counts positions from a row's first token.
 
         Raises:
             InputError: if the logits differ, or for whatever the model raises.
@@ -165,20 +175,28 @@ class PaddedRunner(Runner):
         self._rows, self._cache, self._layers = [], None, []
 
     def _prove_far(self, ids_1T: torch.Tensor, expected_TV: torch.Tensor) -> None:
-        """Compute a text behind so much padding that what begins at some column, such as a temperature, has begun."""
+        """Compute a text behind so much padding that what begins at some column, such as a temperature, has
+        begun."""
         tokens = ids_1T.shape[1]
         columns = max(0, min(positions(self.model.config)[0], FAR_COLUMNS + tokens) - tokens)
         cache = DynamicCache(config=self.model.config)
         cache.layers = [BlankLayer(columns) for _ in cache.layers]
         mask_1C = torch.ones(1, columns + tokens, dtype=torch.long, device=ids_1T.device)
         mask_1C[:, :columns] = 0
-        own = {"position_ids": torch.arange(tokens, device=ids_1T.device)[None]} if self._takes_positions else {}
-        logits_1TV = self.model(ids_1T, attention_mask=mask_1C, past_key_values=cache, use_cache=True, **own).logits
+        own = (
+            {"position_ids": torch.arange(tokens, device=ids_1T.device)[None]}
+            if self._takes_positions
+            else {}
+        )
+        logits_1TV = self.model(
+            ids_1T, attention_mask=mask_1C, past_key_values=cache, use_cache=True, **own
+        ).logits
         check_equal(self.model, "when padded far", logits_1TV[0], expected_TV)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
-        """Compute a step. Its requests are either all in the present batch, or all new: then they start the next.
+        """Compute a step. Its requests are either all in the present batch, or all new: then they start the
+        next.
 
         Raises:
             ValueError: for a step that mixes the two, which the policies for this runner never plan.
@@ -188,7 +206,10 @@ class PaddedRunner(Runner):
         started = time.perf_counter()
         choices = sample(logits_BV, self._rows)
         seconds += time.perf_counter() - started
-        useful, positions = sum(count for _, count in step), sum(rows * (end - begin) for rows, begin, end in passes)
+        useful, positions = (
+            sum(count for _, count in step),
+            sum(rows * (end - begin) for rows, begin, end in passes),
+        )
         by_request = dict(zip(self._rows, choices, strict=True))
         return StepResult(
             choices=[by_request[request] for request in requests],
@@ -200,7 +221,8 @@ class PaddedRunner(Runner):
         )
 
     def _compute(self, requests: list[Request]) -> tuple[list[tuple[int, int, int]], torch.Tensor, float]:
-        """Compute what these requests lack; gives the passes, the last logits of each row [B, V], and the seconds."""
+        """Compute what these requests lack; gives the passes, the last logits of each row [B, V], and the
+        seconds."""
         known = set(self._rows)
         if known.isdisjoint(requests):
             self._start(requests)
@@ -214,7 +236,9 @@ class PaddedRunner(Runner):
         for rows, begin, end in passes:
             inputs = self._inputs(rows, begin, end)
             started = time.perf_counter()
-            logits_BTV = self.model(**inputs, past_key_values=self._cache, use_cache=True, **self._keep_last).logits
+            logits_BTV = self.model(
+                **inputs, past_key_values=self._cache, use_cache=True, **self._keep_last
+            ).logits
             seconds += time.perf_counter() - started
         self._column = end
         return passes, logits_BTV[:, -1], seconds
@@ -235,8 +259,8 @@ class PaddedRunner(Runner):
         """The passes (rows, begin, end) of least cost that prefill the batch.
 
         A pass over columns [begin, end) takes every row that has a token there, so boundaries lie where a row
-        starts. Dynamic programming over those starts: for all columns before each of the `edges`, `plans` has the
-        least cost and the boundaries that have it.
+        starts. Dynamic programming over those starts: for all columns before each of the `edges`, `plans` has
+        the least cost and the boundaries that have it.
         """
         width = int(self._starts[0]) + len(self._rows[0].tokens)
         edges = [*(int(start) for start in np.unique(self._starts) if start > self._starts[0]), width]

@@ -1,10 +1,11 @@
 """How a step is laid out in one array of integers, and CUDA graphs of steps that are padded to a few sizes.
 
-What a kernel reads of a step lies in that array at places which its sizes alone say, so a graph is replayed with
-another step of its sizes by copying the step's array to where the graph reads it. Padding is work of nobody: tokens
-without a position, which write no key and no value, and tiles of no request.
+What a kernel reads of a step lies in that array at places which its sizes alone say, so a graph is replayed
+with another step of its sizes by copying the step's array to where the graph reads it. Padding is work of
+nobody: tokens without a position, which write no key and no value, and tiles of no request.
 
-T tokens of the step, K tokens whose logits are wanted, R requests of several tokens, X tiles of their work, I integers.
+T tokens of the step, K tokens whose logits are wanted, R requests of several tokens, X tiles of their work, I
+integers.
 """
 
 from __future__ import annotations
@@ -35,16 +36,25 @@ class Sizes(NamedTuple):
     greedy: bool
 
     def parts(self, ints_I: Any) -> list[Any]:
-        """The parts of the array, as Laid has them, on the host or the device; each is aligned to 16 bytes."""
+        """The parts of the array, as Laid has them, on the host or the device; each is aligned to 16
+        bytes."""
         return [ints_I[begin:end].reshape(shape) for begin, end, shape in places(self)[:-1]]
 
 
 @lru_cache(4096)
 def places(sizes: Sizes) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Where in an array of integers each part begins and ends, and its shape; the last begins where all have ended."""
+    """Where in an array of integers each part begins and ends, and its shape; the last begins where all have
+    ended."""
     tokens, requests, at = sizes.rows + sizes.tokens, sizes.requests, 0
     found: list[tuple[int, int, tuple[int, ...]]] = []
-    shapes: list[tuple[int, ...]] = [(3, tokens), (sizes.kept,), (requests,), (3, requests), (sizes.tiles, 2), (0,)]
+    shapes: list[tuple[int, ...]] = [
+        (3, tokens),
+        (sizes.kept,),
+        (requests,),
+        (3, requests),
+        (sizes.tiles, 2),
+        (0,),
+    ]
     for shape in shapes:
         size = math.prod(shape)
         found.append((at, at + size, shape))
@@ -60,8 +70,8 @@ class Laid:
         rows: how many of the tokens, the first ones, are rows.
         inputs_3T: ids, positions and lines of the block tables (`step_inputs`).
         keep_K: the tokens whose logits are wanted.
-        lines_R, spans_3R, tiles_X2: of requests of several tokens: lines of the tables; where in the step their tokens
-            begin and end, and how many precede them; and their work (`attend_chunks`).
+        lines_R, spans_3R, tiles_X2: of requests of several tokens: lines of the tables; where in the step
+            their tokens begin and end, and how many precede them; and their work (`attend_chunks`).
     """
 
     rows: int
@@ -75,7 +85,9 @@ class Laid:
         """Its own, without padding."""
         tokens = self.inputs_3T.shape[1] - self.rows
         bound = int(self.inputs_3T[1, : self.rows].max()) + 1 if self.rows else 1
-        return Sizes(self.rows, tokens, len(self.lines_R), len(self.tiles_X2), len(self.keep_K), bound, greedy)
+        return Sizes(
+            self.rows, tokens, len(self.lines_R), len(self.tiles_X2), len(self.keep_K), bound, greedy
+        )
 
     def ints(self, sizes: Sizes) -> np.ndarray:
         """The array, int32 [I], padded to these sizes."""
@@ -104,7 +116,8 @@ def upload(ints_I: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def pinned(ints_I: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array of integers as int32, in memory that a GPU reads by itself; torch keeps it until that is done."""
+    """An array of integers as int32, in memory that a GPU reads by itself; torch keeps it until that is
+    done."""
     tensor = torch.from_numpy(np.ascontiguousarray(ints_I, dtype=np.int32))
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
@@ -117,11 +130,14 @@ class Graphs:
         state: what `compute` writes and the next step reads.
     """
 
-    def __init__(self, compute: Callable[[Sizes, torch.Tensor], torch.Tensor | None], state: torch.Tensor) -> None:
+    def __init__(
+        self, compute: Callable[[Sizes, torch.Tensor], torch.Tensor | None], state: torch.Tensor
+    ) -> None:
         self._compute, self._state, self._device = compute, state, state.device
         self.known: dict[Sizes, tuple[torch.Tensor, Callable[[], torch.Tensor | None]]] = {}
         cuda = self._device.type == "cuda"
-        # One stream and one pool for all captures, or each would keep a workspace of cuBLAS and memory of its own.
+        # One stream and one pool for all captures, or each would keep a workspace of cuBLAS and memory of its
+        # own.
         self._side: Any = torch.cuda.Stream(self._device) if cuda else None
         self._memory: Any = torch.cuda.graph_pool_handle() if cuda else None
 
@@ -144,7 +160,8 @@ class Graphs:
         if self._device.type != "cuda":
             return ints_I, compute
         self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):  # compiles kernels and makes libraries' workspaces, which a capture may not
+        # compiles kernels and makes libraries' workspaces, which a capture may not
+        with torch.cuda.stream(self._side):
             compute()
         torch.cuda.current_stream().wait_stream(self._side)
         self._state.copy_(kept)

@@ -1,9 +1,11 @@
-"""Triton kernels for products of few rows: reading the weights is all of the work, and there is too little for cuBLAS.
+"""Triton kernels for products of few rows: reading the weights is all of the work, and there is too little
+for cuBLAS.
 
-A layer's products of a small model are read in a few microseconds, less than it takes a large tile's kernel to begin
-and to end. Here the inner dimension is cut into parts until every multiprocessor has a program, and whoever reads the
-product next (`add_rms_norm`, `write_pages`) sums the parts, in their order. A program asks for its weights before it
-waits for the kernel before it (programmatic dependent launch), so that they are on their way by then.
+A layer's products of a small model are read in a few microseconds, less than it takes a large tile's kernel
+to begin and to end. Here the inner dimension is cut into parts until every multiprocessor has a program, and
+whoever reads the product next (`add_rms_norm`, `write_pages`) sums the parts, in their order. A program asks
+for its weights before it waits for the kernel before it (programmatic dependent launch), so that they are on
+their way by then.
 
 T rows, N outputs, M inputs, S parts, I intermediate size.
 """
@@ -28,7 +30,8 @@ BLOCK = 256  # inputs that are read before the kernel before has ended
 
 
 def few_rows(dtype: torch.dtype, layer_bytes: int) -> int:
-    """Rows up to which the products of a layer are thin: none in float32, whose exact products have no matrix units."""
+    """Rows up to which the products of a layer are thin: none in float32, whose exact products have no matrix
+    units."""
     return FEW if dtype.itemsize == 2 and layer_bytes <= SMALL else 0
 
 
@@ -36,13 +39,16 @@ def thin_product(x_TM: torch.Tensor, weight_NM: torch.Tensor) -> torch.Tensor:
     """Partial sums of x @ weight.T, float32 [S, T, N], to be added up in their order."""
     rows, (outputs, inputs) = len(x_TM), weight_NM.shape
     shape = _product_shape(outputs, inputs)
-    out_STN = torch.empty(triton.cdiv(inputs, shape.part), rows, outputs, dtype=torch.float32, device=x_TM.device)
+    out_STN = torch.empty(
+        triton.cdiv(inputs, shape.part), rows, outputs, dtype=torch.float32, device=x_TM.device
+    )
     _launch(x_TM, weight_NM, out_STN, outputs, shape)
     return out_STN
 
 
 def thin_gated(x_TM: torch.Tensor, weight_NM: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(x @ gate.T) * (x @ up.T), [T, I], of gate and up one below the other; rounded as `gated` rounds."""
+    """activation(x @ gate.T) * (x @ up.T), [T, I], of gate and up one below the other; rounded as `gated`
+    rounds."""
     rows, (outputs, inputs) = len(x_TM), weight_NM.shape
     out_TI = x_TM.new_empty(rows, outputs // 2)
     _launch(x_TM, weight_NM, out_TI, outputs // 2, _gated_shape(outputs // 2, inputs), activation)
@@ -81,8 +87,8 @@ def _launch(x_TM, weight_NM, out, outputs, shape, activation=None):
     rows, inputs = x_TM.shape
     block_t = min(64, max(16, triton.next_power_of_2(rows)))
     _thin[triton.cdiv(outputs, shape.each), triton.cdiv(inputs, shape.part), triton.cdiv(rows, block_t)](
-        x_TM, weight_NM, out, rows, x_TM.stride(0), weight_NM.stride(0),
-        OUTPUTS=outputs, INPUTS=inputs, EACH=shape.each, PART=min(shape.part, inputs), GATED=activation is not None,
+        x_TM, weight_NM, out, rows, x_TM.stride(0), weight_NM.stride(0), OUTPUTS=outputs, INPUTS=inputs,
+        EACH=shape.each, PART=min(shape.part, inputs), GATED=activation is not None,
         GELU=activation == "gelu_tanh", BLOCK_T=block_t, BLOCK_N=max(16, triton.next_power_of_2(shape.each)),
         BLOCK_M=shape.block, num_warps=shape.warps, num_stages=shape.stages, **DEPENDENT,
     )  # fmt: skip
@@ -90,9 +96,9 @@ def _launch(x_TM, weight_NM, out, outputs, shape, activation=None):
 
 @triton.jit(do_not_specialize=["rows"])
 def _thin(
-    x, weight, out, rows, x_row, weight_row,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EACH: tl.constexpr, PART: tl.constexpr, GATED: tl.constexpr,
-    GELU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    x, weight, out, rows, x_row, weight_row, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EACH: tl.constexpr,
+    PART: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     lead(PDL)
     n_N = tl.program_id(0) * EACH + tl.arange(0, BLOCK_N)

@@ -1,8 +1,9 @@
 """The proof at load: whatever computes a model's steps must give the model's own logits, or is not used.
 
-One text is compared whole, in chunks with and without a past, and token by token. Its positions come from the model's
-whole range (a position id may be any number), so that what begins late shows: a temperature by position, a table of
-angles that ends. What a mask does far away is asked of the mask itself, in `engine.attention.layers`.
+One text is compared whole, in chunks with and without a past, and token by token. Its positions come from the
+model's whole range (a position id may be any number), so that what begins late shows: a temperature by
+position, a table of angles that ends. What a mask does far away is asked of the mask itself, in
+`engine.attention.layers`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from engine.attention.paged import Piece
 from engine.errors import InputError
 from engine.models import telling_positions
 
-# How far logits may lie from the model's own, relative to the largest: rounding, no more. In int8 at most tokens:
-# rounding may turn one of them over.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1, torch.int8: 1.5e-1}
+# How far logits may lie from the model's own, relative to the largest: rounding, no more. In int8 at most
+# tokens: rounding may turn one of them over.
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.float16: 5e-2,
+    torch.bfloat16: 2e-1,
+    torch.int8: 1.5e-1,
+}
 Cuts = Sequence[
     tuple[int, ...]
 ]  # of each request that shares the steps: where its text is cut, besides before its last
@@ -31,7 +38,8 @@ CUTS: Cuts = ((8, 15), (15, 16))  # one's first chunk is short
 
 @dataclass(frozen=True)
 class Probe:
-    """A text of T tokens at rising positions, and the model's own logits at each of them, [T, V] in float64."""
+    """A text of T tokens at rising positions, and the model's own logits at each of them, [T, V] in
+    float64."""
 
     tokens: list[int]
     position_ids: list[int]
@@ -61,7 +69,9 @@ def probe_pages(probe: Probe, cuts: Cuts, page_size: int) -> int:
     return len(cuts) * -(-len(probe.tokens) // page_size)
 
 
-def probe_logits(probe: Probe, cuts: Cuts, page_size: int, logits: Callable[..., torch.Tensor]) -> torch.Tensor:
+def probe_logits(
+    probe: Probe, cuts: Cuts, page_size: int, logits: Callable[..., torch.Tensor]
+) -> torch.Tensor:
     """Logits [R, T, V] of R requests for the text of a probe, cut in different places.
 
     Those of the first token are not asked for, but taken as expected: leaving out is part of it.
@@ -80,7 +90,9 @@ def probe_logits(probe: Probe, cuts: Cuts, page_size: int, logits: Callable[...,
                 table = list(range(request * pages, (request + 1) * pages))
                 pieces.append(Piece(len(asked), len(asked) + span[1] - span[0], span[0], table))
                 asked += [(request, at) for at in range(*span)]
-        tokens, position_ids = ([numbers[at] for _, at in asked] for numbers in (probe.tokens, probe.position_ids))
+        tokens, position_ids = (
+            [numbers[at] for _, at in asked] for numbers in (probe.tokens, probe.position_ids)
+        )
         skipped = int(len(asked) > 1 and asked[0] == (0, 0))
         logits_TV = logits(tokens, pieces, list(range(skipped, len(tokens))), position_ids)
         found_RTV[tuple(torch.tensor(asked[skipped:]).T)] = logits_TV.double()
@@ -91,20 +103,27 @@ def check_finite(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     """Give the model's own logits back in float64; raise InputError where they are no numbers."""
     if not bool(logits.isfinite().all()):
         raise InputError(
-            f"{type(model).__name__} gives logits that are NaN or infinite: its weights are broken, or too large for "
-            f"{str(model.dtype).removeprefix('torch.')}"
+            f"{type(model).__name__} gives logits that are NaN or infinite: its weights are broken, or "
+            f"too large for {str(model.dtype).removeprefix('torch.')}"
         )
     return logits.double()
 
 
 def check_equal(
-    model: PreTrainedModel, where: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    where: str,
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise InputError unless logits found `where` are those expected, but for rounding in a dtype, the model's own."""
+    """Raise InputError unless logits found `where` are those expected, but for rounding in a dtype, the
+    model's own."""
     off_T = (found.double() - expected).abs().amax(-1)
     off = float((off_T.median() if dtype is torch.int8 else off_T.max()) / expected.abs().max())
     if not off <= TOLERANCE[dtype or model.dtype]:
-        raise InputError(f"{type(model).__name__} gives other logits {where} (off by {off:.1e} of the largest)")
+        raise InputError(
+            f"{type(model).__name__} gives other logits {where} (off by {off:.1e} of the largest)"
+        )
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The ways to multiply by a weight on a CPU, and which is fastest on this machine for how many rows.
 
-float32 `F.linear` is up to three times slower than the machine can be at the row counts of decoding. What is better
-differs between CPUs (oneDNN's packed weights, or the weight on the left), so it is measured once a machine and shape,
-on the model's own weights, and kept in the cache folder.
+float32 `F.linear` is up to three times slower than the machine can be at the row counts of decoding. What is
+better differs between CPUs (oneDNN's packed weights, or the weight on the left), so it is measured once a
+machine and shape, on the model's own weights, and kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from engine.machine import cache_dir, cpu_name
 
 # (x [T, M], bias [N] or None) -> [T, N]
 Way = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-ROWS = (1, 4, 16, 32, 64, 128, 512)  # measured; what lies between counts as the next, and what is beyond as the last
+# measured; what lies between counts as the next, and what is beyond as the last
+ROWS = (1, 4, 16, 32, 64, 128, 512)
 MOST = 4e9  # multiply-adds of one product worth measuring: beyond, every way is near the machine's peak
 TOY = 2**18  # bytes of a weight whose measurement would take longer than whatever it saves
 COLD = 64e6  # bytes of weights to go through, so that they come from memory as they do in a model
-ENOUGH = 4e8  # multiply-adds to time at once, where this is reached with fewer weights: then caches matter no more
+# multiply-adds to time at once, where this is reached with fewer weights: then caches matter no more
+ENOUGH = 4e8
 FEW = 4  # rows that oneDNN multiplies faster than fewer
 LONG = 0.04  # seconds of rounds for a number of rows, two at least
 HOPELESS = 1.5  # a way that takes so many times the fastest's time in the first round is out
@@ -68,14 +70,16 @@ COPIES = {"packed"}  # hold the weight again
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether oneDNN can take this weight packed."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return (
+        weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    )
 
 
 def choose(weights: Sequence[Callable[[], torch.Tensor]]) -> list[tuple[int, str]]:
     """The fastest ways for weights of one shape [N, M]: (up to so many rows, name of the way), rising.
 
-    Measured the first time on a machine, in a second or so; afterwards read from the cache folder. The weights are
-    made when they are needed.
+    Measured the first time on a machine, in a second or so; afterwards read from the cache folder. The
+    weights are made when they are needed.
     """
     first = weights[0]()
     if not can_pack(first):

@@ -1,20 +1,21 @@
-"""Backends: whatever turns prompts into tokens, behind one small protocol, so that the suite measures them all alike.
+"""Backends: whatever turns prompts into tokens, behind one small protocol, so that the suite measures them
+all alike.
 
-A backend is told a model and a batch size, is handed requests, and gives back tokens and when each reached the host.
-What to run, how often, whether the tokens are right and what is recorded is the suite's business, not a backend's.
+A backend is told a model and a batch size, is handed requests, and gives back tokens and when each reached
+the host. What to run, how often, whether the tokens are right and what is recorded is the suite's business,
+not a backend's.
 
-To measure an engine of your own, write these two classes and name the first by `--backend package.module:MyBackend`,
-or in the entry point group `dynamic_batch.backends`:
+To measure an engine of your own, write these two classes and name the first by `--backend
+package.module:MyBackend`, or in the entry point group `dynamic_batch.backends`:
 
-    class MyBackend:
-        name = "mine"
-        def missing(self, device): return None               # or one line that says what it lacks and how to get it
-        def open(self, setup): return MySession(setup)       # load setup.folder() or use setup.loaded.model
+    class MyBackend: name = "mine" def missing(self, device): return None               # or one line that
+        says what it lacks and how to get it def open(self, setup): return MySession(setup)       # load
+        setup.folder() or use setup.loaded.model
 
-    class MySession:
-        def run(self, items):                                # items[i].prompt is token ids, due at items[i].arrival_s
-            tokens, seconds = my_engine(items)               # a list a request: its tokens, and when each came,
-            return timeline(items, tokens, seconds)          # in seconds after the call
+    class MySession: def run(self, items):                                # items[i].prompt is token ids, due
+        at items[i].arrival_s
+            tokens, seconds = my_engine(items)               # a list a request: its tokens, and when each
+            came, return timeline(items, tokens, seconds)          # in seconds after the call
         def close(self): ...
 """
 
@@ -54,8 +55,8 @@ class Unavailable(InputError):
 class Setup:
     """What a backend is to load and how much it may run at once.
 
-    `loaded` is the model as Transformers has it, for backends in this process and for the check of the tokens; those
-    that read files take `folder()`. `options` are the backend's own settings by name.
+    `loaded` is the model as Transformers has it, for backends in this process and for the check of the
+    tokens; those that read files take `folder()`. `options` are the backend's own settings by name.
     """
 
     loaded: LoadedModel
@@ -77,8 +78,8 @@ class Setup:
 class Outcome:
     """One run: output tokens in the order of the requests, and what was measured.
 
-    `keeps_times` is False for a backend that tells only when requests end: it has no TTFT and no TPOT. `extra` is
-    whatever else it knows of the run, by the names it is to be recorded under.
+    `keeps_times` is False for a backend that tells only when requests end: it has no TTFT and no TPOT.
+    `extra` is whatever else it knows of the run, by the names it is to be recorded under.
     """
 
     tokens: list[tuple[int, ...]]
@@ -90,7 +91,8 @@ class Outcome:
 class Session(Protocol):
     """A loaded model, ready to run workloads one after the other; nothing of one run may speed up the next.
 
-    A session that remembers (a prefix cache) has a method `reset()` besides, called before every run, untimed.
+    A session that remembers (a prefix cache) has a method `reset()` besides, called before every run,
+    untimed.
     """
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
@@ -103,8 +105,8 @@ class Session(Protocol):
 class Backend(Protocol):
     """A way to run a model. `name` is how results are labelled.
 
-    An attribute `exact = False` says that its tokens may differ from the model's own (a quantised model, a program of
-    others); they are then counted and recorded rather than failing the test.
+    An attribute `exact = False` says that its tokens may differ from the model's own (a quantised model, a
+    program of others); they are then counted and recorded rather than failing the test.
     """
 
     name: str
@@ -113,7 +115,8 @@ class Backend(Protocol):
         """None if it can run here on "cpu" or "cuda", else what it lacks and how to get it, in one line."""
 
     def open(self, setup: Setup) -> Session:
-        """Load the model and warm up; what a server does before it takes requests. Raises Unavailable if it cannot."""
+        """Load the model and warm up; what a server does before it takes requests. Raises Unavailable if it
+        cannot."""
 
 
 def find(name: str) -> Backend:

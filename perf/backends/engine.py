@@ -10,13 +10,15 @@ from perf.backends import Outcome, Setup
 
 
 class EngineSession:
-    """One engine, kept for all runs. Prefix caching is off unless asked for; then each run has an engine of its own, or
-    it would find the prompts of the one before computed."""
+    """One engine, kept for all runs. Prefix caching is off unless asked for; then each run has an engine of
+    its own, or it would find the prompts of the one before computed."""
 
     def __init__(self, policy: str, setup: Setup) -> None:
         options = {"prefix_caching": False, "generation_config": "none", **setup.options}  # greedy, as judged
         self.loaded = setup.loaded
-        self.config = EngineConfig(policy=policy, max_batch_size=setup.max_batch_size, seed=setup.seed, **options)
+        self.config = EngineConfig(
+            policy=policy, max_batch_size=setup.max_batch_size, seed=setup.seed, **options
+        )
         self.engine = Engine(self.loaded, self.config)
         self.runner = self.engine.config.runner
         self.engine.generate([[1] * 8] * 2, SamplingParams(max_new_tokens=4, ignore_eos=True), progress=False)

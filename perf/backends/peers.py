@@ -1,7 +1,8 @@
-"""Peers whose dependencies clash with ours: a virtual environment each, made by one command and driven over a pipe.
+"""Peers whose dependencies clash with ours: a virtual environment each, made by one command and driven over a
+pipe.
 
-`python -m perf setup-peer NAME` makes the environment in the cache folder; the model is converted there once, by the
-peer's own converter. `worker.py` runs inside it; here is this side of the pipe.
+`python -m perf setup-peer NAME` makes the environment in the cache folder; the model is converted there once,
+by the peer's own converter. `worker.py` runs inside it; here is this side of the pipe.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from engine.workload import WorkItem
 from perf.backends import Outcome, Setup, Unavailable, timeline
 
 WORKER = Path(__file__).with_name("worker.py")
-# Exactly what each was proven with. The converters want Transformers 4; the engine wants 5: hence the environments.
+# Exactly what each was proven with. The converters want Transformers 4; the engine wants 5: hence the
+# environments.
 PACKAGES = {
     "openvino": ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0",
                  "transformers==4.57.6", "torch==2.13.0"),
@@ -38,7 +40,8 @@ def home(name: str) -> Path:
 
 
 def setup_peer(name: str) -> Path:
-    """Make the virtual environment of a peer, unless it is there already with the same packages; gives its folder.
+    """Make the virtual environment of a peer, unless it is there already with the same packages; gives its
+    folder.
 
     Raises:
         InputError: for an unknown name, or packages that pip cannot install, with pip's last line.
@@ -53,7 +56,8 @@ def setup_peer(name: str) -> Path:
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-q"]
     orders = [["install", *PACKAGES[name]]]
-    if name == "openvino":  # optimum-intel brings it for images; one that does not fit torch breaks every import
+    # optimum-intel brings it for images; one that does not fit torch breaks every import
+    if name == "openvino":
         orders.append(["uninstall", "--yes", "torchvision"])
     for order in orders:
         done = subprocess.run([*pip, *order], capture_output=True, text=True)
@@ -99,7 +103,9 @@ class PeerSession:
         if not line:
             self._process.wait()
             self._log.seek(0)
-            raise RuntimeError(f"{self.name}'s worker ended: {_last_line(self._log.read()) or 'it said nothing'}")
+            raise RuntimeError(
+                f"{self.name}'s worker ended: {_last_line(self._log.read()) or 'it said nothing'}"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"{self.name}: {answer['error']}")
@@ -108,7 +114,11 @@ class PeerSession:
     def run(self, items: Sequence[WorkItem]) -> Outcome:
         """Serve the requests over there; times are those of the worker's own clock since it read them."""
         rows = [
-            {"prompt": list(item.prompt), "new_tokens": item.params.max_new_tokens, "arrival_s": item.arrival_s}
+            {
+                "prompt": list(item.prompt),
+                "new_tokens": item.params.max_new_tokens,
+                "arrival_s": item.arrival_s,
+            }
             for item in items
         ]
         began = time.perf_counter()
@@ -138,7 +148,9 @@ class Peer:
         """What it lacks: a device, or its environment."""
         if device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, not on {device}"
-        return None if _installed(self.name) else f"make its environment: python -m perf setup-peer {self.name}"
+        return (
+            None if _installed(self.name) else f"make its environment: python -m perf setup-peer {self.name}"
+        )
 
     def open(self, setup: Setup) -> PeerSession:
         """Convert the model if that was not done before, and start the worker with it."""
@@ -156,20 +168,28 @@ class Peer:
             InputError: if the converter fails.
         """
         source = setup.folder()
-        weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.iterdir())]
+        weights = [
+            (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.iterdir())
+        ]
         key = repr((str(source), weights, setup.dtype, PACKAGES[self.name])).encode()
         target = cache_dir() / "peers" / "models" / f"{self.name}-{hashlib.sha256(key).hexdigest()[:12]}"
         if target.exists() or not self.command(source, target, setup.dtype):
             return target if target.exists() else source
         if setup.loaded.tokenizer is None:
-            raise Unavailable(f"{self.name} converts no model without a tokenizer, and {setup.loaded.spec} has none")
+            raise Unavailable(
+                f"{self.name} converts no model without a tokenizer, and {setup.loaded.spec} has none"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             plain, fresh = for_transformers_4(source, Path(scratch, "source")), Path(scratch, "converted")
             program, *arguments = self.command(plain, fresh, setup.dtype)
-            done = subprocess.run([str(home(self.name) / "bin" / program), *arguments], capture_output=True, text=True)
+            done = subprocess.run(
+                [str(home(self.name) / "bin" / program), *arguments], capture_output=True, text=True
+            )
             if done.returncode:
-                raise InputError(f"{self.name} did not convert {setup.loaded.spec}: {_last_line(done.stderr)}")
+                raise InputError(
+                    f"{self.name} did not convert {setup.loaded.spec}: {_last_line(done.stderr)}"
+                )
             fresh.rename(target)
         return target
 
@@ -182,8 +202,8 @@ class OpenVINO(Peer):
     def command(self, source: Path, target: Path, dtype: str) -> list[str]:
         """`optimum-cli export openvino`."""
         weights = {"float32": "fp32", "float16": "fp16", "bfloat16": "fp16"}[dtype]
-        return ["optimum-cli", "export", "openvino", "--model", str(source), "--task", "text-generation-with-past",
-                "--weight-format", weights, str(target)]  # fmt: skip
+        return ["optimum-cli", "export", "openvino", "--model", str(source), "--task",
+                "text-generation-with-past", "--weight-format", weights, str(target)]  # fmt: skip
 
 
 class CTranslate2(Peer):
@@ -206,7 +226,8 @@ class VLLM(Peer):
 
 
 def model_folder(loaded: LoadedModel, dtype: str) -> Path:
-    """The folder that a model was loaded from; if it came from none, one in the cache folder that it is saved to."""
+    """The folder that a model was loaded from; if it came from none, one in the cache folder that it is saved
+    to."""
     source = Path(loaded.model.name_or_path or ".")
     if (source / "config.json").is_file():
         return source
@@ -224,10 +245,11 @@ def model_folder(loaded: LoadedModel, dtype: str) -> Path:
 
 
 def for_transformers_4(source: Path, target: Path) -> Path:
-    """A folder that Transformers 4 reads as Transformers 5 reads `source`: weights linked, two entries renamed.
+    """A folder that Transformers 4 reads as Transformers 5 reads `source`: weights linked, two entries
+    renamed.
 
-    Version 5 writes `rope_parameters`, which version 4 passes over without a word and takes theta as 10,000; and it
-    names a tokenizer class that version 4 does not have.
+    Version 5 writes `rope_parameters`, which version 4 passes over without a word and takes theta as 10,000;
+    and it names a tokenizer class that version 4 does not have.
     """
     target.mkdir(parents=True)
     for file in source.iterdir():

@@ -1,4 +1,5 @@
-"""Transformers itself as a backend: `generate` one prompt at a time, on padded batches, and its continuous batching."""
+"""Transformers itself as a backend: `generate` one prompt at a time, on padded batches, and its continuous
+batching."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from perf.backends import Outcome, Setup, timeline
 
 
 class GenerateSession:
-    """`model.generate` on left-padded batches of up to `size` requests that are due, each batch to its end."""
+    """`model.generate` on left-padded batches of up to `size` requests that are due, each batch to its
+    end."""
 
     runner = "generate"
 
@@ -65,9 +67,9 @@ class PaddedBatches(OneByOne):
 class ContinuousSession:
     """Transformers' continuous batching, its cache kept for all runs and its thread for each.
 
-    A thread that only waits still slows the others: OpenMP counts its workers, and with more of them than processors
-    lets everybody's sleep at each barrier. The model is a copy that shares every weight: its attention is changed,
-    and others measure the original.
+    A thread that only waits still slows the others: OpenMP counts its workers, and with more of them than
+    processors lets everybody's sleep at each barrier. The model is a copy that shares every weight: its
+    attention is changed, and others measure the original.
     """
 
     runner = "transformers-cb"
@@ -76,14 +78,22 @@ class ContinuousSession:
         model = setup.loaded.model
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         self.model = copy.deepcopy(model, memo=shared)
-        options = {"max_requests_per_batch": setup.max_batch_size, "allow_block_sharing": False, **setup.options}
+        options = {
+            "max_requests_per_batch": setup.max_batch_size,
+            "allow_block_sharing": False,
+            **setup.options,
+        }
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1)
-        self._how = {"generation_config": greedy, "continuous_batching_config": ContinuousBatchingConfig(**options)}
+        self._how = {
+            "generation_config": greedy,
+            "continuous_batching_config": ContinuousBatchingConfig(**options),
+        }
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
         """Hand every request over when it is due and collect results until all are there."""
         batching: Any = self.model.continuous_batching_context_manager
-        with torch.no_grad(), batching(**self._how, persistent_manager=True) as manager:  # it fails in inference_mode
+        # it fails in inference_mode
+        with torch.no_grad(), batching(**self._how, persistent_manager=True) as manager:
             return self._run(manager, items)
 
     def _run(self, manager: Any, items: Sequence[WorkItem]) -> Outcome:

@@ -1,7 +1,8 @@
-"""Runs a peer under the interpreter of its own virtual environment: JSON lines in on stdin, JSON lines out on stdout.
+"""Runs a peer under the interpreter of its own virtual environment: JSON lines in on stdin, JSON lines out on
+stdout.
 
-Started by perf.backends.peers by its path. It imports the standard library and the peer, and nothing of this project:
-the project is not installed where this runs, and need not be.
+Started by perf.backends.peers by its path. It imports the standard library and the peer, and nothing of this
+project: the project is not installed where this runs, and need not be.
 
     -> {"peer": "openvino", "folder": ..., "device": ..., "dtype": ..., "max_batch_size": 32, "threads": 2,
         "options": {}}
@@ -27,7 +28,9 @@ def blank(requests: list[Any]) -> Answer:
     return [[] for _ in requests], [[] for _ in requests]
 
 
-def serve_when_due(requests: list[Any], add: Callable[[int], None], step: Callable[[], bool], start: float) -> None:
+def serve_when_due(
+    requests: list[Any], add: Callable[[int], None], step: Callable[[], bool], start: float
+) -> None:
     """Hand each request over when it is due, and step until `step()` says that nothing is left."""
     pending = collections.deque(sorted(range(len(requests)), key=lambda i: requests[i]["arrival_s"]))
     busy = False
@@ -42,7 +45,8 @@ def serve_when_due(requests: list[Any], add: Callable[[int], None], step: Callab
 
 
 class OpenVINO:
-    """OpenVINO GenAI's continuous batching, in the dtype asked for; greedy; stepped here, so that tokens have times."""
+    """OpenVINO GenAI's continuous batching, in the dtype asked for; greedy; stepped here, so that tokens have
+    times."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         import openvino_genai
@@ -96,7 +100,8 @@ class OpenVINO:
 
 
 class CTranslate2:
-    """CTranslate2's generator on batches of requests that are due, shortest prompts first, as it sorts them itself."""
+    """CTranslate2's generator on batches of requests that are due, shortest prompts first, as it sorts them
+    itself."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         import ctranslate2
@@ -130,14 +135,16 @@ class CTranslate2:
             [[self.words[token] for token in requests[index]["prompt"]] for index in batch],
             include_prompt_in_result=False,
             max_length=max(requests[index]["new_tokens"] for index in batch),
-            end_token=[len(self.words) + 1_000_000],  # no token ends the output: EOS is drawn and passed like any other
+            # no token ends the output: EOS is drawn and passed like any other
+            end_token=[len(self.words) + 1_000_000],
             sampling_topk=1,
             callback=take,
         )
 
 
 class VLLM:
-    """vLLM's engine, stepped here; CUDA graphs and all else at its defaults, its memory share by `options`."""
+    """vLLM's engine, stepped here; CUDA graphs and all else at its defaults, its memory share by
+    `options`."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         import vllm
@@ -145,8 +152,8 @@ class VLLM:
         self.vllm = vllm
         options = {"gpu_memory_utilization": 0.5, "enable_prefix_caching": False, **order["options"]}
         self.engine = vllm.LLM(
-            order["folder"], dtype=order["dtype"], max_num_seqs=order["max_batch_size"], skip_tokenizer_init=True,
-            disable_log_stats=True, **options,
+            order["folder"], dtype=order["dtype"], max_num_seqs=order["max_batch_size"],
+            skip_tokenizer_init=True, disable_log_stats=True, **options,
         ).llm_engine  # fmt: skip
         self.served = 0
 
@@ -181,7 +188,8 @@ PEERS: dict[str, Any] = {"openvino": OpenVINO, "ctranslate2": CTranslate2, "vllm
 
 
 def main() -> None:
-    """Answer orders until stdin ends. What libraries print goes to stderr, so that it cannot get between the lines."""
+    """Answer orders until stdin ends. What libraries print goes to stderr, so that it cannot get between the
+    lines."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     peer: Any = None

@@ -1,7 +1,9 @@
-"""Charts as inline SVG: lines, bars and sparklines, coloured by the page's CSS so that they follow its scheme.
+"""Charts as inline SVG: lines, bars and sparklines, coloured by the page's CSS so that they follow its
+scheme.
 
-Drawn for 400 units of width, so that text stays readable on a phone and three fit beside each other on a desk. Each has
-a title, a description and a table of what it shows. It knows numbers and names, no runs and no files.
+Drawn for 400 units of width, so that text stays readable on a phone and three fit beside each other on a
+desk. Each has a title, a description and a table of what it shows. It knows numbers and names, no runs and no
+files.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ COLOURS = 6
 
 @dataclass(frozen=True)
 class Line:
-    """Named (x, y) points in drawing order; `of` is the line it is the earlier state of: same colour, but faint."""
+    """Named (x, y) points in drawing order; `of` is the line it is the earlier state of: same colour, but
+    faint."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -53,7 +56,8 @@ class Chart:
 
 
 def draw(chart: Chart, key: str) -> Markup:
-    """The chart as a `figure`: caption, legend, picture and its numbers as a table. `key` is unique on the page."""
+    """The chart as a `figure`: caption, legend, picture and its numbers as a table. `key` is unique on the
+    page."""
     picture, rows = (_bars if chart.bars else _lines)(chart)
     svg = _svg(chart, key, *picture)
     heading = tag("figcaption", tag("strong", chart.title), " ", tag("span", chart.says))
@@ -62,7 +66,8 @@ def draw(chart: Chart, key: str) -> Markup:
 
 
 def table(rows: list[list[str]], stack: bool = True) -> Markup:
-    """Rows as a table that scrolls by itself where it is wide; the first row is the heading, a "why" column wraps.
+    """Rows as a table that scrolls by itself where it is wide; the first row is the heading, a "why" column
+    wraps.
 
     With `stack` a row becomes a small card on a narrow screen, each cell under its column's name.
     """
@@ -72,7 +77,9 @@ def table(rows: list[list[str]], stack: bool = True) -> Markup:
     body = []
     for first, *others in rows[1:]:
         cells = zip(others, names[1:], wraps[1:], strict=True)
-        body.append(tag("tr", tag("th", first, scope="row"), [tag("td", c, data_is=n, class_=w) for c, n, w in cells]))
+        body.append(
+            tag("tr", tag("th", first, scope="row"), [tag("td", c, data_is=n, class_=w) for c, n, w in cells])
+        )
     grid = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), class_="stack" if stack else None)
     return tag("div", grid, class_="scroll", tabindex=0, role="group", aria_label="table")
 
@@ -89,7 +96,8 @@ def sparkline(values: list[float], title: str) -> Markup:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart, and told apart by four digits) that cover low to high."""
+    """Round values (1, 2 or 5 times a power of ten apart, and told apart by four digits) that cover low to
+    high."""
     rough = max((high - low) / count, abs(high) * 1e-4) or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
@@ -104,7 +112,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     first = max((i for i, t in enumerate(some) if t <= low), default=0)
     last = min((i for i, t in enumerate(some) if t >= high), default=len(some) - 1)
     some = some[first : max(last, first + 1) + 1]
-    return some if len(some) < 7 else [t for i, t in enumerate(some) if i in (0, len(some) - 1) or f"{t:e}"[0] == "1"]
+    return (
+        some
+        if len(some) < 7
+        else [t for i, t in enumerate(some) if i in (0, len(some) - 1) or f"{t:e}"[0] == "1"]
+    )
 
 
 def _short(value: float) -> str:
@@ -143,7 +155,9 @@ def _colours(chart: Chart) -> dict[str, str]:
     """A line's CSS classes: one colour and dash a line, shared and faint for its earlier state."""
     own = [line.name for line in chart.lines if line.of is None]
     colours: dict[str | None, str] = {name: f"s{i % COLOURS + 1}" for i, name in enumerate(own)}
-    return {line.name: f"{colours[line.of]} before" if line.of else colours[line.name] for line in chart.lines}
+    return {
+        line.name: f"{colours[line.of]} before" if line.of else colours[line.name] for line in chart.lines
+    }
 
 
 def _lines(chart: Chart) -> tuple[tuple[int, list[Markup], str], list[list[str]]]:
@@ -201,7 +215,9 @@ def _bars(chart: Chart) -> tuple[tuple[int, list[Markup], str], list[list[str]]]
             shapes.append(tag("rect", x=0, y=top + 22, width=f"{width:.1f}", height=10, rx=2, class_=css))
         if bar.before is not None:
             hint = tag("title", f"before: {chart.form(bar.before)}")
-            shapes.append(tag("path", hint, d=f"M{bar.before / full * WIDTH:.1f} {top + 19}v16", class_="was"))
+            shapes.append(
+                tag("path", hint, d=f"M{bar.before / full * WIDTH:.1f} {top + 19}v16", class_="was")
+            )
         rows.append([name, value, chart.form(bar.before), bar.note])
     keep = [0, 1, *(i for i in (2, 3) if any(row[i] not in ("-", "") for row in rows[1:]))]
     says = f"{chart.y}. " + "; ".join(f"{bar.name}: {chart.form(bar.value)}" for bar in chart.bars) + "."

@@ -1,6 +1,8 @@
-"""Which charts a run deserves: from what its benchmarks recorded to lines and bars. It neither draws nor judges.
+"""Which charts a run deserves: from what its benchmarks recorded to lines and bars. It neither draws nor
+judges.
 
-A benchmark without a metric, or a run without a group, simply has no such chart: the page shows what was measured.
+A benchmark without a metric, or a run without a group, simply has no such chart: the page shows what was
+measured.
 """
 
 from __future__ import annotations
@@ -17,10 +19,17 @@ NAMED = ("policy", "backend", "model", "device", "dtype", "runner")  # what tell
 SIZED = ("batch_size", "prompt_tokens", "context", "prefix_caching")  # and, among bars, these too
 PERCENTILES = ("p50", "p95", "p99")
 TIMES = {"ttft": "time to first token", "tpot": "time per output token", "latency": "from due to finished"}
-BARS = {  # group -> metric, title, what it says, value of a full bar, what else: a metric, or a policy to divide by
+# group -> metric, title, what it says, value of a full bar, what else: a metric, or a policy to divide by
+BARS = {
     "policy": ("tokens_per_s", "Policies", "output tokens/s on one workload", None, "sequential"),
     "peers": ("tokens_per_s", "Peers", "output tokens/s (and times this engine's)", None, "ratio_to_engine"),
-    "scale": ("tokens_per_s", "Model scale", "output tokens/s (and times one request at a time)", None, "speedup"),
+    "scale": (
+        "tokens_per_s",
+        "Model scale",
+        "output tokens/s (and times one request at a time)",
+        None,
+        "speedup",
+    ),
     "decode": ("decode_bandwidth_pct", "Decode roofline", "% of the measured copy bandwidth", 100.0, None),
     "prefill": ("prefill_mfu_pct", "Prefill roofline", "% of the measured matmul rate", 100.0, None),
     "prefix": ("ttft_p50_ms", "Prefix reuse", "TTFT P50; less is better", None, None),
@@ -30,7 +39,8 @@ BARS = {  # group -> metric, title, what it says, value of a full bar, what else
 
 
 def sections(head: Run, base: Run | None = None) -> dict[str, list[Chart]]:
-    """Charts of `head` by section heading, sections without any left out; `base`'s values are shown beside it."""
+    """Charts of `head` by section heading, sections without any left out; `base`'s values are shown beside
+    it."""
     found = {
         "Throughput": [*_by_batch(head, base), *_bars(head, base, "policy", "peers", "scale")],
         "Latency": _percentiles(head, "batch_size", "batch_size", "requests at a time"),
@@ -42,7 +52,8 @@ def sections(head: Run, base: Run | None = None) -> dict[str, list[Chart]]:
 
 
 def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]]], int]:
-    """Per benchmark and gated time metric of the last run its value in each run, oldest first, where there are two.
+    """Per benchmark and gated time metric of the last run its value in each run, oldest first, where there
+    are two.
 
     Only runs with the last one's fingerprint count; the second result is how many values that left out.
     """
@@ -59,7 +70,8 @@ def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]
 
 
 def labels(benchmarks: Iterable[Benchmark], keys: Sequence[str]) -> Callable[[Benchmark], str]:
-    """How to call each of these: by the sizes in which they differ, and the fewest others of `keys` that are needed."""
+    """How to call each of these: by the sizes in which they differ, and the fewest others of `keys` that are
+    needed."""
     known, chosen = list(benchmarks), list[str]()
 
     def shown(b: Benchmark, key: str) -> str:
@@ -87,7 +99,9 @@ def _group(run: Run | None, group: str, *keys: str) -> list[Benchmark]:
 def _ways(benchmarks: list[Benchmark], like: list[Benchmark] | None = None) -> dict[str, list[Benchmark]]:
     """The benchmarks by their label, labelled as `like` are."""
     label = labels(like or benchmarks, NAMED)
-    return {name: [b for b in benchmarks if label(b) == name] for name in dict.fromkeys(map(label, benchmarks))}
+    return {
+        name: [b for b in benchmarks if label(b) == name] for name in dict.fromkeys(map(label, benchmarks))
+    }
 
 
 def _line(name: str, benchmarks: Iterable[Benchmark], x: str, y: str, of: str | None = None) -> Line:
@@ -102,7 +116,9 @@ def _by_batch(head: Run, base: Run | None) -> list[Chart]:
     shown, earlier = _group(head, x, x, y), _group(base, x, x, y)
     lines = [_line(name, some, x, y) for name, some in _ways(shown).items()]
     if base and lines:
-        lines += [_line(f"{name} ({base.name})", some, x, y, name) for name, some in _ways(earlier, shown).items()]
+        lines += [
+            _line(f"{name} ({base.name})", some, x, y, name) for name, some in _ways(earlier, shown).items()
+        ]
     says = "output tokens/s against requests at a time"
     return [Chart("Throughput", says, "tokens/s", "batch size", tuple(lines), log_x=True)] if lines else []
 
@@ -132,7 +148,9 @@ def _open_load(run: Run) -> list[Chart]:
         good = _line("within the limits", some, "offered_rate", "goodput")
         if good.points:
             offered = Line("offered", tuple((rate, rate) for rate, _ in good.points), good.name)
-            limits = [f"{name.upper()} {number(some[0].info.get(f'slo_{name}_ms'))} ms" for name in ("ttft", "tpot")]
+            limits = [
+                f"{name.upper()} {number(some[0].info.get(f'slo_{name}_ms'))} ms" for name in ("ttft", "tpot")
+            ]
             says = f"{way}: requests/s that met {' and '.join(limits)}"
             charts.append(Chart("Goodput", says, "requests/s", "offered requests/s", (good, offered)))
     return charts
@@ -150,7 +168,9 @@ def _bars(head: Run, base: Run | None, *groups: str) -> list[Chart]:
         for b in shown:
             now = value(b, metric) or 0.0
             ratio = now / one[0] if one and one[0] else value(b, beside or "")
-            bars.append(Bar(label(b), now, before.get(b.fullname), f"({ratio:.2f}x)" if ratio is not None else ""))
+            bars.append(
+                Bar(label(b), now, before.get(b.fullname), f"({ratio:.2f}x)" if ratio is not None else "")
+            )
         if bars:
             form = _with_unit(METRICS[metric]) if metric in METRICS else number
             charts.append(Chart(title, says, says, bars=tuple(bars), full=full, form=form))

@@ -1,6 +1,7 @@
 """HTML and SVG from Python, safe by construction: whatever is not Markup already is escaped on its way in.
 
-A leaf that knows no run and no chart. Also the one place that decides how a number and a stranger's text are shown.
+A leaf that knows no run and no chart. Also the one place that decides how a number and a stranger's text are
+shown.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def tag(name: str, *children: Any, **attributes: Any) -> Markup:
 
     Attribute names may end in `_` (class_) and have `_` for `-`; None leaves the attribute out.
     """
-    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
+    pairs = (
+        (key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None
+    )
     head = "".join(f' {key}="{html.escape(clean(value))}"' for key, value in pairs)
     return Markup(f"<{name}{head}>{join(children)}</{name}>")
 
@@ -69,7 +72,8 @@ def _begin(text: str, most: int) -> str:
 
 
 def number(value: object) -> str:
-    """A value as people read it: four digits are enough, thousands have commas; None is a dash, true is on."""
+    """A value as people read it: four digits are enough, thousands have commas; None is a dash, true is
+    on."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if not isinstance(value, int | float):

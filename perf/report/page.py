@@ -1,4 +1,5 @@
-"""The report as one HTML page: no script, no network, light or dark as the reader's system is, readable on a phone.
+"""The report as one HTML page: no script, no network, light or dark as the reader's system is, readable on a
+phone.
 
 Layout only; the words come from `verdicts` and `text`, the pictures from `charts`.
 """
@@ -22,22 +23,28 @@ CLASSES = {Outcome.FAIL: "bad", Outcome.ERROR: "bad", Outcome.INCONCLUSIVE: "uns
 PRINTS = ("gpu", "cpu", "threads", "dtype", "torch", "transformers", "triton", "cuda", "driver", "python")
 
 STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --card: #f6f7f9; --ink: #1c2430; --soft: #566273; --rule: #d5dae1;
+:root { color-scheme: light dark; --ground: #fff; --card: #f6f7f9; --ink: #1c2430; --soft: #566273;
+  --rule: #d5dae1;
   --good: #17693b; --bad: #b3202c; --unsure: #8a5a00;
   --c1: #1f5fa8; --c2: #b8500a; --c3: #17794a; --c4: #8a3fb0; --c5: #7a6a00; --c6: #b3265a; }
-@media (prefers-color-scheme: dark) { :root { --ground: #12161c; --card: #1b2129; --ink: #e4e9f0; --soft: #a2aebd;
+@media (prefers-color-scheme: dark) { :root { --ground: #12161c; --card: #1b2129; --ink: #e4e9f0;
+  --soft: #a2aebd;
   --rule: #38424f; --good: #6fd39a; --bad: #ff8a8a; --unsure: #f0b95a;
   --c1: #7db5f2; --c2: #f2a366; --c3: #6fd39a; --c4: #d0a2f2; --c5: #dcc95c; --c6: #f28db0; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.25rem clamp(.75rem, 2.5vw, 2rem) 3rem; max-width: 86rem; background: var(--ground);
+body { margin: 0 auto; padding: 1.25rem clamp(.75rem, 2.5vw, 2rem) 3rem; max-width: 86rem;
+  background: var(--ground);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; }
-h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; } p { margin: .25rem 0; } .soft, figcaption span { color: var(--soft); }
-.verdict { margin: 1.25rem 0; padding: .75rem 1rem; border: 1px solid; border-left-width: .5rem; border-radius: .4rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; } p { margin: .25rem 0; }
+  .soft, figcaption span { color: var(--soft); }
+.verdict { margin: 1.25rem 0; padding: .75rem 1rem; border: 1px solid; border-left-width: .5rem;
+  border-radius: .4rem; }
 .verdict strong { font-size: 1.15rem; } .good { color: var(--good); } .bad { color: var(--bad); }
 .unsure { color: var(--unsure); }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }
-figure { margin: 0; padding: .9rem; background: var(--card); border-radius: .5rem; min-width: 0; align-self: start; }
+figure { margin: 0; padding: .9rem; background: var(--card); border-radius: .5rem; min-width: 0;
+  align-self: start; }
 figcaption strong { display: block; } figcaption span { font-size: .875rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; margin: .5rem 0; }
 text { font: 13px system-ui, sans-serif; fill: var(--soft); } text.name { fill: var(--ink); }
@@ -66,7 +73,8 @@ summary { cursor: pointer; font-size: .875rem; } details { margin: .5rem 0; }
     border-bottom: 1px solid var(--rule); }
   .stack th, .stack td { padding: 0; border: 0; text-align: left; white-space: normal; min-width: 0; }
   .stack th, .stack .why { grid-column: 1 / -1; } .stack tbody th { font-weight: 600; }
-  .stack td:not(.why)::before { content: attr(data-is); display: block; font-size: .75rem; color: var(--soft); }
+  .stack td:not(.why)::before { content: attr(data-is); display: block; font-size: .75rem;
+    color: var(--soft); }
 }
 """
 
@@ -103,7 +111,9 @@ def _left_out(lines: Sequence[str]) -> Markup | None:
 
 def _verdict(comparison: Comparison) -> list[Markup]:
     pair = tag("p", f"{title(comparison.base)} → {title(comparison.head)}", class_="soft")
-    out = [tag("div", tag("strong", headline(comparison)), pair, class_=f"verdict {CLASSES[comparison.outcome]}")]
+    out = [
+        tag("div", tag("strong", headline(comparison)), pair, class_=f"verdict {CLASSES[comparison.outcome]}")
+    ]
     for part in parts(comparison):
         rows = table([list(COLUMNS), *map(list, part.rows)])
         if part.folded:
@@ -115,7 +125,11 @@ def _verdict(comparison: Comparison) -> list[Markup]:
 
 def _charts(head: Run, base: Run | None, keys: Iterator[str]) -> list[Markup]:
     return [
-        tag("section", tag("h2", heading), tag("div", [draw(chart, next(keys)) for chart in charts], class_="charts"))
+        tag(
+            "section",
+            tag("h2", heading),
+            tag("div", [draw(chart, next(keys)) for chart in charts], class_="charts"),
+        )
         for heading, charts in sections(head, base).items()
     ]
 
@@ -137,12 +151,19 @@ def _history(runs: Sequence[Run]) -> Markup | None:
             others.append(row)
     says = f"{len(runs)} runs, from {day(runs[0])} to {day(runs[-1])}; what gates each benchmark first."
     if left_out:
-        says += f" {left_out} earlier results are left out: another fingerprint (machine, driver, library or model)."
+        says += f" {left_out} earlier results are left out: another fingerprint "
+        says += "(machine, driver, library or model)."
     more = (
-        tag("details", tag("summary", f"Other metrics ({len(others)})"), table([heading, *others])) if others else None
+        tag("details", tag("summary", f"Other metrics ({len(others)})"), table([heading, *others]))
+        if others
+        else None
     )
     return tag(
-        "section", tag("h2", "History"), tag("p", says, class_="soft"), table([heading, *first_of.values()]), more
+        "section",
+        tag("h2", "History"),
+        tag("p", says, class_="soft"),
+        table([heading, *first_of.values()]),
+        more,
     )
 
 
@@ -152,11 +173,15 @@ def _figures(head: Run) -> Markup:
 
 
 def _runs(runs: Sequence[Run]) -> Markup:
-    """What was measured, where and when, newest first; where a run's benchmarks differ, each value is given."""
+    """What was measured, where and when, newest first; where a run's benchmarks differ, each value is
+    given."""
     rows = []
     for run in reversed(runs):
         some = list(run.benchmarks.values())
-        prints = [", ".join(dict.fromkeys(v for b in some if (v := b.fingerprint.get(key)))) or "-" for key in PRINTS]
+        prints = [
+            ", ".join(dict.fromkeys(v for b in some if (v := b.fingerprint.get(key)))) or "-"
+            for key in PRINTS
+        ]
         voided = sum(value(b, "rounds_voided") or 0.0 for b in some)
         rows.append([title(run), day(run), *prints, number(voided)])
     return tag("section", tag("h2", "Runs"), table([["run", "measured", *PRINTS, "rounds voided"], *rows]))

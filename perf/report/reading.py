@@ -51,7 +51,9 @@ def read(which: Sequence[str], base: str | None, storage: Path | str) -> Reading
     Raises:
         GateError: if there is nothing to show in any of them, or a name means several.
     """
-    members = {name: _member(name, storage) for name in dict.fromkeys([*which, *([] if base is None else [base])])}
+    members = {
+        name: _member(name, storage) for name in dict.fromkeys([*which, *([] if base is None else [base])])
+    }
     left_out = dict.fromkeys(line for member in members.values() for line in member.wrong)
     first: dict[object, str] = {}
     alike = {name: first.setdefault(_file(member, name), name) for name, member in members.items()}

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TIMED = ("tokens_per_s", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms", "latency_p95_ms", "goodput")
-FIGURES = (*TIMED, "decode_bandwidth_pct", "prefill_mfu_pct", "startup_s", "round_s", "forward_passes", "padded_tokens")
+FIGURES = (
+    *TIMED,
+    "decode_bandwidth_pct",
+    "prefill_mfu_pct",
+    "startup_s",
+    "round_s",
+    "forward_passes",
+    "padded_tokens",
+)
 COLOURS = {Outcome.FAIL: "red", Outcome.ERROR: "red", Outcome.INCONCLUSIVE: "yellow", Outcome.PASS: "green"}
 NAME_SHARE = 3 / 8  # of the terminal's width, at most, is for test ids
 NAME_LENGTH = 20  # cells, which they have in any case
@@ -34,9 +42,13 @@ CELL_LENGTH = 1000  # of the terminal's cells, for any other cell
 
 
 def figures(run: Run, name_length: int | None = None) -> list[list[str]]:
-    """A row a benchmark with its main figures, the heading first; figures that no benchmark has are left out."""
+    """A row a benchmark with its main figures, the heading first; figures that no benchmark has are left
+    out."""
     short, metrics = shorten(run.benchmarks, name_length), [METRICS[name] for name in FIGURES]
-    grid = {name: [metric.format(value(b, metric.name)) for metric in metrics] for name, b in run.benchmarks.items()}
+    grid = {
+        name: [metric.format(value(b, metric.name)) for metric in metrics]
+        for name, b in run.benchmarks.items()
+    }
     kept = [i for i in range(len(metrics)) if any(cells[i] != "-" for cells in grid.values())]
     rows = [[short[name], *(cells[i] for i in kept)] for name, cells in grid.items()]
     return [["benchmark", *(named(metrics[i]) for i in kept)], *rows]
@@ -85,7 +97,9 @@ def _left_out(lines: Sequence[str], runs: Sequence[Run], name_length: int) -> li
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], name: str) -> Table:
     table = Table(title=Text(clean(name)), title_justify="left", box=SIMPLE)
     for i, column in enumerate(heading):
-        table.add_column(Text(column), justify="right" if column in right else "left", overflow="fold", no_wrap=not i)
+        table.add_column(
+            Text(column), justify="right" if column in right else "left", overflow="fold", no_wrap=not i
+        )
     for row in rows:
         table.add_row(*(Text(middle(clean(cell), CELL_LENGTH)) for cell in row))
     return table

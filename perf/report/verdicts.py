@@ -1,6 +1,7 @@
 """A comparison as people read it: the verdict in a line, then its rows by what a reader must do about them.
 
-The terminal, Markdown and the page all take these words, so that they never say different things. It judges nothing.
+The terminal, Markdown and the page all take these words, so that they never say different things. It judges
+nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def parts(comparison: Comparison, name_length: int | None = None) -> list[Part]:
 def headline(comparison: Comparison) -> str:
     """The outcome with the count of each kind: `FAIL: 2 regressions, 1 can't tell, 81 unchanged`."""
     counts = ", ".join(f"{part.count} {part.heading.lower()}" for part in parts(comparison))
-    return f"{comparison.outcome}: {counts or 'nothing was compared'}".replace(" 1 regressions", " 1 regression")
+    return f"{comparison.outcome}: {counts or 'nothing was compared'}".replace(
+        " 1 regressions", " 1 regression"
+    )
 
 
 def title(run: Run) -> str:
@@ -72,7 +75,8 @@ def named(metric: Metric) -> str:
 
 
 def value(benchmark: Benchmark, metric: str) -> float | None:
-    """A benchmark's number: what its median round had, else the median of its rounds; None where it has none."""
+    """A benchmark's number: what its median round had, else the median of its rounds; None where it has
+    none."""
     found = benchmark.info.get(metric)
     if isinstance(found, int | float) and not isinstance(found, bool) and abs(found) <= FLOAT_MAX:
         return float(found)

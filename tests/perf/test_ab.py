@@ -1,4 +1,5 @@
-"""`perf ab` on a small repository of its own: each revision measured in its own tree, and nothing left behind.
+"""`perf ab` on a small repository of its own: each revision measured in its own tree, and nothing left
+behind.
 
 What its benchmark records is written in the tree, not measured, so that verdicts are exact.
 """
@@ -37,7 +38,8 @@ def thing(repo, rate, right=True):
 
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
-    """A repository at rate 100 (`good`), 90 (`slow`) and with a wrong result (`wrong`); nothing may be left of it."""
+    """A repository at rate 100 (`good`), 90 (`slow`) and with a wrong result (`wrong`); nothing may be left
+    of it."""
     folder = tmp_path / "repo"
     (folder / "thing").mkdir(parents=True)
     git(folder, "init", "-q")
@@ -65,7 +67,11 @@ def test_blocks_come_in_abba_order(pairs, sides):
 def test_a_slower_revision_is_a_regression_and_the_checkout_stays_as_it_was(repo):
     thing(repo, 90.5)  # uncommitted, and what "." means
     (repo / "untracked.py").write_text("")
-    before = git(repo, "status", "--porcelain"), git(repo, "rev-parse", "HEAD"), (repo / ".git" / "index").read_bytes()
+    before = (
+        git(repo, "status", "--porcelain"),
+        git(repo, "rev-parse", "HEAD"),
+        (repo / ".git" / "index").read_bytes(),
+    )
     said: list[str] = []
     comparison = ab.ab("good", ".", ["test_thing.py"], blocks=4, repo=repo, advance=said.append)
     (verdict,) = comparison.verdicts
@@ -76,7 +82,8 @@ def test_a_slower_revision_is_a_regression_and_the_checkout_stays_as_it_was(repo
     assert said[0] == "block 1 of 8: good"
     assert comparison.base.commit["id"] == git(repo, "rev-parse", "good^{commit}")
     assert before == (
-        git(repo, "status", "--porcelain"), git(repo, "rev-parse", "HEAD"), (repo / ".git" / "index").read_bytes()
+        git(repo, "status", "--porcelain"), git(repo, "rev-parse", "HEAD"),
+        (repo / ".git" / "index").read_bytes()
     )  # fmt: skip
 
 
@@ -92,7 +99,9 @@ def test_the_working_tree_is_taken_whole_but_for_what_git_ignores(repo):
 
 
 def test_a_block_whose_tests_fail_ends_it_with_pytests_own_words(repo):
-    with pytest.raises(GateError, match=r"(?s)block 2, wrong: pytest ended with code 1 .*assert thing.RIGHT") as error:
+    with pytest.raises(
+        GateError, match=r"(?s)block 2, wrong: pytest ended with code 1 .*assert thing.RIGHT"
+    ) as error:
         ab.ab("good", "wrong", ["test_thing.py"], blocks=4, repo=repo)
     assert error.value.code is Exit.NOT_COMPARABLE
 
@@ -147,8 +156,10 @@ def test_a_revision_that_names_a_branch_and_a_tag_is_refused_with_both(repo):
         assert ab._commit(repo, name) == git(repo, "rev-parse", "refs/tags/slow")
 
 
-@pytest.mark.parametrize("arg", ["--benchmark-json=x", "--benchmark-save=x", "--perf-baseline=x", "--benchmark-disable",
-                                 "--benchmark-skip", "-n4", "-n", "--numprocesses=2", "--dist=load"])  # fmt: skip
+@pytest.mark.parametrize("arg", [
+    "--benchmark-json=x", "--benchmark-save=x", "--perf-baseline=x", "--benchmark-disable",
+    "--benchmark-skip", "-n4", "-n", "--numprocesses=2", "--dist=load",
+])  # fmt: skip
 def test_pytest_options_that_take_the_measuring_away_are_refused(arg):
     with pytest.raises(GateError, match="leave it out") as error:
         ab.ab("a", "b", ["perf", arg])

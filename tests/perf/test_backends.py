@@ -1,4 +1,5 @@
-"""Backends: found by name, honest about their times, all with the same tokens, and peers driven over a real pipe."""
+"""Backends: found by name, honest about their times, all with the same tokens, and peers driven over a real
+pipe."""
 
 from __future__ import annotations
 
@@ -57,9 +58,13 @@ def test_backends_are_found_by_name_module_and_entry_point(monkeypatch: pytest.M
     class Point:
         name, value = "installed", f"{__name__}:Mine"
 
-    monkeypatch.setattr(backends, "entry_points", lambda group: [Point] if group == "dynamic_batch.backends" else [])
+    monkeypatch.setattr(
+        backends, "entry_points", lambda group: [Point] if group == "dynamic_batch.backends" else []
+    )
     assert find("installed").name == "mine"
-    with pytest.raises(InputError, match=r"backend 'nobody' is none of sequential, .*, installed, nor of the form"):
+    with pytest.raises(
+        InputError, match=r"backend 'nobody' is none of sequential, .*, installed, nor of the form"
+    ):
         find("nobody")
 
 
@@ -90,7 +95,11 @@ def test_a_timeline_becomes_the_metrics_of_its_times():
 
 @pytest.mark.parametrize(
     ("tokens", "seconds", "said"),
-    [([[1]], [[0.1]], "asked for 2 tokens and got 1"), ([[1, 2]], [[0.1]], "with 1 times"), ([], [], "got 0 outputs")],
+    [
+        ([[1]], [[0.1]], "asked for 2 tokens and got 1"),
+        ([[1, 2]], [[0.1]], "with 1 times"),
+        ([], [], "got 0 outputs"),
+    ],
 )
 def test_a_timeline_that_does_not_fit_is_the_backend_s_fault(tokens: Any, seconds: Any, said: str):
     with pytest.raises(InputError, match=said):
@@ -187,7 +196,11 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This interpreter as every peer's, with made-up peers for it to import."""
     modules = tmp_path / "modules"
     modules.mkdir()
-    for name, text in (("openvino_genai", FAKE_GENAI), ("openvino", FAKE_OPENVINO), ("ctranslate2", FAKE_CT2)):
+    for name, text in (
+        ("openvino_genai", FAKE_GENAI),
+        ("openvino", FAKE_OPENVINO),
+        ("ctranslate2", FAKE_CT2),
+    ):
         (modules / f"{name}.py").write_text(text)
     (tmp_path / "bin").mkdir()
     launcher = tmp_path / "bin" / "python"  # a link would lose this interpreter's own packages
@@ -199,7 +212,9 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def expected_of(items: Sequence[WorkItem]) -> list[tuple[int, ...]]:
-    return [tuple(sum(map(int, item.prompt)) + at for at in range(item.params.max_new_tokens)) for item in items]
+    return [
+        tuple(sum(map(int, item.prompt)) + at for at in range(item.params.max_new_tokens)) for item in items
+    ]
 
 
 @pytest.mark.parametrize("name", ["openvino", "ctranslate2"])
@@ -250,7 +265,9 @@ def test_setup_reports_what_pip_said_last(tmp_path: Path, monkeypatch: pytest.Mo
 
     def create(folder: Path, with_pip: bool) -> None:
         (folder / "bin").mkdir(parents=True)
-        (folder / "bin" / "python").write_text("#!/bin/sh\necho noise >&2\necho no matching distribution >&2\nexit 1\n")
+        (folder / "bin" / "python").write_text(
+            "#!/bin/sh\necho noise >&2\necho no matching distribution >&2\nexit 1\n"
+        )
         (folder / "bin" / "python").chmod(0o755)
 
     monkeypatch.setattr(peers.venv, "create", create)
@@ -259,7 +276,9 @@ def test_setup_reports_what_pip_said_last(tmp_path: Path, monkeypatch: pytest.Mo
     assert find("ctranslate2").missing("cpu") is not None
 
 
-def test_a_model_from_nowhere_is_saved_once_and_one_from_a_folder_is_used_there(tmp_path: Path, monkeypatch: Any):
+def test_a_model_from_nowhere_is_saved_once_and_one_from_a_folder_is_used_there(
+    tmp_path: Path, monkeypatch: Any
+):
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
     loaded = load("random:tiny-llama")
     folder = model_folder(loaded, "float32")
@@ -270,7 +289,9 @@ def test_a_model_from_nowhere_is_saved_once_and_one_from_a_folder_is_used_there(
     again = load(str(folder))
     assert model_folder(again, "float32") == folder
     assert Oracle(again).answer([5, 6, 7], 4) == Oracle(loaded).answer([5, 6, 7], 4)
-    with pytest.raises(Unavailable, match="openvino converts no model without a tokenizer, and random:tiny-llama"):
+    with pytest.raises(
+        Unavailable, match="openvino converts no model without a tokenizer, and random:tiny-llama"
+    ):
         OpenVINO().converted(setup_of(loaded))
 
 
@@ -280,7 +301,9 @@ def test_transformers_4_finds_theta_and_a_tokenizer_class_it_knows(tmp_path: Pat
     (source / "model.safetensors").write_bytes(b"weights")
     rope = {"rope_theta": 5e5, "rope_type": "default"}
     (source / "config.json").write_text(json.dumps({"dtype": "float32", "rope_parameters": rope}))
-    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend", "eos": 1}))
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "TokenizersBackend", "eos": 1})
+    )
     staged = for_transformers_4(source, tmp_path / "staged")
     config = json.loads((staged / "config.json").read_text())
     assert config == {"dtype": "float32", "torch_dtype": "float32", "rope_theta": 5e5, "rope_scaling": None}

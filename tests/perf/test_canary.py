@@ -11,7 +11,8 @@ from perf.canary import Canary, measure
 
 
 def test_rates_are_work_over_the_fastest_repeat_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch):
-    lengths = iter([9e-9, 4e-3, 2e-3, 8e-3, 5e-3, 9e-9, 1e-3, 1e-3, 1e-3, 1e-3])  # the product's, then the copy's
+    # the product's, then the copy's
+    lengths = iter([9e-9, 4e-3, 2e-3, 8e-3, 5e-3, 9e-9, 1e-3, 1e-3, 1e-3, 1e-3])
 
     def ticks() -> Iterator[float]:
         now = 0.0

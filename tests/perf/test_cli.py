@@ -1,4 +1,5 @@
-"""`python -m perf` as its user meets it: exit codes, files, one line for what can be mended, no torch without need."""
+"""`python -m perf` as its user meets it: exit codes, files, one line for what can be mended, no torch without
+need."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def storage(tmp_path, monkeypatch):
-    """Saved runs `main`, `again` (the same code), `slow` (12 % slower), `less` (fewer benchmarks); we stand there."""
+    """Saved runs `main`, `again` (the same code), `slow` (12 % slower), `less` (fewer benchmarks); we stand
+    there."""
     folder = tmp_path / ".benchmarks" / "Linux"
     folder.mkdir(parents=True)
     kinds = {"main": (0, 1.0, None), "again": (1, 1.0, None), "slow": (2, 0.88, None), "less": (3, 1.0, 3)}
@@ -48,11 +50,18 @@ def run(capsys):
 
 def test_what_the_extra_brings_is_named_where_it_is_missing(storage):
     """In a process of its own: this one has imported it already."""
-    code = "import sys; sys.modules['scipy'] = None; from perf.cli import main; main(['compare', 'main', 'slow'])"
+    code = "import sys; sys.modules['scipy'] = None; from perf.cli import main; "
+    code += "main(['compare', 'main', 'slow'])"
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert (found.returncode, found.stderr) == (2, "error: perf needs scipy: pip install 'dynamic-batch[perf]'\n")
+    assert (found.returncode, found.stderr) == (
+        2,
+        "error: perf needs scipy: pip install 'dynamic-batch[perf]'\n",
+    )
 
 
 def test_exit_codes_say_what_was_found(run, storage):
@@ -126,7 +135,9 @@ def test_a_comparison_of_revisions_passes_on_what_it_was_given(run, monkeypatch,
         raise GateError("no more")
 
     monkeypatch.setattr("perf.ab.ab", measure)
-    code, _, err = run("ab", "main", ".", "--blocks", "4", "--no-counters", "--", "perf/test_x.py", "-k", "cpu")
+    code, _, err = run(
+        "ab", "main", ".", "--blocks", "4", "--no-counters", "--", "perf/test_x.py", "-k", "cpu"
+    )
     assert (code, err) == (3, "block 1 of 8: main\nerror: no more\n")
     assert (asked["base"], asked["head"], asked["args"]) == ("main", ".", ["perf/test_x.py", "-k", "cpu"])
     assert (asked["blocks"], asked["counters"]) == (4, False)
@@ -142,7 +153,9 @@ def test_a_fault_of_the_gate_itself_is_no_regression(run, storage, monkeypatch):
 
 
 @pytest.mark.parametrize(("alarms", "found", "code"), [(0, 20, 0), (1, 19, 0), (2, 20, 1), (0, 18, 1)])
-def test_the_self_test_fails_where_the_gate_cannot_be_trusted(run, monkeypatch, tmp_path, alarms, found, code):
+def test_the_self_test_fails_where_the_gate_cannot_be_trusted(
+    run, monkeypatch, tmp_path, alarms, found, code
+):
     def rate(effect, hits):
         outcomes = (Outcome.FAIL,) * hits + (Outcome.PASS,) * (20 - hits)
         return selftest.Rate(effect, outcomes, {"tokens_per_s": hits})
@@ -155,7 +168,9 @@ def test_the_self_test_fails_where_the_gate_cannot_be_trusted(run, monkeypatch, 
         return report
 
     monkeypatch.setattr(selftest, "selftest", measure)
-    got, out, _ = run("selftest", "--trials", "20", "--effects", "0,0.03,0.1", "--json", str(tmp_path / "x.json"))
+    got, out, _ = run(
+        "selftest", "--trials", "20", "--effects", "0,0.03,0.1", "--json", str(tmp_path / "x.json")
+    )
     assert got == code
     assert (asked["effects"], asked["trials"], asked["pairs"], asked["args"]) == ([0.0, 0.03, 0.1], 20, 4, ())
     assert f"{found} of 20" in out
@@ -180,13 +195,17 @@ def test_counters_and_peers_are_passed_on(run, monkeypatch):
     assert (code, out) == (0, "openvino is ready in /env/openvino\n")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["compare", "main", "slow"], ["report", "main", "--csv", "out.csv"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["compare", "main", "slow"], ["report", "main", "--csv", "out.csv"]]
+)
 def test_torch_is_not_imported_where_it_is_not_used(storage, args):
     code = (
         f"import sys\nfrom perf.cli import main\ntry:\n    main({args!r})\n"
         "except SystemExit: pass\nassert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env={"PYTHONPATH": str(ROOT)})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, env={"PYTHONPATH": str(ROOT)}
+    )
 
 
 def test_accuracy_needs_words(run, tmp_path):
@@ -196,7 +215,9 @@ def test_accuracy_needs_words(run, tmp_path):
     assert "model='random:tiny-llama' has no tokenizer: name one that has" in err
 
 
-@pytest.mark.parametrize("theirs", ["", "raise ValueError('two\\nlines')", "import sys; sys.exit(1)", "import nowhere"])
+@pytest.mark.parametrize(
+    "theirs", ["", "raise ValueError('two\\nlines')", "import sys; sys.exit(1)", "import nowhere"]
+)
 def test_another_package_named_engine_is_said_to_be_in_the_way(tmp_path, theirs):
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "__init__.py").write_text(theirs)
@@ -206,8 +227,8 @@ def test_another_package_named_engine_is_said_to_be_in_the_way(tmp_path, theirs)
     found = tmp_path / "engine" / "__init__.py"
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: another package named engine, {found}, hides the one that perf needs: run it from elsewhere, "
-        "or python -P -m perf\n"
+        f"error: another package named engine, {found}, hides the one that perf needs: run it from "
+        "elsewhere, or python -P -m perf\n"
     )
     command.insert(1, "-P")
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

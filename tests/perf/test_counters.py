@@ -1,4 +1,5 @@
-"""The counters gate: every difference has a line, a change is recorded by one command, the file covers everything."""
+"""The counters gate: every difference has a line, a change is recorded by one command, the file covers
+everything."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ def test_equal_tables_differ_in_nothing():
 
 
 def test_every_kind_of_difference_has_its_line():
-    head = {"m w sequential": {"forward_passes": 11, "preemptions": 2}, "m w continuous": {"forward_passes": 4}}
+    head = {
+        "m w sequential": {"forward_passes": 11, "preemptions": 2},
+        "m w continuous": {"forward_passes": 4},
+    }
     assert list(counters.differences(BASE, head)) == [
         "m w continuous: new, not recorded",
         "m w dynamic: gone",
@@ -29,7 +33,9 @@ def test_every_kind_of_difference_has_its_line():
     ]
 
 
-def test_recording_and_comparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_recording_and_comparing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     file, costs = tmp_path / "counters.json", {"steps": 3}
     monkeypatch.setattr(counters, "measure", lambda spec: {f"{spec} w sequential": dict(costs)})
     assert counters.main(path=file) is Exit.NOT_COMPARABLE

@@ -8,7 +8,8 @@ import torch
 
 from perf.fingerprint import cpu_name, fingerprint
 
-KEYS = {"gpu", "driver", "cuda", "torch", "transformers", "triton", "python", "dtype", "model_revision", "cpu",
+KEYS = {"gpu", "driver", "cuda", "torch", "transformers", "triton", "python", "dtype", "model_revision",
+        "cpu",
         "threads"}  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""The gate's verdicts on made-up runs: what is a regression, what is not, what cannot be told, and no way to go green
-on nothing."""
+"""The gate's verdicts on made-up runs: what is a regression, what is not, what cannot be told, and no way to
+go green on nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def noisy(centre, seed, noise=0.005, n=7):
 def bench(rounds, name=NAME, gate=None, **info):
     what = {"schema": 1, "group": "policy", "model": "random:tiny", "backend": "engine", "workload": "mixed"}
     what |= {"arrivals": "all", "fingerprint": PRINT, **info}
-    return {"fullname": name, "extra_info": {**what, **({"gate": json.dumps(gate)} if gate else {}), "rounds": rounds}}
+    return {
+        "fullname": name,
+        "extra_info": {**what, **({"gate": json.dumps(gate)} if gate else {}), "rounds": rounds},
+    }
 
 
 def run(*entries, name="run"):
@@ -126,7 +129,8 @@ def test_a_counter_that_wavers_in_the_baseline_is_an_error():
 
 def test_counters_are_left_out_under_open_load_and_when_asked():
     open_load = [
-        run(bench(rounds, arrivals="poisson:8")) for rounds in (COUNTS, {**COUNTS, "forward_passes": [70] * 7})
+        run(bench(rounds, arrivals="poisson:8"))
+        for rounds in (COUNTS, {**COUNTS, "forward_passes": [70] * 7})
     ]
     assert gate.compare(*open_load).verdicts == ()
     timed = {"tokens_per_s": noisy(100, 1)}
@@ -139,7 +143,11 @@ def test_counters_are_left_out_under_open_load_and_when_asked():
 
 def test_nothing_compared_is_never_a_pass():
     comparison = judge(COUNTS, COUNTS, counters=False)
-    assert (comparison.verdicts, comparison.outcome, comparison.exit) == ((), Outcome.ERROR, Exit.NOT_COMPARABLE)
+    assert (comparison.verdicts, comparison.outcome, comparison.exit) == (
+        (),
+        Outcome.ERROR,
+        Exit.NOT_COMPARABLE,
+    )
 
 
 @pytest.mark.parametrize(("before", "after", "says"), [
@@ -162,13 +170,19 @@ def test_a_benchmark_that_is_gone_is_an_error_and_a_new_one_a_note():
     both, one = run(bench(rounds), bench(rounds, name="t::b")), run(bench(rounds))
     gone = gate.compare(both, one)
     assert gone.exit is Exit.NOT_COMPARABLE
-    assert [(v.benchmark, v.outcome) for v in gone.verdicts] == [(NAME, Outcome.PASS), ("t::b", Outcome.ERROR)]
+    assert [(v.benchmark, v.outcome) for v in gone.verdicts] == [
+        (NAME, Outcome.PASS),
+        ("t::b", Outcome.ERROR),
+    ]
     assert "in the baseline and not in this run" in gone.verdicts[1].reason
     new = gate.compare(one, both)
     assert (new.exit, new.notes) == (Exit.PASS, ("new, so not judged: t::b",))
     left_out = gate.compare(both, one, deselected={"t::b", "t::c"})
     assert (left_out.exit, left_out.notes) == (Exit.PASS, ("deselected here and not judged: t::b",))
-    assert gate.compare(both, run(bench(rounds, name="t::c")), deselected={NAME, "t::b"}).exit is Exit.NOT_COMPARABLE
+    assert (
+        gate.compare(both, run(bench(rounds, name="t::c")), deselected={NAME, "t::b"}).exit
+        is Exit.NOT_COMPARABLE
+    )
 
 
 def test_a_metric_that_is_gone_or_not_a_number_is_an_error():
@@ -228,7 +242,9 @@ def test_the_gravest_finding_decides_the_exit_code():
     def code(*names):
         heads = {"bad": bad, "vague": vague, "good": good}
         base = run(*(bench(good, name=name) for name in names))
-        return gate.compare(base, run(*(bench(heads[name], name=name) for name in names if name != "gone"))).exit
+        return gate.compare(
+            base, run(*(bench(heads[name], name=name) for name in names if name != "gone"))
+        ).exit
 
     assert code("good") is Exit.PASS
     assert code("good", "vague") is Exit.INCONCLUSIVE
@@ -248,7 +264,9 @@ def test_one_of_many_that_looks_bad_by_chance_is_looked_at_again():
     ]
     comparison = gate.compare(*sides)
     assert comparison.exit is Exit.INCONCLUSIVE
-    assert "alone a regression, but of 61 comparisons one may look so by chance" in comparison.verdicts[0].reason
+    assert (
+        "alone a regression, but of 61 comparisons one may look so by chance" in comparison.verdicts[0].reason
+    )
 
 
 def test_when_the_canary_moved_more_than_the_metric_the_machine_is_named():
@@ -265,7 +283,9 @@ def test_when_the_canary_moved_more_than_the_metric_the_machine_is_named():
 
 def test_voided_rounds_are_told():
     sides = [run(bench({"tokens_per_s": noisy(100, 1)}, rounds_voided=voided)) for voided in (0, 2)]
-    assert gate.compare(*sides).notes == (f"rounds of head were voided by a slowdown of the hardware: {NAME}",)
+    assert gate.compare(*sides).notes == (
+        f"rounds of head were voided by a slowdown of the hardware: {NAME}",
+    )
 
 
 def test_pairs_see_through_a_machine_that_drifts():
@@ -275,18 +295,23 @@ def test_pairs_see_through_a_machine_that_drifts():
     head = (np.array(noisy(94, 2, n=8)) * drift).tolist()
     assert only(judge({"tokens_per_s": base}, {"tokens_per_s": head}, paired=True)).outcome is Outcome.FAIL
     assert only(judge({"tokens_per_s": base}, {"tokens_per_s": head})).outcome is Outcome.INCONCLUSIVE
-    assert "make no pairs" in only(judge({"tokens_per_s": base}, {"tokens_per_s": head[1:]}, paired=True)).reason
+    assert (
+        "make no pairs" in only(judge({"tokens_per_s": base}, {"tokens_per_s": head[1:]}, paired=True)).reason
+    )
     few = only(judge({"tokens_per_s": base[:3]}, {"tokens_per_s": head[:3]}, paired=True))
     assert (few.outcome, few.rounds_needed) == (Outcome.INCONCLUSIVE, 4)
 
 
 @pytest.mark.parametrize(("options", "says"), [
     ({"xdist": True}, "xdist turns benchmarks off: run without -n"),
-    ({"disabled": True}, "run without --benchmark-disable"), ({"skipped": True}, "run without --benchmark-skip"),
+    ({"disabled": True}, "run without --benchmark-disable"),
+    ({"skipped": True}, "run without --benchmark-skip"),
 ])  # fmt: skip
 def test_a_session_that_times_nothing_is_a_usage_error(tmp_path, options, says):
     with pytest.raises(GateError, match=says) as error:
-        gate.check_session("main", tmp_path, **{"xdist": False, "disabled": False, "skipped": False, **options})
+        gate.check_session(
+            "main", tmp_path, **{"xdist": False, "disabled": False, "skipped": False, **options}
+        )
     assert error.value.code is Exit.USAGE
 
 
@@ -311,19 +336,27 @@ rounds = st.lists(st.floats(1, 1000), min_size=5, max_size=9)
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rounds, rounds, st.floats(1.0, 3.0), st.sampled_from(["tokens_per_s", "ttft_p95_ms", "startup_s"]), st.booleans()
+    rounds,
+    rounds,
+    st.floats(1.0, 3.0),
+    st.sampled_from(["tokens_per_s", "ttft_p95_ms", "startup_s"]),
+    st.booleans(),
 )
 def test_what_gets_worse_never_gets_a_better_verdict(base, head, factor, metric, paired):
     base, head = base[: len(head)], head[: len(base)]
     rank = [Outcome.PASS, Outcome.INCONCLUSIVE, Outcome.FAIL]
     worse = [value / factor if metric == "tokens_per_s" else value * factor for value in head]
-    before, after = (only(judge({metric: base}, {metric: values}, paired=paired)).outcome for values in (head, worse))
+    before, after = (
+        only(judge({metric: base}, {metric: values}, paired=paired)).outcome for values in (head, worse)
+    )
     assert rank.index(after) >= rank.index(before)
 
 
 @pytest.mark.parametrize("metric", ["tokens_per_s", "tpot_p50_ms", "latency_p95_ms"])
 @pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("values", [(5e-324, 1.7e308), (1.7e308, 5e-324), (5e-324, 5e-324), (1.7e308, 1.7e308)])
+@pytest.mark.parametrize(
+    "values", [(5e-324, 1.7e308), (1.7e308, 5e-324), (5e-324, 5e-324), (1.7e308, 1.7e308)]
+)
 def test_the_largest_and_the_smallest_numbers_are_judged_like_others(metric, paired, values):
     base, head = ([value] * 6 for value in values)
     verdict = only(judge({metric: base}, {metric: head}, paired=paired))

@@ -1,4 +1,5 @@
-"""NVML sampling against a made-up NVML: what is read, what voids a round, what is said where nothing can be read."""
+"""NVML sampling against a made-up NVML: what is read, what voids a round, what is said where nothing can be
+read."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_heat_and_power_supply_are_slowdowns():
     assert slowdown(0) is None
-    assert slowdown(0x1 | 0x2 | 0x4 | 0x10 | 0x100) is None  # idle, clocks set by hand, power cap, sync boost, display
+    # idle, clocks set by hand, power cap, sync boost, display
+    assert slowdown(0x1 | 0x2 | 0x4 | 0x10 | 0x100) is None
     assert slowdown(0x8) == "hardware slowdown"
     assert slowdown(0x4 | 0x20 | 0x40) == "software thermal slowdown, hardware thermal slowdown"
     assert slowdown(0x80) == "hardware power brake"

@@ -232,7 +232,9 @@ def test_a_script_of_the_checkout_is_refused_though_it_imports_nothing(scene, en
     script = scene.top / "worker.py"
     for folder in (scene.top, scene.tree):
         (folder / "worker.py").write_text(f"X = sum(range(9))\n{ends}\n")
-    said = scene.refused(f"import subprocess, sys; subprocess.run([sys.executable, {str(script)!r}], check=True)")
+    said = scene.refused(
+        f"import subprocess, sys; subprocess.run([sys.executable, {str(script)!r}], check=True)"
+    )
     assert said.startswith("__main__ was imported by ")
     assert f" from {script}, which is {Place.CHECKOUT.value}: " in said
     scene.check("import subprocess, sys; subprocess.run([sys.executable, 'worker.py'], check=True)")
@@ -246,7 +248,9 @@ def test_another_distributions_part_of_a_package_is_installed(scene):
         (folder / "acme" / f"{part}.py").touch()
     scene.check("import acme.ours, acme.other")
     (scene.tree / "acme" / "other.py").touch()
-    said = scene.refused(f"import acme; acme.__path__.insert(0, {str(scene.site / 'acme')!r}); import acme.other")
+    said = scene.refused(
+        f"import acme; acme.__path__.insert(0, {str(scene.site / 'acme')!r}); import acme.other"
+    )
     assert f"from {scene.site / 'acme/other.py'}, which is {Place.OTHER.value}" in said
 
 
@@ -375,7 +379,9 @@ import made
         if tree is scene.tree:
             watch.check("block")
             continue
-        with pytest.raises(GateError, match=f"made.py, which is {Place.OTHERS.value}: generate it in") as error:
+        with pytest.raises(
+            GateError, match=f"made.py, which is {Place.OTHERS.value}: generate it in"
+        ) as error:
             watch.check("block 2")
         assert error.value.code is Exit.NOT_COMPARABLE
         assert "\n" not in str(error.value)

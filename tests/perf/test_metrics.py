@@ -22,7 +22,9 @@ def test_what_the_design_promises_is_gated_with_its_tolerance():
         "startup_s": ("lower", 0.10, 0),
         "gpu_peak_bytes": ("lower", 0.01, 16 * 2**20),
     }
-    assert {name: (METRICS[name].direction, METRICS[name].rel, METRICS[name].floor) for name in promised} == promised
+    assert {
+        name: (METRICS[name].direction, METRICS[name].rel, METRICS[name].floor) for name in promised
+    } == promised
     assert {"forward_passes", "tokens_computed", "padded_tokens", "output_tokens", "kv_bytes_peak"} <= EXACT
 
 
@@ -38,7 +40,8 @@ def test_every_metric_is_named_once_and_judged_as_its_direction_says():
 @pytest.mark.parametrize(("name", "value", "text"), [
     ("tokens_per_s", 12345.6, "12,346"), ("tokens_per_s", 123.456, "123"), ("tpot_p50_ms", 1.23456, "1.23"),
     ("tpot_p50_ms", 0.0456, "0.0456"), ("forward_passes", 3579, "3,579"), ("forward_passes", 0, "0"),
-    ("kv_bytes_peak", 3 * 2**19, "1.5 MiB"), ("gpu_peak_bytes", 3 * 2**29, "1.50 GiB"), ("goodput", None, "-"),
+    ("kv_bytes_peak", 3 * 2**19, "1.5 MiB"), ("gpu_peak_bytes", 3 * 2**29, "1.50 GiB"),
+    ("goodput", None, "-"),
 ])  # fmt: skip
 def test_values_are_formatted_for_people(name, value, text):
     assert METRICS[name].format(value) == text

@@ -42,13 +42,15 @@ def test_it(perf_case, device):
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    without = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")  # the latter collects garbage five times a run
+    # the latter collects garbage five times a run
+    without = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")
     return pytester.runpytest_inprocess("-p", "perf.plugin", *without, *arguments)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _imported() -> None:
-    """Import what runs inside will need: pytester forgets modules that a run inside it was the first to import."""
+    """Import what runs inside will need: pytester forgets modules that a run inside it was the first to
+    import."""
     bench = record.Bench(model=None, dtype=None, rounds=None, quick=False, plant=0.0)
     trial = record.Trial(bench, "load", "continuous", "mixed-2", device="cpu", max_batch_size=2)
     trial.prove()
@@ -106,7 +108,9 @@ def test_points_are_pairs_of_device_and_value_and_quick_skips_by_name(pytester: 
         def test_other(): pass
         """
     )
-    result = run(pytester, "--collect-only", "-q", "--batch-sizes", "3,9", "--peers", "x, y", "--backend", "m:o")
+    result = run(
+        pytester, "--collect-only", "-q", "--batch-sizes", "3,9", "--peers", "x, y", "--backend", "m:o"
+    )
     found = [line.split("::")[1] for line in result.outlines if "::" in line]
     assert found == [
         "test_it[cpu-1]", "test_it[cuda-4]", "test_it[cuda-5x6]",
@@ -124,7 +128,9 @@ def test_sizes_must_be_numbers(pytester: pytest.Pytester):
     assert run(pytester, "--batch-sizes", "0").ret == pytest.ExitCode.USAGE_ERROR
 
 
-def test_gpu_tests_skip_with_the_reason_or_fail_with_one(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
+def test_gpu_tests_skip_with_the_reason_or_fail_with_one(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pytester.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_it(): raise AssertionError")
     result = run(pytester, "-rs")
@@ -132,7 +138,9 @@ def test_gpu_tests_skip_with_the_reason_or_fail_with_one(pytester: pytest.Pytest
     result.stdout.fnmatch_lines(["*needs a CUDA device; torch finds none"])
     result = run(pytester, "-m", "gpu", "--require-gpu")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: --require-gpu: torch finds no CUDA device here, so no gpu test can run"])
+    result.stderr.fnmatch_lines(
+        ["ERROR: --require-gpu: torch finds no CUDA device here, so no gpu test can run"]
+    )
 
 
 # What is saved
@@ -141,7 +149,9 @@ def test_gpu_tests_skip_with_the_reason_or_fail_with_one(pytester: pytest.Pytest
 def test_a_run_is_saved_with_all_that_was_measured(pytester: pytest.Pytester):
     marks = '@pytest.mark.perf_gate("tpot_p50_ms", rel=0.2)\n@pytest.mark.perf_gate("tpot_p50_ms", abs=1.0)'
     made_up(pytester, mark=marks)
-    run(pytester, "-m", "not gpu", "--benchmark-save=base", "--rounds=2").assert_outcomes(passed=1, deselected=1)
+    run(pytester, "-m", "not gpu", "--benchmark-save=base", "--rounds=2").assert_outcomes(
+        passed=1, deselected=1
+    )
     (entry,) = saved(pytester)
     ((key, info),) = entry["extra_info"].items()
     assert key == "dynamic_batch"
@@ -167,7 +177,9 @@ def test_a_plain_benchmark_that_fails_after_its_timing_is_not_saved_either(pytes
 def test_not_a_number_fails_and_is_not_saved(pytester: pytest.Pytester):
     made_up(pytester)
     file = pytester.path / "test_made_up.py"
-    file.write_text(file.read_text().replace("max_batch_size=2", "max_batch_size=2, extra={'x': float('nan')}"))
+    file.write_text(
+        file.read_text().replace("max_batch_size=2", "max_batch_size=2, extra={'x': float('nan')}")
+    )
     result = run(pytester, "-m", "not gpu", "--benchmark-save=base")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*ValueError: x is nan: it was not measured*"])
@@ -187,7 +199,13 @@ def test_without_saving_benchmarks_may_be_off(pytester: pytest.Pytester):
      ({"benchmark_skip": True, "benchmark_only": True}, None)],
 )  # fmt: skip
 def test_whatever_turns_benchmarks_off_is_named(given: dict[str, Any], off: str | None):
-    options = {"dist": "no", "benchmark_disable": False, "benchmark_enable": False, "benchmark_skip": False, **given}
+    options = {
+        "dist": "no",
+        "benchmark_disable": False,
+        "benchmark_enable": False,
+        "benchmark_skip": False,
+        **given,
+    }
     config: Any = types.SimpleNamespace(getoption=lambda name, default=None: options.get(name, default))
     assert plugin._benchmarks_off(config) == off
 
@@ -227,7 +245,9 @@ def test_a_gate_without_timings_is_an_error(pytester: pytest.Pytester, exits: An
     assert f"run without {off}" in text
 
 
-def test_a_benchmark_that_is_gone_or_skipped_is_an_error_and_one_not_asked_for_is_not(pytester: pytest.Pytester):
+def test_a_benchmark_that_is_gone_or_skipped_is_an_error_and_one_not_asked_for_is_not(
+    pytester: pytest.Pytester,
+):
     other = TIMED.replace("test_time", "test_other")
     pytester.makepyfile(test_a=TIMED, test_b=other)
     run(pytester, "--benchmark-save=base", "--benchmark-save-data")
@@ -255,7 +275,9 @@ def test_a_failing_test_keeps_pytest_s_own_exit_code(pytester: pytest.Pytester):
     [("'nothing', rel=0.1", "no such gated metric"), ("'forward_passes', rel=0.1", "compared exactly"),
      ("'ttft_p95_ms', relative=1", "rel= or abs=")],
 )  # fmt: skip
-def test_a_tolerance_the_gate_could_not_use_is_an_error_at_once(pytester: Any, exits: Any, mark: str, said: str):
+def test_a_tolerance_the_gate_could_not_use_is_an_error_at_once(
+    pytester: Any, exits: Any, mark: str, said: str
+):
     pytester.makepyfile(f"import pytest\n@pytest.mark.perf_gate({mark})\ndef test_it(): pass")
     code, text = exits()
     assert code == 2
@@ -268,12 +290,20 @@ def test_a_tolerance_the_gate_could_not_use_is_an_error_at_once(pytester: Any, e
 def test_tables_show_ours_beside_the_demonstration_s():
     from perf.summary import tables
 
-    base = {"device": "cuda", "dtype": "float16", "workload": "mixed-32", "batch_size": 16, "latency_mean_ms": 300.0}
+    base = {
+        "device": "cuda",
+        "dtype": "float16",
+        "workload": "mixed-32",
+        "batch_size": 16,
+        "latency_mean_ms": 300.0,
+    }
     rows: list[dict[str, Any]] = [
         {**base, "group": "policy", "policy": policy, "tokens_per_s": rate, "model": "random:qwen2.5-0.5b"}
         for policy, rate in (("sequential", 100.0), ("continuous", 900.0))
     ]
-    rows.append({**base, "group": "scale", "model": "random:llama-7b", "speedup": 12.5, "tokens_per_s": 800.0})
+    rows.append(
+        {**base, "group": "scale", "model": "random:llama-7b", "speedup": 12.5, "tokens_per_s": 800.0}
+    )
     (policies, lines), (_, scale_lines) = tables(rows)
     assert policies == "policies: mixed-32 on random:qwen2.5-0.5b, float16, cuda"
     assert [line.split()[0] for line in lines] == [

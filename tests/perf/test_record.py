@@ -1,4 +1,5 @@
-"""Recording: correct before fast, medians and samples of the good rounds only, nothing that JSON has no word for."""
+"""Recording: correct before fast, medians and samples of the good rounds only, nothing that JSON has no word
+for."""
 
 from __future__ import annotations
 
@@ -29,11 +30,14 @@ Spoil = Callable[[int, list[list[int]]], None]
 
 
 class Scripted:
-    """A backend with the right answers, spoilt by a function of (number of the run, tokens), and made-up times."""
+    """A backend with the right answers, spoilt by a function of (number of the run, tokens), and made-up
+    times."""
 
     name = "scripted"
 
-    def __init__(self, spoil: Spoil = lambda run, tokens: None, exact: bool = True, absent: str | None = None) -> None:
+    def __init__(
+        self, spoil: Spoil = lambda run, tokens: None, exact: bool = True, absent: str | None = None
+    ) -> None:
         self.spoil, self.exact, self.absent, self.runs, self.log = spoil, exact, absent, 0, []
         self.keeps_times = True
 
@@ -178,7 +182,8 @@ def test_everything_of_the_contract_is_recorded_and_is_json(bench: Bench):
                 "model_revision": "random-seed-0", "dtype": "float32", "device": "cpu", "policy": "scripted",
                 "runner": "scripted", "batch_size": 2,
                 "workload": "fixed-3x8+4", "arrivals": "all", "seed": 0, "requests": 3, "rounds_voided": 0,
-                "void_reason": None, "gpu_peak_bytes": None, "canary_drift_pct": 0.0, "note": "x"}  # fmt: skip
+                "void_reason": None, "gpu_peak_bytes": None, "canary_drift_pct": 0.0,
+                 "note": "x"}  # fmt: skip
     assert {key: info.get(key, "absent") for key in expected} == expected
     assert {len(values) for values in info["rounds"].values()} == {5}
     run = parse({"benchmarks": [{"fullname": "t", "extra_info": fixture.extra_info}]}, "x.json")
@@ -188,7 +193,8 @@ def test_everything_of_the_contract_is_recorded_and_is_json(bench: Bench):
 
 def test_the_flat_numbers_are_the_median_round_s_and_warm_up_is_dropped(bench: Bench):
     info = measure(bench, Scripted(), warmup=2, rounds=5)
-    rates = info["rounds"]["tokens_per_s"]  # run k ends at 0.1 k + 0.03 s: the proof is run 1, warm-up 2 and 3
+    # run k ends at 0.1 k + 0.03 s: the proof is run 1, warm-up 2 and 3
+    rates = info["rounds"]["tokens_per_s"]
     assert rates == pytest.approx([12 / (0.1 * k + 0.03) for k in range(4, 9)])
     assert info["tokens_per_s"] == sorted(rates)[2]
     assert info["ttft_p50_ms"] == pytest.approx(600.0)
@@ -212,7 +218,9 @@ def test_counters_of_open_load_are_not_gated(bench: Bench):
     assert info["forward_passes"] > 0
     assert "forward_passes" not in info["rounds"]
     assert "useful_flops_pct" not in info
-    info = PerfCase(bench, Fixture(), '{"tpot_p50_ms": {"rel": 0.2}}').measure("load", "dynamic", "mixed-2", **how)
+    info = PerfCase(bench, Fixture(), '{"tpot_p50_ms": {"rel": 0.2}}').measure(
+        "load", "dynamic", "mixed-2", **how
+    )
     assert info["rounds"]["forward_passes"] == [info["forward_passes"]]
     assert info["gate"] == '{"tpot_p50_ms": {"rel": 0.2}}'
     assert info["runner"] == "padded"
@@ -248,7 +256,13 @@ def test_benchmark_disable_checks_the_tokens_and_runs_once(bench: Bench):
 
 
 def test_plain_unwraps_numpy_and_refuses_what_json_has_no_word_for():
-    given = {"a": np.float64(1.5), "b": np.int64(2), "c": [np.float32(0.5), None], "d": {"e": np.bool_(True)}, "f": "x"}
+    given = {
+        "a": np.float64(1.5),
+        "b": np.int64(2),
+        "c": [np.float32(0.5), None],
+        "d": {"e": np.bool_(True)},
+        "f": "x",
+    }
     found = plain(given)
     assert found == {"a": 1.5, "b": 2, "c": [0.5, None], "d": {"e": True}, "f": "x"}
     assert [type(found[key]) for key in "ab"] == [float, int]
@@ -304,7 +318,9 @@ def test_turns_go_there_and_back_and_a_failure_is_left_out(bench: Bench):
 def test_replayed_rounds_are_timed_as_they_were(bench: Bench):
     trial = Trial(bench, "peers", Scripted(), fixed(1, 4, 2, 256), device="cpu", max_batch_size=1)
     take_turns([trial], 2)
-    trial.rounds = [Round(seconds, r.flat, r.gpu) for seconds, r in zip((2.0, 5.0), trial.rounds, strict=True)]
+    trial.rounds = [
+        Round(seconds, r.flat, r.gpu) for seconds, r in zip((2.0, 5.0), trial.rounds, strict=True)
+    ]
     clock, fixture, stamps = ReplayClock(), Fixture(), []
 
     def advance(seconds: float) -> None:
@@ -320,7 +336,8 @@ def test_replayed_rounds_are_timed_as_they_were(bench: Bench):
 
 
 def test_costs_of_a_model_that_fits_on_paper():
-    found = costs(load("random:tiny-llama").model)  # 3 layers, 64 wide, 4 heads and 2 KV heads of 16, MLP 128, 256 ids
+    # 3 layers, 64 wide, 4 heads and 2 KV heads of 16, MLP 128, 256 ids
+    found = costs(load("random:tiny-llama").model)
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
     assert found.linear_weights == 3 * layer
     assert found.head_weights == 256 * 64

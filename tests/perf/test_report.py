@@ -1,4 +1,5 @@
-"""Reports: what is shown, in which order, that nothing from a file acts, and that the pages need no network."""
+"""Reports: what is shown, in which order, that nothing from a file acts, and that the pages need no
+network."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def head(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Comparison:
-    """A regression, a counter that moved, a benchmark gone, one that can't be told, one better, the rest unchanged."""
+    """A regression, a counter that moved, a benchmark gone, one that can't be told, one better, the rest
+    unchanged."""
     names = ("slow", "counts", "gone", "noisy", "fast", "same")
     runs = []
     for number_, name in ((1, "base"), (2, "head")):
@@ -67,7 +69,8 @@ def shown(renderable: Any, width: int = 160) -> str:
 
 
 class Page(HTMLParser):
-    """A page taken apart: its elements with attributes, and an error for any tag left open or closed twice."""
+    """A page taken apart: its elements with attributes, and an error for any tag left open or closed
+    twice."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -136,7 +139,9 @@ def test_benchmarks_refused_for_one_reason_share_a_row(tmp_path: Path) -> None:
 def test_markdown_gives_the_verdict_first_and_folds_the_unchanged(judged: Comparison) -> None:
     text = markdown([judged.base, judged.head], judged)
     assert text.startswith("## ❌ FAIL: 2 regressions")
-    order = [text.index(word) for word in ("### Regressions", "### Can't tell", "<details><summary>Unchanged")]
+    order = [
+        text.index(word) for word in ("### Regressions", "### Can't tell", "<details><summary>Unchanged")
+    ]
     assert order == sorted(order)
     assert text.index("test_batch_size[slow]") < text.index("<details>")
     assert "test_batch_size[same]" not in text[: text.index("<details>")]
@@ -172,7 +177,9 @@ def test_the_terminal_ends_with_the_verdict(judged: Comparison) -> None:
 
 def test_nothing_in_a_file_acts(tmp_path: Path) -> None:
     noise = made.random.Random(0)
-    entries = [made.entry(name, "batch_size", noise, batch_size=2, **made.speeds(9.0, 2)) for name in ("a", "b")]
+    entries = [
+        made.entry(name, "batch_size", noise, batch_size=2, **made.speeds(9.0, 2)) for name in ("a", "b")
+    ]
     for entry in entries:
         entry["fullname"] += EVIL
         entry["extra_info"] |= {"policy": EVIL + entry["name"], "void_reason": EVIL}
@@ -185,7 +192,22 @@ def test_nothing_in_a_file_acts(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>" in "".join(parsed.text)
     summary = markdown([run], result)
     rendered = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(summary))
-    allowed = {"h2", "h3", "p", "ul", "li", "code", "details", "summary", "table", "thead", "tbody", "tr", "th", "td"}
+    allowed = {
+        "h2",
+        "h3",
+        "p",
+        "ul",
+        "li",
+        "code",
+        "details",
+        "summary",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    }
     assert {name for name, _ in rendered.elements} <= allowed
     assert "<script>alert(1)</script>" in "".join(rendered.text)
     assert "@team" not in re.sub(r"`[^`\n]*`", "", summary)
@@ -195,10 +217,14 @@ def test_nothing_in_a_file_acts(tmp_path: Path) -> None:
 def test_the_page_asks_for_nothing_and_runs_nothing(head: Run) -> None:
     text = page([head])
     parsed = Page(text)
-    assert not {"src", "href", "onclick", "onload", "style"} & {key for _, attrs in parsed.elements for key in attrs}
+    assert not {"src", "href", "onclick", "onload", "style"} & {
+        key for _, attrs in parsed.elements for key in attrs
+    }
     assert "url(" not in text
     assert "@import" not in text
-    policies = [meta["content"] for meta in parsed.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    policies = [
+        meta["content"] for meta in parsed.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
@@ -244,12 +270,20 @@ def test_charts_show_what_was_recorded(head: Run, tmp_path: Path) -> None:
         ("continuous", 61000.0, 30500.0, "(21.03x)"),
     ]
     decode, prefill = sections(head)["How far from the limit"]
-    assert [bar.name for bar in decode.bars][:2] == ["batch size 1, context 512", "batch size 32, context 512"]
+    assert [bar.name for bar in decode.bars][:2] == [
+        "batch size 1, context 512",
+        "batch size 32, context 512",
+    ]
     assert decode.full == prefill.full == 100.0
 
 
 def test_a_run_without_groups_still_has_a_page(tmp_path: Path) -> None:
-    plain = {"fullname": "tests/test_a.py::test_a", "group": None, "stats": {"data": [0.1, 0.2, 0.3]}, "extra_info": {}}
+    plain = {
+        "fullname": "tests/test_a.py::test_a",
+        "group": None,
+        "stats": {"data": [0.1, 0.2, 0.3]},
+        "extra_info": {},
+    }
     nulls = made.entry("x", "batch_size", made.random.Random(0), batch_size=4, tokens_per_s=None)
     run = load(made.save(tmp_path, "plain", [plain, nulls]))
     assert sections(run) == {}
@@ -331,10 +365,16 @@ def test_lines_stay_inside_their_picture(points: list[tuple[float, float]], log_
 
 
 @given(
-    st.lists(st.tuples(st.text(max_size=90), st.floats(0, 1e9), st.none() | st.floats(0, 1e9)), min_size=1, max_size=9)
+    st.lists(
+        st.tuples(st.text(max_size=90), st.floats(0, 1e9), st.none() | st.floats(0, 1e9)),
+        min_size=1,
+        max_size=9,
+    )
 )
 @example([("", 5e-324, None)])
-def test_bars_stay_inside_their_picture_and_keep_their_names(some: list[tuple[str, float, float | None]]) -> None:
+def test_bars_stay_inside_their_picture_and_keep_their_names(
+    some: list[tuple[str, float, float | None]],
+) -> None:
     parsed = Page(draw(Chart("t", "s", "tokens/s", bars=tuple(Bar(*bar) for bar in some)), "k"))
     assert all(0 <= float(bar["width"] or -1) <= 400 for bar in parsed.all("rect"))
     for name, _, _ in some:

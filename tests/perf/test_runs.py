@@ -1,4 +1,5 @@
-"""Saved runs: found by file, number or name; whatever is wrong with one is said, and never taken for a pass."""
+"""Saved runs: found by file, number or name; whatever is wrong with one is said, and never taken for a
+pass."""
 
 from __future__ import annotations
 
@@ -71,9 +72,10 @@ def test_a_missing_baseline_says_what_there_is_and_how_to_make_one(save, tmp_pat
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("", "cannot be read as JSON"), ('{"benchmarks": [', "cannot be read as JSON"), ("\xff", "cannot be read as JSON"),
-    ("[]", "not a pytest-benchmark run"), ("{}", "not a pytest-benchmark run"),
-    ('{"benchmarks": {}}', "not a pytest-benchmark run"), ('{"benchmarks": [3]}', "without a fullname"),
+    ("", "cannot be read as JSON"), ('{"benchmarks": [', "cannot be read as JSON"),
+    ("\xff", "cannot be read as JSON"), ("[]", "not a pytest-benchmark run"),
+    ("{}", "not a pytest-benchmark run"), ('{"benchmarks": {}}', "not a pytest-benchmark run"),
+    ('{"benchmarks": [3]}', "without a fullname"),
     ('{"benchmarks": []}', "is empty: every benchmark was skipped, deselected or ended with an error"),
 ])  # fmt: skip
 def test_a_broken_or_empty_run_is_an_error(tmp_path, text, says):
@@ -108,7 +110,8 @@ def test_rounds_of_what_is_not_gated_or_not_there_are_problems():
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"schema": 2}, "schema 2, not 1"), ({"fingerprint": {}}, "no per-round data"), ({"rounds": {}}, "no per-round")
+    ({"schema": 2}, "schema 2, not 1"), ({"fingerprint": {}}, "no per-round data"),
+    ({"rounds": {}}, "no per-round")
 ])  # fmt: skip
 def test_a_record_that_lacks_what_it_needs_is_a_problem(change, says):
     bad = entry()
@@ -118,8 +121,15 @@ def test_a_record_that_lacks_what_it_needs_is_a_problem(change, says):
 
 
 def test_a_plain_benchmark_is_judged_by_its_time_if_that_was_saved():
-    plain = {"fullname": "test_x.py::test_x", "group": None, "extra_info": {}, "stats": {"data": [0.1, 0.2, 0.1]}}
-    (found,) = runs.parse({"benchmarks": [plain], "machine_info": {"system": "Linux"}}, "x.json").benchmarks.values()
+    plain = {
+        "fullname": "test_x.py::test_x",
+        "group": None,
+        "extra_info": {},
+        "stats": {"data": [0.1, 0.2, 0.1]},
+    }
+    (found,) = runs.parse(
+        {"benchmarks": [plain], "machine_info": {"system": "Linux"}}, "x.json"
+    ).benchmarks.values()
     assert found.rounds == {"round_s": (0.1, 0.2, 0.1)}
     assert found.fingerprint["system"] == "Linux"
     plain["stats"] = {"mean": 0.1}

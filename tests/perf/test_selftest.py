@@ -1,4 +1,5 @@
-"""The gate's own test, tested: what it plants is what it says, trials share nothing, and rates are counted right."""
+"""The gate's own test, tested: what it plants is what it says, trials share nothing, and rates are counted
+right."""
 
 from __future__ import annotations
 
@@ -137,8 +138,9 @@ def test_bounds_are_clopper_and_pearsons(hits, low, high):
 
 @pytest.mark.parametrize(("options", "says"), [
     ({"trials": 0}, "trials=0 must be 1 or more"), ({"effects": []}, "must be different fractions"),
-    ({"effects": [0.1, 0.1]}, "must be different fractions"), ({"effects": [-0.1]}, "must be different fractions"),
-    ({"pairs": 2}, "give 4 or more"), ({"args": ["perf", "--perf-plant=0.1"]}, "leave it out"),
+    ({"effects": [0.1, 0.1]}, "must be different fractions"),
+    ({"effects": [-0.1]}, "must be different fractions"), ({"pairs": 2}, "give 4 or more"),
+    ({"args": ["perf", "--perf-plant=0.1"]}, "leave it out"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_a_usage_error(options, says):
     with pytest.raises(GateError, match=says) as error:

@@ -1,4 +1,5 @@
-"""The statistics on made-up data with known answers: how often they cry wolf, how often they see one, all seeded."""
+"""The statistics on made-up data with known answers: how often they cry wolf, how often they see one, all
+seeded."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def at_most(rate, runs=RUNS):
 
 
 def shares(noise, n, seed, judge=stats.compare, slower=0.0, runs=RUNS):
-    """The share of runs whose interval lies wholly on the bad side, and of those whose interval holds the truth."""
+    """The share of runs whose interval lies wholly on the bad side, and of those whose interval holds the
+    truth."""
     rng = np.random.default_rng(seed)
     found = [judge(times(noise, n, rng), times(noise, n, rng, slower)) for _ in range(runs)]
     truth = math.log1p(slower)
@@ -66,7 +68,10 @@ def test_the_estimate_is_scipys_where_rounds_are_independent(noise, n, m, monkey
     found = stats.compare(base, head)
     yuen = scipy.stats.ttest_ind(np.log(head), np.log(base), equal_var=False, trim=0.2)
     interval = yuen.confidence_interval(0.95)
-    assert (found.low, found.high) == (pytest.approx(interval.low, abs=1e-13), pytest.approx(interval.high, abs=1e-13))
+    assert (found.low, found.high) == (
+        pytest.approx(interval.low, abs=1e-13),
+        pytest.approx(interval.high, abs=1e-13),
+    )
     assert found.df == pytest.approx(yuen.df, rel=1e-12)
     assert found.tail(+1) + found.tail(-1) == pytest.approx(1)
     assert 2 * min(found.tail(+1), found.tail(-1)) == pytest.approx(yuen.pvalue, abs=1e-13)
@@ -129,9 +134,10 @@ def test_pairs_are_calibrated_and_blind_to_what_both_share(noise, n):
     assert covered >= 1 - at_most(2 * LEVEL)
 
 
-@pytest.mark.parametrize(("noise", "n", "effect", "power"), [(normal, 7, 0.10, 0.97), (normal, 10, 0.05, 0.92),
-                                                             (skewed, 7, 0.10, 0.97), (heavy, 10, 0.05, 0.95),
-                                                             (spiky, 10, 0.10, 0.75)])  # fmt: skip
+@pytest.mark.parametrize(("noise", "n", "effect", "power"), [
+    (normal, 7, 0.10, 0.97), (normal, 10, 0.05, 0.92), (skewed, 7, 0.10, 0.97), (heavy, 10, 0.05, 0.95),
+    (spiky, 10, 0.10, 0.75),
+])  # fmt: skip
 def test_a_real_effect_is_seen(noise, n, effect, power):
     slower, covered = shares(noise, n, seed=3, slower=effect, runs=600)
     assert slower >= power
@@ -155,7 +161,21 @@ def test_no_number_of_rounds_tells_what_lies_on_the_limit():
 
 def test_benjamini_and_hochbergs_own_example():
     """Their table of 1995: fifteen p-values, of which four stand at 5 %."""
-    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.3240, 0.4262, 0.5719, 0.6528]
+    p = [
+        0.0001,
+        0.0004,
+        0.0019,
+        0.0095,
+        0.0201,
+        0.0278,
+        0.0298,
+        0.0344,
+        0.0459,
+        0.3240,
+        0.4262,
+        0.5719,
+        0.6528,
+    ]
     p += [0.7590, 1.0]
     assert stats.false_discoveries(p, 0.05) == [True] * 4 + [False] * 11
     assert stats.false_discoveries([*reversed(p)], 0.05) == [False] * 11 + [True] * 4
@@ -164,7 +184,10 @@ def test_benjamini_and_hochbergs_own_example():
 
 def test_a_whole_suite_of_identical_code_seldom_has_a_false_alarm():
     rng = np.random.default_rng(7)
-    p = [[stats.compare(times(normal, 7, rng), times(normal, 7, rng)).tail(+1) for _ in range(20)] for _ in range(120)]
+    p = [
+        [stats.compare(times(normal, 7, rng), times(normal, 7, rng)).tail(+1) for _ in range(20)]
+        for _ in range(120)
+    ]
     alone = np.mean([min(run) <= LEVEL for run in p])
     together = np.mean([any(stats.false_discoveries(run)) for run in p])
     assert alone > 0.2  # more than one run in five would be red by chance
@@ -208,4 +231,7 @@ def test_units_do_not_matter_and_direction_only_turns_the_sign(base, head, unit)
     turned = stats.compare(head, base)
     assert one.low <= one.log_ratio <= one.high
     assert (scaled.low, scaled.high) == (pytest.approx(one.low, abs=1e-6), pytest.approx(one.high, abs=1e-6))
-    assert (turned.low, turned.high) == (pytest.approx(-one.high, abs=1e-6), pytest.approx(-one.low, abs=1e-6))
+    assert (turned.low, turned.high) == (
+        pytest.approx(-one.high, abs=1e-6),
+        pytest.approx(-one.low, abs=1e-6),
+    )

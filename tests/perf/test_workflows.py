@@ -1,4 +1,5 @@
-"""The CI workflows: valid, clean for zizmor, and safe to run on a public repository with a GPU runner of its own."""
+"""The CI workflows: valid, clean for zizmor, and safe to run on a public repository with a GPU runner of its
+own."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def zizmor(path: Path) -> subprocess.CompletedProcess[str]:
-    return run(Path(sys.executable).with_name("zizmor"), "--offline", "--no-config", "--persona=pedantic", path)
+    return run(
+        Path(sys.executable).with_name("zizmor"), "--offline", "--no-config", "--persona=pedantic", path
+    )
 
 
 def schema(path: Path) -> subprocess.CompletedProcess[str]:
@@ -111,7 +114,11 @@ def test_a_gpu_runner_sees_a_pull_request_only_at_the_commit_that_was_labelled()
     nightly, on_label = workflow["jobs"]["nightly"], workflow["jobs"]["pull-request"]
     assert "github.event_name != 'pull_request' && github.ref == 'refs/heads/main'" in nightly["if"]
     assert "github.event.label.name == 'perf'" in on_label["if"]
-    assert on_label["steps"][0]["with"]["ref"] == on_label["env"]["HEAD"] == "${{ github.event.pull_request.head.sha }}"
+    assert (
+        on_label["steps"][0]["with"]["ref"]
+        == on_label["env"]["HEAD"]
+        == "${{ github.event.pull_request.head.sha }}"
+    )
     for job in (nightly, on_label):
         assert job["if"].startswith("vars.PERF_RUNNER == 'on' && ")
         assert job["runs-on"] == ["self-hosted", "linux", "gpu"]
