@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from engine import InputError
-from perf.runs import STORAGE, Exit, GateError, Run, load
-from perf.storage import folder
+from perf.gate.saved_runs import STORAGE, Exit, GateError, Run, load
+from perf.gate.storage import folder
 
 if TYPE_CHECKING:
-    from perf.gate import Comparison
-    from perf.selftest import Report
+    from perf.gate.selftest import Report
+    from perf.gate.verdict import Comparison
 
 INTERRUPTED, BROKEN = 130, 70
-ENOUGH = 0.95  # of planted slowdowns found, and of identical code left alone, in a self-test that succeeds
+ENOUGH = 0.95  # of injected slowdowns found, and of identical code left alone, in a self-test that succeeds
 NEEDED = ("scipy", "pytest", "pytest_benchmark")  # the extra `perf`
 ERRORS = Console(stderr=True)
 CODES = "Exit codes: 0 pass, 1 regression, 2 usage, 3 not comparable, 4 inconclusive."
@@ -72,7 +72,7 @@ def compare(
     How rounds vary within a run is accounted for; that a machine is slower today than it was is not, beyond a
     note when its canary says so. Where that matters, use ab.
     """
-    from perf.gate import compare as judge
+    from perf.gate.verdict import compare as judge
 
     _writable(html=html, markdown=markdown, csv=csv, json=json)
     where = folder(storage)
@@ -103,7 +103,7 @@ def ab(
 
     PYTEST ARGS default to: perf
     """
-    from perf.ab import ab as measure
+    from perf.gate.ab import ab as measure
 
     _writable(html=html, markdown=markdown, csv=csv, json=json)
     with _progress("starting", 2 * blocks) as advance:
@@ -123,13 +123,13 @@ def selftest(
     blocks: Annotated[int, typer.Option(help="Pairs of fresh processes an A/B run.")] = 4,
     json: Json = None,
 ) -> None:
-    """Measure how often identical code is called a regression here, and how often a planted slowdown is.
+    """Measure how often identical code is called a regression here, and how often an injected slowdown is.
 
     PYTEST ARGS name a benchmark of yours, run whole in every block; without them a tiny model is timed on the
     CPU. Ends with code 1 if identical code fails in more than 1 run of 20, or the largest effect is found in
     fewer than 19.
     """
-    from perf.selftest import selftest as measure
+    from perf.gate.selftest import selftest as measure
 
     _writable(json=json)
     try:
@@ -187,7 +187,7 @@ def counters(
     ] = False,
 ) -> None:
     """Compare exact counters with the committed ones: the gate that needs no quiet machine."""
-    from perf.counters import main as run
+    from perf.measure.counters import main as run
 
     raise typer.Exit(run(record))
 
@@ -201,7 +201,7 @@ def accuracy(
     """Show what int8 does to a model on a text: perplexity beside float32's, and how often the top token
     agrees."""
     from engine import load as load_model
-    from perf.accuracy import accuracy as measure
+    from perf.measure.accuracy import accuracy as measure
 
     loaded = load_model(model, progress=True)
     if loaded.tokenizer is None:
@@ -260,10 +260,10 @@ def _print(what: Any) -> None:
 def _show(report: Report) -> None:
     from rich.table import Table
 
-    from perf.metrics import METRICS
+    from perf.gate.metrics import METRICS
 
     table = Table(title=f"A/B runs of {report.pairs} pairs of blocks", title_justify="left")
-    for heading in ("planted", "called a regression", "true rate, 95 % sure", "can't tell", "pass"):
+    for heading in ("injected", "called a regression", "true rate, 95 % sure", "can't tell", "pass"):
         table.add_column(heading, justify="right")
     for rate in report.rates:
         low, high = rate.bounds

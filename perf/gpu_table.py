@@ -25,9 +25,9 @@ import torch
 from engine import Engine, EngineConfig, SamplingParams
 from engine.models import LoadedModel, kv_bytes_per_token, load
 from engine.runner.graphs import OFTEN
-from perf.canary import sync
-from perf.gpu import Monitor
-from perf.record import free
+from perf.measure.machine_speed import sync
+from perf.measure.nvml import Monitor
+from perf.measure.session import free
 
 Row = dict[str, Any]  # figures by name, or why there are none
 

@@ -18,7 +18,9 @@ import pytest
 from perf.shadow import USAGE, explain
 
 if TYPE_CHECKING:
-    from perf.record import Bench, PerfCase, Trial
+    from perf.measure.case import PerfCase
+    from perf.measure.session import BenchSession
+    from perf.measure.trial import Trial
 
 BENCHMARK = pytest.StashKey[Any]()  # a test's own `benchmark` fixture
 RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
@@ -53,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate"
     )
-    group.addoption("--perf-plant", type=_fraction, default=0.0, metavar="FRACTION",
+    group.addoption("--perf-inject-slowdown", type=_fraction, default=0.0, metavar="FRACTION",
                     help="slow the engine down by this much, to test the gate itself")  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if baseline is None or shown or hasattr(config, "workerinput"):
         return
     _check_whole()
-    from perf.session_gate import Gate, GateError
+    from perf.gate.session_gate import Gate, GateError
 
     off = _benchmarks_off(config)
     how = {"xdist": off == XDIST, "disabled": off == DISABLE, "skipped": off == SKIP}
@@ -138,8 +140,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if marked or any("perf_bench" in _fixtures(item) for item in items):
         _check_whole()
     if marked:
-        from perf import tolerances
         from perf.errors import GateError
+        from perf.gate import tolerances
 
         narrowed = config.getoption("lf", False) or any("::" in argument for argument in config.args)
         try:
@@ -160,14 +162,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def perf_bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+def perf_bench(request: pytest.FixtureRequest) -> Iterator[BenchSession]:
     """The options and the model that the session's benchmarks share."""
-    from perf.record import Bench
+    from perf.measure.session import BenchSession
 
     names = ("model", "dtype", "rounds", "quick")
-    bench = Bench(
+    bench = BenchSession(
         **{name: request.config.getoption(f"--{name}") for name in names},
-        plant=request.config.getoption("--perf-plant"),
+        inject_slowdown=request.config.getoption("--perf-inject-slowdown"),
     )
     request.config.stash[RECORDED] = bench.recorded
     yield bench
@@ -176,11 +178,11 @@ def perf_bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 @pytest.fixture(scope="session")
 def peer_rounds(
-    request: pytest.FixtureRequest, perf_bench: Bench
+    request: pytest.FixtureRequest, perf_bench: BenchSession
 ) -> Callable[..., dict[str, Trial | Exception]]:
     """`peer_rounds(device, workload, batch_size, rounds)`: every peer that this session selected for the
     device, run in turns; a finished trial each, or why there is none. Run at the first call."""
-    from perf.turns import run_peers
+    from perf.measure.interleave import run_peers
 
     known: dict[str, dict[str, Trial | Exception]] = {}
 
@@ -195,12 +197,12 @@ def peer_rounds(
 
 
 @pytest.fixture
-def perf_case(request: pytest.FixtureRequest, perf_bench: Bench, benchmark: Any) -> Iterator[PerfCase]:
+def perf_case(request: pytest.FixtureRequest, perf_bench: BenchSession, benchmark: Any) -> Iterator[PerfCase]:
     """Measures one thing: `perf_case.measure(group, backend, workload, device=..., max_batch_size=...)`."""
     import torch
 
-    from perf import tolerances
-    from perf.record import PerfCase
+    from perf.gate import tolerances
+    from perf.measure.case import PerfCase
 
     threads = torch.get_num_threads()
     if "tiny" in perf_bench.spec(request.getfixturevalue("device")):
@@ -224,8 +226,8 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
     found = yield
     measured = getattr(item.stash.get(BENCHMARK, None), "stats", None)  # None where disabled, or not used
     if measured is not None and item.get_closest_marker("perf_gate"):
-        from perf import entries, tolerances
-        from perf.metrics import TIME
+        from perf.gate import entries, tolerances
+        from perf.gate.metrics import TIME
 
         gate = None
         if entries.own(measured.extra_info) is None:
@@ -252,7 +254,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"{option}: nothing was measured{why}, so nothing was saved")
     if RECORDED not in config.stash:
         return
-    from perf.summary import tables
+    from perf.report.session_tables import tables
 
     for title, lines in tables(config.stash[RECORDED]):
         terminalreporter.section(title)

@@ -21,7 +21,7 @@ from engine.runner.graphs import DeviceRunner
 from engine.runner.linear import twin
 from engine.runner.padded import PaddedRunner
 from engine.runner.verify import check_equal, probe
-from perf.roofline import costs
+from perf.measure.costs import costs
 from tests import reference
 from tests.oracle import Oracle
 

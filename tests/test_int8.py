@@ -14,7 +14,7 @@ from engine.pages import PagePool
 from engine.runner import verify
 from engine.runner.packed import PackedRunner
 from engine.workload import make
-from perf.accuracy import accuracy
+from perf.measure.accuracy import accuracy
 from tests.oracle import Oracle
 
 

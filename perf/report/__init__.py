@@ -1,7 +1,7 @@
 """Reports of saved runs and of comparisons: terminal, Markdown, one HTML page, CSV. Imports no torch.
 
 `reading` reads what can be read, `verdicts` has the words, `figures` chooses charts, `charts` draws them;
-`page`, `text` and `job_summary` lay out. None of them judges.
+`page`, `terminal` and `markdown` lay out. None of them judges.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perf.gate import Comparison
-from perf.report import job_summary
-from perf.report.job_summary import markdown
+from perf.gate.saved_runs import Run
+from perf.gate.verdict import Comparison
+from perf.report.markdown import ROOM, markdown, markdown as _markdown
 from perf.report.page import page
 from perf.report.reading import Reading, read
-from perf.report.text import comparison_table, frame, runs_table
-from perf.runs import Run
+from perf.report.terminal import comparison_table, frame, runs_table
 
 __all__ = ["Reading", "comparison_table", "frame", "markdown", "page", "read", "runs_table", "write"]
 
@@ -43,8 +42,8 @@ def write(
         path = Path(markdown)
         before = path.read_bytes() if append and path.exists() else b""
         gap = "" if not before or before.endswith(b"\n") else "\n\n"
-        room = job_summary.ROOM - len(before) - len(gap)
-        text = job_summary.markdown(runs, comparison, left_out, room=room, whole=str(html) if html else None)
+        room = ROOM - len(before) - len(gap)
+        text = _markdown(runs, comparison, left_out, room=room, whole=str(html) if html else None)
         if text:
             with path.open("a" if append else "w", encoding="utf-8") as file:
                 file.write(gap + text)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from perf.metrics import METRICS, Metric
+from perf.gate.metrics import METRICS, Metric
+from perf.gate.saved_runs import Benchmark, Run
 from perf.report.charts import Bar, Chart, Line
 from perf.report.markup import number
 from perf.report.verdicts import value
-from perf.runs import Benchmark, Run
 
 NAMED = ("policy", "backend", "model", "device", "dtype", "runner")  # what tells lines apart
 SIZED = ("batch_size", "prompt_tokens", "context", "prefix_caching")  # and, among bars, these too

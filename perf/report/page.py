@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from perf.gate import Comparison, Outcome
-from perf.metrics import METRICS
+from perf.gate.metrics import METRICS
+from perf.gate.saved_runs import Run
+from perf.gate.verdict import Comparison, Outcome
 from perf.report.charts import draw, sparkline, table
 from perf.report.figures import history, sections
 from perf.report.markup import Markup, number, signed, tag
-from perf.report.text import figures
+from perf.report.terminal import figures
 from perf.report.verdicts import COLUMNS, day, headline, named, parts, shorten, title, value
-from perf.runs import Run
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 CLASSES = {Outcome.FAIL: "bad", Outcome.ERROR: "bad", Outcome.INCONCLUSIVE: "unsure", Outcome.PASS: "good"}

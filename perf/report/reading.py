@@ -1,7 +1,7 @@
 """Saved runs as a report reads them: what cannot be shown is left out and named, and the rest is shown.
 
-The gate reads by perf/runs.py alone, to which a run that is not whole is an error. No exit code hangs on what
-is here.
+The gate reads by perf/gate/saved_runs.py alone, to which a run that is not whole is an error. No exit code
+hangs on what is here.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perf.gate import Comparison, compare
-from perf.metrics import METRICS
+from perf.gate.metrics import METRICS
+from perf.gate.saved_runs import Benchmark, Exit, GateError, Run, find, load, parse
+from perf.gate.verdict import Comparison, compare
 from perf.report.markup import FLOAT_MAX
 from perf.report.verdicts import named
-from perf.runs import Benchmark, Exit, GateError, Run, find, load, parse
 
 
 @dataclass(frozen=True)

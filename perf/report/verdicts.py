@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from perf.gate import Comparison, Outcome, Verdict
-from perf.metrics import Metric
+from perf.gate.metrics import Metric
+from perf.gate.saved_runs import Benchmark, Run
+from perf.gate.verdict import Comparison, Outcome, Verdict
 from perf.report.markup import FLOAT_MAX, middle, signed, width
-from perf.runs import Benchmark, Run
 
 COLUMNS = ("benchmark", "metric", "base", "head", "change", "95 % interval", "allowed", "why")
 RIGHT = ("base", "head", "change", "95 % interval", "allowed")

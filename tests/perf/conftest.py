@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="module")
 def imported() -> None:
     """Import what runs inside will need: pytester forgets modules that such a run was the first to import."""
-    for name in ("perf.gate", "perf.report", "perf.session_gate", "rich.table"):
+    for name in ("perf.gate.verdict", "perf.report", "perf.gate.session_gate", "rich.table"):
         import_module(name)
 
 

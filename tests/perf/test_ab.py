@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from perf import ab, runs
-from perf.gate import Outcome
-from perf.runs import Exit, GateError
+from perf.gate import ab, saved_runs
+from perf.gate.saved_runs import Exit, GateError
+from perf.gate.verdict import Outcome
 from tests.perf.repos import git
 
 TEST = """
@@ -174,7 +174,7 @@ def test_too_few_blocks_are_refused():
 def block(rounds, cpu="any", name="t::x", **info):
     what = dict.fromkeys(("backend", "model", "workload", "group"), "x")
     extra = {**what, "schema": 1, "fingerprint": {"cpu": cpu}, "rounds": rounds, **info}
-    return runs.parse({"benchmarks": [{"fullname": name, "extra_info": extra}]}, "block.json")
+    return saved_runs.parse({"benchmarks": [{"fullname": name, "extra_info": extra}]}, "block.json")
 
 
 def test_merged_blocks_have_a_value_a_block_and_every_value_of_a_counter():
@@ -222,7 +222,7 @@ def test_a_tolerance_mark_is_used_or_refused_without_a_conftest_of_ours(tmp_path
     (tmp_path / "test_marked.py").write_text(MARKED.format(mark="'round_s', rel=0.9"))
     run = ab.block(["test_marked.py"], tmp_path / "1.json", tmp_path, "block 1")
     (found,) = run.benchmarks.values()
-    assert found.tolerances == {"round_s": runs.Tolerance(rel=0.9)}
+    assert found.tolerances == {"round_s": saved_runs.Tolerance(rel=0.9)}
     (tmp_path / "test_marked.py").write_text(MARKED.format(mark="'no such', rel=0.9"))
     with pytest.raises(GateError, match=r"(?s)block 2: .*test_marked: perf_gate.*no such gated metric"):
         ab.block(["test_marked.py"], tmp_path / "2.json", tmp_path, "block 2")

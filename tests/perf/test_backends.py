@@ -17,7 +17,7 @@ from engine.workload import WorkItem
 from perf import backends
 from perf.backends import BUILT_IN, Outcome, Setup, Unavailable, find, peers, timeline
 from perf.backends.peers import OpenVINO, PeerSession, for_transformers_4, model_folder, setup_peer
-from perf.workloads import fixed
+from perf.benchmarks.workloads import fixed
 from tests.oracle import Oracle
 
 

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from perf import cli, gate, selftest
-from perf.gate import Outcome
-from perf.runs import GateError
-from tests.perf import made
+from perf import cli
+from perf.gate import selftest, verdict as gate
+from perf.gate.saved_runs import GateError
+from perf.gate.verdict import Outcome
+from tests.perf import fake_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,9 +29,11 @@ def storage(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     kinds = {"main": (0, 1.0, None), "again": (1, 1.0, None), "slow": (2, 0.88, None), "less": (3, 1.0, 3)}
     for number, (name, (seed, speed, most)) in enumerate(kinds.items(), 1):
-        made.save(folder, name, made.benchmarks(seed, speed)[:most], number)
+        fake_runs.save(folder, name, fake_runs.benchmarks(seed, speed)[:most], number)
     for number, name in ((8, "startup"), (9, "restarted")):
-        made.save(folder, name, [entry for entry in made.benchmarks() if entry["group"] == "startup"], number)
+        fake_runs.save(
+            folder, name, [entry for entry in fake_runs.benchmarks() if entry["group"] == "startup"], number
+        )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -91,7 +94,7 @@ def test_a_wrong_command_is_a_usage_error(run, storage, args):
 
 
 def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(run, storage, monkeypatch):
-    monkeypatch.setattr("perf.ab.ab", None)
+    monkeypatch.setattr("perf.gate.ab.ab", None)
     for option in ("--html", "--markdown", "--csv", "--json"):
         code, _, err = run("ab", "a", "b", option, "nowhere/file")
         assert (code, err) == (
@@ -134,7 +137,7 @@ def test_a_comparison_of_revisions_passes_on_what_it_was_given(run, monkeypatch,
         options["advance"]("block 1 of 8: main")
         raise GateError("no more")
 
-    monkeypatch.setattr("perf.ab.ab", measure)
+    monkeypatch.setattr("perf.gate.ab.ab", measure)
     code, _, err = run(
         "ab", "main", ".", "--blocks", "4", "--no-counters", "--", "perf/test_x.py", "-k", "cpu"
     )
@@ -185,7 +188,9 @@ def test_effects_that_are_no_numbers_are_a_usage_error(run):
 
 
 def test_counters_and_peers_are_passed_on(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "perf.counters", SimpleNamespace(main=lambda record: 1 if record else 0))
+    monkeypatch.setitem(
+        sys.modules, "perf.measure.counters", SimpleNamespace(main=lambda record: 1 if record else 0)
+    )
     assert run("counters")[0] == 0
     assert run("counters", "--record")[0] == 1
     monkeypatch.setitem(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.models import PRESETS
-from perf import counters
-from perf.runs import Exit
+from perf.gate.saved_runs import Exit
+from perf.measure import counters
 
 BASE = {"m w sequential": {"forward_passes": 10, "padded_tokens": 0}, "m w dynamic": {"forward_passes": 4}}
 

@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 
 from engine import InputError
-from perf import ab, canary, gate, report, runs
-from perf.canary import Canary
-from perf.gate import Outcome
-from perf.record import Bench, PerfCase
-from perf.runs import Exit, Run
-from perf.workloads import fixed
-from tests.perf import made
-from tests.perf.test_record import Fixture, Scripted
+from perf import report
+from perf.benchmarks.workloads import fixed
+from perf.gate import ab, saved_runs, verdict as gate
+from perf.gate.saved_runs import Exit, Run
+from perf.gate.verdict import Outcome
+from perf.measure import machine_speed
+from perf.measure.case import PerfCase
+from perf.measure.machine_speed import Canary
+from perf.measure.session import BenchSession
+from tests.perf import fake_runs
+from tests.perf.test_case import Fixture, Scripted
 
 KEY = "dynamic_batch"
 TIMES = [0.1, 0.101, 0.1, 0.099, 0.1, 0.1]
@@ -55,7 +58,7 @@ NOTES: list[dict[str, Any]] = [
 
 @pytest.fixture(autouse=True)
 def _quick_canary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(canary, "measure", lambda *args, **how: Canary(100.0, 10.0))
+    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: Canary(100.0, 10.0))
 
 
 def plain(extra: Any, times: list[float] = TIMES) -> dict[str, Any]:
@@ -63,7 +66,9 @@ def plain(extra: Any, times: list[float] = TIMES) -> dict[str, Any]:
 
 
 def run(*entries: dict[str, Any], name: str = "run") -> Run:
-    return runs.parse({"benchmarks": list(entries), "machine_info": {"system": "Linux"}}, f"{name}.json")
+    return saved_runs.parse(
+        {"benchmarks": list(entries), "machine_info": {"system": "Linux"}}, f"{name}.json"
+    )
 
 
 def nested(entry: dict[str, Any], **notes: Any) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def test_a_strangers_notes_neither_break_nor_change_a_comparison(tmp_path: Path,
     bare = gate.compare(run(plain({})), run(plain({})))
     for base, head in (({}, notes), (notes, {}), (notes, notes)):
         sides = {"base": plain(base), "head": plain(head)}
-        loaded = [runs.load(made.save(tmp_path, side, [entry])) for side, entry in sides.items()]
+        loaded = [saved_runs.load(fake_runs.save(tmp_path, side, [entry])) for side, entry in sides.items()]
         comparison = gate.compare(*loaded)
         assert comparison.verdicts[0].reason == bare.verdicts[0].reason
         assert (comparison.outcome, comparison.notes) == (Outcome.PASS, ())
@@ -96,7 +101,9 @@ def test_a_strangers_notes_neither_break_nor_change_a_comparison(tmp_path: Path,
 
 @pytest.mark.parametrize("notes", NOTES, ids=lambda notes: "-".join(map(repr, notes))[:40])
 def test_nor_do_they_beside_a_record_of_ours(notes: dict[str, Any]):
-    entry = made.entry("32", "batch_size", random.Random(0), batch_size=32, **made.speeds(60_000, 32))
+    entry = fake_runs.entry(
+        "32", "batch_size", random.Random(0), batch_size=32, **fake_runs.speeds(60_000, 32)
+    )
     alone, beside = run(nested(entry)), run(nested(entry, **{k: v for k, v in notes.items() if k != KEY}))
     (ours,), (noted,) = alone.benchmarks.values(), beside.benchmarks.values()
     assert noted.rounds == ours.rounds
@@ -112,10 +119,10 @@ def test_what_is_no_json_is_no_trouble_in_the_session_itself():
 
 
 def test_a_file_from_before_the_key_is_read_and_compared_with_one_of_today(tmp_path: Path):
-    flat = made.benchmarks(1)
+    flat = fake_runs.benchmarks(1)
     for base, head in ((flat, flat), (flat, [*map(nested, flat)]), ([*map(nested, flat)], flat)):
-        old = runs.load(made.save(tmp_path, "old", base))
-        new = runs.load(made.save(tmp_path, "new", head))
+        old = saved_runs.load(fake_runs.save(tmp_path, "old", base))
+        new = saved_runs.load(fake_runs.save(tmp_path, "new", head))
         assert not [verdict.reason for verdict in gate.compare(old, new).verdicts if verdict.metric is None]
         for name, before in old.benchmarks.items():
             after = new.benchmarks[name]
@@ -123,16 +130,17 @@ def test_a_file_from_before_the_key_is_read_and_compared_with_one_of_today(tmp_p
             assert before.fingerprint == after.fingerprint
             assert {**before.info, "schema": 0} == {**after.info, "schema": 0}
             assert before.group == after.group
-    slower = [nested(entry) for entry in made.benchmarks(1, 0.5)]
+    slower = [nested(entry) for entry in fake_runs.benchmarks(1, 0.5)]
     assert gate.compare(run(*flat), run(*slower)).exit is Exit.REGRESSION
 
 
 @pytest.mark.parametrize("name", ["peers-cpu.json", "peers-qwen-shape-cpu.json"])
 def test_the_committed_runs_are_read_as_they_were(name: str):
-    path = Path(runs.__file__).with_name("saved") / name
-    loaded = runs.load(path)
+    path = Path(saved_runs.__file__).parents[1] / "saved" / name
+    loaded = saved_runs.load(path)
     raw = json.loads(path.read_text())["benchmarks"]
-    assert [*loaded.benchmarks] == [entry["fullname"] for entry in raw]
+    # Where the benchmarks are now; they were in perf/ itself.
+    assert [*loaded.benchmarks] == [entry["fullname"].replace("perf/", "perf/benchmarks/") for entry in raw]
     for entry, benchmark in zip(raw, loaded.benchmarks.values(), strict=True):
         extra = entry["extra_info"]
         assert not benchmark.problems
@@ -148,7 +156,9 @@ def test_the_committed_runs_are_read_as_they_were(name: str):
     ({"fingerprint": {}}, "no fingerprint"), ({"rounds": {}}, "no rounds"), ({"rounds": 3}, "no rounds"),
 ])  # fmt: skip
 def test_a_record_of_ours_that_lacks_what_it_needs_is_a_problem(change: dict[str, Any], says: str):
-    entry = nested(made.entry("32", "batch_size", random.Random(0), batch_size=32, **made.speeds(60_000, 32)))
+    entry = nested(
+        fake_runs.entry("32", "batch_size", random.Random(0), batch_size=32, **fake_runs.speeds(60_000, 32))
+    )
     entry["extra_info"][KEY] |= change
     entry["stats"] = {"data": TIMES}  # never judged by its time instead
     comparison = gate.compare(run(entry), run(entry))
@@ -160,12 +170,12 @@ def test_a_file_that_no_reader_could_read_is_not_comparable(tmp_path: Path):
     for number, text in enumerate(("[" * 100_000, '{"benchmarks": ' + "9" * 5000 + "}")):
         path = tmp_path / f"{number}.json"
         path.write_text(text)
-        with pytest.raises(runs.GateError, match="cannot be read as JSON"):
-            runs.load(path)
+        with pytest.raises(saved_runs.GateError, match="cannot be read as JSON"):
+            saved_runs.load(path)
 
 
 def measure(backend: Any, fixture: Any = None, **how: Any) -> dict[str, Any]:
-    bench = Bench(model="random:tiny-llama", dtype=None, rounds=None, quick=False, plant=0.0)
+    bench = BenchSession(model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0)
     case = PerfCase(bench, fixture or Fixture(), None)
     return case.measure("g", backend, fixed(1, 4, 2, 256), device="cpu", max_batch_size=1, **how)
 

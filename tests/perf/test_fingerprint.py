@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from perf.fingerprint import cpu_name, fingerprint
+from perf.measure.fingerprint import cpu_name, fingerprint
 
 KEYS = {"gpu", "driver", "cuda", "torch", "transformers", "triton", "python", "dtype", "model_revision",
         "cpu",

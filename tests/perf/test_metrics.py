@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from perf.metrics import GATED, METRICS
+from perf.gate.metrics import GATED, METRICS
 
 EXACT = {name for name, metric in METRICS.items() if metric.direction == "exact"}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from perf import plugin, runs
+from perf import plugin
+from perf.gate import saved_runs
 
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.usefixtures("imported", "processor_unasked")
@@ -80,8 +81,8 @@ def test_only_failures_are_nothing_to_save(pytester: pytest.Pytester):
     assert "--benchmark-save: nothing was measured, so nothing was saved" in text
     assert saved() == []
     run(pytester, "--benchmark-json=x.json", suite=failing)
-    with pytest.raises(runs.GateError, match="is empty"):  # and never an older one
-        runs.load("x.json")
+    with pytest.raises(saved_runs.GateError, match="is empty"):  # and never an older one
+        saved_runs.load("x.json")
 
 
 def test_without_pytest_benchmark_the_plugin_asks_for_nothing(pytester: pytest.Pytester):
@@ -131,7 +132,7 @@ def test_what_last_failed_alone_leaves_the_rest_unjudged(pytester: pytest.Pytest
 def test_an_empty_run_is_never_the_last_of_its_name(pytester: pytest.Pytester):
     assert run(pytester, "--benchmark-save=main")[0] == 0
     assert run(pytester, "--benchmark-save=main", "--benchmark-skip")[0] == 0
-    assert runs.load("main").path.name == "0001_main.json"
+    assert saved_runs.load("main").path.name == "0001_main.json"
     assert json.loads(saved()[0].read_text())["benchmarks"]
 
 

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from perf import canary, plugin, record
-from perf.canary import Canary
+from perf import plugin
+from perf.measure import machine_speed
+from perf.measure.machine_speed import Canary
+from perf.measure.session import BenchSession
+from perf.measure.trial import Trial
 
 pytest_plugins = ["pytester"]
 
@@ -51,22 +54,29 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 def _imported() -> None:
     """Import what runs inside will need: pytester forgets modules that a run inside it was the first to
     import."""
-    bench = record.Bench(model=None, dtype=None, rounds=None, quick=False, plant=0.0)
-    trial = record.Trial(bench, "load", "continuous", "mixed-2", device="cpu", max_batch_size=2)
+    bench = BenchSession(model=None, dtype=None, rounds=None, quick=False, inject_slowdown=0.0)
+    trial = Trial(bench, "load", "continuous", "mixed-2", device="cpu", max_batch_size=2)
     trial.prove()
     trial.before()
     trial.run()
     trial.after()
     trial.info()
     gc.freeze()  # all that was imported; else collecting it takes longer than the tests
-    for name in ("perf.gate", "perf.report", "perf.summary", "perf.selftest", "rich.table", "pandas"):
+    for name in (
+        "perf.gate.verdict",
+        "perf.report",
+        "perf.report.session_tables",
+        "perf.gate.selftest",
+        "rich.table",
+        "pandas",
+    ):
         import_module(name)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No canary to wait for, and no search for the processor's name at every save."""
-    monkeypatch.setattr(canary, "measure", lambda *args, **how: Canary(100.0, 10.0))
+    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: Canary(100.0, 10.0))
     monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)
 
 
@@ -288,7 +298,7 @@ def test_a_tolerance_the_gate_could_not_use_is_an_error_at_once(
 
 
 def test_tables_show_ours_beside_the_demonstration_s():
-    from perf.summary import tables
+    from perf.report.session_tables import tables
 
     base = {
         "device": "cuda",

@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 
 from perf import cli
-from perf.gate import Outcome
+from perf.gate.saved_runs import GateError
+from perf.gate.verdict import Outcome
 from perf.report import comparison_table, frame, markdown, page, read, runs_table
 from perf.report.markup import number
-from perf.runs import GateError
-from tests.perf import made
+from tests.perf import fake_runs
 from tests.perf.test_report import Page, shown
 
 
 def entry(name: str = "8", rate: float = 1000.0, **extra: object) -> dict[str, object]:
-    return made.entry(name, "batch_size", random.Random(0), 8, batch_size=8, **made.speeds(rate, 8), **extra)
+    return fake_runs.entry(
+        name, "batch_size", random.Random(0), 8, batch_size=8, **fake_runs.speeds(rate, 8), **extra
+    )
 
 
 @pytest.fixture
@@ -28,8 +30,8 @@ def folder(tmp_path, monkeypatch):
     """Two good runs, 1 and 3, with room for a bad one between them or after them; we stand there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    made.save(tmp_path, "first", [entry("8"), entry("9")], 1)
-    made.save(tmp_path, "third", [entry("8", 800.0), entry("9")], 3)
+    fake_runs.save(tmp_path, "first", [entry("8"), entry("9")], 1)
+    fake_runs.save(tmp_path, "third", [entry("8", 800.0), entry("9")], 3)
     return tmp_path
 
 
@@ -148,7 +150,7 @@ IN_ONE = {
 @pytest.mark.parametrize("last", [False, True])
 def test_a_bad_benchmark_is_named_and_its_run_is_reported(folder, report, kind, last):
     entries, why, whole = IN_ONE[kind]
-    made.save(folder, "second", [*entries, entry("8", 900.0)], 2)
+    fake_runs.save(folder, "second", [*entries, entry("8", 900.0)], 2)
     runs = ["0001_first.json", "0003_third.json"]
     runs.insert(2 if last else 1, "0002_second.json")
     code, said = report(*runs)
@@ -168,18 +170,20 @@ def test_a_bad_benchmark_is_named_and_its_run_is_reported(folder, report, kind, 
 
 
 def test_one_reason_in_many_benchmarks_is_one_line(folder):
-    made.save(folder, "second", [entry("8"), *(entry(str(i), schema=2) for i in range(100, 700))], 2)
+    fake_runs.save(folder, "second", [entry("8"), *(entry(str(i), schema=2) for i in range(100, 700))], 2)
     found = read(["0002_second.json"], None, folder)
     assert found.left_out == (
-        "0002_second.json: perf/test_batch_size.py::test_batch_size[100] is of schema 2, not 1: measure it "
-        "again with this version (and so in 599 more)",
+        "0002_second.json: perf/benchmarks/test_batch_size.py::test_batch_size[100] is of schema 2, not 1: "
+        "measure it again with this version (and so in 599 more)",
     )
-    assert [list(run.benchmarks) for run in found.runs] == [["perf/test_batch_size.py::test_batch_size[8]"]]
+    assert [list(run.benchmarks) for run in found.runs] == [
+        ["perf/benchmarks/test_batch_size.py::test_batch_size[8]"]
+    ]
 
 
 def test_what_a_report_judges_it_judges_as_the_gate_does(folder):
     """A benchmark that is left out of the figures is no less missing in the comparison."""
-    made.save(folder, "fourth", [entry("8"), entry("9", schema=2)], 4)
+    fake_runs.save(folder, "fourth", [entry("8"), entry("9", schema=2)], 4)
     found = read(["0001_first.json", "0004_fourth.json"], None, folder)
     assert found.comparison is not None
     assert found.comparison.outcome is Outcome.ERROR
@@ -210,11 +214,11 @@ KEYS += ["rounds_voided"]
 @pytest.mark.parametrize("junk", JUNK, ids=str)
 def test_no_value_in_a_run_stops_a_report(folder, junk):
     for at, name in ((4, "base"), (5, "head")):
-        entries = made.benchmarks(at)
+        entries = fake_runs.benchmarks(at)
         for i, each in enumerate(entries):
             each["extra_info"][KEYS[i % len(KEYS)]] = junk
             each["extra_info"][KEYS[(i // 2) % len(KEYS)]] = junk
-        made.save(folder, name, entries, at)
+        fake_runs.save(folder, name, entries, at)
     found = read(["0004_base.json", "0005_head.json"], None, folder)
     assert found.comparison is not None
     assert len(found.runs) == 2
@@ -226,7 +230,7 @@ def test_no_value_in_a_run_stops_a_report(folder, junk):
 
 def test_top_level_notes_of_any_kind_stop_no_report(folder):
     odd = {"machine_info": 3, "commit_info": {"id": [1], "dirty": "?"}, "datetime": {"a": 1}}
-    made.save(folder, "odd", [entry()], 6, **odd)
+    fake_runs.save(folder, "odd", [entry()], 6, **odd)
     found = read(["0001_first.json", "0006_odd.json"], None, folder)
     Page(page(found.runs, found.comparison, found.left_out))
     assert "[1]" in markdown(found.runs, found.comparison)
@@ -247,7 +251,7 @@ def test_nothing_at_all_is_an_error_that_says_why(folder):
     ["first", "link.json"],
 ])  # fmt: skip
 def test_one_file_by_two_names_is_one_run_and_not_judged_against_itself(tmp_path, args):
-    made.save(tmp_path, "first", [entry("8")], 1)
+    fake_runs.save(tmp_path, "first", [entry("8")], 1)
     (tmp_path / "link.json").hardlink_to(tmp_path / "0001_first.json")
     names = [str(tmp_path / arg) if arg.endswith(".json") else arg for arg in args]
     base = names[2] if "--base" in names else None
@@ -259,8 +263,8 @@ def test_one_file_by_two_names_is_one_run_and_not_judged_against_itself(tmp_path
 
 
 def test_what_else_was_asked_for_is_still_judged(tmp_path):
-    made.save(tmp_path, "first", [entry("8")], 1)
-    made.save(tmp_path, "second", [entry("8")], 2)
+    fake_runs.save(tmp_path, "first", [entry("8")], 1)
+    fake_runs.save(tmp_path, "second", [entry("8")], 2)
     found = read(["first", "1", "second"], None, tmp_path)
     assert [run.name for run in found.runs] == ["first", "second"]
     assert found.comparison is not None

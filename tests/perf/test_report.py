@@ -19,22 +19,22 @@ from hypothesis import example, given, strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from perf.gate import Comparison, Outcome, compare
+from perf.gate.saved_runs import Run, load
+from perf.gate.verdict import Comparison, Outcome, compare
 from perf.report import comparison_table, frame, markdown, page, runs_table, write
 from perf.report.charts import Bar, Chart, Line, draw, log_ticks, ticks
 from perf.report.figures import history, sections
 from perf.report.markup import clean, number, tag
 from perf.report.page import STYLE
 from perf.report.verdicts import headline, parts
-from perf.runs import Run, load
-from tests.perf import made
+from tests.perf import fake_runs
 
 EVIL = "<script>alert(1)</script> | `x` [y](https://evil.example) @team \x1b[31m\u202e"
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Run:
-    return load(made.save(tmp_path, "head", number=2))
+    return load(fake_runs.save(tmp_path, "head", number=2))
 
 
 @pytest.fixture
@@ -44,15 +44,17 @@ def judged(tmp_path: Path) -> Comparison:
     names = ("slow", "counts", "gone", "noisy", "fast", "same")
     runs = []
     for number_, name in ((1, "base"), (2, "head")):
-        noise = made.random.Random(0)
-        entries = {n: made.entry(n, "batch_size", noise, 8, **made.speeds(1000.0, 8)) for n in names}
+        noise = fake_runs.random.Random(0)
+        entries = {
+            n: fake_runs.entry(n, "batch_size", noise, 8, **fake_runs.speeds(1000.0, 8)) for n in names
+        }
         if name == "head":
             scale(entries["slow"], "tokens_per_s", [0.8] * 8)
             scale(entries["fast"], "ttft_p50_ms", [0.5] * 8)
             scale(entries["noisy"], "tpot_p50_ms", [1.0, 1.4, 0.9, 1.2, 0.8, 1.3, 1.0, 1.1])
             scale(entries["counts"], "forward_passes", [2] * 8)
             del entries["gone"]
-        runs.append(load(made.save(tmp_path, name, list(entries.values()), number_)))
+        runs.append(load(fake_runs.save(tmp_path, name, list(entries.values()), number_)))
     return compare(*runs)
 
 
@@ -124,10 +126,12 @@ def test_a_row_has_both_values_the_change_its_interval_and_what_is_allowed(judge
 
 
 def test_benchmarks_refused_for_one_reason_share_a_row(tmp_path: Path) -> None:
-    base, other = made.benchmarks(), made.benchmarks()
+    base, other = fake_runs.benchmarks(), fake_runs.benchmarks()
     for entry in other:
-        entry["extra_info"]["fingerprint"] = {**made.PRINT, "gpu": "NVIDIA A100"}
-    result = compare(load(made.save(tmp_path, "base", base)), load(made.save(tmp_path, "other", other, 2)))
+        entry["extra_info"]["fingerprint"] = {**fake_runs.PRINT, "gpu": "NVIDIA A100"}
+    result = compare(
+        load(fake_runs.save(tmp_path, "base", base)), load(fake_runs.save(tmp_path, "other", other, 2))
+    )
     assert result.outcome is Outcome.ERROR
     [part] = parts(result)
     assert part.count == len(base)
@@ -176,16 +180,17 @@ def test_the_terminal_ends_with_the_verdict(judged: Comparison) -> None:
 
 
 def test_nothing_in_a_file_acts(tmp_path: Path) -> None:
-    noise = made.random.Random(0)
+    noise = fake_runs.random.Random(0)
     entries = [
-        made.entry(name, "batch_size", noise, batch_size=2, **made.speeds(9.0, 2)) for name in ("a", "b")
+        fake_runs.entry(name, "batch_size", noise, batch_size=2, **fake_runs.speeds(9.0, 2))
+        for name in ("a", "b")
     ]
     for entry in entries:
         entry["fullname"] += EVIL
         entry["extra_info"] |= {"policy": EVIL + entry["name"], "void_reason": EVIL}
         entry["extra_info"]["fingerprint"] = {"gpu": EVIL}
-    path = made.save(tmp_path, "base", entries, commit_info={"id": EVIL}, datetime=EVIL)
-    run, other = load(path), load(made.save(tmp_path, "head", entries[:1], 2))
+    path = fake_runs.save(tmp_path, "base", entries, commit_info={"id": EVIL}, datetime=EVIL)
+    run, other = load(path), load(fake_runs.save(tmp_path, "head", entries[:1], 2))
     result = compare(run, other)
     parsed = Page(page([other, run], result))
     assert {"script", "img", "link", "iframe", "a"}.isdisjoint(name for name, _ in parsed.elements)
@@ -254,9 +259,9 @@ def test_a_whole_suite_has_every_chart(head: Run) -> None:
 
 
 def test_charts_show_what_was_recorded(head: Run, tmp_path: Path) -> None:
-    base = load(made.save(tmp_path, "base", made.benchmarks(1, 0.5)))
+    base = load(fake_runs.save(tmp_path, "base", fake_runs.benchmarks(1, 0.5)))
     throughput, policies, *_ = sections(head, base)["Throughput"]
-    name = "perf/test_batch_size.py::test_batch_size[{}]"
+    name = "perf/benchmarks/test_batch_size.py::test_batch_size[{}]"
     sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     expected = tuple((float(size), head.benchmarks[name.format(size)].info["tokens_per_s"]) for size in sizes)
     assert [(line.name, line.of) for line in throughput.lines] == [
@@ -284,8 +289,8 @@ def test_a_run_without_groups_still_has_a_page(tmp_path: Path) -> None:
         "stats": {"data": [0.1, 0.2, 0.3]},
         "extra_info": {},
     }
-    nulls = made.entry("x", "batch_size", made.random.Random(0), batch_size=4, tokens_per_s=None)
-    run = load(made.save(tmp_path, "plain", [plain, nulls]))
+    nulls = fake_runs.entry("x", "batch_size", fake_runs.random.Random(0), batch_size=4, tokens_per_s=None)
+    run = load(fake_runs.save(tmp_path, "plain", [plain, nulls]))
     assert sections(run) == {}
     assert "test_a" in page([run])
     assert "0.2" in shown(runs_table([run]))
@@ -294,16 +299,16 @@ def test_a_run_without_groups_still_has_a_page(tmp_path: Path) -> None:
 def test_history_keeps_to_one_fingerprint(tmp_path: Path) -> None:
     runs = []
     for day in range(1, 5):
-        entries = made.benchmarks(day, day)
+        entries = fake_runs.benchmarks(day, day)
         if day == 1:
             for entry in entries:
-                entry["extra_info"]["fingerprint"] = {**made.PRINT, "driver": "570.1"}
-        runs.append(load(made.save(tmp_path, "nightly", entries, day)))
+                entry["extra_info"]["fingerprint"] = {**fake_runs.PRINT, "driver": "570.1"}
+        runs.append(load(fake_runs.save(tmp_path, "nightly", entries, day)))
     series, left_out = history(runs)
     assert left_out == len(runs[-1].benchmarks)
     rates = {b.fullname: values for b, metric, values in series if metric == "tokens_per_s"}
-    assert rates["perf/test_policy.py::test_policy[dynamic]"] == [76_000.0, 114_000.0, 152_000.0]
-    assert not {metric for _, metric, _ in series} & set(made.EXACT)
+    assert rates["perf/benchmarks/test_policy.py::test_policy[dynamic]"] == [76_000.0, 114_000.0, 152_000.0]
+    assert not {metric for _, metric, _ in series} & set(fake_runs.EXACT)
     text = page(runs)
     assert "4 runs, from 2026-11-01 02:10 to 2026-11-04 02:10" in text
     assert f"{left_out} earlier results are left out" in text
@@ -419,10 +424,10 @@ def test_colours_have_enough_contrast(scheme: int) -> None:
 def test_numbers_at_the_ends_of_what_a_float_holds_are_reported(tmp_path, values):
     noise = random.Random(0)
     for count, value in enumerate(values, 1):
-        measured = made.entry("8", "batch_size", noise, batch_size=8, canary_copy_gbps=value)
+        measured = fake_runs.entry("8", "batch_size", noise, batch_size=8, canary_copy_gbps=value)
         measured["extra_info"] |= {"tokens_per_s": value, "tpot_p50_ms": value}
         measured["extra_info"]["rounds"] |= {"tokens_per_s": [value] * 5, "tpot_p50_ms": [value] * 5}
-        made.save(tmp_path, f"run{count}", [measured], count)
+        fake_runs.save(tmp_path, f"run{count}", [measured], count)
     base, head = (load(path) for path in sorted(tmp_path.glob("*.json")))
     comparison = compare(base, head)
     assert comparison.outcome is Outcome.FAIL

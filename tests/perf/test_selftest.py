@@ -1,4 +1,4 @@
-"""The gate's own test, tested: what it plants is what it says, trials share nothing, and rates are counted
+"""The gate's own test, tested: what it injects is what it says, trials share nothing, and rates are counted
 right."""
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
-from perf import runs, selftest, stats
-from perf.gate import Outcome
-from perf.runs import Exit, GateError
+from engine import Engine, EngineConfig, InputError, SamplingParams
+from perf.gate import saved_runs, selftest, stats
+from perf.gate.saved_runs import Exit, GateError
+from perf.gate.verdict import Outcome
+from perf.measure import selftest_block
+from perf.measure.inject_slowdown import inject_slowdown
 
 
 class Clock:
@@ -27,48 +29,67 @@ class Clock:
         return self.now
 
 
-def test_every_step_takes_longer_by_the_fraction_and_its_tokens_come_later_by_it(monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_every_step_takes_longer_by_the_fraction_and_its_tokens_come_later_by_it(monkeypatch, late):
     clock = Clock()
     published = []
 
     def work(seconds):
         clock.now += seconds
 
+    class Runner:
+        def launch(self, batch):
+            if late:
+                return SimpleNamespace(late=True, collect=lambda: work(2.0))
+            work(2.0)
+            return SimpleNamespace(late=False, collect=lambda: None)
+
     def step(self):
         work(0.5)  # planning
-        self.runner.run("plan")
-        published.append(clock.now)
+        launched.append(self.runner.launch("batch"))
+        assert launched[-1].late is late
+        while len(launched) > late:
+            launched.pop(0).collect()
+            published.append(clock.now)
         work(0.3)  # publishing
         return ["chunk"]
 
-    runner = type("Runner", (), {"run": lambda self, plan: work(2.0)})()
+    runner, launched = Runner(), []
     engine = SimpleNamespace(runner=runner)
     monkeypatch.setattr(Engine, "step", step)
-    monkeypatch.setattr(selftest, "time", clock)
-    with selftest.plant(0.10):
+    monkeypatch.setattr("perf.measure.inject_slowdown.time", clock)
+    with inject_slowdown(0.10):
         assert Engine.step(engine) == ["chunk"]
-    assert published == [pytest.approx(2.5 * 1.1, abs=1e-4)]
-    assert clock.now == pytest.approx(2.8 * 1.1, abs=1e-4)
+        first = clock.now
+        work(7.0)  # the caller's own time is not stretched
+        assert Engine.step(engine) == ["chunk"]
+    if late:  # the tokens of the first step come in the second
+        assert first == pytest.approx(0.8 * 1.1, abs=1e-4)
+        assert published == [pytest.approx(first + 7.0 + 2.5 * 1.1, abs=1e-4)]
+    else:
+        assert first == pytest.approx(2.8 * 1.1, abs=1e-4)
+        assert published == [pytest.approx(at + 2.5 * 1.1, abs=1e-4) for at in (0.0, first + 7.0)]
+    assert clock.now == pytest.approx(first + 7.0 + 2.8 * 1.1, abs=1e-4)
     assert Engine.step is step
     assert vars(runner) == {}
 
 
-def test_a_planted_engine_gives_the_same_tokens_and_is_itself_again_after_an_error(tiny):
+def test_a_slowed_engine_gives_the_same_tokens_and_is_itself_again_after_an_error(tiny):
     engine = Engine(tiny("tiny-llama").loaded, EngineConfig(max_batch_size=2))
     own = Engine.step
     prompts, params = [[1, 2, 3], [4, 5]], SamplingParams(max_new_tokens=5)
     plain = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
-    with selftest.plant(0.5):
+    with inject_slowdown(0.5):
         assert [output.token_ids for output in engine.generate(prompts, params, progress=False)] == plain
         assert Engine.step is not own
-    with pytest.raises(RuntimeError, match="stop"), selftest.plant(0.5):
+    with pytest.raises(RuntimeError, match="stop"), inject_slowdown(0.5):
         raise RuntimeError("stop")
     assert Engine.step is own
-    assert "run" not in vars(engine.runner)
+    assert "launch" not in vars(engine.runner)
 
 
-def test_nothing_negative_can_be_planted():
-    with pytest.raises(GateError, match="must be 0 or more"), selftest.plant(-0.1):
+def test_nothing_negative_can_be_injected():
+    with pytest.raises(InputError, match="must be 0 or more"), inject_slowdown(-0.1):
         pass
 
 
@@ -79,7 +100,7 @@ def made(process, effect, seed):
     rounds = {"tokens_per_s": (rate * np.exp(rng.normal(0, 0.003, 6))).tolist(), "forward_passes": [64] * 6}
     what = dict.fromkeys(("backend", "model", "workload", "group"), "x")
     extra = {**what, "schema": 1, "fingerprint": {"cpu": "any"}, "rounds": rounds}
-    return runs.parse({"benchmarks": [{"fullname": "selftest", "extra_info": extra}]}, "x.json")
+    return saved_runs.parse({"benchmarks": [{"fullname": "selftest", "extra_info": extra}]}, "x.json")
 
 
 @pytest.mark.parametrize("trial", [0, 1])
@@ -140,7 +161,7 @@ def test_bounds_are_clopper_and_pearsons(hits, low, high):
     ({"trials": 0}, "trials=0 must be 1 or more"), ({"effects": []}, "must be different fractions"),
     ({"effects": [0.1, 0.1]}, "must be different fractions"),
     ({"effects": [-0.1]}, "must be different fractions"), ({"pairs": 2}, "give 4 or more"),
-    ({"args": ["perf", "--perf-plant=0.1"]}, "leave it out"),
+    ({"args": ["perf", "--perf-inject-slowdown=0.1"]}, "leave it out"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_a_usage_error(options, says):
     with pytest.raises(GateError, match=says) as error:
@@ -158,15 +179,17 @@ def test_pytest_arguments_are_measured_in_blocks_of_pytest(monkeypatch, tmp_path
     monkeypatch.setattr(selftest.ab, "block", block)
     report = selftest.selftest([0.1], 1, args=["perf/test_x.py"])
     assert report.rates[0].outcomes == (Outcome.FAIL,)
-    assert [args[1] for args, _ in ran].count("--perf-plant=0.1") == 4
-    assert [args[1] for args, _ in ran].count("--perf-plant=0.0") == 4
+    assert [args[1] for args, _ in ran].count("--perf-inject-slowdown=0.1") == 4
+    assert [args[1] for args, _ in ran].count("--perf-inject-slowdown=0.0") == 4
     assert len({saved for _, saved in ran}) == 8
 
 
 def test_a_real_block_measures_and_says_why_it_cannot():
     with selftest._processes(1) as measure:
         (benchmark,) = measure(0, 0.1).benchmarks.values()
-        assert len(benchmark.rounds["tokens_per_s"]) == selftest.ROUNDS
+        assert len(benchmark.rounds["tokens_per_s"]) == selftest_block.ROUNDS
         assert not benchmark.problems
-        with pytest.raises(GateError, match=r"(?s)a block ended with code 1.*plant=-1 must be 0 or more"):
+        with pytest.raises(
+            GateError, match=r"(?s)a block ended with code 1.*inject_slowdown=-1 must be 0 or more"
+        ):
             measure(0, -1)

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings, strategies as st
 
-from perf import stats
+from perf.gate import stats
 
 LEVEL = 0.025  # one-sided, of a 95 % interval
 RUNS = 700

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from pytest_benchmark.utils import load_storage
 
-from perf import cli, gate, runs
-from perf.runs import Exit, GateError
-from tests.perf import made
+from perf import cli
+from perf.gate import saved_runs, verdict as gate
+from perf.gate.saved_runs import Exit, GateError
+from tests.perf import fake_runs
 
 Save = Callable[..., Path]
 
@@ -23,7 +24,7 @@ Save = Callable[..., Path]
 def entries(speed: float, seed: int = 0) -> list[dict[str, Any]]:
     """One benchmark whose throughput is steady enough to judge."""
     noise = random.Random(seed)
-    found = made.entry("32", "batch_size", noise, batch_size=32, **made.speeds(60_000 * speed, 32))
+    found = fake_runs.entry("32", "batch_size", noise, batch_size=32, **fake_runs.speeds(60_000 * speed, 32))
     rounds = found["extra_info"]["rounds"]
     found["extra_info"]["rounds"] = {
         "tokens_per_s": [60_000 * speed * factor for factor in (0.999, 1.0, 1.001, 1.0, 0.999)],
@@ -41,7 +42,7 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Save:
     def write(name: str, number: int, speed: float = 1.0, machine: str = "Linux-CPython-3.12-64bit") -> Path:
         folder = Path(".benchmarks") / machine
         folder.mkdir(parents=True, exist_ok=True)
-        return made.save(folder, name, entries(speed), number)
+        return fake_runs.save(folder, name, entries(speed), number)
 
     return write
 
@@ -61,7 +62,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 
 def refused(which: str, *candidates: str) -> str:
     with pytest.raises(GateError, match="is ambiguous") as error:
-        runs.load(which)
+        saved_runs.load(which)
     assert error.value.code is Exit.USAGE
     assert "\n" not in str(error.value)
     for candidate in candidates:
@@ -90,10 +91,10 @@ def test_a_name_that_is_also_a_number_is_refused_and_both_are_named(save: Save, 
 
 def test_a_name_of_digits_is_taken_where_it_is_all_there_is(save: Save):
     named = save("2026", 1)
-    assert runs.load("2026").path == named
+    assert saved_runs.load("2026").path == named
     both = save("2", 2)
-    assert runs.load("2").path == both
-    assert runs.load("0002").path == both
+    assert saved_runs.load("2").path == both
+    assert saved_runs.load("0002").path == both
 
 
 @pytest.mark.parametrize("which", ["1", "0001", "0001_main", "0001_main.json", "main"])
@@ -102,34 +103,34 @@ def test_a_run_is_meant_by_its_number_its_name_or_both(save: Save, which: str):
     save("main-2", 2)
     save("Main", 3)
     save("mai", 4)
-    assert runs.load(which).path == path
+    assert saved_runs.load(which).path == path
 
 
 def test_upper_and_lower_case_and_beginnings_are_other_names(save: Save):
     save("main-2", 1)
     for which in ("main", "Main-2", "MAIN-2", "main*", "main-?", "[m]ain-2", "²"):
         with pytest.raises(GateError, match="no run") as error:
-            runs.load(which)
+            saved_runs.load(which)
         assert error.value.code is Exit.NOT_COMPARABLE
     with pytest.raises(GateError, match="give a path"):
-        runs.load("main*")  # no name to save a run by
+        saved_runs.load("main*")  # no name to save a run by
 
 
 def test_a_folder_here_hides_no_saved_run(save: Save, run: Any):
     path = save("main", 1)
     Path("main").mkdir()
-    assert runs.load("main").path == path
+    assert saved_runs.load("main").path == path
     Path("other").mkdir()
     with pytest.raises(GateError, match=r"no run 'other' .*'other' here is a folder"):
-        runs.load("other")
+        saved_runs.load("other")
 
 
 def test_a_file_here_of_a_saved_runs_name_is_refused_and_a_path_says_which(save: Save):
     path = save("main", 1)
     shutil.copy(path, "main")
     refused("main", "./main (a file here)", "0001_main.json (its name)")
-    assert runs.load("./main").path == Path("main")
-    assert runs.load("0001_main").path == path
+    assert saved_runs.load("./main").path == Path("main")
+    assert saved_runs.load("0001_main").path == path
     shutil.copy(path, "1")
     refused("1", "./1 (a file here)", "0001_main.json (its number)")
     shutil.copy(path, "0001_main")
@@ -140,21 +141,21 @@ def test_a_full_form_that_is_another_runs_name_is_refused(save: Save):
     save("main", 1)
     path = save("0001_main", 2)
     refused("0001_main", "0001_main.json (its file's name)", "0002_0001_main.json (its name)")
-    assert runs.load("0002_0001_main").path == path
+    assert saved_runs.load("0002_0001_main").path == path
 
 
 def test_one_file_by_two_ways_is_one_meaning(save: Save):
     path = save("1", 1)
-    assert runs.load("1").path == path
+    assert saved_runs.load("1").path == path
     os.symlink(path, "1")
-    assert runs.load("1").path.samefile(path)
+    assert saved_runs.load("1").path.samefile(path)
 
 
 def test_two_files_of_one_number_are_refused(save: Save):
     save("a", 7)
     save("b", 7)
     refused("7", "0007_a.json", "0007_b.json")
-    assert runs.load("b").name == "b"
+    assert saved_runs.load("b").name == "b"
 
 
 def test_a_run_in_the_folders_of_two_machines_is_refused_by_every_word(save: Save):
@@ -162,7 +163,7 @@ def test_a_run_in_the_folders_of_two_machines_is_refused_by_every_word(save: Sav
     there = save("main", 1, machine="Linux-CPython-3.13-64bit")
     for which in ("main", "1", "0001", "0001_main"):
         assert "full form" not in refused(which, "Linux-CPython-3.12-64bit", "Linux-CPython-3.13-64bit")
-    assert runs.load(str(there)).path == there
+    assert saved_runs.load(str(there)).path == there
 
 
 def test_of_runs_saved_under_one_name_the_last_is_meant_and_that_is_said(save: Save, run: Any):
@@ -175,7 +176,7 @@ def test_of_runs_saved_under_one_name_the_last_is_meant_and_that_is_said(save: S
     assert says in out
     assert says in run("report", "main")[2]
     assert says in run("report", "next", "--base", "main")[1]
-    assert runs.load("0009_main").notes == ()
+    assert saved_runs.load("0009_main").notes == ()
     assert gate.check_session("main", xdist=False, disabled=False, skipped=False).notes == (says,)
 
 
@@ -184,7 +185,7 @@ def test_words_that_name_nothing(save: Save, run: Any):
     words = ("x" * 5000, "9" * 5000, "a/b", "nothing.json", "./main")
     for which, code in (("", 2), *((word, 3) for word in words)):
         with pytest.raises(GateError) as error:
-            runs.load(which)
+            saved_runs.load(which)
         assert error.value.code == code
     assert run("report", "main", "--base", "")[0] == 2
 
@@ -196,9 +197,9 @@ def test_a_storage_is_read_as_pytest_benchmark_reads_it(save: Save, run: Any, tm
     path = save("main", 1)
     save("slow", 2, 0.5)
     storage = url.format(here=tmp_path)
-    assert runs.find("main", storage).samefile(path)
+    assert saved_runs.find("main", storage).samefile(path)
     theirs = load_storage(storage, logger=None, default_machine_id=None, netrc="")
-    assert theirs.path == runs.find("main", storage).parents[1].resolve()
+    assert theirs.path == saved_runs.find("main", storage).parents[1].resolve()
     assert run("compare", "main", "slow", "--storage", storage)[0] == 1
     assert run("report", "main", "--storage", storage)[0] == 0
 

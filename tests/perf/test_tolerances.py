@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from perf import canary, gate, runs
-from perf.canary import Canary
-from perf.gate import Outcome
-from perf.record import Bench, PerfCase
-from perf.runs import Exit, GateError
-from perf.workloads import fixed
-from tests.perf.test_record import Fixture, Scripted
+from perf.benchmarks.workloads import fixed
+from perf.gate import saved_runs, verdict as gate
+from perf.gate.saved_runs import Exit, GateError
+from perf.gate.verdict import Outcome
+from perf.measure import machine_speed
+from perf.measure.case import PerfCase
+from perf.measure.machine_speed import Canary
+from perf.measure.session import BenchSession
+from tests.perf.test_case import Fixture, Scripted
 
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.usefixtures("imported", "processor_unasked")
@@ -26,7 +28,7 @@ TIMED = "def test_time(benchmark):\n    benchmark.pedantic(lambda: None, rounds=
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(canary, "measure", lambda *args, **how: Canary(100.0, 10.0))
+    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: Canary(100.0, 10.0))
 
 
 def run(pytester: pytest.Pytester, source: str, *arguments: str) -> pytest.RunResult:
@@ -38,7 +40,7 @@ def tolerances(pytester: pytest.Pytester, source: str) -> dict[str, Any]:
     """What is saved of each test's marks, by the name of the test."""
     result = run(pytester, source, "--benchmark-json=run.json")
     assert result.ret == 0, result.stdout.str()
-    loaded = runs.load(Path("run.json"))
+    loaded = saved_runs.load(Path("run.json"))
     return {
         name.split("::", 1)[1]: {metric: (limit.rel, limit.abs) for metric, limit in b.tolerances.items()}
         for name, b in loaded.benchmarks.items()
@@ -63,7 +65,7 @@ def test_a_mark_on_a_plain_benchmark_is_used(pytester: pytest.Pytester):
     times = [0.1, 0.101, 0.1, 0.099, 0.1, 0.1]
     for factor, outcome in ((1.4, Outcome.PASS), (1.7, Outcome.FAIL)):
         pair = [{**entry, "stats": {"data": [time * by for time in times]}} for by in (1, factor)]
-        base, head = (runs.parse({"benchmarks": [side]}, "x.json") for side in pair)
+        base, head = (saved_runs.parse({"benchmarks": [side]}, "x.json") for side in pair)
         (verdict,) = gate.compare(base, head).verdicts
         assert (verdict.outcome, verdict.tolerance) == (outcome, 0.5)
 
@@ -146,7 +148,7 @@ def test_a_mark_on_a_class_or_module_is_for_those_that_record_the_metric(pyteste
 
 
 def test_a_tests_own_mark_must_be_of_what_it_recorded():
-    bench = Bench(model="random:tiny-llama", dtype=None, rounds=None, quick=False, plant=0.0)
+    bench = BenchSession(model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0)
     limits = json.dumps({"goodput": {"rel": 0.1}, "ttft_p50_ms": {"rel": 0.3}})
 
     def measure(own: tuple[str, ...], fixture: Fixture) -> None:
@@ -182,12 +184,14 @@ def test_a_limit_given_alone_holds_alone(own: dict[str, float], factor: float, o
     entry = {"fullname": "t", "extra_info": {"dynamic_batch": record}}
     times = [0.1, 0.1001, 0.1, 0.0999, 0.1, 0.1]
     base, head = (
-        runs.parse({"benchmarks": [{**entry, "stats": {"data": data}}]}, "x.json")
+        saved_runs.parse({"benchmarks": [{**entry, "stats": {"data": data}}]}, "x.json")
         for data in (times, [time * factor for time in times])
     )
     assert gate.compare(base, head).verdicts[0].outcome is outcome
 
 
-@pytest.mark.parametrize("option", ["--rounds=0", "--rounds=-1", "--perf-plant=-0.1", "--perf-plant=nan"])
+@pytest.mark.parametrize(
+    "option", ["--rounds=0", "--rounds=-1", "--perf-inject-slowdown=-0.1", "--perf-inject-slowdown=nan"]
+)
 def test_a_number_that_would_be_taken_for_none_is_refused(pytester: pytest.Pytester, option: str):
     assert run(pytester, TIMED, option).ret == pytest.ExitCode.USAGE_ERROR

@@ -1,0 +1,30 @@
+"""Latency under open load: requests come when they come, whether the engine is ready or not (Poisson
+arrivals).
+
+Every latency counts from when a request was due, so a stall is felt by all who wait (no coordinated
+omission). Goodput is the requests a second that met both limits. Estimate for an H200: 32 requests at 8, 16
+and 32 a second take 7 s, 6 runs: 42 s; --quick, one rate: 12 s.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from engine import EngineMetrics
+from perf.gate.entries import Flat
+from perf.measure.case import PerfCase
+
+TTFT_MS, TPOT_MS = 200.0, 50.0
+
+
+@pytest.mark.points("rate", cpu=[40, 160], cuda=[8, 16, 32], quick=[16])
+def test_open_load(perf_case: PerfCase, device: str, rate: int) -> None:
+    def derive(flat: Flat, metrics: EngineMetrics) -> Flat:
+        limits = {"offered_rate": float(rate), "slo_ttft_ms": TTFT_MS, "slo_tpot_ms": TPOT_MS}
+        return {**limits, "goodput": metrics.goodput(TTFT_MS, TPOT_MS)}
+
+    workload = "mixed-32" if perf_case.bench.real(device) else "mixed-16"
+    arrivals = f"poisson:{rate}"
+    perf_case.measure(
+        "load", "continuous", workload, device=device, max_batch_size=32, arrivals=arrivals, derive=derive
+    )

@@ -1,0 +1,45 @@
+"""Peers side by side in one run: the same model, the same tokens in, as many out, each at its best setting,
+in turns.
+
+`python -m pytest perf/benchmarks/test_peers.py --model smollm2 --peers
+continuous,openvino,ctranslate2,transformers-cb` compares what it names; `--backend module:attr` adds one of
+yours. A peer that is not here is skipped, saying how to get it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import pytest
+
+from perf.backends import Unavailable
+from perf.measure.case import PerfCase
+from perf.measure.interleave import ReplayClock
+from perf.measure.trial import Trial
+
+CLOCK = ReplayClock()
+ENGINE = "continuous"
+CPU = [ENGINE, "generate", "generate-padded", "transformers-cb", "openvino", "ctranslate2"]
+CUDA = [ENGINE, "generate-padded", "transformers-cb", "vllm", "ctranslate2"]
+
+
+@pytest.mark.points("peer", cpu=CPU, cuda=CUDA)
+@pytest.mark.benchmark(timer=CLOCK.now)
+def test_peers(
+    perf_case: PerfCase, peer_rounds: Callable[..., dict[str, Trial | Exception]], device: str, peer: str
+) -> None:
+    real = perf_case.bench.model is not None or device == "cuda"
+    workload, batch_size = ("mixed-32", 32) if real else ("mixed-8", 8)
+    found = peer_rounds(device, workload, batch_size, perf_case.rounds(None if real else 2))
+    trial, engine = found[peer], found.get(ENGINE)
+    if isinstance(trial, Unavailable):
+        pytest.skip(str(trial))
+    if isinstance(trial, Exception):
+        raise trial
+    extra = {}
+    if isinstance(engine, Trial):  # round by round: the two were measured next to each other
+        pairs = zip(trial.rounds, engine.rounds, strict=True)
+        ratios = [ours.flat["tokens_per_s"] / base.flat["tokens_per_s"] for ours, base in pairs]
+        extra["ratio_to_engine"] = statistics.median(ratios)
+    perf_case.replay(trial, CLOCK.advance, extra)

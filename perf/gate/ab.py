@@ -1,0 +1,187 @@
+"""A against B on one noisy machine: two git worktrees, fresh processes in ABBA order, a verdict by pairs.
+
+A block is one pytest run in a process of its own, that imports its own tree (perf/gate/import_proof.py proves
+it; perf/gate/worktrees.py makes the trees). Neighbouring blocks make a pair, whose log-ratio is one sample:
+what drifts slower than two blocks cancels. The checkout it is started in stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from perf.gate import stats, verdict as gate
+from perf.gate.import_proof import Surroundings, Watch, environment
+from perf.gate.metrics import METRICS
+from perf.gate.saved_runs import Benchmark, Exit, GateError, Run, load
+from perf.gate.worktrees import git, snapshot, worktrees
+
+OWN_OPTIONS = (
+    "--benchmark-json",
+    "--benchmark-save",
+    "--benchmark-autosave",
+    "--perf-baseline",
+    "--perf-inject-slowdown",
+)
+NO_TIMINGS = ("--benchmark-disable", "--benchmark-skip", "--numprocesses", "--dist", "-n")
+TAIL = 30
+PYTEST_USAGE = 4
+Advance = Callable[[str], object]
+
+
+def ab(
+    base: str,
+    head: str,
+    args: Sequence[str],
+    *,
+    blocks: int = 6,
+    counters: bool = True,
+    repo: Path | str = ".",
+    advance: Advance = lambda _: None,
+) -> gate.Comparison:
+    """Measure two revisions in turn and judge head against base.
+
+    Args:
+        base, head: git revisions; `.` is the working tree as it is, uncommitted and untracked files included.
+        args: what pytest is given in each block, from the top of the repository.
+        blocks: pairs of blocks, at least four.
+        counters: whether exact counters are judged too.
+        advance: called with a line about what comes next, once before each block.
+
+    Raises:
+        GateError: for a revision that is not there or cannot be made whole, options that measure nothing, a
+            block that fails, or one that imported anything from elsewhere than its own tree and real
+            installed files.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the worktrees are gone.
+    """
+    check(args, blocks)
+    top = Path(git(Path(repo), "rev-parse", "--show-toplevel"))
+    commits = [_commit(top, revision) for revision in (base, head)]
+    done: tuple[list[Run], list[Run]] = ([], [])
+    with worktrees(top, commits) as trees:
+        folder, around = trees[0].parent, Surroundings.of(top, trees)
+        for number, side in enumerate(order(blocks), 1):
+            advance(f"block {number} of {2 * blocks}: {(base, head)[side]}")
+            watch = Watch.begin(folder / f"imports-{number}", trees[side], around)
+            name = f"block {number}, {(base, head)[side]}"
+            done[side].append(block(args, folder / f"{number}.json", trees[side], name, watch))
+    comparison = gate.compare(merge(done[0], base), merge(done[1], head), paired=True, counters=counters)
+    if commits[0] == commits[1]:
+        note = f"both revisions are commit {commits[0][:12]}: whatever differs is the machine"
+        comparison = replace(comparison, notes=(*comparison.notes, note))
+    return comparison
+
+
+def order(pairs: int) -> list[int]:
+    """ABBA: which side (0 or 1) each of 2 x `pairs` blocks measures."""
+    return [side for pair in range(pairs) for side in ((1, 0) if pair % 2 else (0, 1))]
+
+
+def check(args: Sequence[str], blocks: int) -> None:
+    """Raises GateError, code 2, for arguments of pytest that take the measuring away from us, or too few
+    pairs."""
+    if blocks < stats.MIN_PAIRS:
+        raise GateError(f"blocks={blocks} cannot decide anything: give {stats.MIN_PAIRS} or more", Exit.USAGE)
+    for arg in args:
+        option = arg.split("=")[0]
+        if option in OWN_OPTIONS:
+            raise GateError(f"{option} is set for each block by itself: leave it out", Exit.USAGE)
+        if option in NO_TIMINGS or (arg.startswith("-n") and arg[2:].isdigit()):
+            raise GateError(f"{arg} turns benchmarks off, so that nothing is timed: leave it out", Exit.USAGE)
+
+
+def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch | None = None) -> Run:
+    """Run pytest once in a fresh process in `tree`, and read what it saved; with `watch`, prove what was
+    imported.
+
+    Raises:
+        GateError: if a test fails, nothing is collected, or nothing was saved, with the end of pytest's
+            output; if something was imported from where it must not be.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *args,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--benchmark-json={saved}",
+    ]
+    unwanted = any(arg.endswith("no:perf.plugin") for arg in args)
+    if not unwanted and (not (tree / "perf").is_dir() or (tree / "perf" / "plugin.py").is_file()):
+        command += ["-p", "perf.plugin"]  # or nobody would look at a tolerance mark
+    env, pipe = watch.environment() if watch else environment(tree), subprocess.PIPE
+    done = subprocess.run(command, cwd=tree, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    if watch and done.returncode != PYTEST_USAGE:
+        watch.check(name)  # also of a block that failed: what it imported may be why
+    if done.returncode or not saved.is_file() or not saved.stat().st_size:
+        what = f"pytest ended with code {done.returncode}" if done.returncode else "pytest measured nothing"
+        tail = "\n".join(done.stdout.splitlines()[-TAIL:])
+        code = Exit.USAGE if done.returncode == PYTEST_USAGE else Exit.NOT_COMPARABLE
+        raise GateError(f"{name}: {what} ({' '.join(command[2:])})\n{tail}", code)
+    return load(saved)
+
+
+def merge(blocks: Sequence[Run], name: str) -> Run:
+    """Blocks as one run, each of whose rounds is a block's typical value; of counters every value that
+    occurred."""
+    names = dict.fromkeys(fullname for run in blocks for fullname in run.benchmarks)
+    merged = {fullname: _merge([run.benchmarks.get(fullname) for run in blocks]) for fullname in names}
+    return replace(blocks[0], name=name, benchmarks=merged)
+
+
+def _merge(found: Sequence[Benchmark | None]) -> Benchmark:
+    entries = [entry for entry in found if entry is not None]
+    first, problems = entries[0], {key: why for entry in entries for key, why in entry.problems.items()}
+    if len(entries) < len(found):
+        problems[""] = f"was measured in {len(entries)} of {len(found)} blocks only"
+    elif any(entry.fingerprint != first.fingerprint for entry in entries):
+        problems[""] = "has another fingerprint from block to block"
+    rounds: dict[str, tuple[float, ...]] = {}
+    for metric in dict.fromkeys(name for entry in entries for name in entry.rounds):
+        samples = [entry.rounds[metric] for entry in entries if metric in entry.rounds]
+        if len(samples) < len(entries):
+            problems[metric] = f"was recorded in {len(samples)} of {len(entries)} blocks only"
+        elif METRICS[metric].direction == "exact":
+            rounds[metric] = tuple(value for sample in samples for value in sample)
+        else:
+            rounds[metric] = tuple(stats.centre(sample) for sample in samples)
+    info: dict[str, Any] = dict(first.info)
+    for key in (key for key in info if key in METRICS):
+        values = [value for entry in entries if isinstance(value := entry.info.get(key), int | float)]
+        info[key] = median(values) if len(values) == len(entries) else None
+    return replace(first, info=info, rounds=rounds, problems=problems)
+
+
+def _commit(top: Path, revision: str) -> str:
+    """The commit that a revision names; for `.` one made of the working tree, that no branch or index knows
+    of."""
+    if revision == ".":
+        return snapshot(top)
+    _check_one_meaning(top, revision)
+    try:
+        return git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    except GateError:
+        raise GateError(
+            f"no revision {revision!r} in {top}: give a branch, tag or commit (fetched), or '.'", Exit.USAGE
+        ) from None
+
+
+def _check_one_meaning(top: Path, revision: str) -> None:
+    """Raises GateError, code 2, if a revision's name is that of several refs: git would take one in
+    silence."""
+    name = re.split(r"[~^:]|@\{", revision, maxsplit=1)[0]
+    rules = ("refs/{}", "refs/tags/{}", "refs/heads/{}", "refs/remotes/{}", "refs/remotes/{}/HEAD")
+    wanted = [rule.format(name) for rule in rules]
+    commit = "%(if)%(*objectname)%(then)%(*objectname)%(else)%(objectname)%(end)"  # of a tag, what it is of
+    lines = git(top, "for-each-ref", f"--format={commit} %(refname)", *wanted).splitlines()
+    found = {ref: commit for commit, ref in (line.split(" ", 1) for line in lines) if ref in wanted}
+    if len(set(found.values())) > 1:
+        raise GateError(f"revision {revision!r} is ambiguous: give one of {', '.join(found)}", Exit.USAGE)

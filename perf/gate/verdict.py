@@ -1,0 +1,384 @@
+"""The gate: two runs in, a verdict a metric and an exit code out.
+
+A metric FAILs if its 95 % interval lies wholly on the bad side and its effect exceeds what is allowed: the
+tolerance, or the absolute floor where that is more. It PASSes if the worse end of the interval is still
+allowed. Everything else is INCONCLUSIVE. A counter FAILs if it differs at all. Among many comparisons some
+look bad by chance: a FAIL must also stand after Benjamini and Hochberg, so that noise fails at most one run
+in forty, however many benchmarks it has. Statistics are in perf/gate/stats.py, rendering in perf/report;
+nothing here measures or prints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from perf.gate import stats
+from perf.gate.metrics import METRICS, Metric
+from perf.gate.saved_runs import STORAGE, Benchmark, Exit, GateError, Run, load
+
+CANARIES = ("canary_matmul_gflops", "canary_copy_gbps")
+CANARY_NOISE = 0.03
+WORK = (
+    "backend",
+    "model",
+    "dtype",
+    "device",
+    "policy",
+    "batch_size",
+    "workload",
+    "arrivals",
+    "seed",
+    "requests",
+)
+# other answers to other questions are no regression
+IDENTITY = (*WORK, "offered_rate", "slo_ttft_ms", "slo_tpot_ms")
+LEVEL = (1 - stats.CONFIDENCE) / 2
+
+
+class Outcome(StrEnum):
+    """What is said of one metric, of one benchmark or of a whole comparison; in order of rank, gravest
+    first."""
+
+    FAIL = "FAIL"
+    ERROR = "ERROR"  # should have been compared and could not be
+    INCONCLUSIVE = "INCONCLUSIVE"
+    PASS = "PASS"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One metric of one benchmark.
+
+    base, head: typical values over rounds. effect: head / base - 1, signed as measured (+0.10 is 10 % more,
+    whatever is better); low, high: its 95 % interval. tolerance: by how much it may get worse, a fraction,
+    the floor included. improved: surely and noticeably better. rounds: of base and head. rounds_needed: how
+    many rounds a side would probably decide it (None where decided, or where more rounds would not help). p:
+    how likely so bad an effect is without any change. metric is None where the benchmark as a whole could not
+    be compared (outcome ERROR). reason: a sentence for a person.
+    """
+
+    benchmark: str
+    group: str
+    metric: Metric | None
+    outcome: Outcome
+    reason: str
+    base: float | None = None
+    head: float | None = None
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    tolerance: float | None = None
+    improved: bool = False
+    rounds: tuple[int, int] = (0, 0)
+    rounds_needed: int | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two runs compared. notes: what a reader should know and no verdict says (new benchmarks, "the machine
+    changed").
+
+    paired: whether rounds were taken in turn (`perf ab`), so that round i of one belongs to round i of the
+    other.
+    """
+
+    base: Run
+    head: Run
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...] = ()
+    paired: bool = False
+
+    @property
+    def outcome(self) -> Outcome:
+        """The gravest outcome of any verdict; without a verdict there is nothing to compare, an ERROR."""
+        found = {verdict.outcome for verdict in self.verdicts}
+        return next((outcome for outcome in Outcome if outcome in found), Outcome.ERROR)
+
+    @property
+    def exit(self) -> Exit:
+        codes = (Exit.REGRESSION, Exit.NOT_COMPARABLE, Exit.INCONCLUSIVE, Exit.PASS)
+        return dict(zip(Outcome, codes, strict=True))[self.outcome]
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as plain Python, for JSON: outcome, exit, notes, and a flat record a verdict."""
+        runs = {
+            side: {
+                "name": run.name,
+                "path": str(run.path),
+                "commit": run.commit.get("id"),
+                "datetime": run.datetime,
+            }
+            for side, run in (("base", self.base), ("head", self.head))
+        }
+        records = []
+        for verdict in self.verdicts:
+            own = {"metric": verdict.metric and verdict.metric.name, "rounds": list(verdict.rounds)}
+            records.append({key: _json_number(value) for key, value in (asdict(verdict) | own).items()})
+        whole = {"outcome": str(self.outcome), "exit": int(self.exit), "paired": self.paired}
+        return {**whole, "notes": list(self.notes), **runs, "verdicts": records}
+
+
+def check_session(
+    baseline: str | Path,
+    storage: Path | str = STORAGE,
+    *,
+    xdist: bool,
+    disabled: bool,
+    skipped: bool,
+    collecting: bool = False,
+) -> Run:
+    """Before a pytest session that will be gated: whether it can be at all, and the baseline, loaded before
+    the session saves a run of the same name.
+
+    Args:
+        baseline: what `--perf-baseline` names.
+        xdist, disabled, skipped, collecting: whether `-n`, `--benchmark-disable`, `--benchmark-skip`,
+            `--collect-only` are on.
+
+    Raises:
+        GateError: with code 2 if the session's options leave nothing to gate, 3 if the baseline is not there.
+    """
+    option = f"--perf-baseline={baseline}"
+    if xdist:
+        raise GateError(f"{option} needs timings, and xdist turns benchmarks off: run without -n", Exit.USAGE)
+    if disabled:
+        raise GateError(f"{option} needs timings: run without --benchmark-disable", Exit.USAGE)
+    if skipped:
+        raise GateError(f"{option} needs timings: run without --benchmark-skip", Exit.USAGE)
+    if collecting:
+        raise GateError(f"{option} needs timings: run without --collect-only", Exit.USAGE)
+    return load(baseline, storage)
+
+
+def compare(
+    base: Run, head: Run, *, paired: bool = False, counters: bool = True, deselected: Collection[str] = ()
+) -> Comparison:
+    """Judge every gated metric of every benchmark of `base` against `head`.
+
+    Args:
+        paired: round i of one was measured next to round i of the other (`perf ab`), each typical of a fresh
+            process.
+        counters: whether exact counters are judged too.
+        deselected: benchmarks that were left out of `head` on purpose; they are named in the notes, not
+            judged.
+    """
+    verdicts: list[Verdict] = []
+    left_out = sorted(name for name in base.benchmarks if name not in head.benchmarks and name in deselected)
+    for name, before in base.benchmarks.items():
+        if name not in left_out:
+            verdicts += _benchmark(before, head.benchmarks.get(name), paired, counters)
+    notes = list(_notes(base, head, counters))
+    if left_out:
+        notes.append(f"deselected here and not judged: {_listed(left_out)}")
+    return Comparison(base, head, tuple(_together(verdicts)), tuple(notes), paired)
+
+
+def _benchmark(before: Benchmark, after: Benchmark | None, paired: bool, counters: bool) -> Iterator[Verdict]:
+    whole = Verdict(before.fullname, before.group, None, Outcome.ERROR, "")
+    if after is None:
+        yield replace(
+            whole, reason="is in the baseline and not in this run: removed, renamed, skipped or failed"
+        )
+        return
+    broken = [
+        f"{side} {b.problems['']}" for side, b in (("base", before), ("head", after)) if "" in b.problems
+    ]
+    prints = _differences(before.fingerprint, after.fingerprint, {*before.fingerprint, *after.fingerprint})
+    other = _differences(before.info, after.info, IDENTITY)
+    if broken:
+        yield replace(whole, reason="; ".join(broken))
+    elif prints:
+        yield replace(
+            whole, reason=f"refused, the fingerprint is another: {prints}; measure the baseline again here"
+        )
+    elif other:
+        yield replace(
+            whole, reason=f"refused, another thing was run: {other}; give both runs the same options"
+        )
+    else:
+        names = dict.fromkeys([*before.rounds, *before.problems, *after.problems])
+        for metric in (METRICS[name] for name in names if name in METRICS):
+            if metric.direction == "exact" and (not counters or before.info.get("arrivals", "all") != "all"):
+                continue
+            yield _metric(replace(whole, metric=metric), metric, before, after, paired)
+
+
+def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark, paired: bool) -> Verdict:
+    for side, benchmark in (("base", before), ("head", after)):
+        if metric.name not in benchmark.rounds:
+            problem = benchmark.problems.get(metric.name, "was not recorded")
+            return replace(start, reason=f"{metric.label} {problem} in {side}")
+    base, head = before.rounds[metric.name], after.rounds[metric.name]
+    start = replace(start, rounds=(len(base), len(head)))
+    if metric.direction == "exact":
+        return _exact(start, metric, base, head)
+    values = stats.centre(base), stats.centre(head)
+    start = replace(start, base=values[0], head=values[1])
+    least, unit = (stats.MIN_PAIRS, "pairs") if paired else (stats.MIN_ROUNDS, "rounds a side")
+    if paired and len(base) != len(head):
+        return replace(start, reason=f"{len(base)} blocks of base and {len(head)} of head make no pairs")
+    if min(len(base), len(head)) < least:
+        few = f"{len(base)}" if len(base) == len(head) else f"{len(base)} and {len(head)}"
+        why = f"{few} {unit}: too few to tell anything, {least} or more are needed"
+        return replace(start, outcome=Outcome.INCONCLUSIVE, reason=why, rounds_needed=least)
+    own = after.tolerances.get(metric.name)
+    rel = metric.rel if own is None else own.rel or 0.0
+    floor = metric.floor if own is None or own.abs is None else own.abs
+    allowed = max(rel, floor / values[0]) if values[0] else (math.inf if floor else rel)
+    estimate = (stats.compare_pairs if paired else stats.compare)(base, head)
+    limit = _log_limit(metric, allowed, floor, values[0])
+    return _timed(replace(start, tolerance=allowed), metric, estimate, limit, _canary(before, after), unit)
+
+
+def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[float, ...]) -> Verdict:
+    if len(set(base)) > 1:
+        why = f"differs between rounds of base ({_span(metric, base)}): not a counter that can be compared"
+        return replace(start, reason=why, base=base[0], head=head[0])
+    start = replace(start, base=base[0], head=next((value for value in head if value != base[0]), base[0]))
+    if set(head) == set(base):
+        return replace(
+            start, outcome=Outcome.PASS, reason="the same in every round", effect=0.0, tolerance=0.0
+        )
+    assert start.head is not None
+    word = "more" if start.head > base[0] else "fewer"
+    why = f"{metric.format(abs(start.head - base[0]))} {word} than {metric.format(base[0])}"
+    why += "" if len(set(head)) == 1 else f", and not the same in every round ({_span(metric, head)})"
+    effect = start.head / base[0] - 1 if base[0] else None
+    why += ": if meant, save a new baseline"
+    return replace(start, outcome=Outcome.FAIL, reason=why, effect=effect, tolerance=0.0)
+
+
+def _log_limit(metric: Metric, tolerance: float, floor: float, base: float) -> float:
+    """By how much a log-ratio may be on the bad side."""
+    if metric.direction == "higher":
+        return -math.log1p(-tolerance) if tolerance < 1 else math.inf
+    if base and math.isinf(tolerance):  # the floor is so many times the base that no float says how many
+        return math.log(floor) - math.log(base)
+    return math.log1p(tolerance)
+
+
+def _timed(
+    start: Verdict,
+    metric: Metric,
+    estimate: stats.Estimate,
+    limit: float,
+    moved: tuple[float, str],
+    unit: str,
+) -> Verdict:
+    bad = -1 if metric.direction == "higher" else 1
+    harm, best, worst = bad * estimate.log_ratio, *sorted((bad * estimate.low, bad * estimate.high))
+    assert start.tolerance is not None
+    tolerance = start.tolerance
+    low, effect, high = (_change(x) for x in (estimate.low, estimate.log_ratio, estimate.high))
+    known = replace(start, effect=effect, low=low, high=high, p=estimate.tail(bad))
+    allowed = f"{tolerance:.1%} allowed"
+    elsewhere = metric.unit != "bytes" and moved[0] > max(abs(estimate.log_ratio), CANARY_NOISE)
+    machine = f"; but the machine changed: {moved[1]}" if elsewhere else ""
+    if best > 0 and harm > limit:
+        why = f"{_percent(harm, bad)}, {abs(_change(bad * best)):.1%} at least; {allowed}"
+        return replace(known, outcome=Outcome.FAIL, reason=why + machine)
+    if worst <= limit:
+        improved = worst < 0 and -harm > limit
+        why = f"{_percent(worst, bad)} {'at least' if worst < 0 else 'at most'}; {allowed}"
+        return replace(known, outcome=Outcome.PASS, reason=why, improved=improved)
+    needed = estimate.rounds_needed(min(start.rounds), harm if harm > limit else limit - harm)
+    more = (
+        f"about {needed} {unit} would probably tell"
+        if needed
+        else "too near the limit for more rounds to tell"
+    )
+    why = f"anything from {_percent(best, bad)} to {_percent(worst, bad)}; {allowed}; {more}{machine}"
+    return replace(known, outcome=Outcome.INCONCLUSIVE, reason=why, rounds_needed=needed)
+
+
+def _together(verdicts: list[Verdict]) -> list[Verdict]:
+    """The verdicts, of which those FAILs that chance could have made among so many are INCONCLUSIVE."""
+    timed = [verdict for verdict in verdicts if verdict.p is not None]
+    standing = stats.false_discoveries([verdict.p for verdict in timed if verdict.p is not None], LEVEL)
+    chance = {
+        id(v) for v, stands in zip(timed, standing, strict=True) if v.outcome is Outcome.FAIL and not stands
+    }
+    why = f"; alone a regression, but of {len(timed)} comparisons one may look so by chance: measure again"
+    return [
+        replace(v, outcome=Outcome.INCONCLUSIVE, reason=v.reason + why) if id(v) in chance else v
+        for v in verdicts
+    ]
+
+
+def _notes(base: Run, head: Run, counters: bool) -> Iterator[str]:
+    both = [
+        (before, head.benchmarks[name]) for name, before in base.benchmarks.items() if name in head.benchmarks
+    ]
+    yield from dict.fromkeys((*base.notes, *head.notes))
+    if new := [name for name in head.benchmarks if name not in base.benchmarks]:
+        yield f"new, so not judged: {_listed(new)}"
+    if not counters:
+        yield "counters were not judged"
+    if loosened := [b.fullname for a, b in both if a.tolerances != b.tolerances]:
+        yield f"tolerances are others than in the baseline: {_listed(loosened)}"
+    for key in CANARIES:
+        ratios = [1 + _change(c[key]) for a, b in both if key in (c := _canaries(a, b))]
+        if ratios and abs(change := median(ratios) - 1) > CANARY_NOISE:
+            yield f"the machine changed: {METRICS[key].label} {change:+.1%} from base to head"
+    for side, run in (("base", base), ("head", head)):
+        voided = [b.fullname for b in run.benchmarks.values() if b.info.get("rounds_voided")]
+        if voided:
+            yield f"rounds of {side} were voided by a slowdown of the hardware: {_listed(voided)}"
+
+
+def _canaries(before: Benchmark, after: Benchmark) -> dict[str, float]:
+    """log(head / base) of each canary that both have."""
+    pairs = {key: (before.info.get(key), after.info.get(key)) for key in CANARIES}
+    return {
+        key: math.log(b) - math.log(a)  # the quotient may be too large for a float, or too small
+        for key, (a, b) in pairs.items()
+        if isinstance(a, int | float) and isinstance(b, int | float) and a > 0 and b > 0
+    }
+
+
+def _canary(before: Benchmark, after: Benchmark) -> tuple[float, str]:
+    """By how much (log units) the canary that moved most moved, and the words for it."""
+    moves = _canaries(before, after)
+    key = max(moves, key=lambda name: abs(moves[name]), default=None)
+    if key is None:
+        return 0.0, ""
+    return abs(moves[key]), f"{METRICS[key].label} {_change(moves[key]):+.1%}"
+
+
+def _differences(before: Mapping[str, object], after: Mapping[str, object], keys: Collection[str]) -> str:
+    found = [
+        (key, before.get(key), after.get(key)) for key in sorted(keys) if before.get(key) != after.get(key)
+    ]
+    return ", ".join(f"{key} {a or 'none'} -> {b or 'none'}" for key, a, b in found)
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _change(log_ratio: float) -> float:
+    """head / base - 1; infinite where a float has no room for it."""
+    try:
+        return math.expm1(log_ratio)
+    except OverflowError:
+        return math.inf
+
+
+def _percent(harm: float, bad: int) -> str:
+    return f"{abs(_change(bad * harm)):.1%} {'worse' if harm > 0 else 'better'}"
+
+
+def _span(metric: Metric, values: tuple[float, ...]) -> str:
+    return f"{metric.format(min(values))} to {metric.format(max(values))}"
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,72 @@
+"""What the benchmarks of one pytest session share: its options, and one model at a time with its
+reference."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from engine import LoadedModel, load
+from perf.gate.entries import Flat
+from perf.measure import machine_speed
+from perf.measure.costs import Costs, costs
+from perf.measure.machine_speed import Canary
+from perf.measure.token_check import Reference
+
+
+class BenchSession:
+    """What the benchmarks of a session share: the options, and one model at a time with its reference."""
+
+    def __init__(
+        self, *, model: str | None, dtype: str | None, rounds: int | None, quick: bool, inject_slowdown: float
+    ) -> None:
+        self.model, self.dtype, self.rounds, self.quick, self.inject_slowdown = (
+            model,
+            dtype,
+            rounds,
+            quick,
+            inject_slowdown,
+        )
+        self.recorded: list[Flat] = []
+        self._canaries: dict[str, Canary] = {}
+        self._key: tuple[str, str, str] | None = None
+        self._held: tuple[LoadedModel, Reference, Costs] | None = None
+
+    def spec(self, device: str) -> str:
+        """The model to run on a device: `--model`, else a small one on a CPU and the published 0.5B shape on
+        CUDA."""
+        return self.model or ("random:qwen2.5-0.5b" if device == "cuda" else "random:tiny-llama")
+
+    def hold(self, device: str, spec: str | None = None) -> tuple[LoadedModel, Reference, Costs]:
+        """The model on its device; the one held before goes first, so that two never share the memory."""
+        dtype = self.dtype or ("float16" if device == "cuda" else "float32")
+        key = (spec or self.spec(device), device, dtype)
+        if self._held is None or key != self._key:
+            self.drop()
+            loaded = load(key[0], device=device, dtype=dtype)
+            self._held, self._key = (loaded, Reference(loaded), costs(loaded.model)), key
+        return self._held
+
+    def canary(self, device: str) -> Canary:
+        """The device's rates, measured once a session: what percentages of the roofline are of."""
+        if device not in self._canaries:
+            dtype = str(self.hold(device)[0].model.dtype).removeprefix("torch.")
+            self._canaries[device] = machine_speed.measure(device, dtype)
+        return self._canaries[device]
+
+    def real(self, device: str) -> bool:
+        """Whether the model is worth a full workload: one that was asked for, or any on CUDA."""
+        return self.model is not None or device == "cuda"
+
+    def drop(self) -> None:
+        """Forget the model."""
+        self._held = self._key = None
+        free()
+
+
+def free() -> None:
+    """Collect what is no longer used, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

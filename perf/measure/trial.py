@@ -1,0 +1,219 @@
+"""One workload through one backend: opened once, its tokens proven, then timed round after round.
+
+The order is the point: tokens are checked before anything is timed, and again after every round that gave
+others; whatever fails on the way marks the benchmark as failed, so that nothing of it is saved.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import EngineMetrics, Workload, make
+from engine.models import positions
+from perf.backends import Backend, Outcome, Setup, Unavailable, find
+from perf.gate import entries, metrics
+from perf.gate.entries import SCHEMA, Flat, plain
+from perf.measure import machine_speed
+from perf.measure.fingerprint import fingerprint
+from perf.measure.nvml import GpuReading, Monitor
+from perf.measure.session import BenchSession, free
+from perf.measure.token_check import WrongTokens
+
+CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are
+# what a backend that tells only the end can't have
+TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")
+Derive = Callable[[Flat, EngineMetrics], Flat]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One timed run: wall seconds of the call, its flat metrics, what the GPU did."""
+
+    seconds: float
+    flat: Flat
+    gpu: GpuReading
+
+
+class Trial:
+    """One way of running one workload, opened once and then run round after round."""
+
+    def __init__(
+        self,
+        bench: BenchSession,
+        group: str,
+        backend: str | Backend,
+        workload: str | Workload,
+        *,
+        device: str,
+        max_batch_size: int,
+        arrivals: str = "all",
+        spec: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        derive: Derive | None = None,
+    ) -> None:
+        self.bench, self.group, self.device, self.derive = bench, group, device, derive
+        self.backend = find(backend) if isinstance(backend, str) else backend
+        if reason := self.backend.missing(device):
+            raise Unavailable(f"{self.backend.name}: {reason}")
+        self.loaded, self.reference, self.costs = bench.hold(device, spec)
+        config = self.loaded.model.config.get_text_config(decoder=True)
+        limits = {"vocab_size": config.vocab_size, "max_positions": positions(config)[0]}
+        tokenizer = self.loaded.tokenizer
+        self.workload = (
+            make(workload, tokenizer=tokenizer, arrivals=arrivals, **limits)
+            if isinstance(workload, str)
+            else workload
+        )
+        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
+        self.setup = Setup(
+            self.loaded,
+            device,
+            dtype,
+            max_batch_size,
+            threads=torch.get_num_threads(),
+            options=dict(options or {}),
+        )
+        self.before_canary = machine_speed.measure(device, dtype)
+        self.rounds: list[Round] = []
+        self.same_tokens = self.near_ties = 0
+        self._monitor = Monitor(device)
+        self._outcome: Outcome | None = None
+        self.session = self.backend.open(self.setup)
+
+    def prove(self) -> None:
+        """Run once, untimed, and check the tokens. It also warms up."""
+        self._reset()
+        self.check(self.session.run(self.workload.items))
+        machine_speed.sync(self.device)
+
+    def check(self, outcome: Outcome) -> None:
+        """Raise WrongTokens unless every request got as many tokens as it asked for, and those of the sample
+        are the model's own; counts how many requests have exactly its choice, and how many part from it at a
+        near-tie."""
+        items = self.workload.items
+        for index, (item, tokens) in enumerate(zip(items, outcome.tokens, strict=True)):
+            if len(tokens) != item.params.max_new_tokens:
+                asked = item.params.max_new_tokens
+                raise WrongTokens(
+                    f"{self.backend.name}: requests[{index}] asked for {asked} tokens, got {len(tokens)}"
+                )
+        count = min(len(items), CHECKED) if self.device == "cuda" else len(items)
+        sample = np.linspace(0, len(items) - 1, count).round().astype(int).tolist()
+        verdicts = [
+            (index, self.reference.judge(items[index].prompt, outcome.tokens[index])) for index in sample
+        ]
+        for index, verdict in verdicts:
+            if verdict.wrong_at is not None and getattr(self.backend, "exact", True):
+                raise WrongTokens(
+                    f"{self.backend.name}: token {verdict.wrong_at} of requests[{index}] is not the model's "
+                    f"choice: its logit is {verdict.gap:.3g} below the best"
+                )
+        self.same_tokens = sum(verdict.same for _, verdict in verdicts)
+        self.near_ties = sum(verdict.ties > 0 and verdict.wrong_at is None for _, verdict in verdicts)
+        self.checked = count
+
+    def before(self) -> None:
+        """What precedes a round and is not timed."""
+        self._reset()
+        gc.collect()
+        machine_speed.sync(self.device)
+        self._monitor.__enter__()
+
+    def _reset(self) -> None:
+        if hasattr(self.session, "reset"):
+            self.session.reset()
+
+    def run(self) -> None:
+        """The timed part: the whole workload, to the last token on the host."""
+        self._outcome = self.session.run(self.workload.items)
+        machine_speed.sync(self.device)
+
+    def after(self, seconds: float | None = None) -> None:
+        """What follows a round: its metrics and, if they are new, its tokens."""
+        self._monitor.__exit__(None, None, None)
+        assert self._outcome is not None
+        outcome, self._outcome = self._outcome, None
+        self.check(outcome)
+        flat: Flat = outcome.metrics.flat()
+        if not outcome.keeps_times:
+            flat |= {name: None for name in flat if name.split("_")[0] in TIMES}
+        derived = self.derive({**flat, **outcome.extra}, outcome.metrics) if self.derive else {}
+        for what, names in ((f"extra of {self.backend.name}", outcome.extra), ("derive=", derived)):
+            entries.check_names(what, names)
+            flat |= names
+        lengths = [(len(item.prompt), item.params.resolved().max_new_tokens) for item in self.workload.items]
+        if self.workload.arrivals == "all":
+            rate = self.bench.canary(self.device).matmul_gflops
+            flat["useful_flops_pct"] = self.costs.useful_flops_pct(lengths, flat["wall_s"], rate)
+        if self.device == "cuda":
+            flat["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
+        self.rounds.append(Round(seconds or flat["wall_s"], flat, self._monitor.reading))
+
+    def info(self) -> Flat:
+        """Everything recorded, flat; only `fingerprint` and `rounds` are nested.
+
+        Raises:
+            RuntimeError: if every round was hit by a slowdown of the hardware.
+            ValueError: for a value that JSON has no word for.
+        """
+        good = [round_ for round_ in self.rounds if round_.gpu.slowdown is None]
+        reasons = sorted({round_.gpu.slowdown for round_ in self.rounds if round_.gpu.slowdown})
+        if not good:
+            raise RuntimeError(
+                f"all {len(self.rounds)} rounds were hit by {', '.join(reasons)}: nothing was measured"
+            )
+        after = machine_speed.measure(self.device, self.setup.dtype)
+        middle = sorted(good, key=lambda round_: round_.flat["tokens_per_s"])[len(good) // 2]
+        samples = {
+            name: [round_.flat[name] for round_ in good]
+            for name in metrics.GATED
+            if all(round_.flat.get(name) is not None for round_ in good)
+        }
+        if self.workload.arrivals != "all":
+            samples = {
+                name: values for name, values in samples.items() if metrics.METRICS[name].direction != "exact"
+            }
+        policy = getattr(self.backend, "policy", self.backend.name)
+        info: Flat = {
+            "schema": SCHEMA,
+            "group": self.group,
+            "backend": self.backend.name,
+            "model": self.loaded.spec,
+            "model_revision": self.loaded.revision,
+            "dtype": self.setup.dtype,
+            "device": self.device,
+            "policy": policy,
+            "runner": getattr(self.session, "runner", self.backend.name),
+            "batch_size": self.setup.max_batch_size,
+            "workload": self.workload.name,
+            "arrivals": self.workload.arrivals,
+            "seed": self.workload.seed,
+            **middle.flat,
+            "same_tokens": self.same_tokens,
+            "near_ties": self.near_ties,
+            "checked_requests": self.checked,
+            "canary_matmul_gflops": self.before_canary.matmul_gflops,
+            "canary_copy_gbps": self.before_canary.copy_gbps,
+            "canary_drift_pct": self.before_canary.drift_pct(after),
+            "gpu_peak_bytes": middle.flat.get("gpu_peak_bytes"),
+            "gpu_util_pct": middle.gpu.util_pct,
+            "gpu_energy_j": middle.gpu.energy_j,
+            "rounds_voided": len(self.rounds) - len(good),
+            "void_reason": ", ".join(reasons) or None,
+        }
+        nested = {
+            "fingerprint": fingerprint(self.device, self.setup.dtype, self.loaded.revision),
+            "rounds": samples,
+        }
+        return plain({**info, **nested})
+
+    def close(self) -> None:
+        """End the session and free what it held."""
+        self.session.close()
+        free()

@@ -1,0 +1,154 @@
+"""Markdown for `$GITHUB_STEP_SUMMARY`: as much of a report as GitHub shows, what matters most first.
+
+What comes from a file is shown, never obeyed: no Markdown, mention or link in a name has any effect. It is
+cut by whole rows, so that no table and no fold is ever broken.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perf.gate.saved_runs import Run
+from perf.gate.verdict import Comparison, Outcome
+from perf.report.markup import clean, middle
+from perf.report.terminal import CELL_LENGTH, figures
+from perf.report.verdicts import COLUMNS, RIGHT, brief, headline, parts, title
+
+MARKS = {Outcome.FAIL: "❌", Outcome.ERROR: "❌", Outcome.INCONCLUSIVE: "❔", Outcome.PASS: "✅"}
+GITHUB_BYTES = 1024 * 1024  # of a step's summary; of a longer one GitHub shows nothing at all
+ROOM = GITHUB_BYTES - 24 * 1024  # for us, the rest being for what others may add
+NAME_LENGTH = 100  # characters of a test id
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and rows: a table whose first two rows are always there, or a list.
+
+    rank: what has the lowest is cut last. mark: `##` and the like, or "" for what is folded away, or None for
+    no heading at all.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    rank: int
+    mark: str | None = "###"
+    table: tuple[str, ...] = ()
+    count: int | None = None
+
+    def lines(self, most: int) -> list[str]:
+        """With at most so many of its rows; without any it is not there."""
+        if not self.rows or not most:
+            return []
+        shown = "" if most >= len(self.rows) else f", {most:,} of {len(self.rows):,} rows shown"
+        count = "" if self.count is None else f" ({self.count}{shown})"
+        name = _prose(f"{self.name}{count or shown}")
+        body = [*self.table, *self.rows[:most], ""]
+        if self.mark is None:
+            return body
+        if self.mark:
+            return [f"{self.mark} {name}", "", *body]
+        return [f"<details><summary>{name}</summary>", "", *body, "</details>", ""]
+
+
+def markdown(
+    runs: Sequence[Run],
+    comparison: Comparison | None = None,
+    left_out: Sequence[str] = (),
+    *,
+    room: int = ROOM,
+    whole: str | None = None,
+) -> str:
+    """The verdict, what is worse, what can't be told, all else folded away: at most `room` bytes of UTF-8.
+
+    What does not fit is cut: figures first, then what is unchanged, better, can't be told, and regressions
+    last; it is said how much, and that the whole is in `whole`, an HTML page. Empty where not even the
+    verdict has room.
+    """
+    start: list[str] = []
+    if comparison is not None:
+        start += [f"## {MARKS[comparison.outcome]} {_prose(headline(comparison))}", ""]
+        start += [f"{_code(title(comparison.base))} → {_code(title(comparison.head))}", ""]
+    sections = _sections(runs, comparison, left_out)
+    kept = [len(section.rows) for section in sections]
+    if _bytes(start) + _bytes(_body(sections, kept)) > room:
+        kept = _fit(sections, room - _bytes([*start, *_says(sections, [0] * len(sections), whole)]))
+        start += _says(sections, kept, whole)
+    text = "\n".join([*start, *_body(sections, kept)]).rstrip() + "\n"
+    return text if len(text.encode()) <= room else ""
+
+
+def _sections(runs: Sequence[Run], comparison: Comparison | None, left_out: Sequence[str]) -> list[Section]:
+    """All there is to show, in the order of showing."""
+    compared = [] if comparison is None else [comparison.base, comparison.head]
+    lines = brief(left_out, [*runs, *compared], NAME_LENGTH)
+    found = [Section("Left out", _list(lines), 0, count=len(left_out))]
+    if comparison is not None:
+        for rank, part in enumerate(parts(comparison, NAME_LENGTH), 2):
+            mark = "" if part.folded else "###"
+            table, rows = _grid(COLUMNS, part.rows, RIGHT)
+            found.append(Section(part.heading, rows, rank, mark, table, part.count))
+        found.append(Section("Notes", _list(brief(comparison.notes, compared, NAME_LENGTH)), 1, None))
+    heading, *cells = figures(runs[-1], NAME_LENGTH)
+    table, rows = _grid(heading, cells, heading[1:])
+    name = f"All figures of {title(runs[-1])}"
+    return [*found, Section(name, rows, 99, "##" if comparison is None else "", table)]
+
+
+def _fit(sections: Sequence[Section], room: int) -> list[int]:
+    """How many rows of each section have room; where one has to be cut, nothing that matters less is kept."""
+    kept = [0] * len(sections)
+    for at in sorted(range(len(sections)), key=lambda at: sections[at].rank):
+        sizes = range(1, len(sections[at].rows) + 1)
+        kept[at] = bisect_right(sizes, room, key=lambda most: _bytes(sections[at].lines(most)))
+        room -= _bytes(sections[at].lines(kept[at]))
+        if kept[at] < len(sections[at].rows):
+            break
+    return kept
+
+
+def _says(sections: Sequence[Section], kept: Sequence[int], whole: str | None) -> list[str]:
+    """The paragraph that says what was cut."""
+    cut = [
+        f"{len(section.rows) - most:,} of {len(section.rows):,} rows of {_prose(section.name)}"
+        for section, most in zip(sections, kept, strict=True)
+        if most < len(section.rows)
+    ]
+    place = _code(whole) if whole else "the page that `--html` writes"
+    limit = f"{GITHUB_BYTES // 1024:,} KiB"
+    return [f"**Cut, for GitHub shows {limit} a step: {', '.join(cut)}.** All is in {place}.", ""]
+
+
+def _body(sections: Sequence[Section], kept: Sequence[int]) -> list[str]:
+    return [line for section, most in zip(sections, kept, strict=True) for line in section.lines(most)]
+
+
+def _bytes(lines: Sequence[str]) -> int:
+    return sum(len(line.encode()) + 1 for line in lines)
+
+
+def _list(lines: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"- {_prose(line)}" for line in lines)
+
+
+def _grid(
+    heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]
+) -> tuple[tuple[str, str], tuple[str, ...]]:
+    """The two lines that begin a table, and its rows."""
+    rule = ["---:" if column in right else "---" for column in heading]
+    cells = [[_code(row[0]), *(_prose(middle(clean(cell), CELL_LENGTH)) for cell in row[1:])] for row in rows]
+    first, second, *others = (f"| {' | '.join(row)} |" for row in ([*map(_prose, heading)], rule, *cells))
+    return (first, second), tuple(others)
+
+
+def _code(text: str) -> str:
+    """Text from a file as inline code, in a table too."""
+    return f"`{clean(text).replace('`', chr(39)).replace('|', chr(92) + '|') or ' '}`"
+
+
+def _prose(text: str) -> str:
+    """Text with every character that Markdown or HTML could take for its own written as an entity."""
+    safe = re.sub(r"[^\w\s.,:;%+=()/'?…→-]", lambda found: f"&#{ord(found[0])};", clean(text))
+    return safe.replace("://", ":&#47;/")
