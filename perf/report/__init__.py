@@ -1,7 +1,7 @@
 """Reports of saved runs and of comparisons: terminal, Markdown, one HTML page, CSV. Imports no torch.
 
-`reading` reads what can be read, `verdicts` has the words, `figures` chooses charts, `charts` draws them;
-`page`, `terminal` and `markdown` lay out. None of them judges.
+`reading` reads what can be read, `verdicts` has the words, `figures` chooses charts, `charts` places them;
+`terminal`, `session_tables`, `markdown` and `page` lay out. None of them judges.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from pathlib import Path
 
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import Comparison
+from perf.report.frame import frame
 from perf.report.markdown import ROOM, markdown, markdown as _markdown
 from perf.report.page import page
 from perf.report.reading import Reading, read
-from perf.report.terminal import comparison_table, frame, runs_table
+from perf.report.terminal import comparison_table, runs_table
 
 __all__ = ["Reading", "comparison_table", "frame", "markdown", "page", "read", "runs_table", "write"]
 

@@ -1,5 +1,4 @@
-"""Which charts a run deserves: from what its benchmarks recorded to lines and bars. It neither draws nor
-judges.
+"""From what a run's benchmarks recorded to a table, charts and history. It neither draws nor judges.
 
 A benchmark without a metric, or a run without a group, simply has no such chart: the page shows what was
 measured.
@@ -12,35 +11,47 @@ from collections.abc import Callable, Iterable, Sequence
 from perf.gate.metrics import METRICS, Metric
 from perf.gate.saved_runs import Benchmark, Run
 from perf.report.charts import Bar, Chart, Line
-from perf.report.markup import number
-from perf.report.verdicts import value
+from perf.report.text import number
+from perf.report.verdicts import named, shorten, value
 
+TIMED = ("tokens_per_s", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms", "latency_p95_ms", "goodput")
+RATES = ("decode_bandwidth_pct", "prefill_mfu_pct", "startup_s", "round_s", "forward_passes", "padded_tokens")
 NAMED = ("policy", "backend", "model", "device", "dtype", "runner")  # what tells lines apart
 SIZED = ("batch_size", "prompt_tokens", "context", "prefix_caching")  # and, among bars, these too
 PERCENTILES = ("p50", "p95", "p99")
 TIMES = {"ttft": "time to first token", "tpot": "time per output token", "latency": "from due to finished"}
-# group -> metric, title, what it says, value of a full bar, what else: a metric, or a policy to divide by
+# group -> metric, title, what it says, what else: a metric, or a policy to divide by
 BARS = {
-    "policy": ("tokens_per_s", "Policies", "output tokens/s on one workload", None, "sequential"),
-    "peers": ("tokens_per_s", "Peers", "output tokens/s (and times this engine's)", None, "ratio_to_engine"),
-    "scale": (
-        "tokens_per_s",
-        "Model scale",
-        "output tokens/s (and times one request at a time)",
-        None,
-        "speedup",
-    ),
-    "decode": ("decode_bandwidth_pct", "Decode roofline", "% of the measured copy bandwidth", 100.0, None),
-    "prefill": ("prefill_mfu_pct", "Prefill roofline", "% of the measured matmul rate", 100.0, None),
-    "prefix": ("ttft_p50_ms", "Prefix reuse", "TTFT P50; less is better", None, None),
-    "memory": ("batch_size_max", "KV memory", "most requests at once in the same memory", None, None),
-    "startup": ("startup_s", "Start-up", "to load, warm up and capture; less is better", None, None),
+    "policy": ("tokens_per_s", "Policies", "output tokens/s on one workload", "sequential"),
+    "peers": ("tokens_per_s", "Peers", "output tokens/s (and times this engine's)", "ratio_to_engine"),
+    "scale": ("tokens_per_s", "Model scale", "output tokens/s (and times one request at a time)", "speedup"),
+    "decode": ("decode_bandwidth_pct", "Decode roofline", "% of the measured copy bandwidth", ""),
+    "prefill": ("prefill_mfu_pct", "Prefill roofline", "% of the measured matmul rate", ""),
+    "prefix": ("ttft_p50_ms", "Prefix reuse", "TTFT P50; less is better", ""),
+    "memory": ("batch_size_max", "KV memory", "most requests at once in the same memory", ""),
+    "startup": ("startup_s", "Start-up", "to load, warm up and capture; less is better", ""),
 }
 
 
+def figures(run: Run, name_length: int | None = None) -> list[list[str]]:
+    """A row a benchmark with its main figures, the heading first; figures that no benchmark has are left
+    out."""
+    short, metrics = shorten(run.benchmarks, name_length), [METRICS[name] for name in (*TIMED, *RATES)]
+    rows = [
+        [short[name], *(metric.format(value(b, metric.name)) for metric in metrics)]
+        for name, b in run.benchmarks.items()
+    ]
+    return filled([["benchmark", *map(named, metrics)], *rows])
+
+
+def filled(rows: list[list[str]]) -> list[list[str]]:
+    """A table, its heading first, without the columns after the first that have a dash in every row."""
+    kept = [i for i in range(len(rows[0])) if i == 0 or any(row[i] != "-" for row in rows[1:])]
+    return [[row[i] for i in kept] for row in rows]
+
+
 def sections(head: Run, base: Run | None = None) -> dict[str, list[Chart]]:
-    """Charts of `head` by section heading, sections without any left out; `base`'s values are shown beside
-    it."""
+    """Charts of `head` by section heading, `base`'s values beside its own; empty sections are left out."""
     found = {
         "Throughput": [*_by_batch(head, base), *_bars(head, base, "policy", "peers", "scale")],
         "Latency": _percentiles(head, "batch_size", "batch_size", "requests at a time"),
@@ -70,16 +81,15 @@ def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]
 
 
 def labels(benchmarks: Iterable[Benchmark], keys: Sequence[str]) -> Callable[[Benchmark], str]:
-    """How to call each of these: by the sizes in which they differ, and the fewest others of `keys` that are
-    needed."""
+    """A function that names each of these: by the sizes in which they differ, and by the fewest others of
+    `keys` that tell them apart."""
     known, chosen = list(benchmarks), list[str]()
 
-    def shown(b: Benchmark, key: str) -> str:
-        return number(b.info.get(key))
+    def kinds(*some: str) -> int:
+        return len({tuple(number(b.info.get(key)) for key in some) for b in known})
 
     for key in keys:
-        kinds = [len({tuple(shown(b, k) for k in some) for b in known}) for some in (chosen, [*chosen, key])]
-        if kinds[1] > kinds[0] or (key in SIZED and len({shown(b, key) for b in known}) > 1):
+        if kinds(*chosen, key) > kinds(*chosen) or (key in SIZED and kinds(key) > 1):
             chosen.append(key)
 
     def label(b: Benchmark) -> str:
@@ -96,12 +106,13 @@ def _group(run: Run | None, group: str, *keys: str) -> list[Benchmark]:
     return [b for b in some if b.group == group and all(value(b, key) is not None for key in keys)]
 
 
-def _ways(benchmarks: list[Benchmark], like: list[Benchmark] | None = None) -> dict[str, list[Benchmark]]:
+def _by_label(benchmarks: list[Benchmark], like: list[Benchmark] | None = None) -> dict[str, list[Benchmark]]:
     """The benchmarks by their label, labelled as `like` are."""
     label = labels(like or benchmarks, NAMED)
-    return {
-        name: [b for b in benchmarks if label(b) == name] for name in dict.fromkeys(map(label, benchmarks))
-    }
+    found: dict[str, list[Benchmark]] = {}
+    for benchmark in benchmarks:
+        found.setdefault(label(benchmark), []).append(benchmark)
+    return found
 
 
 def _line(name: str, benchmarks: Iterable[Benchmark], x: str, y: str, of: str | None = None) -> Line:
@@ -114,18 +125,19 @@ def _line(name: str, benchmarks: Iterable[Benchmark], x: str, y: str, of: str | 
 def _by_batch(head: Run, base: Run | None) -> list[Chart]:
     x, y = "batch_size", "tokens_per_s"
     shown, earlier = _group(head, x, x, y), _group(base, x, x, y)
-    lines = [_line(name, some, x, y) for name, some in _ways(shown).items()]
-    if base and lines:
-        lines += [
-            _line(f"{name} ({base.name})", some, x, y, name) for name, some in _ways(earlier, shown).items()
-        ]
+    now = {name: _line(name, some, x, y) for name, some in _by_label(shown).items()}
+    if not now:
+        return []
+    before, beside = [], f" ({base.name})" if base else ""
+    for name, some in _by_label(earlier, shown).items():
+        before.append(_line(name + beside, some, x, y, name if name in now else None))
     says = "output tokens/s against requests at a time"
-    return [Chart("Throughput", says, "tokens/s", "batch size", tuple(lines), log_x=True)] if lines else []
+    return [Chart("Throughput", says, "tokens/s", "batch size", (*now.values(), *before), log_x=True)]
 
 
 def _percentiles(run: Run, group: str, x: str, x_label: str) -> list[Chart]:
     """A chart a latency and a way of running, with a line a percentile."""
-    charts, ways = [], _ways(_group(run, group, x))
+    charts, ways = [], _by_label(_group(run, group, x))
     for way, some in ways.items():
         for metric, says in TIMES.items():
             drawn = [_line(p.upper(), some, x, f"{metric}_{p}_ms") for p in PERCENTILES]
@@ -141,17 +153,17 @@ def _percentiles(run: Run, group: str, x: str, x_label: str) -> list[Chart]:
 
 def _open_load(run: Run) -> list[Chart]:
     charts = []
-    for way, some in _ways(_group(run, "load", "offered_rate", "tokens_per_s", "latency_p50_ms")).items():
-        curve = tuple(_line(p.upper(), some, "tokens_per_s", f"latency_{p}_ms") for p in PERCENTILES)
-        says = "latency, ms, at the throughput reached as the offered load grows"
-        charts.append(Chart("Throughput and latency", f"{way}: {says}", "ms", "tokens/s", curve, log_y=True))
+    ways = _by_label(_group(run, "load", "offered_rate", "tokens_per_s", "latency_p50_ms"))
+    for way, some in ways.items():
+        drawn = [_line(p.upper(), some, "tokens_per_s", f"latency_{p}_ms") for p in PERCENTILES]
+        curve = tuple(line for line in drawn if line.points)
+        says = f"{way}: latency, ms, at the throughput reached as the offered load grows"
+        charts.append(Chart("Throughput and latency", says, "ms", "tokens/s", curve, log_y=True))
         good = _line("within the limits", some, "offered_rate", "goodput")
         if good.points:
             offered = Line("offered", tuple((rate, rate) for rate, _ in good.points), good.name)
-            limits = [
-                f"{name.upper()} {number(some[0].info.get(f'slo_{name}_ms'))} ms" for name in ("ttft", "tpot")
-            ]
-            says = f"{way}: requests/s that met {' and '.join(limits)}"
+            ttft, tpot = (number(some[0].info.get(f"slo_{name}_ms")) for name in ("ttft", "tpot"))
+            says = f"{way}: requests/s that met TTFT {ttft} ms and TPOT {tpot} ms"
             charts.append(Chart("Goodput", says, "requests/s", "offered requests/s", (good, offered)))
     return charts
 
@@ -159,20 +171,20 @@ def _open_load(run: Run) -> list[Chart]:
 def _bars(head: Run, base: Run | None, *groups: str) -> list[Chart]:
     charts = []
     for group in groups:
-        metric, title, says, full, beside = BARS[group]
-        shown = _group(head, group, metric)
+        name, title, says, beside = BARS[group]
+        shown = _group(head, group, name)
         label = labels(shown, (*NAMED, *SIZED, "workload"))
-        before = {b.fullname: value(b, metric) for b in _group(base, group, metric)}
-        one = [value(b, metric) for b in shown if b.info.get("policy") == beside]
+        before = {b.fullname: value(b, name) for b in _group(base, group, name)}
+        one = next((value(b, name) for b in shown if b.info.get("policy") == beside), None)
         bars = []
         for b in shown:
-            now = value(b, metric) or 0.0
-            ratio = now / one[0] if one and one[0] else value(b, beside or "")
-            bars.append(
-                Bar(label(b), now, before.get(b.fullname), f"({ratio:.2f}x)" if ratio is not None else "")
-            )
+            now = value(b, name) or 0.0
+            ratio = now / one if one else value(b, beside)
+            note = "" if ratio is None else f"({ratio:.2f}x)"
+            bars.append(Bar(label(b), now, before.get(b.fullname), note))
+        metric = METRICS.get(name)
+        form, full = (_with_unit(metric), 100.0 if metric.unit == "%" else None) if metric else (number, None)
         if bars:
-            form = _with_unit(METRICS[metric]) if metric in METRICS else number
             charts.append(Chart(title, says, says, bars=tuple(bars), full=full, form=form))
     return charts
 

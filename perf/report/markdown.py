@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import Comparison, Outcome
-from perf.report.markup import clean, middle
-from perf.report.terminal import CELL_LENGTH, figures
+from perf.report.figures import figures
+from perf.report.terminal import CELL_LENGTH
+from perf.report.text import clean, middle
 from perf.report.verdicts import COLUMNS, RIGHT, brief, headline, parts, title
 
 MARKS = {Outcome.FAIL: "❌", Outcome.ERROR: "❌", Outcome.INCONCLUSIVE: "❔", Outcome.PASS: "✅"}
@@ -38,19 +39,16 @@ class Section:
     table: tuple[str, ...] = ()
     count: int | None = None
 
-    def lines(self, most: int) -> list[str]:
-        """With at most so many of its rows; without any it is not there."""
+    def text(self, most: int) -> str:
+        """The section with at most so many of its rows; without any it is not there."""
         if not self.rows or not most:
-            return []
+            return ""
         shown = "" if most >= len(self.rows) else f", {most:,} of {len(self.rows):,} rows shown"
-        count = "" if self.count is None else f" ({self.count}{shown})"
-        name = _prose(f"{self.name}{count or shown}")
-        body = [*self.table, *self.rows[:most], ""]
-        if self.mark is None:
-            return body
-        if self.mark:
-            return [f"{self.mark} {name}", "", *body]
-        return [f"<details><summary>{name}</summary>", "", *body, "</details>", ""]
+        name = _prose(self.name + (shown if self.count is None else f" ({self.count}{shown})"))
+        body = "\n".join([*self.table, *self.rows[:most], "", ""])
+        if self.mark == "":
+            return f"<details><summary>{name}</summary>\n\n{body}</details>\n\n"
+        return f"{self.mark} {name}\n\n{body}" if self.mark else body
 
 
 def markdown(
@@ -67,24 +65,31 @@ def markdown(
     last; it is said how much, and that the whole is in `whole`, an HTML page. Empty where not even the
     verdict has room.
     """
-    start: list[str] = []
-    if comparison is not None:
-        start += [f"## {MARKS[comparison.outcome]} {_prose(headline(comparison))}", ""]
-        start += [f"{_code(title(comparison.base))} → {_code(title(comparison.head))}", ""]
     sections = _sections(runs, comparison, left_out)
-    kept = [len(section.rows) for section in sections]
-    if _bytes(start) + _bytes(_body(sections, kept)) > room:
-        kept = _fit(sections, room - _bytes([*start, *_says(sections, [0] * len(sections), whole)]))
-        start += _says(sections, kept, whole)
-    text = "\n".join([*start, *_body(sections, kept)]).rstrip() + "\n"
-    return text if len(text.encode()) <= room else ""
+    start = ""
+    if comparison is not None:
+        start = f"## {MARKS[comparison.outcome]} {_prose(headline(comparison))}\n\n"
+        start += f"{_code(title(comparison.base))} → {_code(title(comparison.head))}\n\n"
+
+    def text(most: int) -> str:
+        kept = _kept(sections, most)
+        body = "".join(section.text(kept[section.rank]) for section in sections)
+        return f"{start}{_cut(sections, kept, whole)}{body}".rstrip() + "\n"
+
+    def size(most: int) -> int:
+        return len(text(most).encode())
+
+    total = sum(len(section.rows) for section in sections)
+    fits = total if size(total) <= room else bisect_right(range(total), room, key=size) - 1
+    return text(fits) if fits >= 0 else ""
 
 
 def _sections(runs: Sequence[Run], comparison: Comparison | None, left_out: Sequence[str]) -> list[Section]:
     """All there is to show, in the order of showing."""
     compared = [] if comparison is None else [comparison.base, comparison.head]
-    lines = brief(left_out, [*runs, *compared], NAME_LENGTH)
-    found = [Section("Left out", _list(lines), 0, count=len(left_out))]
+    found = [
+        Section("Left out", _list(brief(left_out, [*runs, *compared], NAME_LENGTH)), 0, count=len(left_out))
+    ]
     if comparison is not None:
         for rank, part in enumerate(parts(comparison, NAME_LENGTH), 2):
             mark = "" if part.folded else "###"
@@ -97,36 +102,28 @@ def _sections(runs: Sequence[Run], comparison: Comparison | None, left_out: Sequ
     return [*found, Section(name, rows, 99, "##" if comparison is None else "", table)]
 
 
-def _fit(sections: Sequence[Section], room: int) -> list[int]:
-    """How many rows of each section have room; where one has to be cut, nothing that matters less is kept."""
-    kept = [0] * len(sections)
-    for at in sorted(range(len(sections)), key=lambda at: sections[at].rank):
-        sizes = range(1, len(sections[at].rows) + 1)
-        kept[at] = bisect_right(sizes, room, key=lambda most: _bytes(sections[at].lines(most)))
-        room -= _bytes(sections[at].lines(kept[at]))
-        if kept[at] < len(sections[at].rows):
-            break
+def _kept(sections: Sequence[Section], most: int) -> dict[int, int]:
+    """The count of rows of each section, by its rank, if there are to be `most`: those that matter more
+    first."""
+    kept = {}
+    for section in sorted(sections, key=lambda section: section.rank):
+        kept[section.rank] = min(most, len(section.rows))
+        most -= kept[section.rank]
     return kept
 
 
-def _says(sections: Sequence[Section], kept: Sequence[int], whole: str | None) -> list[str]:
-    """The paragraph that says what was cut."""
+def _cut(sections: Sequence[Section], kept: dict[int, int], whole: str | None) -> str:
+    """The paragraph that says what was cut, if anything was."""
     cut = [
-        f"{len(section.rows) - most:,} of {len(section.rows):,} rows of {_prose(section.name)}"
-        for section, most in zip(sections, kept, strict=True)
-        if most < len(section.rows)
+        f"{missing:,} of {len(section.rows):,} rows of {_prose(section.name)}"
+        for section in sections
+        if (missing := len(section.rows) - kept[section.rank])
     ]
     place = _code(whole) if whole else "the page that `--html` writes"
     limit = f"{GITHUB_BYTES // 1024:,} KiB"
-    return [f"**Cut, for GitHub shows {limit} a step: {', '.join(cut)}.** All is in {place}.", ""]
-
-
-def _body(sections: Sequence[Section], kept: Sequence[int]) -> list[str]:
-    return [line for section, most in zip(sections, kept, strict=True) for line in section.lines(most)]
-
-
-def _bytes(lines: Sequence[str]) -> int:
-    return sum(len(line.encode()) + 1 for line in lines)
+    return (
+        f"**Cut, for GitHub shows {limit} a step: {', '.join(cut)}.** All is in {place}.\n\n" if cut else ""
+    )
 
 
 def _list(lines: Sequence[str]) -> tuple[str, ...]:

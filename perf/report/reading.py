@@ -16,7 +16,7 @@ from typing import Any
 from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Benchmark, Exit, GateError, Run, find, load, parse
 from perf.gate.verdict import Comparison, compare
-from perf.report.markup import FLOAT_MAX
+from perf.report.text import FLOAT_MAX
 from perf.report.verdicts import named
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from perf.report.markup import clean, middle
+from perf.report.text import clean, middle
 
 NAME_LENGTH = 60  # characters of what the first column names
 Info = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Runs and comparisons as text: tables for a terminal, a frame for pandas.
+"""Runs, comparisons and self-tests as tables for a terminal, drawn by rich.
 
 What comes from a file is shown, never obeyed: no terminal code in a name has any effect, and no length fills
 a screen.
@@ -6,10 +6,10 @@ a screen.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -19,104 +19,130 @@ from rich.text import Text
 from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import Comparison, Outcome
-from perf.report.markup import clean, middle
-from perf.report.verdicts import COLUMNS, RIGHT, brief, day, headline, named, parts, shorten, title, value
+from perf.report.figures import figures
+from perf.report.text import clean, middle, width
+from perf.report.verdicts import COLUMNS, RIGHT, brief, day, headline, parts, title
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from perf.gate.selftest import Report
 
-TIMED = ("tokens_per_s", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms", "latency_p95_ms", "goodput")
-FIGURES = (
-    *TIMED,
-    "decode_bandwidth_pct",
-    "prefill_mfu_pct",
-    "startup_s",
-    "round_s",
-    "forward_passes",
-    "padded_tokens",
-)
 COLOURS = {Outcome.FAIL: "red", Outcome.ERROR: "red", Outcome.INCONCLUSIVE: "yellow", Outcome.PASS: "green"}
 NAME_SHARE = 3 / 8  # of the terminal's width, at most, is for test ids
 NAME_LENGTH = 20  # cells, which they have in any case
 CELL_LENGTH = 1000  # of the terminal's cells, for any other cell
 
 
-def figures(run: Run, name_length: int | None = None) -> list[list[str]]:
-    """A row a benchmark with its main figures, the heading first; figures that no benchmark has are left
-    out."""
-    short, metrics = shorten(run.benchmarks, name_length), [METRICS[name] for name in FIGURES]
-    grid = {
-        name: [metric.format(value(b, metric.name)) for metric in metrics]
-        for name, b in run.benchmarks.items()
-    }
-    kept = [i for i in range(len(metrics)) if any(cells[i] != "-" for cells in grid.values())]
-    rows = [[short[name], *(cells[i] for i in kept)] for name, cells in grid.items()]
-    return [["benchmark", *(named(metrics[i]) for i in kept)], *rows]
+@dataclass(frozen=True)
+class Fitted:
+    """Something to draw that is made for the width it gets."""
+
+    make: Callable[[int], RenderableType]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.make(options.max_width)
+
+
+def name_length(room: int) -> int:
+    """The cells that test ids and the like may have in a terminal of this width."""
+    return max(NAME_LENGTH, int(room * NAME_SHARE))
+
+
+def show(what: RenderableType, width: int) -> None:
+    """Print on standard output, as wide as the terminal, or `width` columns where there is none."""
+    Console(width=None if sys.stdout.isatty() else width).print(what)
+
+
+def drawn(what: RenderableType, width: int) -> list[str]:
+    """The lines of text, without colours, that rich makes of it."""
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as found:
+        console.print(what)
+    return [line.rstrip() for line in found.get().splitlines()]
+
+
+def table(
+    heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], room: int, name: str = ""
+) -> Table:
+    """Rows under their heading, at most `room` cells wide; columns named in `right` are set to the right."""
+    cells = [[middle(clean(cell), CELL_LENGTH) for cell in row] for row in rows]
+    widths = _widths([heading, *cells], room)
+    found = Table(title=Text(clean(name)) if name else None, title_justify="left", box=SIMPLE)
+    found.padding = (0, int(any(widths)), 0, 0)
+    for at, column in enumerate(heading):
+        side: Literal["left", "right"] = "right" if column in right else "left"
+        found.add_column(Text(column), justify=side, width=widths[at], no_wrap=not at, overflow="fold")
+    for row in cells:
+        found.add_row(*map(Text, row))
+    return found
+
+
+def _widths(cells: Sequence[Sequence[str]], room: int) -> list[int | None]:
+    """A width for each column, so that the first does not wrap and no word of the others is broken; None for
+    each where there is no room for that."""
+    columns = list(zip(*cells, strict=True))
+    whole = [max(map(width, column)) for column in columns]
+    found = [max(width(word) for text in column for word in text.split() or [""]) for column in columns]
+    found[0] = whole[0]
+    spare = room - sum(found) - 2 * len(found) - 1  # two cells between columns, one beside them
+    if spare < 0:
+        return [None] * len(found)
+    kept = min(whole[-1] - found[-1], room // 4)  # for the last one, which may be a sentence
+    for at, least in enumerate(found[:-1]):
+        if whole[at] - least <= spare - kept:
+            spare -= whole[at] - least
+            found[at] = whole[at]
+    return [*found[:-1], min(whole[-1], found[-1] + spare)]
 
 
 def runs_table(runs: Sequence[Run], left_out: Sequence[str] = ()) -> RenderableType:
     """The last run's benchmarks and their main figures, and what of the runs could not be read."""
 
-    def make(name_length: int) -> RenderableType:
-        heading, *rows = figures(runs[-1], name_length)
-        table = _table(heading, rows, heading[1:], f"{title(runs[-1])}, {day(runs[-1])}")
-        return Group(table, *_left_out(left_out, runs, name_length))
+    def make(room: int) -> RenderableType:
+        heading, *rows = figures(runs[-1], name_length(room))
+        shown = table(heading, rows, heading[1:], room, f"{title(runs[-1])}, {day(runs[-1])}")
+        return Group(shown, *_left_out(left_out, runs, room))
 
-    return _Fitted(make)
+    return Fitted(make)
 
 
 def comparison_table(comparison: Comparison, left_out: Sequence[str] = ()) -> RenderableType:
     """All that is not unchanged, then the notes, and the verdict last: a terminal is read from its end."""
 
-    def make(name_length: int) -> RenderableType:
-        shown = [part for part in parts(comparison, name_length) if not part.folded]
-        tables = [_table(COLUMNS, part.rows, RIGHT, part.heading) for part in shown]
+    def make(room: int) -> RenderableType:
+        shown = [part for part in parts(comparison, name_length(room)) if not part.folded]
+        tables = [table(COLUMNS, part.rows, RIGHT, room, part.heading) for part in shown]
         runs = (comparison.base, comparison.head)
-        notes = [Text(f"note: {clean(note)}") for note in brief(comparison.notes, runs, name_length)]
+        notes = [Text(f"note: {clean(note)}") for note in brief(comparison.notes, runs, name_length(room))]
         pair = f"{title(comparison.base)} -> {title(comparison.head)}"
         last = Text(f"{headline(comparison)}   {clean(pair)}", style=f"bold {COLOURS[comparison.outcome]}")
-        return Group(*tables, *notes, *_left_out(left_out, runs, name_length), last)
+        return Group(*tables, *notes, *_left_out(left_out, runs, room), last)
 
-    return _Fitted(make)
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """What is made for the width it gets, by how long test ids may then be."""
-
-    make: Callable[[int], RenderableType]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.make(max(NAME_LENGTH, int(options.max_width * NAME_SHARE)))
+    return Fitted(make)
 
 
-def _left_out(lines: Sequence[str], runs: Sequence[Run], name_length: int) -> list[Text]:
-    return [Text(f"left out: {clean(line)}", style="yellow") for line in brief(lines, runs, name_length)]
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], name: str) -> Table:
-    table = Table(title=Text(clean(name)), title_justify="left", box=SIMPLE)
-    for i, column in enumerate(heading):
-        table.add_column(
-            Text(column), justify="right" if column in right else "left", overflow="fold", no_wrap=not i
+def selftest_table(report: Report) -> RenderableType:
+    """How often each injected slowdown was called a regression, of whole runs and metric by metric."""
+    names = ["nothing" if rate.effect == 0 else f"{rate.effect:.1%}" for rate in report.rates]
+    runs = []
+    for name, rate in zip(names, report.rates, strict=True):
+        low, high = rate.bounds
+        found = f"{rate.regressions} of {len(rate.outcomes)}"
+        rest = (str(rate.outcomes.count(outcome)) for outcome in (Outcome.INCONCLUSIVE, Outcome.PASS))
+        runs.append([f"{name} slower" if rate.effect else name, found, f"{low:.0%} to {high:.0%}", *rest])
+    metrics = []
+    for metric, size in report.visible.items():
+        counts = (f"{rate.failed.get(metric, 0)} of {len(rate.outcomes)}" for rate in report.rates)
+        metrics.append([METRICS[metric].label, *counts, f"{size:.1%}"])
+    first = ("injected", "called a regression", "true rate, 95 % sure", "can't tell", "pass")
+    second = ("metric", *names, "sees, four times in five")
+    pairs, each = f"A/B runs of {report.pairs} pairs of blocks", "metric by metric: regressions called"
+    return Fitted(
+        lambda room: Group(
+            table(first, runs, first, room, pairs), table(second, metrics, second[1:], room, each)
         )
-    for row in rows:
-        table.add_row(*(Text(middle(clean(cell), CELL_LENGTH)) for cell in row))
-    return table
+    )
 
 
-def frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a run and benchmark: where it comes from, our record, `fingerprint.*`, `rounds.*`, each a JSON
-    list of one value a round, and `extra_info.*`, what others noted there."""
-    import pandas as pd
-
-    rows = []
-    for run in runs:
-        source = {"run": run.name, "commit": run.commit.get("id"), "datetime": run.datetime}
-        for name, b in run.benchmarks.items():
-            prints = {f"fingerprint.{key}": value for key, value in b.fingerprint.items()}
-            rounds = {f"rounds.{key}": json.dumps(values) for key, values in b.rounds.items()}
-            notes = {f"extra_info.{key}": value for key, value in b.notes.items()}
-            measured = {**b.info, **prints, **rounds, **notes}
-            rows.append({**source, "benchmark": name, "group": b.group, **measured})
-    return pd.DataFrame(rows)
+def _left_out(lines: Sequence[str], runs: Sequence[Run], room: int) -> Iterator[Text]:
+    for line in brief(lines, runs, name_length(room)):
+        yield Text(f"left out: {clean(line)}", style="yellow")

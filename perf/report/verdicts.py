@@ -15,7 +15,7 @@ from statistics import median
 from perf.gate.metrics import Metric
 from perf.gate.saved_runs import Benchmark, Run
 from perf.gate.verdict import Comparison, Outcome, Verdict
-from perf.report.markup import FLOAT_MAX, middle, signed, width
+from perf.report.text import FLOAT_MAX, middle, signed, width
 
 COLUMNS = ("benchmark", "metric", "base", "head", "change", "95 % interval", "allowed", "why")
 RIGHT = ("base", "head", "change", "95 % interval", "allowed")
@@ -52,9 +52,8 @@ def parts(comparison: Comparison, name_length: int | None = None) -> list[Part]:
 def headline(comparison: Comparison) -> str:
     """The outcome with the count of each kind: `FAIL: 2 regressions, 1 can't tell, 81 unchanged`."""
     counts = ", ".join(f"{part.count} {part.heading.lower()}" for part in parts(comparison))
-    return f"{comparison.outcome}: {counts or 'nothing was compared'}".replace(
-        " 1 regressions", " 1 regression"
-    )
+    found = f"{comparison.outcome}: {counts or 'nothing was compared'}"
+    return found.replace(" 1 regressions", " 1 regression")
 
 
 def title(run: Run) -> str:
@@ -65,7 +64,7 @@ def title(run: Run) -> str:
 
 
 def day(run: Run) -> str:
-    """When a run was measured, to the minute."""
+    """The time at which a run was measured, to the minute."""
     return run.datetime[:16].replace("T", " ")
 
 
@@ -75,8 +74,7 @@ def named(metric: Metric) -> str:
 
 
 def value(benchmark: Benchmark, metric: str) -> float | None:
-    """A benchmark's number: what its median round had, else the median of its rounds; None where it has
-    none."""
+    """A benchmark's number: that of its median round, else the median of its rounds, else None."""
     found = benchmark.info.get(metric)
     if isinstance(found, int | float) and not isinstance(found, bool) and abs(found) <= FLOAT_MAX:
         return float(found)
@@ -104,17 +102,15 @@ def brief(lines: Sequence[str], runs: Sequence[Run], name_length: int) -> list[s
     """The first lines, not too long, in which the long test ids of these runs are shortened."""
     names = shorten((name for run in runs for name in run.benchmarks), name_length)
     long = sorted((name for name in names if width(name) > name_length), key=len, reverse=True)
-    changes = {name: names[name] for name in long}
-    found = [middle(_replaced(line, changes), LINE_LENGTH) for line in lines[:LINES]]
+    found = []
+    for line in lines[:LINES]:
+        shown = line
+        for name in long:
+            shown = shown.replace(name, names[name])
+        found.append(middle(shown, LINE_LENGTH))
     if len(lines) > LINES:
         found.append(f"and {len(lines) - LINES} more, which are all in the HTML page")
     return found
-
-
-def _replaced(line: str, names: dict[str, str]) -> str:
-    for name, short in names.items():
-        line = line.replace(name, short)
-    return line
 
 
 def _digest(name: str) -> str:

@@ -20,8 +20,8 @@ from perf.gate.saved_runs import Run, load
 from perf.gate.verdict import Comparison, Outcome, Verdict, compare as judge
 from perf.report import comparison_table, markdown, runs_table, write
 from perf.report.markdown import GITHUB_BYTES, NAME_LENGTH, ROOM
-from perf.report.markup import middle, width
 from perf.report.session_tables import lines
+from perf.report.text import middle, width
 from perf.report.verdicts import shorten
 from tests.perf import fake_runs
 from tests.perf.test_report import Page, shown

@@ -14,7 +14,7 @@ from perf import cli
 from perf.gate.saved_runs import GateError
 from perf.gate.verdict import Outcome
 from perf.report import comparison_table, frame, markdown, page, read, runs_table
-from perf.report.markup import number
+from perf.report.text import number
 from tests.perf import fake_runs
 from tests.perf.test_report import Page, shown
 

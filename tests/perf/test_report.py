@@ -3,12 +3,14 @@ network."""
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import random
 import re
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,23 @@ from typing import Any
 import pandas as pd
 import pytest
 from hypothesis import example, given, strategies as st
+from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
+from rich.cells import cell_len
 from rich.console import Console
 
+from perf import report
 from perf.gate.saved_runs import Run, load
 from perf.gate.verdict import Comparison, Outcome, compare
 from perf.report import comparison_table, frame, markdown, page, runs_table, write
-from perf.report.charts import Bar, Chart, Line, draw, log_ticks, ticks
+from perf.report.charts import DIGIT, HEIGHT, WIDTH, Bar, Chart, Line, log_ticks, ticks
 from perf.report.figures import history, sections
-from perf.report.markup import clean, number, tag
-from perf.report.page import STYLE
+from perf.report.page import templates
+from perf.report.text import clean, number
 from perf.report.verdicts import headline, parts
 from tests.perf import fake_runs
 
-EVIL = "<script>alert(1)</script> | `x` [y](https://evil.example) @team \x1b[31m\u202e"
+EVIL = "<script>alert(1)</script> | `x` [y](https://evil.example) @team {{ 7 * 7 }} {% x \x1b[31m\u202e"
 
 
 @pytest.fixture
@@ -68,6 +73,12 @@ def shown(renderable: Any, width: int = 160) -> str:
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=False).print(renderable)
     return out.getvalue()
+
+
+def drawn(chart: Chart) -> str:
+    """The chart's figure in HTML."""
+    figure: Any = templates().get_template("charts.html.j2").module
+    return str(figure.figure(chart, "k"))
 
 
 class Page(HTMLParser):
@@ -195,6 +206,8 @@ def test_nothing_in_a_file_acts(tmp_path: Path) -> None:
     parsed = Page(page([other, run], result))
     assert {"script", "img", "link", "iframe", "a"}.isdisjoint(name for name, _ in parsed.elements)
     assert "<script>alert(1)</script>" in "".join(parsed.text)
+    assert "{{ 7 * 7 }} {% x" in "".join(parsed.text)
+    assert not {"\x1b", "\u202e"} & set("".join(parsed.text))
     summary = markdown([run], result)
     rendered = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(summary))
     allowed = {
@@ -235,15 +248,17 @@ def test_the_page_asks_for_nothing_and_runs_nothing(head: Run) -> None:
 
 def test_every_chart_says_what_it_shows_and_gives_its_numbers(head: Run) -> None:
     parsed = Page(page([head]))
-    charts = [svg for svg in parsed.all("svg") if "aria-labelledby" in svg]
+    charts = [attrs for _, attrs in parsed.elements if "aria-labelledby" in attrs]
     ids = [attrs["id"] for _, attrs in parsed.elements if "id" in attrs]
     assert len(charts) == len(parsed.all("figure")) == sum(map(len, sections(head).values()))
     assert len(ids) == len(set(ids))
-    for svg in charts:
-        assert set((svg["aria-labelledby"] or "").split()) <= set(ids)
+    for chart in charts:
+        assert chart["role"] == "img"
+        assert {chart["aria-labelledby"], chart["aria-describedby"]} <= set(ids)
     for figure in page([head]).split("<figure>")[1:]:
-        assert "<desc" in figure
         assert "<table>" in figure
+    assert "tokens/s against batch size. continuous: 3,478 at 1; 136,080 at 256." in "".join(parsed.text)
+    assert "sequential: 2,900; dynamic: 38,000; continuous: 61,000." in "".join(parsed.text)
 
 
 def test_a_whole_suite_has_every_chart(head: Run) -> None:
@@ -280,6 +295,33 @@ def test_charts_show_what_was_recorded(head: Run, tmp_path: Path) -> None:
         "batch size 32, context 512",
     ]
     assert decode.full == prefill.full == 100.0
+
+
+def test_what_only_the_earlier_run_has_is_a_line_of_its_own(tmp_path: Path) -> None:
+    noise = fake_runs.random.Random(0)
+    some = [
+        fake_runs.entry(way, "batch_size", noise, batch_size=8, policy=way, **fake_runs.speeds(1000.0, 8))
+        for way in ("continuous", "dynamic")
+    ]
+    base = load(fake_runs.save(tmp_path, "base", some))
+    head = load(fake_runs.save(tmp_path, "head", some[:1], 2))
+    [chart] = sections(head, base)["Throughput"]
+    assert [(line.name, line.of) for line in chart.lines] == [
+        ("continuous", None),
+        ("continuous (base)", "continuous"),
+        ("dynamic (base)", None),
+    ]
+    assert "dynamic (base): 1,000 at 8" in page([base, head], compare(base, head))
+
+
+def test_a_percentile_that_was_not_recorded_has_no_line(tmp_path: Path) -> None:
+    rates = {"offered_rate": 4.0, "tokens_per_s": 3.0, "latency_p50_ms": 2.0}
+    run = load(
+        fake_runs.save(tmp_path, "load", [fake_runs.entry("4", "load", fake_runs.random.Random(0), **rates)])
+    )
+    curve, latency = sections(run)["Open load"]
+    assert [[line.name for line in chart.lines] for chart in (curve, latency)] == [["P50"], ["P50"]]
+    assert "P50: 2 at 3" in page([run])
 
 
 def test_a_run_without_groups_still_has_a_page(tmp_path: Path) -> None:
@@ -329,9 +371,9 @@ def test_the_csv_reads_back_in_pandas(judged: Comparison, tmp_path: Path) -> Non
 
 
 def test_write_writes_what_is_asked_for(judged: Comparison, tmp_path: Path) -> None:
-    runs, html, text = [judged.base, judged.head], tmp_path / "a.html", tmp_path / "a.md"
-    assert write(runs, judged, html=html, markdown=text) == [html, text]
-    assert html.read_text(encoding="utf-8") == page(runs, judged)
+    runs, whole, text = [judged.base, judged.head], tmp_path / "a.html", tmp_path / "a.md"
+    assert write(runs, judged, html=whole, markdown=text) == [whole, text]
+    assert whole.read_text(encoding="utf-8") == page(runs, judged)
     assert text.read_text(encoding="utf-8") == markdown(runs, judged)
     assert write(runs, judged) == []
     with pytest.raises(OSError, match="nowhere"):
@@ -361,12 +403,25 @@ def test_ticks_cover_what_they_are_for(a: float, b: float) -> None:
 
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20), st.booleans(), st.booleans())
+@example([(1.0, 1.7e308), (2.0, 1e300)], False, False)
 def test_lines_stay_inside_their_picture(points: list[tuple[float, float]], log_x: bool, log_y: bool) -> None:
     lines = (Line("a", tuple(sorted(points))), Line("b", tuple(points[:1]), "a"))
-    svg = draw(Chart("t", "s", "ms", "x", lines, log_x=log_x, log_y=log_y), "k")
+    svg = drawn(Chart("t", "s", "ms", "x", lines, log_x=log_x, log_y=log_y))
     places = [(float(x), float(y)) for x, y in re.findall(r'cx="([^"]+)" cy="([^"]+)"', svg)]
     assert len(places) == len(points) + 1
-    assert all(0 <= x <= 400 and 0 <= y <= 250 for x, y in places)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
+    labels = re.findall(r'<text class="end" x="([^"]+)" y="[^"]+">([^<]+)<', svg)
+    assert len(labels) >= 2
+    assert all(float(x) >= DIGIT * len(label) for x, label in labels)
+
+
+@given(st.lists(numbers, min_size=1, max_size=60, unique=True), st.booleans())
+def test_labels_below_a_plot_touch_neither_each_other_nor_the_edge(xs: list[float], log_x: bool) -> None:
+    svg = drawn(Chart("t", "s", "ms", "x", (Line("a", tuple((x, 1.0) for x in sorted(xs))),), log_x=log_x))
+    labels = re.findall(r'<text x="([^"]+)" y="225">([^<]+)<', svg)
+    edges = [float(x) + side * len(label) * DIGIT / 2 for x, label in labels for side in (-1, 1)]
+    assert edges == sorted(edges)
+    assert edges[-1] <= WIDTH + 1e-6
 
 
 @given(
@@ -377,20 +432,38 @@ def test_lines_stay_inside_their_picture(points: list[tuple[float, float]], log_
     )
 )
 @example([("", 5e-324, None)])
+@example([("表" * 90, 1.7e308, 1.0)])
 def test_bars_stay_inside_their_picture_and_keep_their_names(
     some: list[tuple[str, float, float | None]],
 ) -> None:
-    parsed = Page(draw(Chart("t", "s", "tokens/s", bars=tuple(Bar(*bar) for bar in some)), "k"))
-    assert all(0 <= float(bar["width"] or -1) <= 400 for bar in parsed.all("rect"))
+    text = drawn(Chart("t", "s", "tokens/s", bars=tuple(Bar(*bar) for bar in some)))
+    parsed = Page(text)
+    assert all(0 <= float(bar["width"] or -1) <= WIDTH for bar in parsed.all("rect"))
     for name, _, _ in some:
         assert clean(name) in "".join(parsed.text)
+    for label, value in re.findall(r'<p><span title="[^"]*">([^<]*)</span> <span>([^<]*)<', text):
+        assert cell_len(html.unescape(label)) + len(value) <= 48
 
 
 @given(st.text())
-def test_markup_lets_no_text_out(text: str) -> None:
-    parsed = Page(tag("p", text, title=text))
+def test_a_template_lets_no_text_out(text: str) -> None:
+    parsed = Page(templates().from_string('<p title="{{ text }}">{{ text }}</p>').render(text=text))
     assert [name for name, _ in parsed.elements] == ["p"]
     assert "".join(parsed.text) == clean(text) == parsed.all("p")[0]["title"]
+
+
+def test_a_template_that_is_given_too_little_is_an_error() -> None:
+    with pytest.raises(UndefinedError):
+        templates().get_template("page.html.j2").render()
+
+
+def test_what_the_page_is_made_of_is_packaged() -> None:
+    room = Path(report.__file__).parent
+    project = tomllib.loads((room.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["perf"]
+    beside = {path for path in room.iterdir() if path.is_file() and path.suffix != ".py"}
+    assert {path.name for path in beside} == {"charts.html.j2", "page.css", "page.html.j2"}
+    assert beside <= {path for pattern in patterns for path in room.parent.glob(pattern)}
 
 
 def test_numbers_as_people_read_them() -> None:
@@ -411,7 +484,8 @@ def luminance(colour: str) -> float:
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_colours_have_enough_contrast(scheme: int) -> None:
     """WCAG 2 AA: 4.5 for text, 3 for lines."""
-    block = STYLE.split(":root {")[scheme + 1].split("}")[0]
+    style = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
+    block = style.split(":root {")[scheme + 1].split("}")[0]
     colours = dict(re.findall(r"--(\w+): (#\w+)", block))
     for name, colour in colours.items():
         for ground in ("ground", "card"):

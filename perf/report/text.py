@@ -1,49 +1,17 @@
-"""HTML and SVG from Python, safe by construction: whatever is not Markup already is escaped on its way in.
+"""How a stranger's text and a number are shown: in one printable line, no longer than there is room for.
 
-A leaf that knows no run and no chart. Also the one place that decides how a number and a stranger's text are
-shown.
+A leaf: it knows no run, no chart and no format. Terminal, Markdown and page all take it from here.
 """
 
 from __future__ import annotations
 
-import html
 import sys
-from collections.abc import Iterable
 from itertools import accumulate, takewhile
 from typing import Any
 
 from rich.cells import cell_len
 
 FLOAT_MAX = sys.float_info.max
-
-
-class Markup(str):
-    """Text that is HTML already; only `tag` makes it, and `Markup(...)` around a literal of ours."""
-
-
-def tag(name: str, *children: Any, **attributes: Any) -> Markup:
-    """`<name attributes>children</name>`: text is escaped, iterables are joined, None is left out.
-
-    Attribute names may end in `_` (class_) and have `_` for `-`; None leaves the attribute out.
-    """
-    pairs = (
-        (key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None
-    )
-    head = "".join(f' {key}="{html.escape(clean(value))}"' for key, value in pairs)
-    return Markup(f"<{name}{head}>{join(children)}</{name}>")
-
-
-def join(children: Iterable[Any]) -> Markup:
-    """Children one after another, each escaped unless it is Markup."""
-    parts: list[str] = []
-    for child in children:
-        if isinstance(child, Markup):
-            parts.append(child)
-        elif isinstance(child, Iterable) and not isinstance(child, str):
-            parts.append(join(child))
-        elif child is not None:
-            parts.append(html.escape(clean(child)))
-    return Markup("".join(parts))
 
 
 def clean(text: Any) -> str:
@@ -72,8 +40,7 @@ def _begin(text: str, most: int) -> str:
 
 
 def number(value: object) -> str:
-    """A value as people read it: four digits are enough, thousands have commas; None is a dash, true is
-    on."""
+    """A value in four digits, thousands with commas; None is a dash, true is on."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if not isinstance(value, int | float):
