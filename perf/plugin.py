@@ -26,6 +26,7 @@ BENCHMARK = pytest.StashKey[Any]()  # a test's own `benchmark` fixture
 RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
 UNSAVED = pytest.StashKey[str]()  # the option that saved nothing
 XDIST, DISABLE, SKIP = "-n (xdist)", "--benchmark-disable", "--benchmark-skip"
+TABLE_WIDTH = 100  # columns of the tables at the end where there is no terminal
 SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
 MARKERS = (
     "gpu: needs a CUDA device",
@@ -255,10 +256,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if RECORDED not in config.stash:
         return
     from perf.report.session_tables import tables
+    from perf.report.terminal import drawn
 
-    for title, lines in tables(config.stash[RECORDED]):
+    width = config.get_terminal_writer().fullwidth if terminalreporter.isatty else TABLE_WIDTH
+    for title, table in tables(config.stash[RECORDED]):
         terminalreporter.section(title)
-        for line in lines:
+        for line in drawn(table, width):
             terminalreporter.write_line(line)
 
 

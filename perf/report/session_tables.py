@@ -1,111 +1,118 @@
-"""Tables for the end of a pytest session: what was just measured, side by side. The reports are elsewhere."""
+"""Tables for the end of a pytest session: the benchmarks just measured, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from string import Formatter
 from typing import Any
 
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from perf.report.terminal import Fitted, name_length, table
 from perf.report.text import clean, middle
 
-NAME_LENGTH = 60  # characters of what the first column names
 Info = dict[str, Any]
-Cell = Callable[[Info], str]
+# columns of each table: a heading, and how its cell is formatted from what a benchmark recorded
+PEERS = {
+    "backend": "{backend}",
+    "tokens/s": "{tokens_per_s:,.1f}",
+    "x engine": "{ratio_to_engine:.3f}",
+    "TTFT P95 ms": "{ttft_p95_ms:,.0f}",
+    "TPOT P50 ms": "{tpot_p50_ms:,.1f}",
+    "latency P95 ms": "{latency_p95_ms:,.0f}",
+    "FLOPs %": "{useful_flops_pct:.1f}",
+    "same tokens": "{same_tokens}/{checked_requests}",
+    "near ties": "{near_ties}",
+    "rounds": "{timed_rounds}",
+}
+POLICIES = {
+    "policy": "{policy}",
+    "batch": "{batch_size}",
+    "tokens/s": "{tokens_per_s:,.1f}",
+    "x sequential": "{speedup:.2f}",
+    "latency mean s": "{latency_mean_s:.2f}",
+    "TTFT P95 ms": "{ttft_p95_ms:,.0f}",
+    "GPU %": "{gpu_util_pct:.0f}",
+    "GPU MiB": "{gpu_peak_mib:,.0f}",
+    "padding": "{padding_ratio:.1%}",
+    "passes": "{forward_passes:,}",
+}
+SCALE = {
+    "model": "{model}",
+    "alone tokens/s": "{sequential_tokens_per_s:,.1f}",
+    "tokens/s": "{tokens_per_s:,.1f}",
+    "speed-up": "{speedup:.2f}",
+    "demonstrated": "{demonstrated:.2f}",
+    "GPU MiB": "{gpu_peak_mib:,.0f}",
+}
+# What the demonstration project reported.
+DEMONSTRATED = "demonstration: one A100-40GB, float16, batch 16, 128 tokens in and 256 out"
+_REPORTED = ("policy", "batch_size", "tokens_per_s", "speedup", "latency_mean_ms", "gpu_util_pct")
+DEMONSTRATION: tuple[Info, ...] = (
+    dict(
+        zip(_REPORTED, ("demonstration batch=1", 1, 68.0, 1.0, 3200.0, 45), strict=True), gpu_peak_bytes=8.2e9
+    ),
+    dict(
+        zip(_REPORTED, ("demonstration dynamic", 16, 501.0, 7.37, 450.0, 89), strict=True),
+        gpu_peak_bytes=7.8e9,
+    ),
+)
+SPEEDUPS = {"random:qwen2-1.5b": 7.37, "random:llama-7b": 6.17, "random:mistral-7b": 5.89}
 
 
-def tables(recorded: Sequence[Info]) -> Iterator[tuple[str, list[str]]]:
-    """A title and lines for each group that is worth a table of its own."""
+def tables(recorded: Sequence[Info]) -> Iterator[tuple[str, RenderableType]]:
+    """A title and a table for each group that is worth one of its own."""
     for device in ("cpu", "cuda"):
-        for group, table in (("peers", _peers), ("policy", _policies), ("scale", _scale)):
+        for group, make in (("peers", _peers), ("policy", _policies), ("scale", _scale)):
             rows = [info for info in recorded if info["group"] == group and info["device"] == device]
             if rows:
-                yield table(rows)
+                yield make(rows)
 
 
-def _peers(rows: Sequence[Info]) -> tuple[str, list[str]]:
+def _peers(rows: Sequence[Info]) -> tuple[str, RenderableType]:
     what = "{workload} on {model}, {dtype}, {device}, batch {batch_size}".format_map(rows[0])
-    return f"peers: {what}", lines(rows, PEERS)
+    return f"peers: {what}", _table(PEERS, rows)
 
 
-def _policies(rows: Sequence[Info]) -> tuple[str, list[str]]:
+def _policies(rows: Sequence[Info]) -> tuple[str, RenderableType]:
     base = next((info["tokens_per_s"] for info in rows if info["policy"] == "sequential"), None)
     ours = [{**info, "speedup": info["tokens_per_s"] / base if base else None} for info in rows]
     title = "policies: {workload} on {model}, {dtype}, {device}".format_map(rows[0])
     if "tiny" in rows[0]["model"]:  # says nothing of a real model
-        return title, lines(ours, POLICIES)
-    return title, [*lines([*ours, *DEMONSTRATION], POLICIES), DEMONSTRATED]
+        return title, _table(POLICIES, ours)
+    return title, Group(_table(POLICIES, [*ours, *DEMONSTRATION]), Text(DEMONSTRATED))
 
 
-def _scale(rows: Sequence[Info]) -> tuple[str, list[str]]:
+def _scale(rows: Sequence[Info]) -> tuple[str, RenderableType]:
     beside = [{**info, "demonstrated": SPEEDUPS.get(info["model"])} for info in rows]
     title = "model scale: continuous at batch 16 over one request alone, {device}".format_map(rows[0])
-    return title, [*lines(beside, SCALE), DEMONSTRATED]
+    return title, Group(_table(SCALE, beside), Text(DEMONSTRATED))
 
 
-def number(key: str, form: str) -> Cell:
-    """A cell that shows one value, or "-" where there is none."""
-    return lambda info: "-" if info.get(key) is None else form.format(info[key])
+def _table(columns: Mapping[str, str], rows: Sequence[Info]) -> RenderableType:
+    heading = list(columns)
+    cells = [[_cell(form, _derived(info)) for form in columns.values()] for info in rows]
+
+    def make(room: int) -> RenderableType:
+        shown = [[middle(clean(first), name_length(room)), *others] for first, *others in cells]
+        return table(heading, shown, heading[1:], room)
+
+    return Fitted(make)
 
 
-PEERS: dict[str, Cell] = {
-    "backend": lambda info: str(info["backend"]),
-    "tokens/s": number("tokens_per_s", "{:,.1f}"),
-    "x engine": number("ratio_to_engine", "{:.3f}"),
-    "TTFT P95 ms": number("ttft_p95_ms", "{:,.0f}"),
-    "TPOT P50 ms": number("tpot_p50_ms", "{:,.1f}"),
-    "latency P95 ms": number("latency_p95_ms", "{:,.0f}"),
-    "FLOPs %": number("useful_flops_pct", "{:.1f}"),
-    "same tokens": lambda info: f"{info['same_tokens']}/{info['checked_requests']}",
-    "near ties": number("near_ties", "{}"),
-    "rounds": lambda info: str(len(info["rounds"]["tokens_per_s"])),
-}
+def _derived(info: Info) -> Info:
+    """A record with its bytes in MiB, its seconds, and the count of its rounds."""
+    found = dict(info)
+    for new, key, unit in (
+        ("gpu_peak_mib", "gpu_peak_bytes", 2**20),
+        ("latency_mean_s", "latency_mean_ms", 1e3),
+    ):
+        found[new] = None if info.get(key) is None else info[key] / unit
+    return {**found, "timed_rounds": len(info.get("rounds", {}).get("tokens_per_s", ()))}
 
 
-def mebibytes(key: str) -> Cell:
-    """A cell that shows bytes in MiB."""
-    return lambda info: "-" if info.get(key) is None else f"{info[key] / 2**20:,.0f}"
-
-
-POLICIES: dict[str, Cell] = {
-    "policy": lambda info: str(info["policy"]),
-    "batch": number("batch_size", "{}"),
-    "tokens/s": number("tokens_per_s", "{:,.1f}"),
-    "x sequential": number("speedup", "{:.2f}"),
-    "latency mean s": lambda info: f"{info['latency_mean_ms'] / 1e3:.2f}",
-    "TTFT P95 ms": number("ttft_p95_ms", "{:,.0f}"),
-    "GPU %": number("gpu_util_pct", "{:.0f}"),
-    "GPU MiB": mebibytes("gpu_peak_bytes"),
-    "padding": number("padding_ratio", "{:.1%}"),
-    "passes": number("forward_passes", "{:,}"),
-}
-SCALE: dict[str, Cell] = {
-    "model": lambda info: str(info["model"]),
-    "alone tokens/s": number("sequential_tokens_per_s", "{:,.1f}"),
-    "tokens/s": number("tokens_per_s", "{:,.1f}"),
-    "speed-up": number("speedup", "{:.2f}"),
-    "demonstrated": number("demonstrated", "{:.2f}"),
-    "GPU MiB": mebibytes("gpu_peak_bytes"),
-}
-# What the demonstration project reported.
-DEMONSTRATED = "demonstration: one A100-40GB, float16, batch 16, 128 tokens in and 256 out"
-_REPORTED: list[tuple[str, int, float, float, float, int, float]] = [
-    ("demonstration batch=1", 1, 68.0, 1.0, 3200.0, 45, 8.2),
-    ("demonstration dynamic", 16, 501.0, 7.37, 450.0, 89, 7.8),
-]
-DEMONSTRATION: list[Info] = [
-    {"policy": name, "batch_size": batch, "tokens_per_s": rate, "speedup": ratio, "latency_mean_ms": latency,
-     "gpu_util_pct": util, "gpu_peak_bytes": gigabytes * 1e9}
-    for name, batch, rate, ratio, latency, util, gigabytes in _REPORTED
-]  # fmt: skip
-SPEEDUPS = {"random:qwen2-1.5b": 7.37, "random:llama-7b": 6.17, "random:mistral-7b": 5.89}
-
-
-def lines(rows: Sequence[Info], columns: dict[str, Cell]) -> list[str]:
-    """A table as text: the first column to the left, the others to the right."""
-    shown = ([middle(clean(cell(row)), NAME_LENGTH) for cell in columns.values()] for row in rows)
-    cells = [list(columns), *shown]
-    widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
-    return [
-        "  ".join(text.ljust(width) if at == 0 else text.rjust(width)
-                  for at, (text, width) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    ]  # fmt: skip
+def _cell(form: str, info: Info) -> str:
+    """A cell, or "-" where a value of it was not recorded."""
+    keys = [name for _, name, _, _ in Formatter().parse(form) if name]
+    return "-" if any(info.get(key) is None for key in keys) else form.format_map(info)

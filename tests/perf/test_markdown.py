@@ -20,7 +20,8 @@ from perf.gate.saved_runs import Run, load
 from perf.gate.verdict import Comparison, Outcome, Verdict, compare as judge
 from perf.report import comparison_table, markdown, runs_table, write
 from perf.report.markdown import GITHUB_BYTES, NAME_LENGTH, ROOM
-from perf.report.session_tables import lines
+from perf.report.session_tables import tables
+from perf.report.terminal import drawn, table
 from perf.report.text import middle, width
 from perf.report.verdicts import shorten
 from tests.perf import fake_runs
@@ -218,11 +219,34 @@ def write_page(folder: Path, base: Run, head: Run, judged: Comparison) -> str:
     return (folder / "page.html").read_text(encoding="utf-8")
 
 
-def test_the_tables_at_the_end_of_a_session_are_no_wider():
-    rows_ = [{"backend": f"{'x' * 5000}{i}", "n": "1"} for i in range(2)]
-    found = lines(rows_, {"backend": lambda info: info["backend"], "n": lambda info: info["n"]})
-    assert {len(line) for line in found} == {63}
-    assert found[1].split()[0].endswith("x0")
+def test_the_tables_at_the_end_of_a_session_fit_the_width_there_is():
+    rates = {"tokens_per_s": 1234.5, "ratio_to_engine": None, "rounds": {"tokens_per_s": [1.0] * 5}}
+    what = {"workload": "mixed-32", "model": "m", "dtype": "float32", "device": "cpu", "batch_size": 2}
+    rows_ = [{"backend": f"{'x' * 5000}\x1b{i}", "group": "peers", **what, **rates} for i in range(2)]
+    [(title, peers)] = tables(rows_)
+    assert title == "peers: mixed-32 on m, float32, cpu, batch 2"
+    for width_ in (80, 100, 200):
+        found = drawn(peers, width_)
+        assert max(map(len, found)) <= width_
+        names = [line.split()[0] for line in found if "xxx" in line]
+        assert len(names) == len(set(names)) == 2
+        assert {len(found_name) for found_name in names} == {max(20, width_ * 3 // 8)}
+        assert "\x1b" not in "".join(found)
+    assert [line.split()[1:3] for line in drawn(peers, 200) if "xxx" in line] == [["1,234.5", "-"]] * 2
+
+
+@pytest.mark.parametrize("room", [60, 80, 100, 120, 180])
+def test_no_word_of_a_table_is_broken_where_there_is_room_for_all(room):
+    heading = ("benchmark", "tokens/s", "TTFT P95, ms", "95 % interval", "why")
+    rows_ = [
+        [f"test_{i}[cuda-{'x' * i}]", "123,456", "17,008", "-22.0 to -18.8%", "worse " * 40] for i in (2, 9)
+    ]
+    found = drawn(table(heading, rows_, heading[1:4], room), room)
+    assert max(map(len, found)) <= room
+    text = " ".join(found).split()
+    for word in (*" ".join(heading).split(), "123,456", "17,008", "-18.8%", *(row[0] for row in rows_)):
+        assert word in text
+    assert text.count("worse") == 80
 
 
 ids = st.text(alphabet="ab[]-é日本", min_size=0, max_size=40)
