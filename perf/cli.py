@@ -1,9 +1,9 @@
 """`python -m perf compare | ab | selftest | report | counters | accuracy | setup-peer`: arguments, progress,
 codes.
 
-Thin: what it does is done elsewhere, and imported when used, so that `compare` and `report` never wait for
-torch. Exit codes are those of perf/errors.py, 130 on Ctrl-C, and 70 where this program itself is at fault,
-for 1 means a regression.
+Thin: the work is done elsewhere, by modules that are imported when used, so that `compare` and `report` never
+wait for torch. Exit codes are those of perf/errors.py, 130 on Ctrl-C, and 70 where this program itself is at
+fault, for 1 means a regression.
 """
 
 from __future__ import annotations
@@ -22,25 +22,23 @@ from rich.console import Console
 from rich.markup import escape
 
 from engine import InputError
-from perf.gate.saved_runs import STORAGE, Exit, GateError, Run, load
+from perf.gate.saved_runs import STORAGE, Exit, GateError, load
 from perf.gate.storage import folder
 
 if TYPE_CHECKING:
-    from perf.gate.selftest import Report
     from perf.gate.verdict import Comparison
+    from perf.report import Reading
 
 INTERRUPTED, BROKEN = 130, 70
 ENOUGH = 0.95  # of injected slowdowns found, and of identical code left alone, in a self-test that succeeds
-NEEDED = ("scipy", "pytest", "pytest_benchmark")  # the extra `perf`
+NEEDED = ("scipy", "jinja2", "pytest", "pytest_benchmark")  # the extra `perf`
+WIDTH = 180  # columns of a table where there is no terminal
 ERRORS = Console(stderr=True)
 CODES = "Exit codes: 0 pass, 1 regression, 2 usage, 3 not comparable, 4 inconclusive."
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help=f"The performance gate. {CODES}",
-)
+HELP = f"The performance gate. {CODES}"
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 
+BASELINE = "The baseline: the name it was saved by, its number, 0002_main or a file."
 Storage = Annotated[str, typer.Option(help="Where pytest-benchmark saves runs: a folder, or file://FOLDER.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page here that needs no network.")]
 Markdown = Annotated[
@@ -56,9 +54,7 @@ PytestArgs = Annotated[
 
 @app.command()
 def compare(
-    base: Annotated[
-        str, typer.Argument(help="The baseline: the name it was saved by, its number, 0002_main or a file.")
-    ],
+    base: Annotated[str, typer.Argument(help=BASELINE)],
     head: Annotated[str, typer.Argument(help="What is judged against it, likewise.")],
     storage: Storage = str(STORAGE),
     counters: Counters = True,
@@ -74,14 +70,13 @@ def compare(
     """
     from perf.gate.verdict import compare as judge
 
-    _writable(html=html, markdown=markdown, csv=csv, json=json)
+    files = _writable(html=html, markdown=markdown, csv=csv, json=json)
     where = folder(storage)
     before, after = load(base, where), load(head, where)
     if before.path.samefile(after.path):
-        raise GateError(
-            f"{base!r} and {head!r} are the same file, {before.path}: a run always equals itself", Exit.USAGE
-        )
-    _conclude(judge(before, after, counters=counters), html, markdown, csv, json)
+        same = f"{base!r} and {head!r} are the same file, {before.path}: a run always equals itself"
+        raise GateError(same, Exit.USAGE)
+    _conclude(judge(before, after, counters=counters), **files)
 
 
 @app.command()
@@ -105,21 +100,20 @@ def ab(
     """
     from perf.gate.ab import ab as measure
 
-    _writable(html=html, markdown=markdown, csv=csv, json=json)
-    with _progress("starting", 2 * blocks) as advance:
-        comparison = measure(
-            base, head, pytest_args or ["perf"], blocks=blocks, counters=counters, advance=advance
-        )
-    _conclude(comparison, html, markdown, csv, json)
+    files = _writable(html=html, markdown=markdown, csv=csv, json=json)
+    args = pytest_args or ["perf"]
+    with _progress(2 * blocks) as advance:
+        comparison = measure(base, head, args, blocks=blocks, counters=counters, advance=advance)
+    _conclude(comparison, **files)
 
 
 @app.command()
 def selftest(
     pytest_args: PytestArgs = None,
     trials: Annotated[int, typer.Option(help="A/B runs of each effect.")] = 20,
-    effects: Annotated[str, typer.Option(help="Planted slowdowns, comma-separated; 0 is identical code.")] = (
-        "0,0.03,0.05,0.10"
-    ),
+    effects: Annotated[
+        str, typer.Option(help="Injected slowdowns, comma-separated; 0 is identical code.")
+    ] = "0,0.03,0.05,0.10",
     blocks: Annotated[int, typer.Option(help="Pairs of fresh processes an A/B run.")] = 4,
     json: Json = None,
 ) -> None:
@@ -130,22 +124,20 @@ def selftest(
     fewer than 19.
     """
     from perf.gate.selftest import selftest as measure
+    from perf.report.terminal import selftest_table, show
 
     _writable(json=json)
     try:
         fractions = [float(effect) for effect in effects.split(",")]
     except ValueError:
-        raise GateError(
-            f"effects={effects!r} must be fractions, comma-separated: 0,0.05,0.1", Exit.USAGE
-        ) from None
-    with _progress("starting", trials) as advance:
+        wrong = f"effects={effects!r} must be fractions, comma-separated: 0,0.05,0.1"
+        raise GateError(wrong, Exit.USAGE) from None
+    with _progress(trials) as advance:
         report = measure(fractions, trials, pairs=blocks, args=pytest_args or (), advance=advance)
-    _show(report)
-    if json:
-        json.write_text(json_module.dumps(report.plain(), indent=2) + "\n", encoding="utf-8")
-    quiet = all(
-        rate.regressions <= (1 - ENOUGH) * len(rate.outcomes) for rate in report.rates if not rate.effect
-    )
+    show(selftest_table(report), WIDTH)
+    _write_json(json, report.plain(), allow_nan=True)
+    idle = [rate for rate in report.rates if not rate.effect]
+    quiet = all(rate.regressions <= (1 - ENOUGH) * len(rate.outcomes) for rate in idle)
     largest = max(report.rates, key=lambda rate: rate.effect)
     found = not largest.effect or largest.regressions >= ENOUGH * len(largest.outcomes)
     raise typer.Exit(Exit.PASS if quiet and found else Exit.REGRESSION)
@@ -156,7 +148,7 @@ def report(
     runs: Annotated[list[str], typer.Argument(help="Names, numbers or files, oldest first.")],
     base: Annotated[
         str | None, typer.Option(help="What the last is judged against; the first, if there are two.")
-    ] = (None),
+    ] = None,
     storage: Storage = str(STORAGE),
     html: Html = None,
     markdown: Markdown = None,
@@ -168,16 +160,12 @@ def report(
     """
     from perf import report as reports
 
-    _writable(html=html, markdown=markdown, csv=csv)
+    files = _writable(html=html, markdown=markdown, csv=csv)
     found = reports.read(runs, base, folder(storage))
-    for note in dict.fromkeys(note for run in found.runs for note in run.notes):
-        if found.comparison is None or note not in found.comparison.notes:
-            ERRORS.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    if found.comparison is None:
-        _print(reports.runs_table(found.runs, found.left_out))
-    else:
-        _print(reports.comparison_table(found.comparison, found.left_out))
-    _write(found.runs, found.comparison, html, markdown, csv, found.left_out)
+    said = found.comparison.notes if found.comparison else ()
+    for note in dict.fromkeys(note for run in found.runs for note in run.notes if note not in said):
+        _say(f"note: {note}")
+    _report(found, **files)
 
 
 @app.command()
@@ -206,9 +194,8 @@ def accuracy(
     loaded = load_model(model, progress=True)
     if loaded.tokenizer is None:
         raise InputError(f"model={model!r} has no tokenizer: name one that has")
-    for name, value in measure(
-        loaded, loaded.tokenizer(text.read_text(encoding="utf-8")).input_ids[:tokens]
-    ).items():
+    ids = loaded.tokenizer(text.read_text(encoding="utf-8")).input_ids[:tokens]
+    for name, value in measure(loaded, ids).items():
         typer.echo(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
 
 
@@ -220,107 +207,73 @@ def setup_peer(name: Annotated[str, typer.Argument(help="Which peer; see perf/ba
     typer.echo(f"{name} is ready in {make(name)}")
 
 
-def _conclude(
-    comparison: Comparison, html: Path | None, markdown: Path | None, csv: Path | None, json: Path | None
-) -> None:
+def _conclude(comparison: Comparison, json: Path | None, **files: Path | None) -> None:
     """Print and write a comparison, and end with its exit code."""
-    from perf.report import comparison_table
+    from perf.report import Reading
 
-    _print(comparison_table(comparison))
-    _write([comparison.base, comparison.head], comparison, html, markdown, csv)
-    if json:
-        json.write_text(
-            json_module.dumps(comparison.plain(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
+    _report(Reading((comparison.base, comparison.head), comparison, ()), **files)
+    _write_json(json, comparison.plain())
     raise typer.Exit(comparison.exit)
 
 
-def _write(
-    runs: Sequence[Run],
-    comparison: Comparison | None,
-    html: Path | None,
-    markdown: Path | None,
-    csv: Path | None,
-    left_out: Sequence[str] = (),
-) -> None:
+def _report(found: Reading, markdown: Path | None, **files: Path | None) -> None:
+    """Print what there is, and write it to the files asked for."""
     from perf import report as reports
+    from perf.report.terminal import show
 
+    judged, left_out = found.comparison, found.left_out
+    table = reports.comparison_table(judged, left_out) if judged else reports.runs_table(found.runs, left_out)
+    show(table, WIDTH)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     append = markdown is not None and summary is not None and Path(summary).resolve() == markdown.resolve()
-    written = reports.write(runs, comparison, left_out, html=html, markdown=markdown, csv=csv, append=append)
+    written = reports.write(found.runs, judged, left_out, markdown=markdown, append=append, **files)
     if markdown and markdown not in written:
-        full = f"note: --markdown {markdown} has no room left for a summary: GitHub shows 1 MiB a step"
-        ERRORS.print(full, markup=False, highlight=False, soft_wrap=True)
+        _say(f"note: --markdown {markdown} has no room left for a summary: GitHub shows 1 MiB a step")
 
 
-def _print(what: Any) -> None:
-    Console(width=None if sys.stdout.isatty() else 180).print(what)
+def _write_json(path: Path | None, plain: dict[str, Any], allow_nan: bool = False) -> None:
+    if path:
+        text = json_module.dumps(plain, indent=2, allow_nan=allow_nan)
+        path.write_text(f"{text}\n", encoding="utf-8")
 
 
-def _show(report: Report) -> None:
-    from rich.table import Table
-
-    from perf.gate.metrics import METRICS
-
-    table = Table(title=f"A/B runs of {report.pairs} pairs of blocks", title_justify="left")
-    for heading in ("injected", "called a regression", "true rate, 95 % sure", "can't tell", "pass"):
-        table.add_column(heading, justify="right")
-    for rate in report.rates:
-        low, high = rate.bounds
-        total, said = len(rate.outcomes), [str(outcome) for outcome in rate.outcomes]
-        undecided = said.count("INCONCLUSIVE")
-        cells = (
-            f"{rate.regressions} of {total}",
-            f"{low:.0%} to {high:.0%}",
-            str(undecided),
-            str(said.count("PASS")),
-        )
-        table.add_row("nothing" if rate.effect == 0 else f"{rate.effect:.1%} slower", *cells)
-    each = Table(title="metric by metric: regressions called", title_justify="left")
-    each.add_column("metric")
-    for rate in report.rates:
-        each.add_column("nothing" if rate.effect == 0 else f"{rate.effect:.1%}", justify="right")
-    each.add_column("sees, four times in five", justify="right")
-    for name, size in report.visible.items():
-        counts = (f"{rate.failed.get(name, 0)} of {len(rate.outcomes)}" for rate in report.rates)
-        each.add_row(METRICS[name].label, *counts, f"{size:.1%}")
-    _print(table)
-    _print(each)
+def _writable(**paths: Path | None) -> dict[str, Path | None]:
+    """The same files, by option. Raises GateError, before anything is measured, for one that could not be
+    written."""
+    for option, path in paths.items():
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            way_out = "name a file in a folder that is there"
+            raise GateError(f"--{option} {path} cannot be written: {way_out}", Exit.USAGE)
+    return paths
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error; the call it gives names what begins now. Ctrl-C ends the program with code
-    130."""
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error, or lines where that is no terminal; the call it gives names what begins now.
+
+    Ctrl-C ends the program with code 130.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    drawn = sys.stderr.isatty()  # not what rich takes for a terminal: FORCE_COLOR makes it one of a log file
     begun = 0
 
     def advance(line: str) -> None:
         nonlocal begun
         bar.update(task, description=escape(line), completed=begun)
         begun += 1
-        if not ERRORS.is_terminal:
-            ERRORS.print(line, markup=False, highlight=False)
+        if not drawn:
+            _say(line)
 
-    with Progress(*columns, console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
+    with Progress(*columns, console=ERRORS, transient=True, disable=not drawn) as bar:
+        task = bar.add_task("starting", total=total)
         try:
             yield advance
         except KeyboardInterrupt:
             bar.stop()
-            ERRORS.print("interrupted: nothing was decided, and nothing is left behind")
+            _say("interrupted: nothing was decided, and nothing is left behind")
             raise typer.Exit(INTERRUPTED) from None
-
-
-def _writable(**paths: Path | None) -> None:
-    """Raises GateError for a file that could not be written, before anything is measured."""
-    for option, path in paths.items():
-        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise GateError(
-                f"--{option} {path} cannot be written: name a file in a folder that is there", Exit.USAGE
-            )
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -340,5 +293,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    ERRORS.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    _say(f"error: {error}", style="red")
     sys.exit(code)
+
+
+def _say(line: str, style: str | None = None) -> None:
+    """Write a line on standard error as it is."""
+    ERRORS.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -51,9 +51,10 @@ def run(capsys):
     return call
 
 
-def test_what_the_extra_brings_is_named_where_it_is_missing(storage):
+@pytest.mark.parametrize("package", ["scipy", "jinja2"])
+def test_what_the_extra_brings_is_named_where_it_is_missing(storage, package):
     """In a process of its own: this one has imported it already."""
-    code = "import sys; sys.modules['scipy'] = None; from perf.cli import main; "
+    code = f"import sys; sys.modules['{package}'] = None; from perf.cli import main; "
     code += "main(['compare', 'main', 'slow'])"
     found = subprocess.run(
         [sys.executable, "-c", code],
@@ -63,7 +64,7 @@ def test_what_the_extra_brings_is_named_where_it_is_missing(storage):
     )
     assert (found.returncode, found.stderr) == (
         2,
-        "error: perf needs scipy: pip install 'dynamic-batch[perf]'\n",
+        f"error: perf needs {package}: pip install 'dynamic-batch[perf]'\n",
     )
 
 
@@ -146,6 +147,14 @@ def test_a_comparison_of_revisions_passes_on_what_it_was_given(run, monkeypatch,
     assert (asked["blocks"], asked["counters"]) == (4, False)
     run("ab", "main", ".")
     assert (asked["args"], asked["blocks"], asked["counters"]) == (["perf"], 6, True)
+
+
+def test_no_bar_is_drawn_into_a_log_file_whatever_its_colours(tmp_path):
+    """FORCE_COLOR, which CI services set, makes rich take any file for a terminal."""
+    code = "from perf import cli\nwith cli._progress(2) as advance: advance('one'); advance('two [x]')"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "one\ntwo [x]\n")
 
 
 def test_a_fault_of_the_gate_itself_is_no_regression(run, storage, monkeypatch):
