@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer import Argument, Option
 
 from engine import InputError
 from perf.gate.saved_runs import STORAGE, Exit, GateError, load
@@ -39,23 +40,20 @@ HELP = f"The performance gate. {CODES}"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 
 BASELINE = "The baseline: the name it was saved by, its number, 0002_main or a file."
-Storage = Annotated[str, typer.Option(help="Where pytest-benchmark saves runs: a folder, or file://FOLDER.")]
-Html = Annotated[Path | None, typer.Option(help="Write a page here that needs no network.")]
-Markdown = Annotated[
-    Path | None, typer.Option(help="Write a summary here; added to it if it is $GITHUB_STEP_SUMMARY.")
-]
-Csv = Annotated[Path | None, typer.Option(help="Write a row a benchmark here.")]
-Json = Annotated[Path | None, typer.Option(help="Write every verdict here.")]
-Counters = Annotated[bool, typer.Option(help="Whether exact counters are judged too.")]
-PytestArgs = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- PYTEST ARGS]", help="What pytest is given.")
-]
+File = Path | None
+Storage = Annotated[str, Option(help="Where pytest-benchmark saves runs: a folder, or file://FOLDER.")]
+Html = Annotated[File, Option(help="Write a page here that needs no network.")]
+Markdown = Annotated[File, Option(help="Write a summary here; added to it if it is $GITHUB_STEP_SUMMARY.")]
+Csv = Annotated[File, Option(help="Write a row a benchmark here.")]
+Json = Annotated[File, Option(help="Write every verdict here.")]
+Counters = Annotated[bool, Option(help="Whether exact counters are judged too.")]
+PytestArgs = Annotated[list[str] | None, Argument(metavar="[-- PYTEST ARGS]", help="What pytest is given.")]
 
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(help=BASELINE)],
-    head: Annotated[str, typer.Argument(help="What is judged against it, likewise.")],
+    base: Annotated[str, Argument(help=BASELINE)],
+    head: Annotated[str, Argument(help="What is judged against it, likewise.")],
     storage: Storage = str(STORAGE),
     counters: Counters = True,
     html: Html = None,
@@ -81,12 +79,10 @@ def compare(
 
 @app.command()
 def ab(
-    base: Annotated[str, typer.Argument(metavar="BASE_REV", help="A branch, tag or commit.")],
-    head: Annotated[
-        str, typer.Argument(metavar="HEAD_REV", help="Likewise; '.' is the working tree as it is.")
-    ],
+    base: Annotated[str, Argument(metavar="BASE_REV", help="A branch, tag or commit.")],
+    head: Annotated[str, Argument(metavar="HEAD_REV", help="Likewise; '.' is the working tree as it is.")],
     pytest_args: PytestArgs = None,
-    blocks: Annotated[int, typer.Option(help="Pairs of fresh processes; four or more.")] = 6,
+    blocks: Annotated[int, Option(help="Pairs of fresh processes; four or more.")] = 6,
     counters: Counters = True,
     html: Html = None,
     markdown: Markdown = None,
@@ -110,11 +106,11 @@ def ab(
 @app.command()
 def selftest(
     pytest_args: PytestArgs = None,
-    trials: Annotated[int, typer.Option(help="A/B runs of each effect.")] = 20,
+    trials: Annotated[int, Option(help="A/B runs of each effect.")] = 20,
     effects: Annotated[
-        str, typer.Option(help="Injected slowdowns, comma-separated; 0 is identical code.")
+        str, Option(help="Injected slowdowns, comma-separated; 0 is identical code.")
     ] = "0,0.03,0.05,0.10",
-    blocks: Annotated[int, typer.Option(help="Pairs of fresh processes an A/B run.")] = 4,
+    blocks: Annotated[int, Option(help="Pairs of fresh processes an A/B run.")] = 4,
     json: Json = None,
 ) -> None:
     """Measure how often identical code is called a regression here, and how often an injected slowdown is.
@@ -145,9 +141,9 @@ def selftest(
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Names, numbers or files, oldest first.")],
+    runs: Annotated[list[str], Argument(help="Names, numbers or files, oldest first.")],
     base: Annotated[
-        str | None, typer.Option(help="What the last is judged against; the first, if there are two.")
+        str | None, Option(help="What the last is judged against; the first, if there are two.")
     ] = None,
     storage: Storage = str(STORAGE),
     html: Html = None,
@@ -170,9 +166,7 @@ def report(
 
 @app.command()
 def counters(
-    record: Annotated[
-        bool, typer.Option("--record", help="Take the counters as they are now for right.")
-    ] = False,
+    record: Annotated[bool, Option("--record", help="Take the counters as they are now for right.")] = False,
 ) -> None:
     """Compare exact counters with the committed ones: the gate that needs no quiet machine."""
     from perf.measure.counters import main as run
@@ -182,9 +176,9 @@ def counters(
 
 @app.command()
 def accuracy(
-    text: Annotated[Path, typer.Argument(help="A text file; its beginning is read.")],
-    model: Annotated[str, typer.Option(help="A model with a tokenizer.")] = "smollm2",
-    tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 2048,
+    text: Annotated[Path, Argument(help="A text file; its beginning is read.")],
+    model: Annotated[str, Option(help="A model with a tokenizer.")] = "smollm2",
+    tokens: Annotated[int, Option(min=2, help="Of the text, at most.")] = 2048,
 ) -> None:
     """Show what int8 does to a model on a text: perplexity beside float32's, and how often the top token
     agrees."""
@@ -200,14 +194,14 @@ def accuracy(
 
 
 @app.command(name="setup-peer")
-def setup_peer(name: Annotated[str, typer.Argument(help="Which peer; see perf/backends.")]) -> None:
+def setup_peer(name: Annotated[str, Argument(help="Which peer; see perf/backends.")]) -> None:
     """Make the virtual environment of a peer whose dependencies clash with ours."""
     from perf.backends.peers import setup_peer as make
 
     typer.echo(f"{name} is ready in {make(name)}")
 
 
-def _conclude(comparison: Comparison, json: Path | None, **files: Path | None) -> None:
+def _conclude(comparison: Comparison, json: File, **files: File) -> None:
     """Print and write a comparison, and end with its exit code."""
     from perf.report import Reading
 
@@ -216,7 +210,7 @@ def _conclude(comparison: Comparison, json: Path | None, **files: Path | None) -
     raise typer.Exit(comparison.exit)
 
 
-def _report(found: Reading, markdown: Path | None, **files: Path | None) -> None:
+def _report(found: Reading, markdown: File, **files: File) -> None:
     """Print what there is, and write it to the files asked for."""
     from perf import report as reports
     from perf.report.terminal import show
@@ -231,13 +225,13 @@ def _report(found: Reading, markdown: Path | None, **files: Path | None) -> None
         _say(f"note: --markdown {markdown} has no room left for a summary: GitHub shows 1 MiB a step")
 
 
-def _write_json(path: Path | None, plain: dict[str, Any], allow_nan: bool = False) -> None:
+def _write_json(path: File, plain: dict[str, Any], allow_nan: bool = False) -> None:
     if path:
         text = json_module.dumps(plain, indent=2, allow_nan=allow_nan)
         path.write_text(f"{text}\n", encoding="utf-8")
 
 
-def _writable(**paths: Path | None) -> dict[str, Path | None]:
+def _writable(**paths: File) -> dict[str, File]:
     """The same files, by option. Raises GateError, before anything is measured, for one that could not be
     written."""
     for option, path in paths.items():

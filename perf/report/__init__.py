@@ -6,16 +6,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import Comparison
-from perf.report.frame import frame
 from perf.report.markdown import ROOM, markdown, markdown as _markdown
 from perf.report.page import page
 from perf.report.reading import Reading, read
 from perf.report.terminal import comparison_table, runs_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Reading", "comparison_table", "frame", "markdown", "page", "read", "runs_table", "write"]
 
@@ -53,3 +57,20 @@ def write(
         Path(csv).write_text(frame(runs).to_csv(index=False), encoding="utf-8", errors="backslashreplace")
         written.append(Path(csv))
     return written
+
+
+def frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a run and benchmark: where it comes from, our record, `fingerprint.*`, `rounds.*`, each a JSON
+    list of one value a round, and `extra_info.*`, the notes of others."""
+    import pandas as pd
+
+    rows = []
+    for run in runs:
+        source = {"run": run.name, "commit": run.commit.get("id"), "datetime": run.datetime}
+        for name, b in run.benchmarks.items():
+            prints = {f"fingerprint.{key}": value for key, value in b.fingerprint.items()}
+            rounds = {f"rounds.{key}": json.dumps(values) for key, values in b.rounds.items()}
+            notes = {f"extra_info.{key}": value for key, value in b.notes.items()}
+            measured = {**b.info, **prints, **rounds, **notes}
+            rows.append({**source, "benchmark": name, "group": b.group, **measured})
+    return pd.DataFrame(rows)

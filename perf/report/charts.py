@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from perf.report.text import number
+from perf.report.text import FLOAT_MAX, number
 
 WIDTH, HEIGHT = 400, 250
 TOP, RIGHT, BOTTOM = 12, 386, 208  # the plot's edges; below it are tick labels and the axis' name
 INSET = 6  # from the plot's sides to the outermost points
-DIGIT = 8.5  # units that a character of a tick label takes at most
+DIGIT, LETTERS = 8.5, 14  # units that a character of a tick label takes at most: its width, its height
 COLOURS = 6
 Points = list[tuple[float, float]]
 
@@ -64,13 +64,14 @@ class Chart:
 class Plot:
     """Places of the marks of a chart of lines.
 
-    left: x where the plot begins, beside the labels of the grid. grid: y and label of each line behind.
-    ticks: x and label below. points: of each line by its name.
+    left: x where the plot begins. grid: y of each line behind it. beside, below: places of labels, and those.
+    points: of each line by its name.
     """
 
     left: float
-    grid: list[tuple[float, str]]
-    ticks: list[tuple[float, str]]
+    grid: list[float]
+    beside: list[tuple[float, str]]
+    below: list[tuple[float, str]]
     points: dict[str, Points]
 
 
@@ -87,8 +88,9 @@ def plot(chart: Chart) -> Plot:
     up = scale(y_ticks[0], y_ticks[-1], BOTTOM, TOP, log_y)
     return Plot(
         left,
-        [(up(tick), _short(tick)) for tick in y_ticks],
-        _apart([(across(tick), _short(tick)) for tick in x_ticks]),
+        [up(tick) for tick in y_ticks],
+        _apart([(up(tick), _short(tick)) for tick in reversed(y_ticks)], lambda label: LETTERS),
+        _apart([(across(tick), _short(tick)) for tick in x_ticks], lambda label: DIGIT * len(label)),
         {line.name: [(across(x), up(y)) for x, y in line.points] for line in chart.lines},
     )
 
@@ -119,13 +121,12 @@ def scale(low: float, high: float, first: float, last: float, log: bool = False)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values that cover low to high: 1, 2 or 5 times a power of ten apart, and told apart by four
-    digits."""
+    """Values that cover low to high, 1, 2 or 5 times a power of ten apart; four digits tell them apart."""
     rough = max((high - low) / count, abs(high) * 1e-4) or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [round(min(i * step, FLOAT_MAX), 12) for i in range(first, max(last, first + 1) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -138,15 +139,15 @@ def log_ticks(low: float, high: float) -> list[float]:
     return some if len(some) < 7 else [some[0], *(t for t in some[1:-1] if f"{t:e}"[0] == "1"), some[-1]]
 
 
-def _apart(labels: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The labels below the plot, inside the picture, without those that would run into the one before."""
+def _apart(labels: list[tuple[float, str]], size: Callable[[str], float]) -> list[tuple[float, str]]:
+    """Labels along an axis, inside the picture, without those that would run into the one before."""
     kept, free = [], -math.inf
-    for place, label in labels:
-        half = DIGIT * len(label) / 2
-        x = min(place, WIDTH - half)
-        if x - half >= free:
-            kept.append((x, label))
-            free = x + half + 4
+    for wanted, label in labels:
+        half = size(label) / 2
+        place = min(wanted, WIDTH - half)
+        if place - half >= free:
+            kept.append((place, label))
+            free = place + half + 4
     return kept
 
 

@@ -34,8 +34,7 @@ BARS = {
 
 
 def figures(run: Run, name_length: int | None = None) -> list[list[str]]:
-    """A row a benchmark with its main figures, the heading first; figures that no benchmark has are left
-    out."""
+    """A heading, then a row a benchmark with its main figures, but for those that no benchmark has."""
     short, metrics = shorten(run.benchmarks, name_length), [METRICS[name] for name in (*TIMED, *RATES)]
     rows = [
         [short[name], *(metric.format(value(b, metric.name)) for metric in metrics)]
@@ -63,8 +62,7 @@ def sections(head: Run, base: Run | None = None) -> dict[str, list[Chart]]:
 
 
 def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]]], int]:
-    """Per benchmark and gated time metric of the last run its value in each run, oldest first, where there
-    are two.
+    """The last run's benchmarks and gated time metrics that have two values or more in all runs, and those.
 
     Only runs with the last one's fingerprint count; the second result is how many values that left out.
     """
@@ -81,8 +79,7 @@ def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]
 
 
 def labels(benchmarks: Iterable[Benchmark], keys: Sequence[str]) -> Callable[[Benchmark], str]:
-    """A function that names each of these: by the sizes in which they differ, and by the fewest others of
-    `keys` that tell them apart."""
+    """A function that names each of these: by the sizes that differ, and the fewest other `keys` needed."""
     known, chosen = list(benchmarks), list[str]()
 
     def kinds(*some: str) -> int:

@@ -103,8 +103,7 @@ def _sections(runs: Sequence[Run], comparison: Comparison | None, left_out: Sequ
 
 
 def _kept(sections: Sequence[Section], most: int) -> dict[int, int]:
-    """The count of rows of each section, by its rank, if there are to be `most`: those that matter more
-    first."""
+    """The rows of each section, by its rank, of `most` in all: those that matter more come first."""
     kept = {}
     for section in sorted(sections, key=lambda section: section.rank):
         kept[section.rank] = min(most, len(section.rows))

@@ -27,8 +27,7 @@ PRINTS = ("gpu", "cpu", "threads", "dtype", "torch", "transformers", "triton", "
 
 
 def page(runs: Sequence[Run], comparison: Comparison | None = None, left_out: Sequence[str] = ()) -> str:
-    """The page for runs oldest first: what of them could not be read, the verdict if there is one, the last
-    run's charts, history, all figures."""
+    """The page for runs oldest first: what could not be read, the verdict, the last run's charts, history."""
     head = runs[-1]
     return (
         templates()
@@ -92,8 +91,7 @@ def _history(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _runs(runs: Sequence[Run]) -> list[list[str]]:
-    """What was measured, where and when, newest first; where a run's benchmarks differ, each value is
-    given."""
+    """A heading, then where and when each run was measured, newest first, with all values that it has."""
     rows = [["run", "measured", *PRINTS, "rounds voided"]]
     for run in reversed(runs):
         some = run.benchmarks.values()

@@ -48,16 +48,20 @@ SCALE = {
 }
 # What the demonstration project reported.
 DEMONSTRATED = "demonstration: one A100-40GB, float16, batch 16, 128 tokens in and 256 out"
-_REPORTED = ("policy", "batch_size", "tokens_per_s", "speedup", "latency_mean_ms", "gpu_util_pct")
-DEMONSTRATION: tuple[Info, ...] = (
-    dict(
-        zip(_REPORTED, ("demonstration batch=1", 1, 68.0, 1.0, 3200.0, 45), strict=True), gpu_peak_bytes=8.2e9
-    ),
-    dict(
-        zip(_REPORTED, ("demonstration dynamic", 16, 501.0, 7.37, 450.0, 89), strict=True),
-        gpu_peak_bytes=7.8e9,
-    ),
+_KEYS = (
+    "policy",
+    "batch_size",
+    "tokens_per_s",
+    "speedup",
+    "latency_mean_ms",
+    "gpu_util_pct",
+    "gpu_peak_bytes",
 )
+_REPORTED = (
+    ("demonstration batch=1", 1, 68.0, 1.0, 3200.0, 45, 8.2e9),
+    ("demonstration dynamic", 16, 501.0, 7.37, 450.0, 89, 7.8e9),
+)
+DEMONSTRATION: list[Info] = [dict(zip(_KEYS, row, strict=True)) for row in _REPORTED]
 SPEEDUPS = {"random:qwen2-1.5b": 7.37, "random:llama-7b": 6.17, "random:mistral-7b": 5.89}
 
 
@@ -103,13 +107,10 @@ def _table(columns: Mapping[str, str], rows: Sequence[Info]) -> RenderableType:
 
 def _derived(info: Info) -> Info:
     """A record with its bytes in MiB, its seconds, and the count of its rounds."""
-    found = dict(info)
-    for new, key, unit in (
-        ("gpu_peak_mib", "gpu_peak_bytes", 2**20),
-        ("latency_mean_s", "latency_mean_ms", 1e3),
-    ):
-        found[new] = None if info.get(key) is None else info[key] / unit
-    return {**found, "timed_rounds": len(info.get("rounds", {}).get("tokens_per_s", ()))}
+    peak, mean = info.get("gpu_peak_bytes"), info.get("latency_mean_ms")
+    rounds = len(info.get("rounds", {}).get("tokens_per_s", ()))
+    derived = {"gpu_peak_mib": peak and peak / 2**20, "latency_mean_s": mean and mean / 1e3}
+    return {**info, **derived, "timed_rounds": rounds}
 
 
 def _cell(form: str, info: Info) -> str:

@@ -77,8 +77,7 @@ def table(
 
 
 def _widths(cells: Sequence[Sequence[str]], room: int) -> list[int | None]:
-    """A width for each column, so that the first does not wrap and no word of the others is broken; None for
-    each where there is no room for that."""
+    """Widths of columns such that the first does not wrap and no word is broken; None each without room."""
     columns = list(zip(*cells, strict=True))
     whole = [max(map(width, column)) for column in columns]
     found = [max(width(word) for text in column for word in text.split() or [""]) for column in columns]

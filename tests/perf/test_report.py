@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from perf import report
 from perf.gate.saved_runs import Run, load
 from perf.gate.verdict import Comparison, Outcome, compare
 from perf.report import comparison_table, frame, markdown, page, runs_table, write
-from perf.report.charts import DIGIT, HEIGHT, WIDTH, Bar, Chart, Line, log_ticks, ticks
+from perf.report.charts import DIGIT, HEIGHT, LETTERS, WIDTH, Bar, Chart, Line, log_ticks, ticks
 from perf.report.figures import history, sections
 from perf.report.page import templates
 from perf.report.text import clean, number
@@ -404,15 +405,17 @@ def test_ticks_cover_what_they_are_for(a: float, b: float) -> None:
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20), st.booleans(), st.booleans())
 @example([(1.0, 1.7e308), (2.0, 1e300)], False, False)
+@example([(1.0, 5.5), (2.0, 1.2e8)], False, True)
 def test_lines_stay_inside_their_picture(points: list[tuple[float, float]], log_x: bool, log_y: bool) -> None:
     lines = (Line("a", tuple(sorted(points))), Line("b", tuple(points[:1]), "a"))
     svg = drawn(Chart("t", "s", "ms", "x", lines, log_x=log_x, log_y=log_y))
     places = [(float(x), float(y)) for x, y in re.findall(r'cx="([^"]+)" cy="([^"]+)"', svg)]
     assert len(places) == len(points) + 1
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
-    labels = re.findall(r'<text class="end" x="([^"]+)" y="[^"]+">([^<]+)<', svg)
+    labels = re.findall(r'<text class="end" x="([^"]+)" y="([^"]+)">([^<]+)<', svg)
     assert len(labels) >= 2
-    assert all(float(x) >= DIGIT * len(label) for x, label in labels)
+    assert all(float(x) >= DIGIT * len(label) for x, _, label in labels)
+    assert all(float(low) - float(high) >= LETTERS for (_, high, _), (_, low, _) in pairwise(labels))
 
 
 @given(st.lists(numbers, min_size=1, max_size=60, unique=True), st.booleans())
