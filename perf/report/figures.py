@@ -1,4 +1,4 @@
-"""From what a run's benchmarks recorded to a table, charts and history. It neither draws nor judges.
+"""Figures of a run as a table, charts and history: chosen here, neither drawn nor judged.
 
 A benchmark without a metric, or a run without a group, simply has no such chart: the page shows what was
 measured.

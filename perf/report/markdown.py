@@ -85,7 +85,7 @@ def markdown(
 
 
 def _sections(runs: Sequence[Run], comparison: Comparison | None, left_out: Sequence[str]) -> list[Section]:
-    """All there is to show, in the order of showing."""
+    """Sections in the order of showing."""
     compared = [] if comparison is None else [comparison.base, comparison.head]
     found = [
         Section("Left out", _list(brief(left_out, [*runs, *compared], NAME_LENGTH)), 0, count=len(left_out))

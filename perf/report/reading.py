@@ -22,7 +22,7 @@ from perf.report.verdicts import named
 
 @dataclass(frozen=True)
 class Reading:
-    """What there is to report.
+    """The runs to report on.
 
     runs: oldest first, each with the benchmarks that can be shown. comparison: of the runs as they were
     saved, by the gate's own rules; None where one of the two is not whole. left_out: a line for each thing
@@ -51,9 +51,8 @@ def read(which: Sequence[str], base: str | None, storage: Path | str) -> Reading
     Raises:
         GateError: if there is nothing to show in any of them, or a name means several.
     """
-    members = {
-        name: _member(name, storage) for name in dict.fromkeys([*which, *([] if base is None else [base])])
-    }
+    names = [*which] if base is None else [*which, base]
+    members = {name: _member(name, storage) for name in dict.fromkeys(names)}
     left_out = dict.fromkeys(line for member in members.values() for line in member.wrong)
     first: dict[object, str] = {}
     alike = {name: first.setdefault(_file(member, name), name) for name, member in members.items()}
@@ -73,7 +72,7 @@ def read(which: Sequence[str], base: str | None, storage: Path | str) -> Reading
 
 
 def _file(member: Member, name: str) -> object:
-    """What tells the file of a run from all others, by whatever name it was asked for."""
+    """The identity of a run's file, by whatever name it was asked for."""
     if member.run is None:
         return name
     about = member.run.path.stat()
@@ -95,7 +94,7 @@ def _member(which: str, storage: Path | str) -> Member:
 
 
 def _salvaged(which: str, storage: Path | str) -> Member:
-    """What of a run that can't be read as a whole can be read entry by entry, if anything can."""
+    """The entries that can be read of a run that can't be read as a whole, if there are any."""
     try:
         path = find(which, storage)
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -77,11 +77,11 @@ def table(
 
 
 def _widths(cells: Sequence[Sequence[str]], room: int) -> list[int | None]:
-    """Widths of columns such that the first does not wrap and no word is broken; None each without room."""
+    """Widths of columns such that the first does not wrap and no word is broken, or None without room."""
     columns = list(zip(*cells, strict=True))
     whole = [max(map(width, column)) for column in columns]
-    found = [max(width(word) for text in column for word in text.split() or [""]) for column in columns]
-    found[0] = whole[0]
+    words = [max(width(word) for text in column for word in text.split() or [""]) for column in columns]
+    found = [whole[0], *(min(most, room // 5) for most in words[1:])]  # but for a word like a sentence
     spare = room - sum(found) - 2 * len(found) - 1  # two cells between columns, one beside them
     if spare < 0:
         return [None] * len(found)
@@ -120,7 +120,7 @@ def comparison_table(comparison: Comparison, left_out: Sequence[str] = ()) -> Re
 
 
 def selftest_table(report: Report) -> RenderableType:
-    """How often each injected slowdown was called a regression, of whole runs and metric by metric."""
+    """The share of runs in which each injected slowdown was called a regression, and metric by metric."""
     names = ["nothing" if rate.effect == 0 else f"{rate.effect:.1%}" for rate in report.rates]
     runs = []
     for name, rate in zip(names, report.rates, strict=True):

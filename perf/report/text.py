@@ -1,4 +1,4 @@
-"""How a stranger's text and a number are shown: in one printable line, no longer than there is room for.
+"""Strangers' text and numbers as they are shown: one printable line, no longer than there is room for.
 
 A leaf: it knows no run, no chart and no format. Terminal, Markdown and page all take it from here.
 """
