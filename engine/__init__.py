@@ -11,24 +11,36 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
 from engine.errors import InputError
-from engine.metrics import EngineMetrics, RequestMetrics
-from engine.models import LoadedModel, load
+from engine.machine import cache_dir, cpu_name
+from engine.metrics import Counters, EngineMetrics, RequestMetrics
+from engine.models import LoadedModel, kv_bytes_per_token, kv_layers, load, max_positions
 from engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk
 
 if TYPE_CHECKING:
     from engine.aio import AsyncEngine
+    from engine.bench import transformers_generate as generate_with_transformers
     from engine.engine import Engine
-    from engine.workload import Workload, make
+    from engine.workload import WorkItem, Workload, make
 
 __version__ = "0.1.0"
 __all__ = [
-    "AsyncEngine", "Engine", "EngineConfig", "EngineMetrics", "FinishReason", "InputError", "LoadedModel",
-    "RequestMetrics", "RequestOutput", "SamplingParams", "StreamChunk", "Workload", "load", "make",
+    "AsyncEngine", "Counters", "Engine", "EngineConfig", "EngineMetrics", "FinishReason", "InputError",
+    "LoadedModel", "RequestMetrics", "RequestOutput", "SamplingParams", "StreamChunk", "WorkItem", "Workload",
+    "cache_dir", "cpu_name", "generate_with_transformers", "kv_bytes_per_token", "kv_layers", "load", "make",
+    "max_positions",
 ]  # fmt: skip
-_LATER = {"AsyncEngine": "aio", "Engine": "engine", "Workload": "workload", "make": "workload"}
+_LATER = {  # where each is, and what it is called there
+    "AsyncEngine": ("aio", "AsyncEngine"),
+    "Engine": ("engine", "Engine"),
+    "WorkItem": ("workload", "WorkItem"),
+    "Workload": ("workload", "Workload"),
+    "generate_with_transformers": ("bench", "transformers_generate"),
+    "make": ("workload", "make"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return getattr(import_module(f"engine.{_LATER[name]}"), name)
+        module, attribute = _LATER[name]
+        return getattr(import_module(f"engine.{module}"), attribute)
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from engine.errors import check
@@ -46,6 +48,45 @@ class RequestMetrics:
     latency_ms: float
     tpot_ms: float | None
     itl_ms: tuple[float, ...]
+
+    @classmethod
+    def from_times(
+        cls,
+        request_id: str,
+        *,
+        prompt_tokens: int,
+        arrival_s: float,
+        scheduled_s: float | None,
+        token_times_s: Sequence[float],
+        finished_s: float,
+        finish_reason: str = "length",
+        prompt_tokens_cached: int = 0,
+        preemptions: int = 0,
+    ) -> RequestMetrics:
+        """Return the metrics of a request from when it was due, first ran, got each token and ended.
+
+        Args:
+            arrival_s, scheduled_s, token_times_s, finished_s: seconds of one clock; `scheduled_s` is None for
+                a request that never ran, and there is a time for each output token.
+        """
+        first, gaps = token_times_s[0] if token_times_s else None, len(token_times_s) - 1
+        return cls(
+            request_id=request_id,
+            finish_reason=finish_reason,
+            prompt_tokens=prompt_tokens,
+            output_tokens=len(token_times_s),
+            prompt_tokens_cached=prompt_tokens_cached,
+            preemptions=preemptions,
+            arrival_s=arrival_s,
+            finished_s=finished_s,
+            queue_ms=None if scheduled_s is None else (scheduled_s - arrival_s) * 1e3,
+            ttft_ms=None if first is None else (first - arrival_s) * 1e3,
+            prefill_ms=None if first is None or scheduled_s is None else (first - scheduled_s) * 1e3,
+            decode_ms=None if first is None else (finished_s - first) * 1e3,
+            latency_ms=(finished_s - arrival_s) * 1e3,
+            tpot_ms=None if first is None or gaps < 1 else (finished_s - first) * 1e3 / gaps,
+            itl_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(token_times_s)),
+        )
 
 
 @dataclass(slots=True)

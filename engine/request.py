@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -236,24 +235,16 @@ class Request:
     def close(self, text: str | None, finished: float) -> RequestOutput:
         """Set and give `result`, for a request that has a reason and ended at `finished` seconds."""
         assert self.finish_reason is not None
-        times, started = self.token_times, self.scheduled
-        first, gaps = times[0] if times else None, len(times) - 1
-        metrics = RequestMetrics(
-            request_id=self.id,
-            finish_reason=str(self.finish_reason),
+        metrics = RequestMetrics.from_times(
+            self.id,
             prompt_tokens=self.prompt_len,
-            output_tokens=self.output_len,
+            arrival_s=self.arrival,
+            scheduled_s=self.scheduled,
+            token_times_s=self.token_times,
+            finished_s=finished,
+            finish_reason=str(self.finish_reason),
             prompt_tokens_cached=self.prompt_tokens_cached,
             preemptions=self.preemptions,
-            arrival_s=self.arrival,
-            finished_s=finished,
-            queue_ms=None if started is None else (started - self.arrival) * 1e3,
-            ttft_ms=None if first is None else (first - self.arrival) * 1e3,
-            prefill_ms=None if first is None or started is None else (first - started) * 1e3,
-            decode_ms=None if first is None else (finished - first) * 1e3,
-            latency_ms=(finished - self.arrival) * 1e3,
-            tpot_ms=None if first is None or gaps < 1 else (finished - first) * 1e3 / gaps,
-            itl_ms=tuple((b - a) * 1e3 for a, b in pairwise(times)),
         )
         logprobs = tuple(self.logprobs) if self.params.logprobs is not None else None
         prompt, output = tuple(self.tokens[: self.prompt_len]), tuple(self.output_ids)

@@ -92,8 +92,9 @@ def test_latencies_of_a_request(timeline, wanted):
 
 def test_a_record_carries_what_the_request_counted():
     request = Request(
-        "name", 3, SamplingParams(), [1, 2, 3, 4], arrival=1.0, prompt_tokens_cached=2, preemptions=1
+        "name", 3, SamplingParams(), [1, 2, 3], arrival=1.0, prompt_tokens_cached=2, preemptions=1
     )
+    request.append(4, 1.5)
     request.finish(FinishReason.ERROR, error="broken")
     made = request.close(None, 2.0).metrics
     assert (made.request_id, made.finish_reason, type(made.finish_reason)) == ("name", "error", str)

@@ -9,6 +9,7 @@ from engine.models.geometry import (
     config_numbers,
     kv_bytes_per_token,
     kv_layers,
+    max_positions,
     positions,
     refuse_other_state,
     ropes,
@@ -20,6 +21,6 @@ from engine.models.vocabulary import eos_ids, vocabulary
 
 __all__ = [
     "PRESETS", "SPECS", "LoadedModel", "ModelError", "Preset", "catalogue", "config_numbers", "eos_ids",
-    "kv_bytes_per_token", "kv_layers", "load", "positions", "refuse_other_state", "ropes",
+    "kv_bytes_per_token", "kv_layers", "load", "max_positions", "positions", "refuse_other_state", "ropes",
     "sampling_defaults", "telling_positions", "vocabulary", "with_defaults",
 ]  # fmt: skip

@@ -117,6 +117,11 @@ def positions(config: PreTrainedConfig) -> tuple[int, str]:
     )
 
 
+def max_positions(config: PreTrainedConfig) -> int:
+    """Return how many positions a request may take, prompt and output together; see `positions`."""
+    return positions(config)[0]
+
+
 def config_numbers(config: PreTrainedConfig) -> set[int]:
     """Return the whole numbers anywhere in a config that could be positions: where something begins or ends.
 

@@ -29,9 +29,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine import EngineMetrics, InputError, LoadedModel
-from engine.request import Request
-from engine.workload import WorkItem
+from engine import EngineMetrics, InputError, LoadedModel, RequestMetrics, WorkItem
 
 GROUP = "dynamic_batch.backends"
 BUILT_IN = {
@@ -157,7 +155,7 @@ def timeline(
         items: what was asked.
         tokens: the output of each request.
         seconds: when each of those tokens reached the host, in seconds after the run began.
-        counters: whichever fields of `engine.metrics.Counters` the backend knows.
+        counters: whichever fields of `engine.Counters` the backend knows.
         keeps_times: False if only the last of each request's times is real.
         began: when the run began (`time.perf_counter` seconds); now, if None.
 
@@ -178,10 +176,15 @@ def timeline(
                 f"with {len(times)} times"
             )
         arrival = start + item.arrival_s
-        prompt = list(map(int, item.prompt))
-        request = Request(f"request-{index}", len(prompt), item.params.resolved(), prompt)
-        request.arrival = request.scheduled = arrival
-        for token, at in zip(output, times, strict=True):
-            request.append(int(token), start + at)
-        metrics.add(request.close(None, request.token_times[-1]).metrics)
+        token_times_s = [start + at for at in times]
+        metrics.add(
+            RequestMetrics.from_times(
+                f"request-{index}",
+                prompt_tokens=len(item.prompt),
+                arrival_s=arrival,
+                scheduled_s=arrival,
+                token_times_s=token_times_s,
+                finished_s=token_times_s[-1],
+            )
+        )
     return Outcome([tuple(map(int, output)) for output in tokens], metrics, keeps_times)

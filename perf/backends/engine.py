@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine import Engine, EngineConfig, EngineMetrics, FinishReason, SamplingParams
-from engine.workload import WorkItem
+from engine import Engine, EngineConfig, EngineMetrics, FinishReason, SamplingParams, WorkItem
 from perf.backends import Outcome, Setup
 
 

@@ -18,9 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import InputError, LoadedModel
-from engine.machine import cache_dir
-from engine.workload import WorkItem
+from engine import InputError, LoadedModel, WorkItem, cache_dir
 from perf.backends import Outcome, Setup, Unavailable, timeline
 
 WORKER = Path(__file__).with_name("worker.py")

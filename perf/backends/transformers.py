@@ -13,9 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from engine import Engine, EngineConfig
-from engine.bench import transformers_generate
-from engine.workload import WorkItem
+from engine import Engine, EngineConfig, WorkItem, generate_with_transformers
 from perf.backends import Outcome, Setup, timeline
 
 
@@ -33,7 +31,7 @@ class GenerateSession:
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
         """Generate for every request."""
-        outputs, metrics = transformers_generate(self.engine, items, self.size)
+        outputs, metrics = generate_with_transformers(self.engine, items, self.size)
         return Outcome([output.token_ids for output in outputs], metrics)
 
     def close(self) -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine import EngineMetrics
-from engine.models import kv_bytes_per_token
+from engine import EngineMetrics, kv_bytes_per_token
 from perf.gate.entries import Flat
 from perf.measure.case import PerfCase
 

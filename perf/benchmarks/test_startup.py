@@ -8,8 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from engine import Engine, EngineConfig, load
-from engine.workload import WorkItem
+from engine import Engine, EngineConfig, WorkItem, load
 from perf.backends import Outcome, Setup
 from perf.benchmarks.workloads import fixed
 from perf.measure.case import PerfCase

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine import SamplingParams, Workload
-from engine.workload import WorkItem
+from engine import SamplingParams, WorkItem, Workload
 
 
 def fixed(requests: int, prompt: int, output: int, vocab_size: int, seed: int = 0) -> Workload:

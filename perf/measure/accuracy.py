@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine import Engine, EngineConfig, LoadedModel
-from engine.errors import check
+from engine import Engine, EngineConfig, InputError, LoadedModel
 
 
 @torch.inference_mode()
@@ -19,7 +18,10 @@ def accuracy(loaded: LoadedModel, tokens: list[int], kv_memory: int = 2**26) -> 
     Raises:
         InputError: for less than two tokens, or a model that int8 refuses.
     """
-    check("tokens of the text", len(tokens), int, 2)
+    if len(tokens) < 2:
+        raise InputError(
+            f"the text has {len(tokens)} tokens, and 2 are the least that can be scored: give more"
+        )
     scores_NTV, targets_T = [], torch.tensor(tokens[1:])
     for dtype in ("float32", "int8"):
         runner: Any = Engine(loaded, EngineConfig(runner="packed", dtype=dtype, kv_memory=kv_memory)).runner

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.models import kv_bytes_per_token, kv_layers
+from engine import kv_bytes_per_token, kv_layers
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from engine import Engine, EngineConfig, load, make
-from engine.metrics import Counters
-from engine.models import kv_bytes_per_token
+from engine import Counters, Engine, EngineConfig, kv_bytes_per_token, load, make
 from perf.gate.saved_runs import Exit
 
 FILE = Path(__file__).parents[1] / "counters.json"

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from engine.machine import cpu_name
+from engine import cpu_name
 from perf.measure.nvml import driver_version
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import EngineMetrics, Workload, make
-from engine.models import positions
+from engine import EngineMetrics, Workload, make, max_positions
 from perf.backends import Backend, Outcome, Setup, Unavailable, find
 from perf.gate import entries, metrics
 from perf.gate.entries import SCHEMA, Flat, plain
@@ -63,7 +62,7 @@ class Trial:
             raise Unavailable(f"{self.backend.name}: {reason}")
         self.loaded, self.reference, self.costs = bench.hold(device, spec)
         config = self.loaded.model.config.get_text_config(decoder=True)
-        limits = {"vocab_size": config.vocab_size, "max_positions": positions(config)[0]}
+        limits = {"vocab_size": config.vocab_size, "max_positions": max_positions(config)}
         tokenizer = self.loaded.tokenizer
         self.workload = (
             make(workload, tokenizer=tokenizer, arrivals=arrivals, **limits)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import InputError, LoadedModel, SamplingParams, load
-from engine.workload import WorkItem
+import engine
+from engine import InputError, LoadedModel, RequestMetrics, SamplingParams, WorkItem, load
 from perf import backends
 from perf.backends import BUILT_IN, Outcome, Setup, Unavailable, find, peers, timeline
 from perf.backends.peers import OpenVINO, PeerSession, for_transformers_4, model_folder, setup_peer
@@ -46,6 +46,18 @@ def items_of(*limits: int) -> list[WorkItem]:
 
 def setup_of(loaded: LoadedModel, batch: int = 2, **options: Any) -> Setup:
     return Setup(loaded, "cpu", "float32", batch, options=options)
+
+
+# What perf may know of the engine
+
+
+def test_every_exported_name_is_there_and_none_is_taken_for_another():
+    assert [name for name in engine.__all__ if not hasattr(engine, name)] == []
+    assert engine.WorkItem.__name__ == "WorkItem"
+    with pytest.raises(AttributeError, match="module 'engine' has no attribute 'nothing'"):
+        engine.nothing  # noqa: B018
+    config = load("random:tiny-llama").model.config
+    assert engine.max_positions(config) == config.max_position_embeddings == 4096
 
 
 # Finding
@@ -91,6 +103,12 @@ def test_a_timeline_becomes_the_metrics_of_its_times():
     assert flat["tpot_p50_ms"] == pytest.approx(150.0)
     assert flat["tokens_per_s"] == pytest.approx(3 / 0.8)
     assert (flat["forward_passes"], flat["output_tokens"]) == (3, 3)
+    (record,) = outcome.metrics.records
+    assert record == RequestMetrics.from_times(
+        "request-0", prompt_tokens=3, arrival_s=101.0, scheduled_s=101.0,
+        token_times_s=[101.5, 101.6, 101.8], finished_s=101.8,
+    )  # fmt: skip
+    assert (record.finish_reason, record.queue_ms) == ("length", 0.0)
 
 
 @pytest.mark.parametrize(

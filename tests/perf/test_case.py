@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import InputError, load
-from engine.workload import WorkItem
+from engine import InputError, WorkItem, load
 from perf.backends import Outcome, Setup, Unavailable, timeline
 from perf.benchmarks.workloads import fixed
 from perf.gate.entries import plain
