@@ -22,7 +22,7 @@ OUTPUT = 33
 def test_prefill(perf_case: PerfCase, device: str, prompt_tokens: int) -> None:
     """Four prompts, one after the other, each in one pass."""
     loaded, _, costs = perf_case.bench.hold(device)
-    rate = perf_case.bench.canary(device).matmul_gflops
+    rate = perf_case.bench.machine_speed(device).matmul_gflops
 
     def derive(flat: Flat, metrics: EngineMetrics) -> Flat:
         seconds = flat["prefill_p50_ms"] / 1e3
@@ -52,7 +52,7 @@ def test_decode(perf_case: PerfCase, device: str, batch_context: tuple[int, int]
     """A batch that starts together; the median gap between tokens is a step of nothing but decodes."""
     batch, context = batch_context
     loaded, _, costs = perf_case.bench.hold(device)
-    rate = perf_case.bench.canary(device).copy_gbps
+    rate = perf_case.bench.machine_speed(device).copy_gbps
 
     def derive(flat: Flat, metrics: EngineMetrics) -> Flat:
         return {"context": context, **bandwidth(costs, batch, context, flat["itl_p50_ms"], rate)}

@@ -11,7 +11,7 @@ from engine import LoadedModel, load
 from perf.gate.entries import Flat
 from perf.measure import machine_speed
 from perf.measure.costs import Costs, costs
-from perf.measure.machine_speed import Canary
+from perf.measure.machine_speed import MachineSpeed
 from perf.measure.token_check import Reference
 
 
@@ -29,7 +29,7 @@ class BenchSession:
             inject_slowdown,
         )
         self.recorded: list[Flat] = []
-        self._canaries: dict[str, Canary] = {}
+        self._speeds: dict[str, MachineSpeed] = {}
         self._key: tuple[str, str, str] | None = None
         self._held: tuple[LoadedModel, Reference, Costs] | None = None
 
@@ -48,12 +48,18 @@ class BenchSession:
             self._held, self._key = (loaded, Reference(loaded), costs(loaded.model)), key
         return self._held
 
-    def canary(self, device: str) -> Canary:
-        """The device's rates, measured once a session: what percentages of the roofline are of."""
-        if device not in self._canaries:
-            dtype = str(self.hold(device)[0].model.dtype).removeprefix("torch.")
-            self._canaries[device] = machine_speed.measure(device, dtype)
-        return self._canaries[device]
+    def machine_speed(self, device: str) -> MachineSpeed:
+        """Return the device's rates in the dtype of the model, which the roofline's percentages are of.
+
+        They are measured once a session. Whatever model is held there stays: another beside it might find no
+        room.
+        """
+        if device not in self._speeds:
+            held = self._held if self._key is not None and self._key[1] == device else None
+            loaded, _, _ = held or self.hold(device)
+            dtype = str(loaded.model.dtype).removeprefix("torch.")
+            self._speeds[device] = machine_speed.measure(device, dtype)
+        return self._speeds[device]
 
     def real(self, device: str) -> bool:
         """Whether the model is worth a full workload: one that was asked for, or any on CUDA."""

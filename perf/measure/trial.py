@@ -78,7 +78,7 @@ class Trial:
             threads=torch.get_num_threads(),
             options=dict(options or {}),
         )
-        self.before_canary = machine_speed.measure(device, dtype)
+        self.speed_before = machine_speed.measure(device, dtype)
         self.rounds: list[Round] = []
         self.same_tokens = self.near_ties = 0
         self._monitor = Monitor(device)
@@ -148,7 +148,7 @@ class Trial:
             flat |= names
         lengths = [(len(item.prompt), item.params.resolved().max_new_tokens) for item in self.workload.items]
         if self.workload.arrivals == "all":
-            rate = self.bench.canary(self.device).matmul_gflops
+            rate = self.bench.machine_speed(self.device).matmul_gflops
             flat["useful_flops_pct"] = self.costs.useful_flops_pct(lengths, flat["wall_s"], rate)
         if self.device == "cuda":
             flat["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -197,9 +197,9 @@ class Trial:
             "same_tokens": self.same_tokens,
             "near_ties": self.near_ties,
             "checked_requests": self.checked,
-            "canary_matmul_gflops": self.before_canary.matmul_gflops,
-            "canary_copy_gbps": self.before_canary.copy_gbps,
-            "canary_drift_pct": self.before_canary.drift_pct(after),
+            "canary_matmul_gflops": self.speed_before.matmul_gflops,
+            "canary_copy_gbps": self.speed_before.copy_gbps,
+            "canary_drift_pct": self.speed_before.drift_pct(after),
             "gpu_peak_bytes": middle.flat.get("gpu_peak_bytes"),
             "gpu_util_pct": middle.gpu.util_pct,
             "gpu_energy_j": middle.gpu.energy_j,

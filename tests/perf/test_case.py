@@ -21,7 +21,7 @@ from perf.measure import machine_speed
 from perf.measure.case import PerfCase
 from perf.measure.costs import costs
 from perf.measure.interleave import ReplayClock, interleave
-from perf.measure.machine_speed import Canary
+from perf.measure.machine_speed import MachineSpeed
 from perf.measure.nvml import GpuReading
 from perf.measure.session import BenchSession
 from perf.measure.token_check import TIE, Judgement, Reference, WrongTokens
@@ -91,8 +91,8 @@ def bench() -> BenchSession:
 
 
 @pytest.fixture(autouse=True)
-def _quick_canary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: Canary(100.0, 10.0))
+def _quick_machine_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: MachineSpeed(100.0, 10.0))
 
 
 def measure(bench: BenchSession, backend: Any, fixture: Fixture | None = None, **how: Any) -> dict[str, Any]:
@@ -295,6 +295,13 @@ def test_one_model_at_a_time_is_held():
     assert not bench.real("cpu")
     assert bench.real("cuda")
     assert PerfCase(bench, Fixture(), None).rounds(9) == 3
+
+
+def test_rates_for_the_roofline_leave_the_model_that_is_held_where_it_is():
+    bench = BenchSession(model=None, dtype=None, rounds=None, quick=False, inject_slowdown=0.0)
+    held = bench.hold("cpu", "random:tiny-qwen2")
+    assert bench.machine_speed("cpu").matmul_gflops == 100.0
+    assert bench.hold("cpu", "random:tiny-qwen2") is held
 
 
 def test_rounds_interleave_there_and_back_and_a_failure_is_left_out(bench: BenchSession):

@@ -20,7 +20,7 @@ from perf.gate.saved_runs import Exit, Run
 from perf.gate.verdict import Outcome
 from perf.measure import machine_speed
 from perf.measure.case import PerfCase
-from perf.measure.machine_speed import Canary
+from perf.measure.machine_speed import MachineSpeed
 from perf.measure.session import BenchSession
 from tests.perf import fake_runs
 from tests.perf.test_case import Fixture, Scripted
@@ -57,8 +57,8 @@ NOTES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def _quick_canary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: Canary(100.0, 10.0))
+def _quick_machine_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: MachineSpeed(100.0, 10.0))
 
 
 def plain(extra: Any, times: list[float] = TIMES) -> dict[str, Any]:

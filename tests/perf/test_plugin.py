@@ -15,7 +15,7 @@ import torch
 
 from perf import plugin
 from perf.measure import machine_speed
-from perf.measure.machine_speed import Canary
+from perf.measure.machine_speed import MachineSpeed
 from perf.measure.session import BenchSession
 from perf.measure.trial import Trial
 
@@ -75,8 +75,8 @@ def _imported() -> None:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No canary to wait for, and no search for the processor's name at every save."""
-    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: Canary(100.0, 10.0))
+    """No rates of the machine to wait for, and no search for the processor's name at every save."""
+    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: MachineSpeed(100.0, 10.0))
     monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)
 
 

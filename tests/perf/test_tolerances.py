@@ -15,7 +15,7 @@ from perf.gate.saved_runs import Exit, GateError
 from perf.gate.verdict import Outcome
 from perf.measure import machine_speed
 from perf.measure.case import PerfCase
-from perf.measure.machine_speed import Canary
+from perf.measure.machine_speed import MachineSpeed
 from perf.measure.session import BenchSession
 from tests.perf.test_case import Fixture, Scripted
 
@@ -28,7 +28,7 @@ TIMED = "def test_time(benchmark):\n    benchmark.pedantic(lambda: None, rounds=
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: Canary(100.0, 10.0))
+    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: MachineSpeed(100.0, 10.0))
 
 
 def run(pytester: pytest.Pytester, source: str, *arguments: str) -> pytest.RunResult:
