@@ -11,6 +11,7 @@ import argparse
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -52,6 +53,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable"
+    )
+    group.addoption(
+        "--perf-trace", type=Path, metavar="FOLDER", help="keep the trace of the idle benchmark here"
     )
     group.addoption(
         "--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate"
