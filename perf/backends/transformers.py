@@ -78,6 +78,7 @@ class ContinuousSession:
         self.model = copy.deepcopy(model, memo=shared)
         options = {
             "max_requests_per_batch": setup.max_batch_size,
+            "use_cuda_graph": setup.device.startswith("cuda"),
             "allow_block_sharing": False,
             **setup.options,
         }

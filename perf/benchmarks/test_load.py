@@ -3,7 +3,7 @@ arrivals).
 
 Every latency counts from when a request was due, so a stall is felt by all who wait (no coordinated
 omission). Goodput is the requests a second that met both limits. Estimate for an H200: 32 requests at 8, 16
-and 32 a second take 7 s, 6 runs: 42 s; --quick, one rate: 12 s.
+and 32 a second take 7 s, 6 runs, and 3 s to begin each: 51 s; --quick, one rate: 15 s.
 """
 
 from __future__ import annotations

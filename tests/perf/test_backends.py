@@ -3,6 +3,7 @@ pipe."""
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,17 @@ def setup_of(loaded: LoadedModel, batch: int = 2, **options: Any) -> Setup:
 
 
 # What perf may know of the engine
+
+
+def test_perf_imports_what_the_engine_exports_and_nothing_else_of_it():
+    root = Path(backends.__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not [name.name for name in node.names if name.name.startswith("engine.")], file
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "engine":
+                assert node.module == "engine", (file, node.module)
+                assert {name.name for name in node.names} <= set(engine.__all__), file
 
 
 def test_every_exported_name_is_there_and_none_is_taken_for_another():
