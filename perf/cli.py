@@ -1,5 +1,5 @@
-"""`python -m perf compare | ab | selftest | report | counters | accuracy | setup-peer`: arguments, progress,
-codes.
+"""`python -m perf compare | ab | selftest | report | counters | accuracy | check-gpu | setup-peer`:
+arguments, progress, codes.
 
 Thin: the work is done elsewhere, by modules that are imported when used, so that `compare` and `report` never
 wait for torch. Exit codes are those of perf/errors.py, 130 on Ctrl-C, and 70 where this program itself is at
@@ -191,6 +191,27 @@ def accuracy(
     ids = loaded.tokenizer(text.read_text(encoding="utf-8")).input_ids[:tokens]
     for name, value in measure(loaded, ids).items():
         typer.echo(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
+
+
+@app.command(name="check-gpu")
+def check_gpu(
+    out: Annotated[Path, typer.Option(help="The folder for logs, the saved run and a trace.")] = Path(
+        "gpu-check"
+    ),
+    test_seconds: Annotated[float, typer.Option(min=1, help="Budget of the tests.")] = 275,
+    benchmark_seconds: Annotated[float, typer.Option(min=1, help="Budget of the benchmarks.")] = 275,
+) -> None:
+    """Run the GPU tests of this checkout and then its benchmarks with --quick, within ten minutes.
+
+    Ends with the exit code of the tests or, where they pass, of the benchmarks: 124 if one was cut off.
+    """
+    from perf.gpu_check import check_gpu as run
+
+    try:
+        code = run(out, test_seconds=test_seconds, benchmark_seconds=benchmark_seconds, say=_print)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    raise typer.Exit(code)
 
 
 @app.command(name="setup-peer")

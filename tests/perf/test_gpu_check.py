@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from engine import InputError
 from perf import gpu_check
+from perf.cli import main
 from perf.gpu_check import CUT_OFF, FOLDER, ORDER, ROOT, check_gpu, failures, last_line
 
 CONFTEST = """
@@ -198,6 +200,24 @@ def test_the_last_line_of_a_log_has_no_frame():
 def test_every_benchmark_of_a_gpu_is_in_the_order():
     files = {file.stem.removeprefix("test_") for file in (ROOT / FOLDER).glob("test_*.py")}
     assert sorted(ORDER) == sorted(files - {"counters"})  # which no GPU changes
+
+
+@pytest.mark.parametrize(("ends", "code"), [(0, 0), (124, 124), (KeyboardInterrupt, 130)])
+def test_the_command_ends_with_its_code(
+    ends: Any, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def check_gpu(out: Path, *, test_seconds: float, benchmark_seconds: float, say: Any) -> int:
+        assert (out, test_seconds, benchmark_seconds) == (tmp_path, 9.0, gpu_check.SECONDS)
+        say(Text("tests: [gw0] is text, not markup"))
+        if ends is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return ends
+
+    monkeypatch.setattr(gpu_check, "check_gpu", check_gpu)
+    with pytest.raises(SystemExit) as ended:
+        main(["check-gpu", "--out", str(tmp_path), "--test-seconds", "9"])
+    assert ended.value.code == code
+    assert capsys.readouterr().out == "tests: [gw0] is text, not markup\n"
 
 
 def test_workers_share_the_tests_where_xdist_is_installed(check: Check, monkeypatch: pytest.MonkeyPatch):
