@@ -51,7 +51,7 @@ class Unavailable(InputError):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a backend is to load and how much it may run at once.
+    """Model that a backend is to load, and how much it may run at once.
 
     `loaded` is the model as Transformers has it, for backends in this process and for the check of the
     tokens; those that read files take `folder()`. `options` are the backend's own settings by name.
@@ -66,7 +66,7 @@ class Setup:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def folder(self) -> Path:
-        """The model as `save_pretrained` writes it; written into the cache folder if it came from nowhere."""
+        """Return the model's folder, as `save_pretrained` writes it: in the cache if it came from nowhere."""
         from perf.backends.peers import model_folder
 
         return model_folder(self.loaded, self.dtype)
@@ -110,15 +110,15 @@ class Backend(Protocol):
     name: str
 
     def missing(self, device: str) -> str | None:
-        """None if it can run here on "cpu" or "cuda", else what it lacks and how to get it, in one line."""
+        """Return None if it can run here on "cpu" or "cuda", else what it lacks and the way to get it."""
 
     def open(self, setup: Setup) -> Session:
-        """Load the model and warm up; what a server does before it takes requests. Raises Unavailable if it
+        """Load the model and warm up, as a server does before it takes requests. Raises Unavailable if it
         cannot."""
 
 
 def find(name: str) -> Backend:
-    """The backend called `name`: a built-in, an installed entry point, or `module:attr`.
+    """Return the backend called `name`: a built-in, an installed entry point, or `module:attr`.
 
     Raises:
         InputError: if there is none, naming those there are, or its module cannot be imported.
@@ -149,7 +149,7 @@ def timeline(
     keeps_times: bool = True,
     began: float | None = None,
 ) -> Outcome:
-    """Plain lists as an Outcome.
+    """Return plain lists as an Outcome.
 
     Args:
         items: what was asked.

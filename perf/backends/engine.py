@@ -50,11 +50,11 @@ class Continuous:
     name = policy = "continuous"
 
     def missing(self, device: str) -> str | None:
-        """Always here."""
+        """Return None: it is always here."""
         return None
 
     def open(self, setup: Setup) -> EngineSession:
-        """An engine of this policy over the model that `setup` has loaded."""
+        """Return an engine of this policy over the model that `setup` has loaded."""
         return EngineSession(self.policy, setup)
 
 

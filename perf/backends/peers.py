@@ -33,7 +33,7 @@ PACKAGES = {
 
 
 def home(name: str) -> Path:
-    """The folder of a peer's virtual environment."""
+    """Return the folder of a peer's virtual environment."""
     return cache_dir() / "peers" / name
 
 
@@ -136,14 +136,14 @@ class PeerSession:
 
 
 class Peer:
-    """What the peers have in common; a subclass says where it runs and how it converts a model."""
+    """Base of the peers; a subclass says where it runs and how it converts a model."""
 
     name = ""
     devices: tuple[str, ...] = ("cpu",)
     exact = False  # its tokens are compared and counted; that they differ is its own affair and fails no test
 
     def missing(self, device: str) -> str | None:
-        """What it lacks: a device, or its environment."""
+        """Return what it lacks, a device or its environment, or None."""
         if device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, not on {device}"
         return (
@@ -155,11 +155,11 @@ class Peer:
         return PeerSession(self.name, self.converted(setup), setup)
 
     def command(self, source: Path, target: Path, dtype: str) -> list[str]:
-        """The peer's own converter; empty if it reads `save_pretrained` folders as they are."""
+        """Return the command of the peer's own converter; empty if it reads `save_pretrained` folders."""
         return []
 
     def converted(self, setup: Setup) -> Path:
-        """The model in the peer's format, made once for each model, dtype and version of the peer.
+        """Return the model's folder in the peer's format, made once a model, dtype and version of the peer.
 
         Raises:
             Unavailable: if the model has no tokenizer, which the converters ask for.
@@ -198,7 +198,7 @@ class OpenVINO(Peer):
     name = "openvino"
 
     def command(self, source: Path, target: Path, dtype: str) -> list[str]:
-        """`optimum-cli export openvino`."""
+        """Return that of `optimum-cli export openvino`."""
         weights = {"float32": "fp32", "float16": "fp16", "bfloat16": "fp16"}[dtype]
         return ["optimum-cli", "export", "openvino", "--model", str(source), "--task",
                 "text-generation-with-past", "--weight-format", weights, str(target)]  # fmt: skip
@@ -211,7 +211,7 @@ class CTranslate2(Peer):
     devices = ("cpu", "cuda")
 
     def command(self, source: Path, target: Path, dtype: str) -> list[str]:
-        """`ct2-transformers-converter`."""
+        """Return that of `ct2-transformers-converter`."""
         return ["ct2-transformers-converter", "--model", str(source), "--output_dir", str(target),
                 "--quantization", dtype]  # fmt: skip
 
@@ -224,7 +224,7 @@ class VLLM(Peer):
 
 
 def model_folder(loaded: LoadedModel, dtype: str) -> Path:
-    """The folder that a model was loaded from; if it came from none, one in the cache folder that it is saved
+    """Return the folder that a model was loaded from; if it came from none, one in the cache that it is saved
     to."""
     source = Path(loaded.model.name_or_path or ".")
     if (source / "config.json").is_file():
@@ -243,7 +243,7 @@ def model_folder(loaded: LoadedModel, dtype: str) -> Path:
 
 
 def for_transformers_4(source: Path, target: Path) -> Path:
-    """A folder that Transformers 4 reads as Transformers 5 reads `source`: weights linked, two entries
+    """Make a folder that Transformers 4 reads as Transformers 5 reads `source`: weights linked, two entries
     renamed.
 
     Version 5 writes `rope_parameters`, which version 4 passes over without a word and takes theta as 10,000;

@@ -39,26 +39,26 @@ class GenerateSession:
 
 
 class OneByOne:
-    """What a first script does: one prompt at a time."""
+    """`model.generate` as a first script has it: one prompt at a time."""
 
     name = "generate"
 
     def missing(self, device: str) -> str | None:
-        """Always here."""
+        """Return None: it is always here."""
         return None
 
     def open(self, setup: Setup) -> GenerateSession:
-        """The model as it is loaded."""
+        """Return a session over the model as it is loaded."""
         return GenerateSession(setup, 1)
 
 
 class PaddedBatches(OneByOne):
-    """What a second script does: left-padded batches."""
+    """`model.generate` as a second script has it: left-padded batches."""
 
     name = "generate-padded"
 
     def open(self, setup: Setup) -> GenerateSession:
-        """The model as it is loaded."""
+        """Return a session over the model as it is loaded."""
         return GenerateSession(setup, setup.max_batch_size)
 
 

@@ -23,8 +23,8 @@ from typing import Any
 Answer = tuple[list[list[int]], list[list[float]]]  # of each request: its tokens, and when each came
 
 
-def blank(requests: list[Any]) -> Answer:
-    """An answer to fill."""
+def empty_answer(requests: list[Any]) -> Answer:
+    """Return an answer to fill."""
     return [[] for _ in requests], [[] for _ in requests]
 
 
@@ -71,7 +71,7 @@ class OpenVINO:
         import openvino
 
         handles: dict[int, Any] = {}
-        tokens, seconds = blank(requests)
+        tokens, seconds = empty_answer(requests)
 
         def add(index: int) -> None:
             request = requests[index]
@@ -115,7 +115,7 @@ class CTranslate2:
         )  # fmt: skip
 
     def run(self, requests: list[Any], start: float) -> Answer:
-        tokens, seconds = blank(requests)
+        tokens, seconds = empty_answer(requests)
         waiting = sorted(range(len(requests)), key=lambda i: requests[i]["arrival_s"])
         while waiting:
             time.sleep(max(0.0, requests[waiting[0]]["arrival_s"] - (time.perf_counter() - start)))
@@ -125,7 +125,7 @@ class CTranslate2:
         return tokens, seconds
 
     def batch(self, requests: list[Any], batch: list[int], tokens: Any, seconds: Any, start: float) -> None:
-        def take(result: Any) -> bool:
+        def on_token(result: Any) -> bool:
             index = batch[result.batch_id]
             tokens[index].append(result.token_id)
             seconds[index].append(time.perf_counter() - start)
@@ -138,7 +138,7 @@ class CTranslate2:
             # no token ends the output: EOS is drawn and passed like any other
             end_token=[len(self.words) + 1_000_000],
             sampling_topk=1,
-            callback=take,
+            callback=on_token,
         )
 
 
@@ -158,7 +158,7 @@ class VLLM:
         self.served = 0
 
     def run(self, requests: list[Any], start: float) -> Answer:
-        tokens, seconds = blank(requests)
+        tokens, seconds = empty_answer(requests)
         indices: dict[str, int] = {}
 
         def add(index: int) -> None:

@@ -12,7 +12,7 @@ from engine import EngineMetrics
 from perf.benchmarks.workloads import fixed
 from perf.gate.entries import Flat
 from perf.measure.case import PerfCase
-from perf.measure.costs import Costs
+from perf.measure.costs import ModelCosts
 
 OUTPUT = 33
 
@@ -73,5 +73,5 @@ def test_decode(perf_case: PerfCase, device: str, batch_context: tuple[int, int]
     perf_case.measure("decode", "continuous", workload, device=device, max_batch_size=batch, derive=derive)
 
 
-def bandwidth(costs: Costs, batch: int, context: int, step_ms: float, rate: float) -> Flat:
+def bandwidth(costs: ModelCosts, batch: int, context: int, step_ms: float, rate: float) -> Flat:
     return {"decode_bandwidth_pct": costs.decode_bandwidth_pct(batch, context + OUTPUT / 2, step_ms, rate)}

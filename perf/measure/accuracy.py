@@ -1,4 +1,4 @@
-"""What int8 costs in accuracy: one text through a model in float32 and in int8, next token by next token."""
+"""The accuracy that int8 costs: one text through a model in float32 and in int8, next token by next token."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from engine import Engine, EngineConfig, InputError, LoadedModel
 
 @torch.inference_mode()
 def accuracy(loaded: LoadedModel, tokens: list[int], kv_memory: int = 2**26) -> dict[str, Any]:
-    """Perplexity of a text in each dtype, how often both have the same likeliest next token, and KL(float32 |
-    int8).
+    """Return the perplexity of a text in each dtype, the share of next tokens whose likeliest is the same in
+    both, and KL(float32 | int8) in nats.
 
     Raises:
         InputError: for less than two tokens, or a model that int8 refuses.

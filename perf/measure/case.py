@@ -31,7 +31,7 @@ class PerfCase:
         self.bench, self.benchmark, self.gate, self.own = bench, benchmark, gate, own
 
     def rounds(self, rounds: int | None) -> int:
-        """How many rounds to time: `--rounds`, else what the test asks for, else the least that allows a
+        """Return the rounds to time: `--rounds`, else what the test asks for, else the least that allows a
         verdict."""
         return self.bench.rounds or rounds or ROUNDS
 
@@ -46,7 +46,7 @@ class PerfCase:
         extra: Flat | None = None,
         **how: Any,
     ) -> Flat:
-        """Prove, warm up and time; gives what it recorded. `how` is that of Trial, `extra` is added as it is.
+        """Prove, warm up and time; return the record. `how` is that of Trial, `extra` is added as it is.
 
         Raises:
             InputError: if a name in `extra` is one that the record says of itself.
@@ -87,7 +87,7 @@ class PerfCase:
             return self.record(self.recorded(trial, extra))
 
     def recorded(self, trial: Trial, extra: Flat | None) -> Flat:
-        """The record of a finished trial, with `extra` and those of the test's tolerances that it can use."""
+        """Return a finished trial's record, with `extra` and the test's tolerances that apply to it."""
         info = {**trial.info(), **plain(extra or {})}
         if gate := tolerances.used(self.gate, self.own, info):
             info["gate"] = gate
@@ -95,8 +95,7 @@ class PerfCase:
 
     @contextmanager
     def unsaved_if_it_fails(self) -> Iterator[None]:
-        """pytest-benchmark keeps a time once it is taken, whatever fails later, unless it is told of the
-        failure."""
+        """Tell pytest-benchmark of a failure: it keeps a time once it is taken, whatever fails later."""
         try:
             yield
         except BaseException:

@@ -21,7 +21,7 @@ MODELS = tuple(f"random:tiny-{name}" for name in ("qwen2", "qwen3", "llama", "mi
 WORKLOADS = ("chat-8", "paper-2", "mixed-8", "shared-prefix-8")
 # Small batches and steps, so that batches fill, prompts are cut and requests wait; the last two share and
 # preempt.
-WAYS: dict[str, dict[str, Any]] = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "sequential": {"policy": "sequential"},
     "dynamic": {"policy": "dynamic", "max_batch_size": 4},
     "continuous": {
@@ -33,33 +33,32 @@ WAYS: dict[str, dict[str, Any]] = {
     "continuous-shared": {"policy": "continuous", "max_batch_size": 4, "max_step_tokens": 128},
     "continuous-tight": {"policy": "continuous", "max_batch_size": 4, "max_step_tokens": 128},
 }
-TIGHT = 384  # tokens that the memory of "-tight" holds
+TIGHT_KV_TOKENS = 384  # that the memory of "-tight" holds
 Table = dict[str, dict[str, int]]
 
 
 def measure(spec: str) -> Table:
-    """The counters of one model, by "model workload way"; EOS is ignored throughout, so that no token
-    matters."""
+    """Return the counters of one model, by "model workload config"; EOS is ignored throughout, so that no
+    token matters."""
     loaded = load(spec)
-    config = loaded.model.config
     found: Table = {}
     for name in WORKLOADS:
-        work = make(name, vocab_size=config.vocab_size)
+        work = make(name, vocab_size=loaded.model.config.vocab_size)
         items = [replace(item, params=replace(item.params, ignore_eos=True)) for item in work.items]
-        for way, options in WAYS.items():
-            how = EngineConfig(**options)
-            if way.endswith("tight"):
-                how = replace(how, kv_memory=TIGHT * kv_bytes_per_token(loaded.model))
-            engine = Engine(loaded, how)
+        for label, options in CONFIGS.items():
+            config = EngineConfig(**options)
+            if label.endswith("tight"):
+                config = replace(config, kv_memory=TIGHT_KV_TOKENS * kv_bytes_per_token(loaded.model))
+            engine = Engine(loaded, config)
             engine.replay(items, progress=False)
             counters = engine.metrics.counters
             names = [field.name for field in fields(Counters) if field.name != "batch_sizes"]
-            found[f"{spec} {name} {way}"] = {key: getattr(counters, key) for key in names}
+            found[f"{spec} {name} {label}"] = {key: getattr(counters, key) for key in names}
     return found
 
 
 def saved(path: Path = FILE) -> Table:
-    """The committed counters.
+    """Return the committed counters.
 
     Raises:
         FileNotFoundError: where none were recorded.
@@ -69,7 +68,7 @@ def saved(path: Path = FILE) -> Table:
 
 
 def differences(base: Table, head: Table) -> Iterator[str]:
-    """A line for each counter that is not what it was, and for each row that came or went."""
+    """Give a line for each counter that is not what it was, and for each row that came or went."""
     for row in sorted({*base, *head}):
         if row not in head:
             yield f"{row}: gone"

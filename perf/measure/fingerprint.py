@@ -12,7 +12,7 @@ from perf.measure.nvml import driver_version
 
 
 def fingerprint(device: str, dtype: str, model_revision: str | None) -> dict[str, str | None]:
-    """What a run was made on, as flat strings; None where a thing is not there.
+    """Return what a run was made on, as flat strings; None where a thing is not there.
 
     The GPU's entries are None for a run on the CPU, since it does not depend on them.
     """

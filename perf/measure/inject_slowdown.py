@@ -33,7 +33,7 @@ def inject_slowdown(fraction: float) -> Iterator[None]:
 
 
 def _slowed(original: Any, fraction: float) -> Any:
-    """`Engine.step`, longer by this fraction."""
+    """Return `Engine.step`, longer by this fraction."""
     spinner = _Spinner(fraction)  # of all steps: one may read the tokens of the step before
 
     def step(self: Any) -> Any:

@@ -38,7 +38,7 @@ class ReplayClock:
         self._seconds += seconds
 
     def now(self) -> float:
-        """Seconds since its making; what pytest-benchmark calls."""
+        """Return the seconds that it was told of; pytest-benchmark calls this."""
         return self._seconds
 
 
@@ -46,7 +46,7 @@ def interleave(trials: Sequence[Trial], rounds: int) -> dict[str, Exception]:
     """Time every trial once a round, in an order that turns round each time, so that a drifting machine
     drifts for all.
 
-    What fails is left out of the following rounds; gives its error by the backend's name.
+    A trial that fails is left out of the following rounds; return its error by the backend's name.
     """
     failed: dict[str, Exception] = {}
     for number in range(rounds):
@@ -66,8 +66,8 @@ def interleave(trials: Sequence[Trial], rounds: int) -> dict[str, Exception]:
 def run_peers(
     bench: BenchSession, names: Sequence[str], workload: str, device: str, batch_size: int, rounds: int
 ) -> dict[str, Trial | Exception]:
-    """Open all, prove all, then time all in turns and close them; a trial for each name, or why there is
-    none."""
+    """Open all, prove all, then time all in turns and close them; return a trial for each name, or why there
+    is none."""
     found: dict[str, Trial | Exception] = {}
     for name in names:
         try:

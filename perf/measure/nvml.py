@@ -1,4 +1,4 @@
-"""What the GPU was doing while a round ran: utilisation, energy, and reasons for a slowdown, sampled by NVML.
+"""GPU telemetry of one round, sampled by NVML: utilisation, energy, and reasons for a slowdown.
 
 A thread of its own reads every 50 ms; the timed thread never waits for it. Without an NVIDIA GPU, or without
 `nvidia-ml-py`, there is nothing to read, and that is said in `reason` rather than guessed at.
@@ -20,7 +20,7 @@ SLOWDOWNS = {0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """Of one round: mean utilisation (%), energy (J), and why its clocks were held down, if they were.
+    """Mean utilisation (%) and energy (J) of one round, and why its clocks were held down, if they were.
 
     `reason` says why there is nothing to read. Utilisation is None for a round shorter than a sample.
     """
@@ -32,12 +32,12 @@ class GpuReading:
 
 
 def slowdown(bits: int) -> str | None:
-    """The slowdowns in NVML's mask of clock event reasons, in words; None if there is none."""
+    """Return the slowdowns in NVML's mask of clock event reasons, in words; None if there is none."""
     return ", ".join(text for bit, text in SLOWDOWNS.items() if bits & bit) or None
 
 
 class Monitor:
-    """Use as a context manager around a round, then take `reading`."""
+    """Context manager around a round, whose `reading` it has afterwards."""
 
     def __init__(self, device: str) -> None:
         self.reading = GpuReading(reason=f"{device} is no NVIDIA GPU")
@@ -100,7 +100,7 @@ class Monitor:
             self._bits |= self._read("nvmlDeviceGetCurrentClocksEventReasons", 0)
 
     def _read(self, function: str, default: Any = None) -> Any:
-        """One value, or `default` where this GPU does not have it (a MIG slice has no utilisation)."""
+        """Return one value, or `default` where this GPU does not have it (a MIG slice has no utilisation)."""
         try:
             return getattr(self._nvml, function)(self._handle)
         except self._nvml.NVMLError:
@@ -108,7 +108,7 @@ class Monitor:
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version; None where NVML cannot be asked."""
+    """Return the NVIDIA driver's version; None where NVML cannot be asked."""
     try:
         import pynvml
     except ImportError:

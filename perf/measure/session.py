@@ -1,5 +1,4 @@
-"""What the benchmarks of one pytest session share: its options, and one model at a time with its
-reference."""
+"""State that the benchmarks of one pytest session share."""
 
 from __future__ import annotations
 
@@ -10,13 +9,13 @@ import torch
 from engine import LoadedModel, load
 from perf.gate.entries import Flat
 from perf.measure import machine_speed
-from perf.measure.costs import Costs, costs
+from perf.measure.costs import ModelCosts, model_costs
 from perf.measure.machine_speed import MachineSpeed
 from perf.measure.token_check import Reference
 
 
 class BenchSession:
-    """What the benchmarks of a session share: the options, and one model at a time with its reference."""
+    """Options of a session, and one model at a time with its reference."""
 
     def __init__(
         self, *, model: str | None, dtype: str | None, rounds: int | None, quick: bool, inject_slowdown: float
@@ -31,21 +30,21 @@ class BenchSession:
         self.recorded: list[Flat] = []
         self._speeds: dict[str, MachineSpeed] = {}
         self._key: tuple[str, str, str] | None = None
-        self._held: tuple[LoadedModel, Reference, Costs] | None = None
+        self._held: tuple[LoadedModel, Reference, ModelCosts] | None = None
 
     def spec(self, device: str) -> str:
-        """The model to run on a device: `--model`, else a small one on a CPU and the published 0.5B shape on
-        CUDA."""
+        """Return the model to run on a device: `--model`, else a small one on a CPU and the published 0.5B
+        shape on CUDA."""
         return self.model or ("random:qwen2.5-0.5b" if device == "cuda" else "random:tiny-llama")
 
-    def hold(self, device: str, spec: str | None = None) -> tuple[LoadedModel, Reference, Costs]:
-        """The model on its device; the one held before goes first, so that two never share the memory."""
+    def hold(self, device: str, spec: str | None = None) -> tuple[LoadedModel, Reference, ModelCosts]:
+        """Return the model on its device; the one held before goes first, so that two never share memory."""
         dtype = self.dtype or ("float16" if device == "cuda" else "float32")
         key = (spec or self.spec(device), device, dtype)
         if self._held is None or key != self._key:
             self.drop()
             loaded = load(key[0], device=device, dtype=dtype)
-            self._held, self._key = (loaded, Reference(loaded), costs(loaded.model)), key
+            self._held, self._key = (loaded, Reference(loaded), model_costs(loaded.model)), key
         return self._held
 
     def machine_speed(self, device: str) -> MachineSpeed:
@@ -62,7 +61,7 @@ class BenchSession:
         return self._speeds[device]
 
     def real(self, device: str) -> bool:
-        """Whether the model is worth a full workload: one that was asked for, or any on CUDA."""
+        """Return whether the model is worth a full workload: one that was asked for, or any on CUDA."""
         return self.model is not None or device == "cuda"
 
     def drop(self) -> None:

@@ -1,4 +1,4 @@
-"""Correct before fast: are these tokens what the unmodified model itself would have chosen?
+"""Correct before fast: a check that tokens are those that the unmodified model itself would have chosen.
 
 One forward pass over prompt and output gives the model's own choice at every position, given the tokens
 before it. So an answer is checked to its end even after a near-tie went the other way, and without generating
@@ -25,8 +25,8 @@ class WrongTokens(AssertionError):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of one answer: how many of its tokens are near-ties that rounding broke the other way; the first wrong
-    one."""
+    """Verdict on one answer: tokens that are near-ties, which rounding broke the other way; the first wrong
+    one, and how far its logit lies below the best."""
 
     ties: int
     wrong_at: int | None = None
@@ -34,7 +34,7 @@ class Judgement:
 
     @property
     def same(self) -> bool:
-        """Whether every token is the model's own choice, so that `model.generate` gives the same."""
+        """Return whether every token is the model's own choice, so that `model.generate` gives the same."""
         return self.wrong_at is None and not self.ties
 
 

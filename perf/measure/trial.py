@@ -40,7 +40,7 @@ class Round:
 
 
 class Trial:
-    """One way of running one workload, opened once and then run round after round."""
+    """One workload on one backend, opened once and then run round after round."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Trial:
         self.checked = count
 
     def before(self) -> None:
-        """What precedes a round and is not timed."""
+        """Prepare a round, untimed."""
         self._reset()
         gc.collect()
         machine_speed.sync(self.device)
@@ -129,12 +129,12 @@ class Trial:
             self.session.reset()
 
     def run(self) -> None:
-        """The timed part: the whole workload, to the last token on the host."""
+        """Run the timed part: the whole workload, to the last token on the host."""
         self._outcome = self.session.run(self.workload.items)
         machine_speed.sync(self.device)
 
     def after(self, seconds: float | None = None) -> None:
-        """What follows a round: its metrics and, if they are new, its tokens."""
+        """Conclude a round, untimed: check its tokens, if they are new, and keep its metrics."""
         self._monitor.__exit__(None, None, None)
         assert self._outcome is not None
         outcome, self._outcome = self._outcome, None
@@ -155,7 +155,7 @@ class Trial:
         self.rounds.append(Round(seconds or flat["wall_s"], flat, self._monitor.reading))
 
     def info(self) -> Flat:
-        """Everything recorded, flat; only `fingerprint` and `rounds` are nested.
+        """Return everything recorded, flat; only `fingerprint` and `rounds` are nested.
 
         Raises:
             RuntimeError: if every round was hit by a slowdown of the hardware.

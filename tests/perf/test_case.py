@@ -19,7 +19,7 @@ from perf.gate.entries import plain
 from perf.gate.saved_runs import parse
 from perf.measure import machine_speed
 from perf.measure.case import PerfCase
-from perf.measure.costs import costs
+from perf.measure.costs import model_costs
 from perf.measure.interleave import ReplayClock, interleave
 from perf.measure.machine_speed import MachineSpeed
 from perf.measure.nvml import GpuReading
@@ -346,23 +346,25 @@ def test_replayed_rounds_are_timed_as_they_were(bench: BenchSession):
 
 def test_costs_of_a_model_that_fits_on_paper():
     # 3 layers, 64 wide, 4 heads and 2 KV heads of 16, MLP 128, 256 ids
-    found = costs(load("random:tiny-llama").model)
+    found = model_costs(load("random:tiny-llama").model)
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
     assert found.linear_weights == 3 * layer
     assert found.head_weights == 256 * 64
     assert found.weight_bytes == 4 * (3 * layer + 256 * 64)
     assert found.kv_bytes == 2 * 3 * 2 * 16 * 4
-    assert found.flop(1, 1) == 2 * (3 * layer + 256 * 64) + 4 * 3 * 4 * 16
+    assert found.request_flops(1, 1) == 2 * (3 * layer + 256 * 64) + 4 * 3 * 4 * 16
     tokens = 10 + 5 - 1
     attention = 4 * 3 * 4 * 16 * sum(range(1, tokens + 1))
-    assert found.flop(10, 5) == 2 * (3 * layer * tokens + 256 * 64 * 5) + attention
-    assert found.useful_flops_pct([(10, 5), (10, 5)], 2.0, 1e-9 * found.flop(10, 5)) == pytest.approx(100.0)
+    assert found.request_flops(10, 5) == 2 * (3 * layer * tokens + 256 * 64 * 5) + attention
+    assert found.useful_flops_pct(
+        [(10, 5), (10, 5)], 2.0, 1e-9 * found.request_flops(10, 5)
+    ) == pytest.approx(100.0)
     step = found.weight_bytes + 8 * 100 * found.kv_bytes
     assert found.decode_bandwidth_pct(8, 100, 1.0, step / 1e6 * 2) == pytest.approx(50.0)
 
 
 def test_tied_embeddings_are_read_once_a_step():
     tied = load("random:tiny-qwen2").model
-    found = costs(tied)
+    found = model_costs(tied)
     assert found.head_weights == 256 * 64
     assert found.weight_bytes < sum(p.nbytes for p in tied.parameters())

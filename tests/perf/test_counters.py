@@ -3,6 +3,7 @@ everything."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def test_recording_and_comparing(
     assert "random:tiny-llama w sequential: steps was 3, is 4" in capsys.readouterr().out
 
 
-def test_the_committed_file_has_every_tiny_model_workload_and_way_and_a_line_each():
-    rows = {f"{m} {w} {way}" for m in counters.MODELS for w in counters.WORKLOADS for way in counters.WAYS}
+def test_the_committed_file_has_every_tiny_model_workload_and_config_and_a_line_each():
+    parts = itertools.product(counters.MODELS, counters.WORKLOADS, counters.CONFIGS)
+    rows = set(map(" ".join, parts))
     assert set(counters.saved()) == rows
     assert len(counters.FILE.read_text().splitlines()) == len(rows) + 2
     assert {f"random:{name}" for name in PRESETS if name.startswith("tiny")} == set(counters.MODELS)
@@ -61,6 +63,6 @@ def test_the_committed_file_sees_padding_sharing_and_preemption():
     assert sum(row["prompt_tokens_cached"] for name, row in table.items() if name.endswith("shared")) > 0
     assert sum(row["preemptions"] for name, row in table.items() if name.endswith("tight")) > 0
     assert len({name.split()[1]: 0 for name in table}) == len(counters.WORKLOADS)
-    for name, row in table.items():  # whatever the way, the work asked for is the same
+    for name, row in table.items():  # whatever the config, the work asked for is the same
         alone = table[" ".join([*name.split()[:2], "sequential"])]
         assert row["output_tokens"] == alone["output_tokens"], name
