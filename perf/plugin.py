@@ -193,7 +193,8 @@ def peer_rounds(
 
     def get(device: str, workload: str, batch_size: int, rounds: int) -> dict[str, Trial | Exception]:
         if device not in known:
-            chosen = [_parameters(item) for item in request.session.items if "peer_rounds" in _fixtures(item)]
+            items = (item for item in request.session.items if "peer_rounds" in _fixtures(item))
+            chosen = [_parameters(item) for item in items if not item.get_closest_marker("skip")]
             names = [params["peer"] for params in chosen if params["device"] == device]
             known[device] = run_peers(perf_bench, names, workload, device, batch_size, rounds)
         return known[device]

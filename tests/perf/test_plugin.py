@@ -134,6 +134,25 @@ def test_points_are_pairs_of_device_and_value_and_quick_skips_by_name(pytester: 
     assert any("left out by --quick" in line for line in quick.outlines)
 
 
+def test_a_peer_that_is_left_out_is_not_run_for_the_others(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+):
+    found: list[list[str]] = []
+    monkeypatch.setattr(
+        "perf.measure.interleave.run_peers", lambda bench, names, *how: found.append(names) or {}
+    )
+    pytester.makepyfile(
+        """
+        import pytest
+        left_out = pytest.param("cpu", "b", marks=pytest.mark.skip)
+        @pytest.mark.parametrize(("device", "peer"), [("cpu", "a"), left_out, ("cpu", "c")])
+        def test_it(peer_rounds, device, peer): peer_rounds(device, "mixed-2", 2, 1)
+        """
+    )
+    run(pytester).assert_outcomes(passed=2, skipped=1)
+    assert found == [["a", "c"]]
+
+
 def test_sizes_must_be_numbers(pytester: pytest.Pytester):
     assert run(pytester, "--batch-sizes", "0").ret == pytest.ExitCode.USAGE_ERROR
 
