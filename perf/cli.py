@@ -206,9 +206,13 @@ def check_gpu(
     Ends with the exit code of the tests or, where they pass, of the benchmarks: 124 if one was cut off.
     """
     from perf.gpu_check import check_gpu as run
+    from perf.report.terminal import show
+
+    def say(what: Any) -> None:
+        show(what, WIDTH)
 
     try:
-        code = run(out, test_seconds=test_seconds, benchmark_seconds=benchmark_seconds, say=_print)
+        code = run(out, test_seconds=test_seconds, benchmark_seconds=benchmark_seconds, say=say)
     except KeyboardInterrupt:
         code = INTERRUPTED
     raise typer.Exit(code)

@@ -23,7 +23,7 @@ from rich.text import Text
 from engine import InputError
 from perf.gate.saved_runs import load
 from perf.report import runs_table
-from perf.report.markup import clean
+from perf.report.text import clean
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "perf/benchmarks"
