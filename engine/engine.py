@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,13 +34,20 @@ from engine.models import (
 )
 from engine.pages import PagePool, RowPool
 from engine.progress import Progress
-from engine.request import FinishReason, OnChunk, Request, RequestOutput, SamplingParams, StreamChunk
+from engine.request import (
+    FinishReason,
+    OnChunk,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    StreamChunk,
+    WorkItem,
+)
 from engine.runner.graphs import packed_runner
 from engine.runner.packed import page_token_bytes
 from engine.runner.padded import PaddedRunner
 from engine.scheduler import Scheduler
 from engine.text import TextStream, stop_tokens
-from engine.workload import WorkItem
 
 LOG = logging.getLogger(__name__)
 BAR_AFTER_S = 2.0
@@ -132,7 +139,9 @@ class Engine(Loop):
         config = _config(config)
         check("progress", progress, bool)
         device, dtype = placement(config.device, config.dtype)
-        return cls(load(spec, device=device, dtype=dtype, seed=config.seed, progress=progress), config)
+        loaded = load(spec, device=device, dtype=dtype, seed=config.seed, progress=progress)
+        with Progress(f"Preparing {spec}", shown=progress):  # the proof, and what is compiled once a machine
+            return cls(loaded, config)
 
     def encode(self, prompt: Prompt, *, name: str = "prompt") -> list[int]:
         """Return a prompt's token ids, checked; `name` is what errors call it."""
@@ -207,8 +216,17 @@ class Engine(Loop):
             )
         return self.replay(list(map(WorkItem, each, many)), progress=progress)
 
-    def replay(self, items: Sequence[WorkItem], *, progress: bool = True) -> list[RequestOutput]:
-        """As `generate`, for requests that are each due at a time of their own, `arrival_s` after now."""
+    def replay(
+        self,
+        items: Sequence[WorkItem],
+        *,
+        progress: bool = True,
+        on_step: Callable[[list[StreamChunk]], object] | None = None,
+    ) -> list[RequestOutput]:
+        """As `generate`, for requests that are each due at a time of their own, `arrival_s` after now.
+
+        `on_step` is called with the chunks of each step; text may come with a request's last alone.
+        """
         check("progress", progress, bool)
         listed = check_list("items", items, "a list of WorkItem, such as a workload's items")
         requests, due = [], []
@@ -232,7 +250,10 @@ class Engine(Loop):
                         self._queue(pending.popleft())
                     if not self.has_work:
                         time.sleep(min(max(0.0, pending[0].arrival - time.perf_counter()), NAP_S))
-                    bar.advance(sum(chunk.output is not None for chunk in self.step()))
+                    chunks = self.step()
+                    bar.advance(sum(chunk.output is not None for chunk in chunks))
+                    if on_step is not None:
+                        on_step(chunks)
             except KeyboardInterrupt:
                 bar.write("interrupted: unfinished requests end with reason 'abort'")
             finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
@@ -98,6 +98,15 @@ class ResolvedParams(SamplingParams):
     top_p: float = bounded(1.0, float, 1e-9, 1)
     min_p: float = bounded(0.0, float, 0, 1)
     repetition_penalty: float = bounded(1.0, float, 1e-9)
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """A request to come: text or token ids, how to sample, and when it is due, seconds after the start."""
+
+    prompt: str | Sequence[int]
+    params: SamplingParams
+    arrival_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

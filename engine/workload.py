@@ -7,7 +7,6 @@ streams for lengths and texts, for random token ids and for arrivals: changing o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InputError, check, shown
-from engine.request import ResolvedParams, SamplingParams
+from engine.request import ResolvedParams, WorkItem
 
 MOST_IDS = 1 << 24
 NAMES = {  # put a number in place of N: chat-32
@@ -24,15 +23,6 @@ NAMES = {  # put a number in place of N: chat-32
     "mixed-N": "log-normal lengths, 12-260 random tokens in (median 70), 8-64 out (median 28), EOS ignored",
     "shared-prefix-N": "256 random tokens in common, then 16-64 of each one's own, 8-32 out, EOS ignored",
 }
-
-
-@dataclass(frozen=True)
-class WorkItem:
-    """One request: text or token ids, how to sample, and when it is due, in seconds after the run's start."""
-
-    prompt: str | Sequence[int]
-    params: SamplingParams
-    arrival_s: float = 0.0
 
 
 @dataclass(frozen=True)
