@@ -14,28 +14,27 @@ from engine.errors import InputError
 from engine.machine import cache_dir, cpu_name
 from engine.metrics import Counters, EngineMetrics, RequestMetrics
 from engine.models import LoadedModel, kv_bytes_per_token, kv_layers, load, max_positions
-from engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk
+from engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk, WorkItem
 
 if TYPE_CHECKING:
     from engine.aio import AsyncEngine
-    from engine.bench import transformers_generate as generate_with_transformers
+    from engine.bench.compare import transformers_generate as generate_with_transformers
+    from engine.bench.workload import Workload, make_workload
     from engine.engine import Engine
-    from engine.workload import WorkItem, Workload, make
 
 __version__ = "0.1.0"
 __all__ = [
     "AsyncEngine", "Counters", "Engine", "EngineConfig", "EngineMetrics", "FinishReason", "InputError",
     "LoadedModel", "RequestMetrics", "RequestOutput", "SamplingParams", "StreamChunk", "WorkItem", "Workload",
-    "cache_dir", "cpu_name", "generate_with_transformers", "kv_bytes_per_token", "kv_layers", "load", "make",
-    "max_positions",
+    "cache_dir", "cpu_name", "generate_with_transformers", "kv_bytes_per_token", "kv_layers", "load",
+    "make_workload", "max_positions",
 ]  # fmt: skip
 _LATER = {  # where each is, and what it is called there
     "AsyncEngine": ("aio", "AsyncEngine"),
     "Engine": ("engine", "Engine"),
-    "WorkItem": ("workload", "WorkItem"),
-    "Workload": ("workload", "Workload"),
-    "generate_with_transformers": ("bench", "transformers_generate"),
-    "make": ("workload", "make"),
+    "Workload": ("bench.workload", "Workload"),
+    "generate_with_transformers": ("bench.compare", "transformers_generate"),
+    "make_workload": ("bench.workload", "make_workload"),
 }
 
 

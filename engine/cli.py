@@ -3,10 +3,8 @@ use."""
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +12,7 @@ import typer
 
 from engine import __version__
 from engine.config import POLICIES, EngineConfig
-from engine.errors import InputError, check_text, shown
+from engine.errors import InputError, check_text
 from engine.output import INTERRUPTED, Output, ending, fail
 from engine.progress import Progress
 from engine.request import SamplingParams
@@ -22,7 +20,7 @@ from engine.request import SamplingParams
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
-PLOTS = (".png", ".svg", ".pdf")
+IMPORTING = "Importing PyTorch and Transformers"
 
 Model = Annotated[
     str, typer.Option(help="A hub id, a folder, a .gguf file, 'smollm2' or 'random:NAME'; see models.")
@@ -56,10 +54,10 @@ def bench(
     policies: Annotated[str, typer.Option(help="Comma-separated; also: generate.")] = ",".join(POLICIES),
     batch_sizes: Annotated[
         str, typer.Option(help="Comma-separated, for the policies that batch.")
-    ] = "1,4,16",
+    ] = "1,8,16",
     workload: Annotated[
-        str, typer.Option(help="N requests: chat-N, paper-N, mixed-N or shared-prefix-N.")
-    ] = "chat-32",
+        str, typer.Option(help="N requests: brief-N, chat-N, paper-N, mixed-N or shared-prefix-N.")
+    ] = "brief-24",
     arrivals: Annotated[
         str, typer.Option(help="When they are due: all, poisson:RATE or burst:SIZE:GAP_S.")
     ] = "all",
@@ -72,80 +70,36 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw throughput and latency here (.png, .svg, .pdf).")
     ] = None,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Show every column, however wide the terminal is.")
+    ] = False,
 ) -> None:
-    """Run one workload through several ways of batching it and compare them in one table.
+    """Run one workload by several policies at several batch sizes and compare them in one table.
 
     'sequential' is the batch=1 baseline, whose tokens the others' are compared with; 'generate' is
-    Transformers' own. Workloads: chat is English, paper 128 tokens in and 256 out, mixed log-normal. Ctrl-C
-    shows what has finished.
+    Transformers' own. Workloads: chat is English with 8-64 tokens out, brief the same with 8-24, paper 128
+    tokens in and 256 out, mixed log-normal. Ctrl-C shows what has finished.
     """
-    from engine import bench as bench_module, report
-    from engine.engine import Engine
-    from engine.workload import make
+    from engine.bench.options import BenchOptions
 
-    try:
-        sizes = [int(size) for size in batch_sizes.split(",")]
-    except ValueError:
-        problem = "must be whole numbers, comma-separated: 1,4,16"
-        raise InputError(f"batch-sizes={shown(batch_sizes)} {problem}") from None
-    pairs = bench_module.ways([policy.strip() for policy in policies.split(",")], sizes)
-    for option, path in (("csv", csv), ("json", json), ("plot", plot)):
-        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise InputError(
-                f"{option}={str(path)!r} cannot be written: name a file in a folder that is there"
-            )
-    if plot and plot.suffix not in PLOTS:
-        raise InputError(f"plot={str(plot)!r} must end in one of {', '.join(PLOTS)}")
-    if plot and find_spec("matplotlib") is None:
-        raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
-    # bad names and numbers, before a model is loaded
-    make(workload, vocab_size=2, seed=seed, arrivals=arrivals)
-    if dtype == "int8" and "generate" in dict(pairs):
-        raise InputError("policies has 'generate', which is Transformers' own: leave it out of dtype='int8'")
-    config = EngineConfig(device=device, dtype=dtype, seed=seed, generation_config="none")
-    # The policy that joins no weights: this engine is just asked.
-    engine = Engine.from_pretrained(model, replace(config, policy="sequential"), progress=True)
-    limits = {"vocab_size": engine.vocab_size, "max_positions": engine.max_positions}
-    work = make(workload, tokenizer=engine.tokenizer, seed=seed, arrivals=arrivals, **limits)
-    runs: list[bench_module.Run] = []
-    with Progress(f"{workload} on {model}", len(pairs) * rounds, unit="runs") as bar:
-        try:
-            for run in bench_module.bench(engine.loaded, work, pairs, config, rounds):
-                runs.append(run)
-                bar.advance()
-        except KeyboardInterrupt:
-            bar.write("interrupted: showing the runs that finished")
-    if not runs:
-        raise typer.Exit(INTERRUPTED)
-    environment = {
-        "workload": workload,
-        "arrivals": arrivals,
-        "seed": seed,
-        **bench_module.environment(engine.loaded),
-    }
-    environment["dtype"] = engine.config.dtype
-    title = f"{workload}, arrivals {arrivals}, on {model} ({environment['dtype']}, {environment['device']})"
-    summary = report.summarise(runs)
-    out = Output()
-    out.show(report.table(summary, title), width=180)
-    held = {"weights": environment["weight_bytes"], "their packed copies": summary["copied_bytes"].max()}
-    held |= {"KV": summary["kv_bytes_peak"].max(), "peak RSS": environment["peak_rss_bytes"]}
-    held |= {"peak CUDA": environment["peak_cuda_bytes"]}
-    out.write("memory in MiB: " + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in held.items()))
-    unused = summary[summary["policy"] != "generate"].groupby("policy", sort=False)["kv_unused_mean"].mean()
-    if len(unused):
-        waste = ", ".join(f"{policy} {positions:,.1f}" for policy, positions in unused.items())
-        out.write(f"KV positions that a request held without need, on average: {waste}")
-    if model.startswith("random:"):
-        out.write("weights are random: speed does not depend on their values, text would be noise")
-    if csv:
-        report.requests_frame(runs).to_csv(csv, index=False)
-    if json:
-        report.write_json(json, runs, environment)
-    if plot:
-        report.write_plot(plot, summary, title)
-    out.close()
-    if len(runs) < len(pairs) * rounds:
+    options = BenchOptions(
+        model=model,
+        policies=policies,
+        batch_sizes=batch_sizes,
+        workload=workload,
+        arrivals=arrivals,
+        rounds=rounds,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        csv=csv,
+        json=json,
+        plot=plot,
+        wide=wide,
+    )
+    with Progress(IMPORTING):
+        from engine.bench import command
+    if not command.run(options):
         raise typer.Exit(INTERRUPTED)
 
 
@@ -189,7 +143,8 @@ def generate(
     if not text.strip():
         raise InputError("prompt is empty: give at least one word")
     config = EngineConfig(device=device, dtype=dtype, seed=seed, generation_config=generation_config)
-    from engine.engine import Engine
+    with Progress(IMPORTING):
+        from engine.engine import Engine
 
     engine, out = Engine.from_pretrained(model, config, progress=True), Output()
     if params.max_new_tokens is None and "max_new_tokens" not in engine.defaults:
@@ -223,29 +178,28 @@ def _standard_input() -> str:
 @ending()
 def models() -> None:
     """List the named models: parameters, bytes of weights, bytes of keys and values a token."""
-    from rich.table import Table
-
     from engine.models import catalogue
+    from engine.table import Column
 
-    out = Table(caption="also: a hub id (org/name), a local folder, or a .gguf file", caption_justify="left")
-    for heading in (
-        "spec",
-        "architecture",
-        "parameters",
-        "32-bit",
-        "16-bit",
-        "KV/token 32-bit",
-        "16-bit",
-        "positions",
-    ):
-        out.add_column(heading, justify="left" if heading in ("spec", "architecture") else "right")
-    for row in catalogue():
-        sizes = (row["bytes_32bit"], row["bytes_16bit"])
-        kv = (row["kv_bytes_per_token_32bit"], row["kv_bytes_per_token_16bit"])
-        cells = [row["spec"], row["architecture"], f"{row['parameters']:,}"]
-        cells += [f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e3:,.0f} kB" for size in sizes]
-        out.add_row(*cells, *(f"{size:,} B" for size in kv), f"{row['positions']:,}")
-    Output().show(out, width=140)
+    rows = catalogue()
+
+    def sizes(name: str) -> list[str]:
+        return [
+            f"{row[name] / 1e9:.2f} GB" if row[name] > 1e8 else f"{row[name] / 1e3:,.0f} kB" for row in rows
+        ]
+
+    columns = [
+        Column("spec", [row["spec"] for row in rows], is_text=True),
+        Column("architecture", [row["architecture"] for row in rows], rank=2, is_text=True),
+        Column("parameters", [f"{row['parameters']:,}" for row in rows], rank=1),
+        Column("weights\n32-bit", sizes("bytes_32bit"), rank=6),
+        Column("weights\n16-bit", sizes("bytes_16bit"), rank=4),
+        Column("KV/token\n32-bit", [f"{row['kv_bytes_per_token_32bit']:,} B" for row in rows], rank=7),
+        Column("KV/token\n16-bit", [f"{row['kv_bytes_per_token_16bit']:,} B" for row in rows], rank=5),
+        Column("positions", [f"{row['positions']:,}" for row in rows], rank=3),
+    ]
+    below = ["also: a hub id (org/name), a local folder, or a .gguf file"]
+    Output().show(columns, "", below, "a wider terminal, or COLUMNS=120, shows every column")
 
 
 def main(args: Any = None) -> None:

@@ -7,15 +7,24 @@ says how), 130 interrupted, 141 nobody reads the output any more (as a shell say
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console
+
+from engine.table import Column, drawn, fitting, total_width
 
 USAGE, INTERRUPTED, NO_READER = 2, 130, 141
+COLUMNS = 100  # where there is no terminal that says
 ERRORS = Console(stderr=True)
+
+
+def columns_of_terminal() -> int:
+    """Return how many columns there are: $COLUMNS, else the terminal's own, else 100."""
+    return shutil.get_terminal_size((COLUMNS, 24)).columns
 
 
 class Output:
@@ -39,12 +48,30 @@ class Output:
             self._escaped = True
         sys.stdout.flush()
 
-    def show(self, table: RenderableType, width: int) -> None:
-        """Write what rich can draw, `width` columns wide where there is no terminal."""
-        console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else width)
-        with console.capture() as drawn:
-            console.print(table)
-        self.write(drawn.get(), end="")
+    def show(
+        self, columns: Sequence[Column], title: str, below: Sequence[str], way_out: str, whole: bool = False
+    ) -> None:
+        """Write a table, of the columns that there is room for.
+
+        Args:
+            title: the line above it, if it has one.
+            below: sentences for below it.
+            way_out: how to see the columns that had no room, said with their names if there are any.
+            whole: every column, whatever room there is.
+        """
+        room = columns_of_terminal()
+        shown = list(columns) if whole else fitting(columns, room)
+        width = total_width(shown)
+        console = Console(width=max(room, width))
+        missing = ", ".join(column.name for column in columns if column not in shown)
+        with console.capture() as lines:
+            if title:
+                console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+            console.print(drawn(shown), width=width)
+            hint = [f"no room for {missing}: {way_out}"] if missing else []
+            for line in (*hint, *below):
+                console.print(line, markup=False, highlight=False, width=room)
+        self.write("\n".join(line.rstrip() for line in lines.get().splitlines()))
 
     def close(self) -> None:
         """Say on standard error whether anything was escaped."""

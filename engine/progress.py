@@ -32,6 +32,7 @@ class Progress:
         unit: what a part is called.
         shown: False shows nothing at all.
         delay_s: a bar appears only for what takes longer, seconds.
+        redraw_s: a bar is drawn so often at most, seconds: each time takes some milliseconds of the work's.
         stream: where to; standard error if None.
         clock: gives seconds, of which only differences count.
     """
@@ -44,6 +45,7 @@ class Progress:
         unit: str = "",
         shown: bool = True,
         delay_s: float = 0.0,
+        redraw_s: float = REDRAW_EVERY_S,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -51,7 +53,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._shown = shown and self._stream is not None
         self._has_bar = self._shown and on_terminal(self._stream)
-        self._clock, self._delay_s = clock, delay_s
+        self._clock, self._delay_s, self._redraw_s = clock, delay_s, redraw_s
         self._began = self._last = clock()
         self._bar: Bar | None = None
 
@@ -66,6 +68,18 @@ class Progress:
         self._shown = False
         if self._bar is not None:
             self._bar.stop()
+
+    def begin(self, what: str, total: int | None = None, unit: str = "") -> None:
+        """Go on to other work, which counts its own parts from 0; a log has no more lines for it."""
+        self._what, self._total, self._unit, self._done = what, total, unit, 0
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._shown and self._has_bar and not self._delay_s:
+            self._last = self._clock()
+            self._draw()
+        else:
+            self._show()
 
     def advance(self, parts: int = 1) -> None:
         """Count parts that are done."""
@@ -88,7 +102,7 @@ class Progress:
         if not self._shown:
             return
         now = self._clock()
-        wait = REDRAW_EVERY_S if self._has_bar else LINE_EVERY_S
+        wait = self._redraw_s if self._has_bar else LINE_EVERY_S
         new_words = self._has_bar and self._total is None
         if now - self._began < self._delay_s or (now - self._last < wait and not new_words):
             return

@@ -1,5 +1,4 @@
-"""The comparison itself: which ways run, which round is shown, against what, and that every way is given
-equal work."""
+"""The comparison itself: what runs, which round is shown, against what, and that all are given equal work."""
 
 from __future__ import annotations
 
@@ -9,13 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine import EngineConfig, FinishReason, InputError, SamplingParams
-from engine.bench import Run, bench, environment, ways
+from engine import EngineConfig, FinishReason, InputError, SamplingParams, WorkItem
+from engine.bench import table
+from engine.bench.compare import Run, compare, environment
+from engine.bench.options import combinations
+from engine.bench.report import requests_frame, summarise
+from engine.bench.workload import Workload
 from engine.config import POLICIES
 from engine.metrics import Counters, EngineMetrics, RequestMetrics
-from engine.report import COLUMNS, requests_frame, summarise, table
 from engine.request import UNSOUND, Request
-from engine.workload import WorkItem, Workload
 
 BOTH = [("generate", 1), ("sequential", 1)]
 
@@ -45,19 +46,23 @@ def prompts_of(count: int) -> list[list[int]]:
     return [rng.integers(10, 256, size).tolist() for size in rng.integers(1, 30, count)]
 
 
-# Ways
+# What runs
 
 
 def test_sequential_runs_once_generate_at_every_size_and_the_others_above_1():
-    assert ways(["sequential", "dynamic"], [1, 4, 16]) == [("sequential", 1), ("dynamic", 4), ("dynamic", 16)]
-    assert ways(["dynamic", "generate"], [8]) == [("dynamic", 8), ("generate", 8)]
-    assert ways(["sequential"], []) == [("sequential", 1)]
-    assert ways(["generate", "sequential", "generate"], [1, 4, 4]) == [
+    assert combinations(["sequential", "dynamic"], [1, 4, 16]) == [
+        ("sequential", 1),
+        ("dynamic", 4),
+        ("dynamic", 16),
+    ]
+    assert combinations(["dynamic", "generate"], [8]) == [("dynamic", 8), ("generate", 8)]
+    assert combinations(["sequential"], []) == [("sequential", 1)]
+    assert combinations(["generate", "sequential", "generate"], [1, 4, 4]) == [
         ("generate", 1),
         ("generate", 4),
         ("sequential", 1),
     ]
-    assert {policy for policy, _ in ways(("generate", *POLICIES), [2])} == {"generate", *POLICIES}
+    assert {policy for policy, _ in combinations(("generate", *POLICIES), [2])} == {"generate", *POLICIES}
 
 
 @pytest.mark.parametrize(("policies", "sizes", "message"), [
@@ -66,9 +71,9 @@ def test_sequential_runs_once_generate_at_every_size_and_the_others_above_1():
     (["sequential"], [-1], "batch-sizes=-1 must be"),
     (["dynamic"], [1], "nothing to run"), (["dynamic"], [], "nothing to run"), ([], [4], "nothing to run"),
 ])  # fmt: skip
-def test_ways_that_are_none(policies, sizes, message):
+def test_combinations_that_are_none(policies, sizes, message):
     with pytest.raises(InputError, match=message):
-        ways(policies, sizes)
+        combinations(policies, sizes)
 
 
 # What is shown
@@ -100,23 +105,37 @@ def test_speedup_and_tokens_are_against_sequential_wherever_it_stands():
     assert summary.same_tokens.tolist() == [1, 2, 1]
 
 
-def test_without_sequential_the_first_way_is_the_base():
+def test_without_sequential_the_first_run_is_the_base():
     summary = summarise([made_up("dynamic", 4, 2.0), made_up("dynamic", 8, 1.0)])
     assert summary.speedup.tolist() == pytest.approx([1.0, 2.0])
 
 
 def test_every_column_of_the_table_is_in_the_summary_and_what_was_not_measured_is_a_dash():
     summary = summarise([made_up("sequential", 1, 1.0, ((5,), (7,)))])
-    assert {name for name, _ in COLUMNS.values()} <= set(summary.columns)
-    shown = table(summary, "title")
-    cells = {column.header: next(iter(column.cells)) for column in shown.columns}
-    assert (cells["policy"], cells["speed-up"], cells["TPOT P50"], cells["same tokens"]) == (
-        "sequential",
-        "1.00x",
-        "-",
-        "2",
-    )
-    assert "over 2 requests" in str(shown.caption)
+    assert {name for _, name, _, _ in table.COLUMNS} <= set(summary.columns)
+    cells = {column.name: column.cells for column in table.columns(summary)}
+    assert len(cells) == len(table.COLUMNS) == 16
+    shown = [cells[name] for name in ("policy", "speed-up", "TPOT P50", "same tokens")]
+    assert shown == [["sequential"], ["1.00x"], ["-"], ["2/2"]]
+    assert table.caption(summary).startswith("2 requests a row. speed-up: tok/s over that of sequential.")
+    assert "over that of the first row." in table.caption(summarise([made_up("dynamic", 4, 1.0)]))
+
+
+def test_the_times_of_a_metric_have_one_unit_that_suits_them():
+    summary = summarise([made_up("sequential", 1, 20.0), made_up("dynamic", 4, 0.25)])
+    columns = {column.head: column.cells for column in table.columns(summary)}
+    assert columns["TTFT\nP50 s"] == columns["latency\nP95 s"] == ["20.00", "0.25"]
+    assert columns["decode\nmean ms"] == ["0", "0"]
+
+
+@pytest.mark.parametrize(("times", "shown"), [
+    ([999.4], ("ms", 1.0, 0)), ([999.4, 3.21], ("ms", 1.0, 1)), ([0.04, 88.0], ("ms", 1.0, 2)),
+    ([0.004], ("ms", 1.0, 3)), ([1000.0], ("s", 1e3, 1)), ([49_800.0, 9_400.0], ("s", 1e3, 1)),
+    ([49_800.0, 0.0, float("nan"), 81.0], ("s", 1e3, 2)), ([49_800.0, 8.0], ("s", 1e3, 3)),
+    ([0.0], ("ms", 1.0, 0)), ([], ("ms", 1.0, 0)),
+])  # fmt: skip
+def test_the_unit_and_the_decimals_of_times(times, shown):
+    assert table.unit_of(times) == shown
 
 
 def test_requests_frame_has_a_row_a_request_a_run():
@@ -135,8 +154,8 @@ def test_requests_frame_has_a_row_a_request_a_run():
 def test_generate_and_every_policy_give_the_same_tokens_for_the_same_work(tiny):
     loaded = tiny("tiny-llama", "float64").loaded
     workload = work(prompts_of(7), SamplingParams(max_new_tokens=9, ignore_eos=True))
-    pairs = ways(("generate", *POLICIES), [3])
-    runs = list(bench(loaded, workload, pairs, EngineConfig(), rounds=2))
+    pairs = combinations(("generate", *POLICIES), [3])
+    runs = list(compare(loaded, workload, pairs, EngineConfig(), rounds=2))
     assert [(run.policy, run.batch_size) for run in runs] == pairs * 2
     for run in runs:
         assert [output.prompt_token_ids for output in run.outputs] == [
@@ -154,7 +173,7 @@ def test_generate_and_every_policy_give_the_same_tokens_for_the_same_work(tiny):
 def test_generate_counts_what_sequential_counts(tiny):
     loaded = tiny("tiny-llama", "float64").loaded
     workload = work(prompts_of(5), SamplingParams(max_new_tokens=6, ignore_eos=True))
-    counted = [run.metrics.counters for run in bench(loaded, workload, BOTH, EngineConfig())]
+    counted = [run.metrics.counters for run in compare(loaded, workload, BOTH, EngineConfig())]
     for name in (name for name in Counters.__dataclass_fields__ if not name.startswith("kv_")):
         assert getattr(counted[0], name) == getattr(counted[1], name), name
 
@@ -175,7 +194,7 @@ def llama(tiny):
 def test_eos_ends_both_where_it_is_honoured_and_neither_where_not(llama, ignore):
     prompts, free = prompts_of(4), SamplingParams(max_new_tokens=12, ignore_eos=True)
     whole = [
-        output.token_ids for output in next(bench(llama, work(prompts, free), BOTH, EngineConfig())).outputs
+        output.token_ids for output in next(compare(llama, work(prompts, free), BOTH, EngineConfig())).outputs
     ]
     eos = [whole[0][4], whole[1][0]]
     llama.model.generation_config.eos_token_id = eos
@@ -183,7 +202,7 @@ def test_eos_ends_both_where_it_is_honoured_and_neither_where_not(llama, ignore)
     assert min(ends) == 1
     assert 1 < ends[0] <= 5
     expected = whole if ignore else [ids[:end] for ids, end in zip(whole, ends, strict=True)]
-    for run in bench(llama, work(prompts, replace(free, ignore_eos=ignore)), BOTH, EngineConfig()):
+    for run in compare(llama, work(prompts, replace(free, ignore_eos=ignore)), BOTH, EngineConfig()):
         assert [output.token_ids for output in run.outputs] == expected
         for output in run.outputs:
             stopped = not ignore and output.token_ids[-1] in eos
@@ -193,16 +212,16 @@ def test_eos_ends_both_where_it_is_honoured_and_neither_where_not(llama, ignore)
 
 def test_the_models_own_sampling_settings_change_neither(llama):
     workload = work(prompts_of(3), SamplingParams(max_new_tokens=16, ignore_eos=True))
-    plain = [output.token_ids for output in next(bench(llama, workload, BOTH, EngineConfig())).outputs]
+    plain = [output.token_ids for output in next(compare(llama, workload, BOTH, EngineConfig())).outputs]
     llama.model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=9.0, top_k=2)
-    for run in bench(llama, workload, BOTH, EngineConfig()):
+    for run in compare(llama, workload, BOTH, EngineConfig()):
         assert [output.token_ids for output in run.outputs] == plain, run.policy
 
 
-@pytest.mark.parametrize("way", [("generate", 1), ("sequential", 1), ("dynamic", 2)])
-def test_requests_start_when_they_are_due_and_times_are_in_order(tiny, way):
+@pytest.mark.parametrize(("policy", "size"), [("generate", 1), ("sequential", 1), ("dynamic", 2)])
+def test_requests_start_when_they_are_due_and_times_are_in_order(tiny, policy, size):
     workload = work(prompts_of(3), SamplingParams(max_new_tokens=2, ignore_eos=True), gap=0.1)
-    (run,) = bench(tiny("tiny-llama").loaded, workload, [way], EngineConfig())
+    (run,) = compare(tiny("tiny-llama").loaded, workload, [(policy, size)], EngineConfig())
     arrivals = [output.metrics.arrival_s for output in run.outputs]
     assert np.diff(arrivals) == pytest.approx([0.1, 0.1])
     for metrics in (output.metrics for output in run.outputs):
@@ -224,18 +243,20 @@ def test_a_run_that_was_interrupted_is_no_run_and_ends_the_rest(tiny, monkeypatc
 
     monkeypatch.setattr(Engine, "step", interrupted)
     workload = work(prompts_of(4), SamplingParams(max_new_tokens=10, ignore_eos=True))
-    runs = bench(tiny().loaded, workload, ways(["dynamic", "sequential", "dynamic"], [4, 2]), EngineConfig())
+    runs = compare(
+        tiny().loaded, workload, combinations(["dynamic", "sequential", "dynamic"], [4, 2]), EngineConfig()
+    )
     assert next(runs).policy == "dynamic"
     with pytest.raises(KeyboardInterrupt):
         list(runs)
-    runs = bench(tiny().loaded, workload, ways(["dynamic"], [4]), EngineConfig())
+    runs = compare(tiny().loaded, workload, combinations(["dynamic"], [4]), EngineConfig())
     assert [output.finish_reason for output in next(runs).outputs] == [FinishReason.LENGTH] * 4
 
 
 def test_a_run_with_a_request_that_failed_is_no_run(tiny, monkeypatch):
     monkeypatch.setattr("engine.runner.padded.sample", lambda logits, requests: [UNSOUND] * len(requests))
     with pytest.raises(InputError, match="dynamic at batch size 2: request-0 failed: "):
-        next(bench(tiny().loaded, work(prompts_of(2), SamplingParams()), [("dynamic", 2)], EngineConfig()))
+        next(compare(tiny().loaded, work(prompts_of(2), SamplingParams()), [("dynamic", 2)], EngineConfig()))
 
 
 def test_the_environment_is_plain_and_says_what_ran(tiny):

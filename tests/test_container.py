@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, cgroup, machine
-from engine.bench import environment
+from engine.bench.compare import environment
 from engine.memory import free_bytes, peak_bytes
 
 CPU = torch.device("cpu")

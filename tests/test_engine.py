@@ -12,10 +12,9 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings, strategies as st
 
-from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParams
+from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParams, WorkItem, make_workload
 from engine.request import StreamChunk
 from engine.sampler import sample
-from engine.workload import WorkItem, make
 from tests.conftest import TINY
 from tests.oracle import Oracle
 
@@ -73,7 +72,9 @@ def test_any_lengths_any_passes(tiny, lengths, batch_size, max_step_tokens, pass
 @pytest.mark.parametrize(("policy", "batch_size"), [("dynamic", 3), ("dynamic", 8), ("dynamic", 32)])
 def test_equals_generate_on_a_real_model(smollm2_oracle, policy, batch_size):
     oracle: Oracle = smollm2_oracle
-    work = make("chat-12", vocab_size=oracle.model.config.vocab_size, tokenizer=oracle.loaded.tokenizer)
+    work = make_workload(
+        "chat-12", vocab_size=oracle.model.config.vocab_size, tokenizer=oracle.loaded.tokenizer
+    )
     engine = Engine(oracle.loaded, EngineConfig(policy=policy, max_batch_size=batch_size))
     items = [WorkItem(item.prompt, exactly(3 + i % 5)) for i, item in enumerate(work.items)]
     for item, output in zip(items, engine.replay(items, progress=False), strict=True):

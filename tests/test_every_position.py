@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams
+from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams, make_workload
 from engine.models import kv_bytes_per_token
 from engine.runner.graphs import DeviceRunner
-from engine.workload import make
 from tests import reference
 from tests.oracle import Oracle
 
@@ -121,8 +120,8 @@ def test_one_position_more_is_refused(policy, prompt, limit):
 
 
 def test_a_workload_may_fill_the_context():
-    assert make("paper-2", vocab_size=256, max_positions=128 + 256 - 1)
+    assert make_workload("paper-2", vocab_size=256, max_positions=128 + 256 - 1)
     with pytest.raises(
         InputError, match="max_positions=382 is too small: the longest request of paper-2 needs 383"
     ):
-        make("paper-2", vocab_size=256, max_positions=382)
+        make_workload("paper-2", vocab_size=256, max_positions=382)

@@ -13,10 +13,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams
+from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams, make_workload
 from engine.models import ModelError, load
 from engine.request import Request, ResolvedParams
-from engine.workload import make
 from tests.gguf_writer import tiny
 
 PROMPTS = [[5, 6, 7, 8], list(range(20, 60)), [9] * 12]
@@ -137,7 +136,7 @@ def test_a_stored_file_is_what_counts(tmp_path: Path) -> None:
 def test_workloads_state_everything() -> None:
     engine = Engine(loaded(**QWEN, max_new_tokens=9))
     for name in ("mixed-4", "chat-4", "paper-2", "shared-prefix-2"):
-        for item in make(name, vocab_size=256).items:
+        for item in make_workload(name, vocab_size=256).items:
             asked = item.params.resolved(engine.defaults)
             assert (asked.temperature, asked.top_k, asked.top_p, asked.min_p) == (0.0, 0, 1.0, 0.0)
             assert (asked.repetition_penalty, asked.max_new_tokens) == (1.0, item.params.max_new_tokens)

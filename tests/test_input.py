@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine import AsyncEngine, Engine, EngineConfig, InputError, LoadedModel, SamplingParams, load, make
-from engine.workload import WorkItem
+from engine import (
+    AsyncEngine,
+    Engine,
+    EngineConfig,
+    InputError,
+    LoadedModel,
+    SamplingParams,
+    WorkItem,
+    load,
+    make_workload,
+)
 from tests.test_engine import exactly
 from tests.test_text import byte_level
 
@@ -157,7 +166,10 @@ BAD_CALLS = {
     "one of the params": (lambda e: e.generate(["a"] * 2, [exactly(1), {}]), r"params\[1\]=.* Sampling"),
     "progress": (lambda e: e.generate(["a"], progress="yes"), "progress='yes' must be True or False"),
     "no items": (lambda e: e.replay(None), "items=None must be a list of WorkItem"),
-    "a workload": (lambda e: e.replay(make("mixed-2", vocab_size=9)), "items=.* must be a list of WorkItem"),
+    "a workload": (
+        lambda e: e.replay(make_workload("mixed-2", vocab_size=9)),
+        "items=.* must be a list of WorkItem",
+    ),
     "a prompt for an item": (lambda e: e.replay(["a"]), r"items\[0\]='a' must be of class WorkItem"),
     "params of an item": (lambda e: e.replay([WorkItem("a", 5)]), r"params\[0\]=5 must be of class Sampling"),
     "due at no time": (lambda e: e.replay([item(math.nan)]), r"items\[0\].arrival_s=nan must be a finite"),
@@ -194,12 +206,27 @@ BAD_CALLS = {
     "goodput of nothing": (lambda e: e.metrics.goodput(None, 1), "ttft_ms=None must be a number of at"),
     "goodput of nan": (lambda e: e.metrics.goodput(1, math.nan), "tpot_ms=nan must be"),
     "goodput below": (lambda e: e.metrics.goodput(1, -1), "tpot_ms=-1 must be a number of at least 0"),
-    "a workload's name": (lambda e: make(5, vocab_size=9), "workload=5 must be one of"),
-    "its name in bytes": (lambda e: make(b"chat-3", vocab_size=9), "workload=b'chat-3' must be one of"),
-    "its vocabulary": (lambda e: make("chat-3", vocab_size=10**30), "vocab_size=1000.* must be at most"),
-    "its seed": (lambda e: make("chat-3", vocab_size=9, seed="x"), "seed='x' must be a whole number"),
-    "its arrivals": (lambda e: make("chat-3", vocab_size=9, arrivals=5), "arrivals=5 must be all, poisson:"),
-    "its positions": (lambda e: make("chat-3", vocab_size=9, max_positions=1.5), "max_positions=1.5 must be"),
+    "a workload's name": (lambda e: make_workload(5, vocab_size=9), "workload=5 must be one of"),
+    "its name in bytes": (
+        lambda e: make_workload(b"chat-3", vocab_size=9),
+        "workload=b'chat-3' must be one of",
+    ),
+    "its vocabulary": (
+        lambda e: make_workload("chat-3", vocab_size=10**30),
+        "vocab_size=1000.* must be at most",
+    ),
+    "its seed": (
+        lambda e: make_workload("chat-3", vocab_size=9, seed="x"),
+        "seed='x' must be a whole number",
+    ),
+    "its arrivals": (
+        lambda e: make_workload("chat-3", vocab_size=9, arrivals=5),
+        "arrivals=5 must be all, poisson:",
+    ),
+    "its positions": (
+        lambda e: make_workload("chat-3", vocab_size=9, max_positions=1.5),
+        "max_positions=1.5 must be",
+    ),
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import Engine, EngineConfig, InputError, SamplingParams
+from engine import Engine, EngineConfig, InputError, SamplingParams, make_workload
 from engine.attention.paged import Options, Piece
 from engine.cpu import model as cpu_model
 from engine.cpu.model import LeanModel
@@ -13,7 +13,6 @@ from engine.models import load
 from engine.pages import PagePool
 from engine.runner import verify
 from engine.runner.packed import PackedRunner
-from engine.workload import make
 from perf.measure.accuracy import accuracy
 from tests.oracle import Oracle
 
@@ -98,7 +97,7 @@ def test_models_with_other_parts_are_refused(tiny):
 @pytest.mark.parametrize("name", NAMES)
 def test_batched_equals_unbatched(tiny, name, policy):
     loaded = tiny(name).loaded
-    items = make("mixed-12", vocab_size=256, seed=1).items
+    items = make_workload("mixed-12", vocab_size=256, seed=1).items
     prompts = [item.prompt[:60] for item in items]
     params = SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=3)
 
@@ -128,7 +127,7 @@ def test_accuracy_is_measured_and_tells_a_coarser_model(tiny, monkeypatch):
 
 def test_answers_do_not_depend_on_the_batch(tiny):
     loaded = tiny("tiny-llama").loaded
-    prompts = [item.prompt[:60] for item in make("mixed-12", vocab_size=256, seed=1).items]
+    prompts = [item.prompt[:60] for item in make_workload("mixed-12", vocab_size=256, seed=1).items]
     params = SamplingParams(max_new_tokens=1, ignore_eos=True, logprobs=1)
     engine = Engine(loaded, EngineConfig(dtype="int8", kv_memory=2**22, prefix_caching=False))
     together = engine.generate(prompts, params, progress=False)

@@ -13,10 +13,9 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from engine import Engine, EngineConfig, InputError, SamplingParams
+from engine import Engine, EngineConfig, InputError, SamplingParams, WorkItem, make_workload
 from engine.models import kv_bytes_per_token, load
 from engine.runner.linear import join, prepare, twin
-from engine.workload import WorkItem, make
 from tests.oracle import Oracle
 
 NAMES = ("tiny-qwen2", "tiny-llama", "tiny-gemma3", "tiny-mistral", "tiny-qwen3")
@@ -169,7 +168,7 @@ def test_any_lengths_any_pages(tiny, picks, policy, batch, chunk, page, extra, c
 
 def test_a_shared_prefix_is_computed_once(tiny):
     oracle: Oracle = tiny("tiny-llama")
-    items = make("shared-prefix-64", vocab_size=256).items
+    items = make_workload("shared-prefix-64", vocab_size=256).items
     engine = packed(oracle, 30_000, max_batch_size=16)
     plain = packed(oracle, 30_000, max_batch_size=16, prefix_caching=False)
     expected = [output.token_ids for output in plain.replay(items, progress=False)]
@@ -190,13 +189,13 @@ def test_a_shared_prefix_is_computed_once(tiny):
 
 def test_little_memory_is_held_without_need(tiny):
     engine = packed(tiny("tiny-llama"), 30_000, page_size=16)
-    engine.replay(make("mixed-64", vocab_size=256).items, progress=False)
+    engine.replay(make_workload("mixed-64", vocab_size=256).items, progress=False)
     assert engine.metrics.counters.kv_unused_mean <= 8
 
 
 def test_equals_generate_on_a_real_model(smollm2):
     oracle = Oracle(smollm2)
-    work = make("chat-12", vocab_size=oracle.model.config.vocab_size, tokenizer=smollm2.tokenizer)
+    work = make_workload("chat-12", vocab_size=oracle.model.config.vocab_size, tokenizer=smollm2.tokenizer)
     engine = packed(oracle, 4_000, max_batch_size=8, max_step_tokens=128)
     items = [WorkItem(item.prompt, exactly(8)) for item in work.items]
     for output in engine.replay(items, progress=False):

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from engine.bench.workload import NAMES, Workload, make_workload
 from engine.errors import InputError
-from engine.workload import NAMES, Workload, make
 
 BOUNDS = {  # family -> shortest and longest prompt, fewest and most new tokens
     "chat": (12, 260, 8, 64),
     "paper": (128, 128, 256, 256),
     "mixed": (12, 260, 8, 64),
     "shared-prefix": (272, 320, 8, 32),
+    "brief": (12, 260, 8, 24),
 }
 FAMILIES = st.sampled_from(sorted(BOUNDS))
 
@@ -63,8 +64,8 @@ def test_every_family_is_described() -> None:
 @given(FAMILIES, st.integers(1, 40), st.integers(2, 3000), st.integers(0, 2**40))
 def test_bounds_and_purity(family: str, n: int, vocab_size: int, seed: int) -> None:
     name = f"{family}-{n}"
-    work = make(name, vocab_size=vocab_size, seed=seed, arrivals="poisson:3")
-    assert work == make(name, vocab_size=vocab_size, seed=seed, arrivals="poisson:3")
+    work = make_workload(name, vocab_size=vocab_size, seed=seed, arrivals="poisson:3")
+    assert work == make_workload(name, vocab_size=vocab_size, seed=seed, arrivals="poisson:3")
     assert (work.name, work.seed, work.arrivals, len(work.items)) == (name, seed, "poisson:3", n)
     shortest, longest, fewest, most = BOUNDS[family]
     assert all(shortest <= length <= longest for length in lengths(work))
@@ -74,39 +75,42 @@ def test_bounds_and_purity(family: str, n: int, vocab_size: int, seed: int) -> N
     for item in work.items:
         assert all(type(token) is int for token in item.prompt)
         assert type(item.arrival_s) is float
-        assert item.params.ignore_eos == (family != "chat")
+        assert item.params.ignore_eos == (family not in ("chat", "brief"))
         assert item.params.temperature == 0.0
 
 
 @settings(max_examples=20, deadline=None)
 @given(FAMILIES, st.integers(1, 20), st.integers(0, 1000), st.sampled_from(["poisson:2.5", "burst:3:0.5"]))
 def test_one_change_moves_nothing_else(family: str, n: int, seed: int, arrivals: str) -> None:
-    base = make(f"{family}-{n}", vocab_size=256, seed=seed)
-    later = make(f"{family}-{n}", vocab_size=256, seed=seed, arrivals=arrivals)
+    base = make_workload(f"{family}-{n}", vocab_size=256, seed=seed)
+    later = make_workload(f"{family}-{n}", vocab_size=256, seed=seed, arrivals=arrivals)
     assert [dataclasses.replace(item, arrival_s=0.0) for item in later.items] == list(base.items)
     assert dues(later) == sorted(dues(later))
     assert dues(later)[0] == 0.0
-    other_words = make(f"{family}-{n}", vocab_size=50_000, seed=seed, arrivals=arrivals)
+    other_words = make_workload(f"{family}-{n}", vocab_size=50_000, seed=seed, arrivals=arrivals)
     assert (lengths(other_words), limits(other_words)) == (lengths(base), limits(base))
     assert dues(other_words) == dues(later)
 
 
 @pytest.mark.parametrize("family", sorted(BOUNDS))
 def test_another_seed_is_other_work_with_distinct_prompts(family: str) -> None:
-    one, two = (make(f"{family}-32", vocab_size=1000, seed=seed, arrivals="poisson:1") for seed in (0, 1))
+    one, two = (
+        make_workload(f"{family}-32", vocab_size=1000, seed=seed, arrivals="poisson:1") for seed in (0, 1)
+    )
     assert len({*ids(one), *ids(two)}) == 64
     assert dues(one) != dues(two)
 
 
 def test_the_same_in_another_process() -> None:
-    probe = "from engine.workload import make; print(make('chat-9', vocab_size=300, arrivals='poisson:1'))"
+    work = "make_workload('chat-9', vocab_size=300, arrivals='poisson:1')"
+    probe = f"from engine.bench.workload import make_workload; print({work})"
     found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == str(make("chat-9", vocab_size=300, arrivals="poisson:1"))
+    assert found.stdout.strip() == str(make_workload("chat-9", vocab_size=300, arrivals="poisson:1"))
 
 
 @pytest.mark.parametrize("n", [1, 32, 2000])
 def test_chat_texts_are_distinct_whole_sentences(n: int) -> None:
-    work = make(f"chat-{n}", vocab_size=256, tokenizer=CharTokenizer())
+    work = make_workload(f"chat-{n}", vocab_size=256, tokenizer=CharTokenizer())
     texts = ["".join(map(chr, prompt)) for prompt in ids(work)]
     assert len(set(texts)) == n
     for text in texts:
@@ -118,18 +122,30 @@ def test_chat_texts_are_distinct_whole_sentences(n: int) -> None:
     if n >= 32:
         assert min(map(len, texts)) < 60
         assert max(map(len, texts)) > 700
-        assert limits(work) == limits(make(f"chat-{n}", vocab_size=999)), "a tokenizer moved the limits"
+        assert limits(work) == limits(make_workload(f"chat-{n}", vocab_size=999)), (
+            "a tokenizer moved the limits"
+        )
+
+
+def test_brief_asks_what_chat_asks() -> None:
+    brief, chat = (make_workload(f"{family}-9", vocab_size=300) for family in ("brief", "chat"))
+    assert lengths(brief) == lengths(chat)
+    texts = [
+        make_workload(f"{family}-9", vocab_size=300, tokenizer=CharTokenizer())
+        for family in ("brief", "chat")
+    ]
+    assert ids(texts[0]) == ids(texts[1])
 
 
 def test_chat_goes_through_the_template() -> None:
-    plain = make("chat-8", vocab_size=256, tokenizer=CharTokenizer())
-    chat = make("chat-8", vocab_size=256, tokenizer=CharTokenizer(chat_template="any"))
+    plain = make_workload("chat-8", vocab_size=256, tokenizer=CharTokenizer())
+    chat = make_workload("chat-8", vocab_size=256, tokenizer=CharTokenizer(chat_template="any"))
     before, after = tuple(map(ord, "<user>")), tuple(map(ord, "<assistant>"))
     assert ids(chat) == [before + prompt + after for prompt in ids(plain)]
 
 
 def test_mixed_is_log_normal() -> None:
-    work = make("mixed-20000", vocab_size=256)
+    work = make_workload("mixed-20000", vocab_size=256)
     prompts, outputs = np.array(lengths(work)), np.array(limits(work))
     assert abs(np.median(prompts) - 70) <= 2
     assert abs(np.median(outputs) - 28) <= 1
@@ -140,7 +156,7 @@ def test_mixed_is_log_normal() -> None:
 
 
 def test_shared_prefix_is_shared_and_the_rest_is_not() -> None:
-    prompts = ids(make("shared-prefix-16", vocab_size=5000))
+    prompts = ids(make_workload("shared-prefix-16", vocab_size=5000))
     assert len({prompt[:256] for prompt in prompts}) == 1
     assert len({prompt[256:] for prompt in prompts}) == 16
 
@@ -148,19 +164,20 @@ def test_shared_prefix_is_shared_and_the_rest_is_not() -> None:
 def test_special_ids_are_never_drawn() -> None:
     special = tuple(range(0, 256, 2))
     for name in ("paper-8", "mixed-8", "shared-prefix-8"):
-        work = make(name, vocab_size=256, tokenizer=CharTokenizer(special=special))
+        work = make_workload(name, vocab_size=256, tokenizer=CharTokenizer(special=special))
         assert not {token for prompt in ids(work) for token in prompt} & set(special)
 
 
 def test_poisson_gaps_are_exponential() -> None:
-    gaps = np.diff(dues(make("mixed-2000", vocab_size=256, seed=3, arrivals="poisson:4")))
+    gaps = np.diff(dues(make_workload("mixed-2000", vocab_size=256, seed=3, arrivals="poisson:4")))
     assert gaps.mean() == pytest.approx(0.25, rel=0.1)
     assert gaps.std() == pytest.approx(0.25, rel=0.15)
 
 
 def test_bursts() -> None:
-    assert dues(make("mixed-7", vocab_size=256, arrivals="burst:3:0.5")) == [0, 0, 0, 0.5, 0.5, 0.5, 1.0]
-    assert dues(make("mixed-3", vocab_size=256)) == [0, 0, 0]
+    bursts = make_workload("mixed-7", vocab_size=256, arrivals="burst:3:0.5")
+    assert dues(bursts) == [0, 0, 0, 0.5, 0.5, 0.5, 1.0]
+    assert dues(make_workload("mixed-3", vocab_size=256)) == [0, 0, 0]
 
 
 BAD_NAMES = ["", None, "chat", "chat-0", "chat-", "chat--1", "chat-08", "chat-1e3", "Chat-3", "chat-1000000",
@@ -175,30 +192,30 @@ BAD_NUMBERS = [("vocab_size", 1), ("vocab_size", 2.5), ("vocab_size", True), ("s
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_bad_names(name: str) -> None:
     with pytest.raises(InputError, match="must be one of chat-N, paper-N, mixed-N, shared-prefix-N"):
-        make(name, vocab_size=256)
+        make_workload(name, vocab_size=256)
 
 
 @pytest.mark.parametrize("arrivals", BAD_ARRIVALS)
 def test_bad_arrivals(arrivals: str) -> None:
     with pytest.raises(InputError, match="poisson:RATE"):
-        make("mixed-3", vocab_size=256, arrivals=arrivals)
+        make_workload("mixed-3", vocab_size=256, arrivals=arrivals)
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_NUMBERS)
 def test_bad_numbers_name_the_field_and_the_bound(field: str, value: object) -> None:
     with pytest.raises(InputError, match=f"{field}={value!r} must be a whole number of at least"):
-        make("mixed-3", **{"vocab_size": 256, field: value})  # type: ignore[arg-type]
+        make_workload("mixed-3", **{"vocab_size": 256, field: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", sorted(BOUNDS))
 def test_max_positions_is_exact(family: str) -> None:
-    work = make(f"{family}-8", vocab_size=256)
+    work = make_workload(f"{family}-8", vocab_size=256)
     needs = max(map(sum, zip(lengths(work), limits(work), strict=True))) - 1
-    assert make(f"{family}-8", vocab_size=256, max_positions=needs) == work
+    assert make_workload(f"{family}-8", vocab_size=256, max_positions=needs) == work
     with pytest.raises(InputError, match=rf"max_positions={needs - 1} is too small.* needs {needs}"):
-        make(f"{family}-8", vocab_size=256, max_positions=needs - 1)
+        make_workload(f"{family}-8", vocab_size=256, max_positions=needs - 1)
 
 
 def test_no_torch_behind_the_module() -> None:
-    probe = "import sys, engine.workload; sys.exit('torch' in sys.modules)"
+    probe = "import sys, engine.bench.workload; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", probe], check=True)

@@ -22,7 +22,9 @@ NAMES = {  # put a number in place of N: chat-32
     "paper-N": "exactly 128 random tokens in and 256 out, EOS ignored",
     "mixed-N": "log-normal lengths, 12-260 random tokens in (median 70), 8-64 out (median 28), EOS ignored",
     "shared-prefix-N": "256 random tokens in common, then 16-64 of each one's own, 8-32 out, EOS ignored",
+    "brief-N": "the prompts of chat-N, 8-24 tokens out, EOS honoured",
 }
+ENGLISH = ("chat", "brief")
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,18 @@ class Workload:
     items: tuple[WorkItem, ...]
 
 
-def make(name: str, *, vocab_size: int, tokenizer: Any = None, seed: int = 0, arrivals: str = "all",
-         max_positions: int | None = None) -> Workload:  # fmt: skip
-    """The workload called `name` (see NAMES), a pure function of the arguments, greedy whatever a model says.
+def make_workload(
+    name: str,
+    *,
+    vocab_size: int,
+    tokenizer: Any = None,
+    seed: int = 0,
+    arrivals: str = "all",
+    max_positions: int | None = None,
+) -> Workload:
+    """Return the workload called `name` (see NAMES), a pure function of the arguments.
+
+    Every request is greedy, whatever a model says.
 
     Random ids lie in [min(10, vocab_size // 2), vocab_size), outside `tokenizer.all_special_ids`. Chat texts
     go through the tokenizer and its chat template, if any; with no tokenizer they become random ids, one for
@@ -60,10 +71,12 @@ def make(name: str, *, vocab_size: int, tokenizer: Any = None, seed: int = 0, ar
     if not len(ids):
         raise InputError(f"vocab_size={vocab_size} leaves nothing but the tokenizer's special tokens")
 
-    texts = _chat_texts(n, shape) if family == "chat" else []
+    texts = _chat_texts(n, shape) if family in ENGLISH else []
     log_normal = shape.lognormal(np.log([[70], [28]]), 0.8, (2, n)).round()
+    text_sizes = [max(12, len(text) // 4) for text in texts]
     sizes: Any = {
-        "chat": lambda: ([max(12, len(text) // 4) for text in texts], shape.integers(8, 65, n)),
+        "chat": lambda: (text_sizes, shape.integers(8, 65, n)),
+        "brief": lambda: (text_sizes, shape.integers(8, 25, n)),
         "paper": lambda: ([128] * n, [256] * n),
         "mixed": lambda: np.clip(log_normal, [[12], [8]], [[260], [64]]),
         "shared-prefix": lambda: (shape.integers(16, 65, n), shape.integers(8, 33, n)),
@@ -74,7 +87,7 @@ def make(name: str, *, vocab_size: int, tokenizer: Any = None, seed: int = 0, ar
     else:
         prefix = draw.choice(ids, 256 if family == "shared-prefix" else 0).tolist()
         prompts = [(*prefix, *draw.choice(ids, int(length)).tolist()) for length in lengths]
-    params = [ResolvedParams(int(limit), ignore_eos=family != "chat") for limit in limits]
+    params = [ResolvedParams(int(limit), ignore_eos=family not in ENGLISH) for limit in limits]
     needs = max(len(prompt) + int(limit) - 1 for prompt, limit in zip(prompts, limits, strict=True))
     if needs > bound:
         raise InputError(f"max_positions={bound} is too small: the longest request of {name} needs {needs}")

@@ -1,35 +1,38 @@
-"""The main job: one workload through several ways of batching it, in one run, on one model.
+"""The comparison itself: one workload on one model, by several policies at several batch sizes.
 
 `generate` is Transformers' own `model.generate`, one prompt at a time at batch size 1 and on padded batches
-above; every other way is a policy of the engine.
+above; all else are policies of the engine.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from engine.config import POLICIES, EngineConfig
+from engine.bench.options import GENERATE
+from engine.bench.workload import Workload
+from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import InputError, check
+from engine.errors import InputError
 from engine.memory import peak_bytes
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel
-from engine.request import Choice, FinishReason, Request, RequestOutput, SamplingParams
+from engine.progress import Progress
+from engine.request import Choice, FinishReason, Request, RequestOutput, SamplingParams, StreamChunk, WorkItem
 from engine.runner import StepResult
-from engine.workload import WorkItem, Workload
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One workload through one way of batching: outputs in the workload's order, and what was measured.
+    """One workload by one policy at one batch size: outputs in the workload's order, and what was measured.
 
     `copied_bytes` are weights held a second time, in an order that suits the machine's products.
     """
@@ -41,70 +44,64 @@ class Run:
     copied_bytes: int = 0
 
 
-def ways(policies: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str, int]]:
-    """The (policy, batch size) pairs to compare: sequential once, generate at every size, the others above 1.
-
-    Raises InputError for an unknown policy, a batch size below 1, or nothing to run.
-    """
-    for policy in policies:
-        if policy not in (known := ("generate", *POLICIES)):
-            raise InputError(f"policies has {policy!r}: choose from {', '.join(known)}")
-    for size in batch_sizes:
-        check("batch-sizes", size, int, 1)
-    sizes = {
-        p: [1] if p == "sequential" else [s for s in batch_sizes if s > 1 or p == "generate"]
-        for p in policies
-    }
-    pairs = [(policy, size) for policy in policies for size in sizes[policy]]
-    if not pairs:
-        raise InputError("nothing to run: give policies, and a batch size above 1 for those that batch")
-    return list(dict.fromkeys(pairs))
-
-
-def bench(
+def compare(
     loaded: LoadedModel,
     workload: Workload,
-    pairs: Sequence[tuple[str, int]],
+    combinations: Sequence[tuple[str, int]],
     config: EngineConfig,
     rounds: int = 1,
+    progress: Progress | None = None,
 ) -> Iterator[Run]:
-    """Run every (policy, batch size) pair, and again for each round, so that a drifting machine drifts for
-    all.
+    """Run every (policy, batch size), and again for each round, so that a drifting machine drifts for all.
 
-    What a request leaves open is greedy, whatever the model's generation_config says, in every way alike.
+    What a request leaves open is greedy, whatever the model's generation_config says, in every run alike.
 
-    Raises KeyboardInterrupt when a run was interrupted, InputError when a request of it failed: neither is a
-    result.
+    Args:
+        progress: where to say how far it is; shown nowhere if None.
+
+    Raises:
+        KeyboardInterrupt: when a run was interrupted, which is no result.
+        InputError: when a request of a run failed, which is none either.
     """
+    progress = progress or Progress("", shown=False)
     config = replace(config, generation_config="none")
     # nobody pays for the first touch of weights and code
     warm = Engine(loaded, replace(config, policy="sequential"))
     warm.generate([[1] * 8] * 2, SamplingParams(max_new_tokens=4), progress=False)
-    for _ in range(rounds):
-        for policy, size in pairs:
-            if policy == "generate":
-                yield Run(policy, size, *transformers_generate(warm, workload.items, size))
-            else:
-                engine = Engine(
-                    loaded, replace(config, policy=policy, max_batch_size=size, metrics_window=None)
-                )
-                outputs = engine.replay(workload.items, progress=False)
-                if any(output.finish_reason is FinishReason.ABORT for output in outputs):
-                    raise KeyboardInterrupt
-                if failed := next((output for output in outputs if output.error is not None), None):
-                    raise InputError(
-                        f"{policy} at batch size {size}: {failed.request_id} failed: {failed.error}"
-                    )
-                yield Run(policy, size, outputs, engine.metrics, engine.runner.copied_bytes)
+    most = sum(item.params.resolved({}).max_new_tokens for item in workload.items)
+    for number, (policy, size) in enumerate([*combinations] * rounds, 1):
+        what = f"run {number} of {len(combinations) * rounds}, {policy} at batch size {size}"
+        if policy == GENERATE:
+            progress.begin(what, most, "tokens")
+            yield Run(policy, size, *transformers_generate(warm, workload.items, size, progress.advance))
+            continue
+        progress.begin(f"{what}: preparing")
+        engine = Engine(loaded, replace(config, policy=policy, max_batch_size=size, metrics_window=None))
+        progress.begin(what, most, "tokens")
+        outputs = engine.replay(workload.items, progress=False, on_step=partial(_count, progress))
+        if any(output.finish_reason is FinishReason.ABORT for output in outputs):
+            raise KeyboardInterrupt
+        if failed := next((output for output in outputs if output.error is not None), None):
+            raise InputError(f"{policy} at batch size {size}: {failed.request_id} failed: {failed.error}")
+        yield Run(policy, size, outputs, engine.metrics, engine.runner.copied_bytes)
+
+
+def _count(progress: Progress, chunks: list[StreamChunk]) -> None:
+    """Count the tokens of a step."""
+    progress.advance(sum(len(chunk.token_ids) for chunk in chunks))
 
 
 def transformers_generate(
-    engine: Engine, items: Sequence[WorkItem], size: int
+    engine: Engine,
+    items: Sequence[WorkItem],
+    size: int,
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> tuple[list[RequestOutput], EngineMetrics]:
     """Transformers' own greedy `generate` on left-padded batches of up to `size` requests that are due, to
     their ends.
 
     The engine checks the prompts and knows the model; it runs nothing. Outputs are in the order of `items`.
+    `on_tokens` is called with how many tokens each forward pass gave.
     """
     metrics, start = EngineMetrics(), time.perf_counter()
     requests = []
@@ -119,13 +116,15 @@ def transformers_generate(
         now = time.perf_counter()
         batch = [request for request in pending[:size] if request.arrival <= now]
         pending = pending[len(batch) :]
-        _generate_batch(engine.model, batch, metrics)
+        _generate_batch(engine.model, batch, metrics, on_tokens)
         for request in batch:
             metrics.add(request.close(None, request.token_times[-1]).metrics)
     return [request.result for request in requests if request.result is not None], metrics
 
 
-def _generate_batch(model: PreTrainedModel, batch: list[Request], metrics: EngineMetrics) -> None:
+def _generate_batch(
+    model: PreTrainedModel, batch: list[Request], metrics: EngineMetrics, on_tokens: Callable[[int], object]
+) -> None:
     """Generate for one batch, each forward pass a step: a rectangle of which not every request needs its
     part."""
     width, now = max(request.prompt_len for request in batch), time.perf_counter()
@@ -153,6 +152,7 @@ def _generate_batch(model: PreTrainedModel, batch: list[Request], metrics: Engin
             if count:
                 request.computed += count
                 request.append(token, now)
+        on_tokens(sum(count > 0 for count in needed))
         return torch.tensor([request.finish_reason is not None for request in batch], device=input_ids.device)
 
     model.generate(  # type: ignore[operator]

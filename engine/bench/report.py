@@ -1,41 +1,22 @@
-"""Runs as people read them: one table, CSV with a row a request, JSON with everything, a plot."""
+"""Runs as data: a summary, CSV with a row a request, JSON with everything; and as a plot."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from rich.table import Table
 
-from engine.bench import Run
-
-COLUMNS = {  # heading -> name in the summary, format
-    "policy": ("policy", "{}"),
-    "batch": ("batch_size", "{}"),
-    "tok/s": ("tokens_per_s", "{:,.1f}"),
-    "speed-up": ("speedup", "{:.2f}x"),
-    "TTFT P50": ("ttft_p50_ms", "{:,.0f}"),
-    "P95": ("ttft_p95_ms", "{:,.0f}"),
-    "TPOT P50": ("tpot_p50_ms", "{:,.1f}"),
-    "P95 ": ("tpot_p95_ms", "{:,.1f}"),
-    "latency P50": ("latency_p50_ms", "{:,.0f}"),
-    "P95  ": ("latency_p95_ms", "{:,.0f}"),
-    "prefill_ms": ("prefill_mean_ms", "{:,.0f}"),
-    "decode_ms": ("decode_mean_ms", "{:,.0f}"),
-    "padding": ("padding_ratio", "{:.1%}"),
-    "passes": ("forward_passes", "{:,}"),
-    "host %": ("host_pct", "{:.1f}"),
-    "same tokens": ("same_tokens", "{}"),
-}
+if TYPE_CHECKING:
+    from engine.bench.compare import Run
 
 
 def summarise(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a (policy, batch size), taken from its round of median tokens/s (of two, the slower).
+    """Return one row a (policy, batch size), taken from its round of median tokens/s (of two, the slower).
 
-    Besides all of `EngineMetrics.flat`: `rounds`, `speedup` (tokens/s over sequential's, or the first way's
+    Besides all of `EngineMetrics.flat`: `rounds`, `speedup` (tokens/s over sequential's, or the first row's
     where it was not run), `same_tokens` (how many requests gave exactly the tokens they gave there) and
     `copied_bytes`.
     """
@@ -53,41 +34,27 @@ def summarise(runs: Sequence[Run]) -> pd.DataFrame:
     ]
     speedup = frame["tokens_per_s"] / base.metrics.tokens_per_s
     copied = [run.copied_bytes for run in medians]
-    ways = pd.DataFrame(list(groups), columns=["policy", "batch_size"]).assign(
-        rounds=[*map(len, groups.values())]
-    )
-    return pd.concat([ways.assign(speedup=speedup, same_tokens=same, copied_bytes=copied), frame], axis=1)
-
-
-def table(summary: pd.DataFrame, title: str) -> Table:
-    """The summary as a table for the terminal."""
-    caption = f"times in ms, over {summary['requests'].max()} requests; prefill_ms and decode_ms are means"
-    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for heading in COLUMNS:
-        out.add_column(heading.rstrip(), justify="left" if heading == "policy" else "right")
-    for row in summary.to_dict("records"):
-        out.add_row(
-            *("-" if pd.isna(row[name]) else form.format(row[name]) for name, form in COLUMNS.values())
-        )
-    return out
+    rounds = [*map(len, groups.values())]
+    what = pd.DataFrame(list(groups), columns=["policy", "batch_size"])
+    what = what.assign(rounds=rounds, speedup=speedup, same_tokens=same, copied_bytes=copied)
+    return pd.concat([what, frame], axis=1)
 
 
 def requests_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a request of every run: `policy`, `batch_size`, `run` (in the order run), then its metrics."""
+    """Return one row a request of every run: `policy`, `batch_size`, `run` (a number), then its metrics."""
     frames = {(run.policy, run.batch_size, i): run.metrics.frame() for i, run in enumerate(runs)}
     return pd.concat(frames, names=["policy", "batch_size", "run"]).droplevel(-1).reset_index()
 
 
 def write_json(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
-    """Everything in one file: `environment`, `summary` (a row a way), `requests` (a row a request of every
-    run)."""
+    """Write `environment`, `summary` (a row a policy and batch size), `requests` (one a request and run)."""
     frames = {"summary": summarise(runs), "requests": requests_frame(runs)}
     rows = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
     path.write_text(json.dumps({"environment": environment, **rows}, indent=1) + "\n")
 
 
 def write_plot(path: Path, summary: pd.DataFrame, title: str) -> None:
-    """Throughput, TTFT and latency, a row of bars a way; the file's ending chooses the format."""
+    """Draw throughput, TTFT and latency, a row of bars a policy and batch size, as the file's ending says."""
     from matplotlib.figure import Figure
 
     bars = summary.set_index(summary["policy"] + ", " + summary["batch_size"].astype(str))
