@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from engine import Counters, Engine, EngineConfig, kv_bytes_per_token, load, make
+from engine import Counters, Engine, EngineConfig, kv_bytes_per_token, load, make_workload
 from perf.gate.saved_runs import Exit
 
 FILE = Path(__file__).parents[1] / "counters.json"
@@ -43,7 +43,7 @@ def measure(spec: str) -> Table:
     loaded = load(spec)
     found: Table = {}
     for name in WORKLOADS:
-        work = make(name, vocab_size=loaded.model.config.vocab_size)
+        work = make_workload(name, vocab_size=loaded.model.config.vocab_size)
         items = [replace(item, params=replace(item.params, ignore_eos=True)) for item in work.items]
         for label, options in CONFIGS.items():
             config = EngineConfig(**options)

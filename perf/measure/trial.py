@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import EngineMetrics, Workload, make, max_positions
+from engine import EngineMetrics, Workload, make_workload, max_positions
 from perf.backends import Backend, Outcome, Setup, Unavailable, find
 from perf.gate import entries, metrics
 from perf.gate.entries import SCHEMA, Flat, plain
@@ -65,7 +65,7 @@ class Trial:
         limits = {"vocab_size": config.vocab_size, "max_positions": max_positions(config)}
         tokenizer = self.loaded.tokenizer
         self.workload = (
-            make(workload, tokenizer=tokenizer, arrivals=arrivals, **limits)
+            make_workload(workload, tokenizer=tokenizer, arrivals=arrivals, **limits)
             if isinstance(workload, str)
             else workload
         )
