@@ -65,7 +65,7 @@ def drawn(columns: Sequence[Column]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
     for column in columns:
         table.add_column(
-            column.heading, justify="left" if column.is_text else "right", vertical="bottom", no_wrap=True
+            column.head, justify="left" if column.is_text else "right", vertical="bottom", no_wrap=True
         )
     for row in zip(*(column.cells for column in columns), strict=True):
         table.add_row(*row)

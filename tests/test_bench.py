@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from engine.bench.report import requests_frame, summarise
 from engine.bench.workload import Workload
 from engine.config import POLICIES
 from engine.metrics import Counters, EngineMetrics, RequestMetrics
+from engine.progress import Progress
 from engine.request import UNSOUND, Request
+from engine.table import fitting, total_width
 
 BOTH = [("generate", 1), ("sequential", 1)]
 
@@ -148,6 +152,18 @@ def test_requests_frame_has_a_row_a_request_a_run():
     assert frame.latency_ms.tolist() == pytest.approx([1e3, 1e3, 2e3, 2e3, 3e3, 3e3])
 
 
+def test_the_table_of_a_run_fits_and_its_most_telling_columns_go_last():
+    summary = summarise([made_up("sequential", 1, 50.0), made_up("continuous", 16, 1.0)])
+    columns = table.columns(summary)
+    kept = {width: [column.name for column in fitting(columns, width)] for width in range(20, 150)}
+    assert all(total_width(fitting(columns, width)) <= width for width in kept if width >= 25)
+    assert kept[149] == [column.name for column in columns]
+    assert {"policy", "batch", "tok/s", "speed-up", "TTFT P50", "TTFT P95", "same tokens"} <= set(kept[66])
+    assert {"TPOT P50", "TPOT P95", "latency P50", "latency P95"} <= set(kept[100])
+    for narrow, wide in pairwise(kept.values()):
+        assert [name for name in wide if name in narrow] == narrow
+
+
 # Runs
 
 
@@ -168,6 +184,24 @@ def test_generate_and_every_policy_give_the_same_tokens_for_the_same_work(tiny):
         assert run.metrics.counters.output_tokens == 7 * 9
         assert len(run.metrics.records) == 7
     assert summarise(runs).same_tokens.tolist() == [7] * len(pairs)
+
+
+def test_progress_tells_what_runs_and_counts_every_token(tiny, monkeypatch):
+    monkeypatch.setattr("engine.progress.LINE_EVERY_S", 0.0)
+    workload = work(prompts_of(3), SamplingParams(max_new_tokens=4, ignore_eos=True))
+    log = io.StringIO()
+    with Progress("bench", stream=log) as progress:
+        pairs = [("generate", 2), ("continuous", 2)]
+        list(compare(tiny().loaded, workload, pairs, EngineConfig(), progress=progress))
+    lines = [line.rpartition(",")[0] for line in log.getvalue().splitlines()]
+    assert "run 2 of 2, continuous at batch size 2: preparing" in lines
+    for run in ("run 1 of 2, generate at batch size 2", "run 2 of 2, continuous at batch size 2"):
+        counted = [
+            line.removeprefix(f"{run}: ") for line in lines if line.startswith(f"{run}: ") and "/" in line
+        ]
+        assert counted[0] == "0/12 tokens"
+        assert counted[-1] == "12/12 tokens"
+        assert len(set(counted)) > 4
 
 
 def test_generate_counts_what_sequential_counts(tiny):

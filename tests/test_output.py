@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import re
@@ -14,6 +15,8 @@ import pytest
 
 from engine.cli import main
 from engine.output import INTERRUPTED, NO_READER, USAGE, Output
+from engine.table import Column
+from tests.test_text import byte_level
 
 ROOT = str(Path(__file__).parents[1])
 SPOKEN = """
@@ -75,23 +78,39 @@ def test_arguments_may_be_bytes(environment):
     assert "prompt='caf\\udce9' is no valid Unicode" in error
 
 
-STRICT = {"PYTHONIOENCODING": "utf-8:strict"}
 INPUTS = {
-    "no UTF-8": (b"caf\xe9 noir", STRICT, "has byte 0xe9 at 3, which is no utf-8"),
-    "escaped": (b"caf\xe9 noir", ASCII, "is no valid Unicode: character 3"),
-    "no ASCII": ("né".encode(), {"PYTHONIOENCODING": "ascii:strict"}, "has byte 0xc3 at 1, which is no"),
-    "blank": (b"  \n", {}, "prompt is empty"),
+    "no UTF-8": (b"caf\xe9 noir", ("utf-8", "strict"), "has byte 0xe9 at 3, which is no utf-8"),
+    "escaped": (b"caf\xe9 noir", ("ascii", "surrogateescape"), "is no valid Unicode: character 3"),
+    "no ASCII": ("né".encode(), ("ascii", "strict"), "has byte 0xc3 at 1, which is no"),
+    "blank": (b"  \n", ("utf-8", "strict"), "prompt is empty"),
+    "closed": (None, (), "standard input, which is closed"),
 }
 
 
-@pytest.mark.parametrize(("given", "environment", "message"), INPUTS.values(), ids=INPUTS)
-def test_standard_input_that_is_no_text_is_one_line(given, environment, message):
+@pytest.mark.parametrize(("given", "encoding", "message"), INPUTS.values(), ids=INPUTS)
+def test_standard_input_that_is_no_text_is_one_line(monkeypatch, capfd, given, encoding, message):
+    stream = None if given is None else io.TextIOWrapper(io.BytesIO(given), *encoding)
+    monkeypatch.setattr("sys.stdin", stream)
+    with pytest.raises(SystemExit) as exit:
+        main(["generate", "-"])
+    out, error = capfd.readouterr()
+    assert (exit.value.code, out, error.count("\n")) == (USAGE, "", 1), error
+    assert message in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("given", "environment", "message"), [
+    (b"caf\xe9 noir", {"PYTHONIOENCODING": "utf-8:strict"}, INPUTS["no UTF-8"][2]),
+    (b"caf\xe9 noir", ASCII, INPUTS["escaped"][2]),
+    ("né".encode(), {"PYTHONIOENCODING": "ascii:strict"}, INPUTS["no ASCII"][2]),
+])  # fmt: skip
+def test_standard_input_in_the_encoding_of_the_environment(given, environment, message):
     code, out, error = run([*PLAIN, "generate", "-"], given, **environment)
     assert (code, out, error.count("\n")) == (USAGE, b"", 1), error
     assert message in error
 
 
-def test_standard_input_that_is_closed_is_one_line():
+def test_standard_input_that_the_shell_closed_is_one_line():
     code, out, error = run(["sh", "-c", f"{sys.executable} -m engine generate - <&-"])
     assert (code, out, error.count("\n")) == (USAGE, b"", 1), error
     assert "standard input, which is closed" in error
@@ -112,30 +131,108 @@ def test_an_output_that_lacks_characters_gets_them_escaped(monkeypatch, capsys, 
     assert capsys.readouterr().err == f"escaped what {encoding} lacks: set PYTHONIOENCODING=utf-8 to see it\n"
 
 
-def test_an_answer_of_any_characters_comes_out_in_ascii():
-    command = [*MODEL, "generate", "the end", "--raw", "--max-new-tokens", "60"]
-    code, out, error = run(command, **ASCII, PYTHONIOENCODING="ascii")
-    assert (code, out.isascii()) == (0, True)
-    assert b"\\ufffd" in out
-    assert "escaped what ascii lacks" in error
-
-
+ANSWER = ["generate", "the end", "--raw", "--max-new-tokens", "60"]
 BENCH = ["bench", "--model", "random:tiny-qwen2", "--workload", "mixed-2", "--policies", "sequential"]
 
 
+@pytest.fixture
+def in_ascii(monkeypatch, capsys):
+    """`in_ascii(args)` runs a command, whose output must be ASCII, and gives it and the errors."""
+
+    def call(*args: str) -> tuple[str, str]:
+        stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+        monkeypatch.setattr("sys.stdout", stream)
+        with pytest.raises(SystemExit) as exit:
+            main(args)
+        error = capsys.readouterr().err
+        assert not exit.value.code, error
+        return stream.buffer.getvalue().decode("ascii"), error
+
+    return call
+
+
+def test_an_answer_of_any_characters_comes_out_in_ascii(in_ascii, tiny, monkeypatch):
+    loaded = dataclasses.replace(tiny().loaded, tokenizer=byte_level(257))
+    monkeypatch.setattr("engine.engine.load", lambda *_, **__: loaded)
+    out, error = in_ascii(*ANSWER)
+    assert "\\ufffd" in out
+    assert "escaped what ascii lacks" in error
+
+
 @pytest.mark.parametrize("command", [["models"], BENCH], ids=["models", "bench"])
-def test_tables_are_drawn_in_any_encoding(command):
-    code, out, error = run([*PLAIN, *command], **ASCII, PYTHONIOENCODING="ascii")
-    assert (code, out.isascii()) == (0, True)
-    assert b"---" in out
+def test_tables_are_drawn_in_any_encoding(in_ascii, monkeypatch, command):
+    sizes = ("bytes_32bit", "bytes_16bit", "kv_bytes_per_token_32bit", "kv_bytes_per_token_16bit")
+    row = {"spec": "made up", "architecture": "Made", **dict.fromkeys((*sizes, "parameters", "positions"), 8)}
+    monkeypatch.setattr("engine.models.catalogue", lambda: [row])
+    out, error = in_ascii(*command)
+    assert "---" in out
     assert "escaped" not in error
+    assert max(map(len, out.splitlines())) <= 100
+
+
+COLUMN_SETS = [
+    Column("name", ["sequential", "dynamic"], is_text=True),
+    Column("TTFT\nP50", ["1.20", "22.35"], unit="s", rank=3),
+    Column("rate", ["1.5", "1,200.5"], rank=1),
+    Column("same\ntokens", ["24/24", "3/24"], rank=2),
+]
+
+
+@pytest.mark.parametrize(("width", "whole", "lines"), [
+    ("40", False, [
+        "             TTFT             same", "name        P50 s     rate  tokens", "─" * 34,
+        "sequential   1.20      1.5   24/24", "dynamic     22.35  1,200.5    3/24", "below",
+    ]),
+    ("33", False, [
+        "                       same", "name           rate  tokens", "─" * 27, "sequential      1.5   24/24",
+        "dynamic     1,200.5    3/24", "no room for TTFT P50: widen it", "below",
+    ]),
+    ("19", False, [
+        "name           rate", "─" * 19, "sequential      1.5", "dynamic     1,200.5", "no room for TTFT",
+        "P50, same tokens:", "widen it", "below",
+    ]),
+    ("4", False, ["name", "─" * 10, "sequential", "dynamic"]),
+    ("4", True, [
+        "             TTFT             same", "name        P50 s     rate  tokens", "─" * 34,
+        "sequential   1.20      1.5   24/24", "dynamic     22.35  1,200.5    3/24",
+    ]),
+])  # fmt: skip
+def test_a_table_has_the_columns_that_there_is_room_for(monkeypatch, capsys, width, whole, lines):
+    monkeypatch.setenv("COLUMNS", width)
+    Output().show(COLUMN_SETS, "a title longer than any table", ["below"], "widen it", whole)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "a title longer than any table"
+    assert shown[1 : 1 + len(lines)] == lines
+
+
+def test_what_is_no_terminal_has_100_columns(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    columns = [Column("c", ["x" * 20], rank=rank) for rank in range(6)]
+    Output().show(columns, "", [], "")
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 4 * 20 + 3 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "written"), [([*MODEL, *ANSWER], b"\\ufffd"), ([*PLAIN, *BENCH], b"---")]
+)
+def test_a_process_writes_in_the_encoding_of_its_environment(command, written):
+    code, out, _ = run(command, **ASCII, PYTHONIOENCODING="ascii")
+    assert (code, out.isascii()) == (0, True)
+    assert written in out
 
 
 ENDLESS = [*MODEL, "generate", "the end", "--raw", "--max-new-tokens", "4000"]
 
 
 @pytest.mark.parametrize(
-    "command", [ENDLESS, [*PLAIN, "models"], [*PLAIN, "--version"]], ids=["generate", "models", "root"]
+    "command",
+    [
+        pytest.param(ENDLESS, marks=pytest.mark.slow),
+        pytest.param([*PLAIN, "models"], marks=pytest.mark.slow),
+        [*PLAIN, "--version"],
+    ],
+    ids=["generate", "models", "root"],
 )
 def test_an_output_that_nobody_reads_ends_the_program(command):
     env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
@@ -150,7 +247,7 @@ def test_an_output_that_nobody_reads_ends_the_program(command):
     assert error.replace("LOADED\n", "") == ""
 
 
-@pytest.mark.parametrize("when", ["loading", "streaming"])
+@pytest.mark.parametrize("when", [pytest.param("loading", marks=pytest.mark.slow), "streaming"])
 def test_ctrl_c_is_one_line(when):
     env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
     command = ENDLESS

@@ -63,6 +63,24 @@ def test_work_that_counts_nothing_says_what_it_is_at():
     assert log.getvalue().splitlines() == ["Converting, 11 s", "Reading, 45 s"]
 
 
+def test_work_of_several_parts_each_count_by_themselves():
+    log, screen, clock = io.StringIO(), Terminal(), Clock()
+    for stream in (log, screen):
+        with Progress("Starting", stream=stream, clock=clock, redraw_s=1.0) as progress:
+            for part in ("first", "second"):
+                clock.now += 4
+                progress.begin(part, 90, "tokens")
+                for _ in range(90):
+                    clock.now += 0.09
+                    progress.advance()
+        assert progress.begin("more") is None  # nothing, once it is left
+    assert log.getvalue().splitlines() == ["first: 67/90 tokens, 10 s", "second: 44/90 tokens, 20 s"]
+    drawn = re.findall(r"(first|second) .*?(\d+)/90", screen.getvalue())
+    assert ("second", "0") in drawn
+    assert 8 <= len([part for part, _ in drawn if part == "first"]) <= 12
+    assert "more" not in screen.getvalue()
+
+
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"])
 def test_colours_wished_for_in_a_log_make_no_bar(monkeypatch, variable):
     monkeypatch.setenv(variable, "1")

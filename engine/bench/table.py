@@ -60,7 +60,9 @@ def unit_of(times_ms: Iterable[float]) -> tuple[str, float, int]:
     """
     known = [time for time in times_ms if time and not math.isnan(time)]
     unit, scale, fewest = ("s", 1e3, 1) if max(known, default=0.0) >= S_FROM_MS else ("ms", 1.0, 0)
-    first_digit = -math.floor(math.log10(min(known) / scale)) if known else 0
+    if not known:
+        return unit, scale, fewest
+    first_digit = -math.floor(math.log10(min(known) / scale))
     return unit, scale, max(fewest, first_digit, min(first_digit + 1, 2))
 
 
