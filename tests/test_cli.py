@@ -113,7 +113,7 @@ def test_help_names_every_option_and_the_default_is_every_policy():
     assert result.exit_code == 0
     options = "model policies batch-sizes workload arrivals rounds device dtype seed csv json plot wide"
     assert all(f"--{option}" in result.stdout for option in options.split())
-    assert ",".join(POLICIES) in result.stdout
+    assert all(default in result.stdout for default in (",".join(POLICIES), "brief-24", "1,8,16"))
 
 
 def test_models_lists_every_spec(run):
@@ -433,8 +433,18 @@ cli.main()
 """
 
 
-def test_bench_in_int8_says_so(run):
-    code, out, _ = run(*BENCH, "--dtype", "int8", "--batch-sizes", "3", "--json", "out.json")
+def test_bench_in_int8_says_so_and_wide_shows_every_column(run):
+    code, out, _ = run(*BENCH, "--dtype", "int8", "--batch-sizes", "3", "--json", "out.json", "--wide")
     assert code == 0
-    assert "int8" in out
+    assert "int8" in out.splitlines()[0]
     assert strict(Path("out.json"))["environment"]["dtype"] == "int8"
+    words = " ".join(out.splitlines()[1:3]).split()
+    assert [words.count(word) for word in ("P50", "P95", "mean", "padding", "passes", "%")] == [
+        3,
+        3,
+        2,
+        1,
+        1,
+        1,
+    ]
+    assert "no room for" not in out

@@ -159,8 +159,9 @@ def test_loading_is_silent_in_a_log_and_says_on_a_terminal_what_it_is_at(colourf
     assert capfd.readouterr() == ("", "")
     screen = Terminal()
     monkeypatch.setattr("sys.stderr", screen)
-    load("random:tiny-llama", progress=True)
+    Engine.from_pretrained("random:tiny-llama", progress=True)
     assert "Loading random:tiny-llama" in screen.getvalue()
+    assert "Preparing random:tiny-llama" in screen.getvalue()
     assert capfd.readouterr() == ("", "")
 
 
