@@ -7,11 +7,14 @@ what drifts slower than two blocks cancels. The checkout it is started in stays 
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -117,6 +120,8 @@ def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch 
     unwanted = any(arg.endswith("no:perf.plugin") for arg in args)
     if not unwanted and (not (tree / "perf").is_dir() or (tree / "perf" / "plugin.py").is_file()):
         command += ["-p", "perf.plugin"]  # or nobody would look at a tolerance mark
+    if _has_xdist(args):
+        command.append("-n0")  # outranks the project's own addopts, and those in PYTEST_ADDOPTS
     env, pipe = watch.environment() if watch else environment(tree), subprocess.PIPE
     done = subprocess.run(command, cwd=tree, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     if watch and done.returncode != PYTEST_USAGE:
@@ -127,6 +132,13 @@ def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch 
         code = Exit.USAGE if done.returncode == PYTEST_USAGE else Exit.NOT_COMPARABLE
         raise GateError(f"{name}: {what} ({' '.join(command[2:])})\n{tail}", code)
     return load(saved)
+
+
+def _has_xdist(args: Sequence[str]) -> bool:
+    """Whether a block's pytest knows xdist, under which pytest-benchmark times nothing."""
+    given = [*args, *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
+    refused = any(arg.endswith("no:xdist") for arg in given) or "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ
+    return not refused and bool(entry_points(group="pytest11", name="xdist"))
 
 
 def merge(blocks: Sequence[Run], name: str) -> Run:

@@ -253,6 +253,7 @@ def environment(tree: Path, top: Path | None = None) -> dict[str, str]:
         real = _real(path)
         paths.append(str(tree / real.relative_to(top)) if top and real.is_relative_to(top) else path)
     kept = {key: value for key, value in os.environ.items() if key not in PLACES}
+    kept = {key: value for key, value in kept.items() if not key.startswith("PYTEST_XDIST_")}  # no worker's
     return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
 
 

@@ -1,10 +1,21 @@
-"""What tests need that run a pytest session inside this one (pytester)."""
+"""Fixtures of tests that run a pytest session inside this one, in its process (pytester) or in another."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from importlib import import_module
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session_of_its_own() -> Iterator[None]:
+    """Hide from the sessions inside that this one may be a worker of xdist, where nobody benchmarks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("PYTEST_XDIST_", "PYTEST_ADDOPTS"))]:
+            patch.delenv(name)
+        yield
 
 
 @pytest.fixture(scope="module")

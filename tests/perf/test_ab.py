@@ -235,6 +235,27 @@ def test_a_conftest_with_an_option_of_the_same_name_has_a_way_out(tmp_path):
     assert ab.block(args, tmp_path / "1.json", tmp_path, "block 1").benchmarks
 
 
+@pytest.mark.parametrize("ini", [True, False])
+def test_a_block_measures_though_a_session_around_it_or_its_project_runs_in_parallel(
+    tmp_path, monkeypatch, ini
+):
+    """In a worker of xdist, and with options for one, pytest-benchmark times nothing."""
+    pytest.importorskip("xdist")
+    options = "-n 2 --dist loadfile"
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\naddopts = {options}\n" if ini else "[pytest]\n")
+    (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark.pedantic(int, rounds=5)\n")
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    if not ini:
+        monkeypatch.setenv("PYTEST_ADDOPTS", options)
+    assert ab.block(["test_plain.py"], tmp_path / "1.json", tmp_path, "block 1").benchmarks
+
+
+def test_a_block_may_do_without_xdist(tmp_path, monkeypatch):
+    (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark.pedantic(int, rounds=5)\n")
+    args = ["-p", "no:xdist", "test_plain.py"]
+    assert ab.block(args, tmp_path / "1.json", tmp_path, "block 1").benchmarks
+
+
 def test_a_tree_with_an_older_package_of_ours_gets_no_plugin_that_it_lacks(tmp_path):
     (tmp_path / "perf").mkdir()
     (tmp_path / "perf" / "__init__.py").touch()
