@@ -23,8 +23,9 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from engine import InputError
-from perf.gate.saved_runs import STORAGE, Exit, GateError, load
-from perf.gate.storage import folder
+from perf.errors import Exit, GateError
+from perf.gate.saved_runs import load
+from perf.gate.storage import STORAGE, folder
 
 if TYPE_CHECKING:
     from perf.gate.verdict import Comparison

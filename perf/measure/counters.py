@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import Counters, Engine, EngineConfig, kv_bytes_per_token, load, make_workload
-from perf.gate.saved_runs import Exit
+from perf.errors import Exit
 
 FILE = Path(__file__).parents[1] / "counters.json"
 MODELS = tuple(f"random:tiny-{name}" for name in ("qwen2", "qwen3", "llama", "mistral", "gemma3"))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS, Metric
-from perf.gate.saved_runs import Benchmark, Run
+from perf.gate.saved_runs import Run
 from perf.report.charts import Bar, Chart, Line
 from perf.report.text import number
 from perf.report.verdicts import named, shorten, value

@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from perf.errors import Exit, GateError
+from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS
-from perf.gate.saved_runs import Benchmark, Exit, GateError, Run, find, load, parse
+from perf.gate.saved_runs import Run, load, parse
+from perf.gate.storage import resolve
 from perf.gate.verdict import Comparison, compare
 from perf.report.text import FLOAT_MAX
 from perf.report.verdicts import named
@@ -81,7 +84,7 @@ def _file(member: Member, name: str) -> object:
 
 def _member(which: str, storage: Path | str) -> Member:
     try:
-        find(which, storage)
+        resolve(which, storage)
     except GateError as error:
         if error.code is Exit.USAGE:  # it may mean several runs: whoever asks has to say which
             raise
@@ -96,7 +99,7 @@ def _member(which: str, storage: Path | str) -> Member:
 def _salvaged(which: str, storage: Path | str) -> Member:
     """The entries that can be read of a run that can't be read as a whole, if there are any."""
     try:
-        path = find(which, storage)
+        path = resolve(which, storage).path
         data = json.loads(path.read_text(encoding="utf-8"))
     except (GateError, OSError, ValueError, RecursionError):
         return Member(None, False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.models import PRESETS
-from perf.gate.saved_runs import Exit
+from perf.errors import Exit
 from perf.measure import counters
 
 BASE = {"m w sequential": {"forward_passes": 10, "padded_tokens": 0}, "m w dynamic": {"forward_passes": 4}}

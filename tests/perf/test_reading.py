@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from perf import cli
-from perf.gate.saved_runs import GateError
+from perf.errors import GateError
 from perf.gate.verdict import Outcome
 from perf.report import comparison_table, frame, markdown, page, read, runs_table
 from perf.report.text import number
