@@ -1,8 +1,8 @@
-"""The pytest plugin: the suite's options, the `perf_case` fixture, the points a test runs at, the gate at the
-end.
+"""The pytest plugin: options, fixtures, the points a test runs at, and what is shown at the end of a session.
 
 Loaded by the root conftest, or by `-p perf.plugin` in a project of your own. It imports no torch by itself:
-plain unit tests must not wait for it.
+plain unit tests must not wait for it. What a session saves is in perf/gate/saving.py, its gate in
+perf/gate/session_gate.py.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from perf.gate import saving
 from perf.shadow import USAGE, explain
 
 if TYPE_CHECKING:
+    from perf.gate.session_gate import SessionGate
     from perf.measure.case import PerfCase
     from perf.measure.session import BenchSession
     from perf.measure.trial import Trial
 
-BENCHMARK = pytest.StashKey[Any]()  # a test's own `benchmark` fixture
 RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
-UNSAVED = pytest.StashKey[str]()  # the option that saved nothing
-XDIST, DISABLE, SKIP = "-n (xdist)", "--benchmark-disable", "--benchmark-skip"
+GATE = pytest.StashKey["SessionGate"]()
 TABLE_WIDTH = 100  # columns of the tables at the end where there is no terminal
-SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
 MARKERS = (
     "gpu: needs a CUDA device",
     "perf_gate(metric, rel=None, abs=None): this test's own tolerance for one metric; the closest mark wins",
@@ -65,6 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(saving)
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     baseline = config.getoption("--perf-baseline")
@@ -72,42 +73,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if baseline is None or shown or hasattr(config, "workerinput"):
         return
     _check_whole()
-    from perf.gate.session_gate import Gate, GateError
+    from perf.errors import GateError
+    from perf.gate.session_gate import SessionGate
 
-    off = _benchmarks_off(config)
-    how = {"xdist": off == XDIST, "disabled": off == DISABLE, "skipped": off == SKIP}
+    off = saving.benchmarks_off(config)
+    if off is None and config.getoption("collectonly", False):
+        off = "--collect-only"
     try:
-        gate = Gate.of(config, baseline, **how, collecting=config.getoption("collectonly", False))
+        gate = SessionGate.of(config, baseline, off)
     except GateError as error:
         pytest.exit(f"error: {error}", returncode=int(error.code))
-    config.pluginmanager.register(gate, "dynamic-batch-gate")
-
-
-def _benchmarks_off(config: pytest.Config) -> str | None:
-    """The option that keeps pytest-benchmark from timing anything, if there is one."""
-    if config.getoption("numprocesses", None) or config.getoption("dist", "no") != "no":
-        return XDIST
-    if config.getoption("benchmark_disable", False) and not config.getoption("benchmark_enable", False):
-        return DISABLE
-    skip = config.getoption("benchmark_skip", False) and not config.getoption("benchmark_only", False)
-    return SKIP if skip else None
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """Keep pytest-benchmark from saving a run in which nothing was measured; the summary says so.
-
-    The file of --benchmark-json is written even if every benchmark failed: no older one may be in its place.
-    """
-    config = session.config
-    found: Any = config.pluginmanager.get_plugin("pytest-benchmark")
-    if found is not None and all(benchmark.has_error for benchmark in found.benchmarks):
-        found.save = found.autosave = None
-        found.json = found.json if found.benchmarks else None
-        options = [option for option in SAVING if option != "--benchmark-json" or not found.json]
-        if saving := next((option for option in options if config.getoption(option)), None):
-            config.stash[UNSAVED] = saving
-    return (yield)
+    config.stash[GATE] = gate
+    config.pluginmanager.register(gate)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -217,47 +194,9 @@ def perf_case(request: pytest.FixtureRequest, perf_bench: BenchSession, benchmar
     torch.set_num_threads(threads)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: Any, request: pytest.FixtureRequest) -> Any:
-    """Keep a test's `benchmark`, however the test came by it."""
-    found = yield
-    if fixturedef.argname == "benchmark" and hasattr(found, "has_error"):
-        request.node.stash[BENCHMARK] = found
-    return found
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Any:
-    """Record the tolerances of a benchmark that knows nothing of `perf_case`, which records them itself."""
-    found = yield
-    measured = getattr(item.stash.get(BENCHMARK, None), "stats", None)  # None where disabled, or not used
-    if measured is not None and item.get_closest_marker("perf_gate"):
-        from perf.gate import entries, tolerances
-        from perf.gate.metrics import TIME
-
-        gate = None
-        if entries.own(measured.extra_info) is None:
-            gate = tolerances.used(*tolerances.of(item), {TIME})
-        if gate:
-            entries.write(measured.extra_info, {"gate": gate})
-    return found
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """What failed is not saved: pytest-benchmark by itself would keep the time of a test that failed after
-    it."""
-    fixture = item.stash.get(BENCHMARK, None)
-    if fixture is not None and call.excinfo is not None:
-        fixture.has_error = True
-    return (yield)
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if UNSAVED in config.stash:
-        option, off = config.stash[UNSAVED], _benchmarks_off(config)
-        why = f", with {off}" if off else ""
-        terminalreporter.write_line(f"{option}: nothing was measured{why}, so nothing was saved")
+    if GATE in config.stash:
+        _show_gate(terminalreporter, config.stash[GATE])
     if RECORDED not in config.stash:
         return
     from perf.report.session_tables import tables
@@ -268,6 +207,19 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(title)
         for line in drawn(table, width):
             terminalreporter.write_line(line)
+
+
+def _show_gate(terminalreporter: Any, gate: SessionGate) -> None:
+    terminalreporter.section(f"against {gate.base.name}")
+    if gate.error:
+        terminalreporter.write_line(f"error: {gate.error}")
+    if gate.comparison is not None:
+        from rich.console import Console
+
+        from perf.report import comparison_table
+
+        console = Console(width=None if sys.stdout.isatty() else 160, file=terminalreporter._tw._file)
+        console.print(comparison_table(gate.comparison))
 
 
 def _check_whole() -> None:

@@ -8,7 +8,6 @@ what drifts slower than two blocks cancels. The checkout it is started in stays 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -19,19 +18,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from perf.gate import stats, verdict as gate
+from perf.errors import Exit, GateError
+from perf.gate import stats
+from perf.gate.comparison import Comparison
+from perf.gate.entries import Benchmark
 from perf.gate.import_proof import Surroundings, Watch, environment
 from perf.gate.metrics import METRICS
-from perf.gate.saved_runs import Benchmark, Exit, GateError, Run, load
-from perf.gate.worktrees import git, snapshot, worktrees
+from perf.gate.revisions import commit_of, git
+from perf.gate.saved_runs import Run, load
+from perf.gate.verdict import compare
+from perf.gate.worktrees import worktrees
 
-OWN_OPTIONS = (
-    "--benchmark-json",
-    "--benchmark-save",
-    "--benchmark-autosave",
-    "--perf-baseline",
-    "--perf-inject-slowdown",
-)
+OWN_OPTIONS = frozenset({"--benchmark-json", "--benchmark-save", "--benchmark-autosave", "--perf-baseline"})
+OWN_OPTIONS |= {"--perf-inject-slowdown"}
 NO_TIMINGS = ("--benchmark-disable", "--benchmark-skip", "--numprocesses", "--dist", "-n")
 TAIL = 30
 PYTEST_USAGE = 4
@@ -47,7 +46,7 @@ def ab(
     counters: bool = True,
     repo: Path | str = ".",
     advance: Advance = lambda _: None,
-) -> gate.Comparison:
+) -> Comparison:
     """Measure two revisions in turn and judge head against base.
 
     Args:
@@ -65,7 +64,7 @@ def ab(
     """
     check(args, blocks)
     top = Path(git(Path(repo), "rev-parse", "--show-toplevel"))
-    commits = [_commit(top, revision) for revision in (base, head)]
+    commits = [commit_of(top, revision) for revision in (base, head)]
     done: tuple[list[Run], list[Run]] = ([], [])
     with worktrees(top, commits) as trees:
         folder, around = trees[0].parent, Surroundings.of(top, trees)
@@ -74,7 +73,7 @@ def ab(
             watch = Watch.begin(folder / f"imports-{number}", trees[side], around)
             name = f"block {number}, {(base, head)[side]}"
             done[side].append(block(args, folder / f"{number}.json", trees[side], name, watch))
-    comparison = gate.compare(merge(done[0], base), merge(done[1], head), paired=True, counters=counters)
+    comparison = compare(merge(done[0], base), merge(done[1], head), paired=True, counters=counters)
     if commits[0] == commits[1]:
         note = f"both revisions are commit {commits[0][:12]}: whatever differs is the machine"
         comparison = replace(comparison, notes=(*comparison.notes, note))
@@ -87,8 +86,7 @@ def order(pairs: int) -> list[int]:
 
 
 def check(args: Sequence[str], blocks: int) -> None:
-    """Raises GateError, code 2, for arguments of pytest that take the measuring away from us, or too few
-    pairs."""
+    """Raise GateError, code 2, for pytest arguments that take away the measuring, or too few pairs."""
     if blocks < stats.MIN_PAIRS:
         raise GateError(f"blocks={blocks} cannot decide anything: give {stats.MIN_PAIRS} or more", Exit.USAGE)
     for arg in args:
@@ -107,16 +105,8 @@ def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch 
         GateError: if a test fails, nothing is collected, or nothing was saved, with the end of pytest's
             output; if something was imported from where it must not be.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *args,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--benchmark-json={saved}",
-    ]
+    command = [sys.executable, "-m", "pytest", *args, "-q", "-p", "no:cacheprovider"]
+    command.append(f"--benchmark-json={saved}")
     unwanted = any(arg.endswith("no:perf.plugin") for arg in args)
     if not unwanted and (not (tree / "perf").is_dir() or (tree / "perf" / "plugin.py").is_file()):
         command += ["-p", "perf.plugin"]  # or nobody would look at a tolerance mark
@@ -142,8 +132,7 @@ def _has_xdist(args: Sequence[str]) -> bool:
 
 
 def merge(blocks: Sequence[Run], name: str) -> Run:
-    """Blocks as one run, each of whose rounds is a block's typical value; of counters every value that
-    occurred."""
+    """Blocks as one run: a round is a block's typical value, and of a counter every value that occurred."""
     names = dict.fromkeys(fullname for run in blocks for fullname in run.benchmarks)
     merged = {fullname: _merge([run.benchmarks.get(fullname) for run in blocks]) for fullname in names}
     return replace(blocks[0], name=name, benchmarks=merged)
@@ -170,30 +159,3 @@ def _merge(found: Sequence[Benchmark | None]) -> Benchmark:
         values = [value for entry in entries if isinstance(value := entry.info.get(key), int | float)]
         info[key] = median(values) if len(values) == len(entries) else None
     return replace(first, info=info, rounds=rounds, problems=problems)
-
-
-def _commit(top: Path, revision: str) -> str:
-    """The commit that a revision names; for `.` one made of the working tree, that no branch or index knows
-    of."""
-    if revision == ".":
-        return snapshot(top)
-    _check_one_meaning(top, revision)
-    try:
-        return git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    except GateError:
-        raise GateError(
-            f"no revision {revision!r} in {top}: give a branch, tag or commit (fetched), or '.'", Exit.USAGE
-        ) from None
-
-
-def _check_one_meaning(top: Path, revision: str) -> None:
-    """Raises GateError, code 2, if a revision's name is that of several refs: git would take one in
-    silence."""
-    name = re.split(r"[~^:]|@\{", revision, maxsplit=1)[0]
-    rules = ("refs/{}", "refs/tags/{}", "refs/heads/{}", "refs/remotes/{}", "refs/remotes/{}/HEAD")
-    wanted = [rule.format(name) for rule in rules]
-    commit = "%(if)%(*objectname)%(then)%(*objectname)%(else)%(objectname)%(end)"  # of a tag, what it is of
-    lines = git(top, "for-each-ref", f"--format={commit} %(refname)", *wanted).splitlines()
-    found = {ref: commit for commit, ref in (line.split(" ", 1) for line in lines) if ref in wanted}
-    if len(set(found.values())) > 1:
-        raise GateError(f"revision {revision!r} is ambiguous: give one of {', '.join(found)}", Exit.USAGE)

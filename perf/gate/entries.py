@@ -1,4 +1,4 @@
-"""A benchmark's entry in a pytest-benchmark file: what of it is ours, how it is written, and its one reader.
+"""A benchmark's entry in a pytest-benchmark file: the part that is ours, its writer and its one reader.
 
 Everything of ours lies under one key of extra_info, KEY. All else there is a stranger's: shown, never judged.
 Files from before that key have the record flat in extra_info, known by its whole shape. It imports neither
@@ -105,12 +105,9 @@ def own(extra: Mapping[str, Any]) -> dict[str, Any] | None:
     record = mapping(extra.get(KEY))
     if not _is_schema(record.get("schema")):
         return None
-    measured = {"rounds", "fingerprint"} <= record.keys() and _says_what(record)
-    return (
-        record
-        if measured or (not {"rounds", "fingerprint"} & record.keys() and _has_limits(record))
-        else None
-    )
+    measured = {"rounds", "fingerprint"} & record.keys()
+    whole = len(measured) == 2 and _says_what(record)
+    return record if whole or (not measured and _has_limits(record)) else None
 
 
 def write(extra: dict[str, Any], record: Mapping[str, Any]) -> None:
@@ -180,11 +177,8 @@ def _has_limits(record: Mapping[str, Any]) -> bool:
         limits = json.loads(record["gate"])
     except (KeyError, TypeError, ValueError, RecursionError):
         return False
-    return (
-        isinstance(limits, dict)
-        and bool(limits)
-        and all(isinstance(limit, dict) for limit in limits.values())
-    )
+    found = limits.values() if isinstance(limits, dict) else ()
+    return bool(found) and all(isinstance(limit, dict) for limit in found)
 
 
 def _is_scalar(value: Any) -> bool:

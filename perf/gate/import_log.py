@@ -1,4 +1,4 @@
-"""Writes down from which file each module of a Python process came: what `perf ab` proves its blocks by.
+"""Log of the file that each module of a Python process came from: `perf ab` proves its blocks by it.
 
 A copy of this file is the `sitecustomize` of every Python process of a block, workers included, whatever
 Python they run. It judges nothing (perf/gate/import_proof.py does) and costs nothing but at imports. There is

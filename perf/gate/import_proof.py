@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from perf.errors import GateError
 from perf.gate import import_log
-from perf.gate.saved_runs import GateError
-from perf.gate.worktrees import PLACES, git
+from perf.gate.revisions import PLACES, git
 
 TOOL = Path(__file__).resolve().parents[1]
 INSTALLED_IN = frozenset({"site-packages", "dist-packages"})
@@ -32,6 +33,8 @@ CACHES = {"XDG_CACHE_HOME": "~/.cache", "TRITON_CACHE_DIR": "~/.triton", "HF_MOD
 CACHES |= {"TORCHINDUCTOR_CACHE_DIR": "", "TORCH_EXTENSIONS_DIR": ""}
 BIN = ("bin", "Scripts")
 COMMAND_LENGTH = 120
+KINDS = ("module", "library", "child", "ended")  # of entries, beside that of the process itself
+ISOLATING = frozenset("IES")  # options of Python
 
 
 class Place(Enum):
@@ -50,39 +53,30 @@ class Place(Enum):
 ALLOWED = frozenset({Place.TREE, Place.INSTALLED, Place.GENERATED})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Log:
-    """What one process wrote: its command, the folders of its Python, its entries; see
-    perf/gate/import_log.py."""
+    """Entries of one process, and of its Python: command and folders; see perf/gate/import_log.py."""
 
-    command: tuple[str, ...] = ()
-    standard: tuple[str, ...] = ()
-    site: tuple[str, ...] = ()
-    prefixes: tuple[str, ...] = ()
-    modules: list[tuple[str, str]] = field(default_factory=list)
-    libraries: list[str] = field(default_factory=list)
-    children: list[tuple[int, list[str]]] = field(default_factory=list)
-    ended: set[int] = field(default_factory=set)
+    command: tuple[str, ...]
+    standard: tuple[str, ...]
+    site: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    modules: list[tuple[str, str]]
+    libraries: list[tuple[str]]
+    children: list[tuple[int, list[str]]]
+    ended: list[tuple[int]]
 
     @classmethod
     def read(cls, path: Path) -> Log:
         """The log in a file; a last line that its process was killed over is no entry."""
-        log = cls()
-        kind: str
-        entry: list[Any]
+        entries: dict[str, list[Any]] = {}
         for line in path.read_text(encoding="ascii").splitlines(keepends=True):
-            kind, *entry = ast.literal_eval(line) if line.endswith("\n") else ("",)
-            if kind == "process":
-                log.command, log.standard, log.site, log.prefixes = map(tuple, entry)
-            elif kind == "module":
-                log.modules.append((entry[0], entry[1]))
-            elif kind == "library":
-                log.libraries.append(entry[0])
-            elif kind == "child":
-                log.children.append((entry[0], entry[1]))
-            elif kind == "ended":
-                log.ended.add(entry[0])
-        return log
+            if line.endswith("\n"):
+                kind, *entry = ast.literal_eval(line)
+                entries.setdefault(kind, []).append(tuple(entry))
+        about = entries.get("process", [((), (), (), ())])[-1]
+        command, standard, site, prefixes = (tuple(part) for part in about)
+        return cls(command, standard, site, prefixes, *(entries.get(kind, []) for kind in KINDS))
 
 
 @dataclass(frozen=True)
@@ -130,8 +124,7 @@ class Watch:
 
     def environment(self) -> dict[str, str]:
         """The block's environment: imports from its tree before all else, and every process logging them."""
-        own = environment(self.tree, self.around.top)
-        return {**own, "PYTHONPATH": os.pathsep.join([str(self.folder), own["PYTHONPATH"]])}
+        return environment(self.tree, self.around.top, first=(self.folder,))
 
     def check(self, name: str) -> None:
         """Look through what the processes of the block logged; `name` is what the block is called.
@@ -160,7 +153,7 @@ class Watch:
                 unknown = f"{name}: nobody can say what {_words(command)} imported, for it"
                 if _is_isolated(command):
                     raise GateError(f"{unknown} ignores its environment: start it without -I, -E and -S")
-                if number in log.ended:  # and not killed, which may be before it could log anything
+                if (number,) in log.ended:  # and not killed, which may be before it could log anything
                     raise GateError(
                         f"{unknown} ended and logged nothing: start a Python that runs sitecustomize"
                     )
@@ -176,7 +169,7 @@ class Watch:
             if place not in ALLOWED:
                 yield module, file, place
         places |= {_real(prefix): Place.INSTALLED for prefix in log.prefixes}
-        for file in log.libraries:
+        for (file,) in log.libraries:
             if _innermost(_real(file), places) is Place.CHECKOUT:
                 yield f"the shared library {Path(file).name}", file, Place.CHECKOUT
 
@@ -242,13 +235,13 @@ class Watch:
         return f"set PYTHONPATH={path}, which is then looked up in each revision's tree"
 
 
-def environment(tree: Path, top: Path | None = None) -> dict[str, str]:
-    """This process's environment, with imports from `tree` (or its src folder) first.
+def environment(tree: Path, top: Path | None = None, first: Sequence[Path] = ()) -> dict[str, str]:
+    """This process's environment, with imports from `first`, `tree` and its src folder before all else.
 
     What PYTHONPATH has of the checkout at `top` is taken from the same place in `tree`; relative paths start
     here.
     """
-    paths = [str(root) for root in (tree, tree / "src")]
+    paths = [str(folder) for folder in (*first, *_roots(tree))]
     for path in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         real = _real(path)
         paths.append(str(tree / real.relative_to(top)) if top and real.is_relative_to(top) else path)
@@ -290,20 +283,19 @@ def _is_isolated(command: Sequence[str]) -> bool:
     """Whether a Python's options make it ignore its environment, or what runs at its start."""
     words = iter(command[1:])
     for word in words:
-        if not word.startswith("-") or word in ("-", "--"):
+        if word in ("-", "--") or not word.startswith("-"):
             return False
         if word.startswith("--"):
             next(words, None)  # the one long option has a value
             continue
-        for at, letter in enumerate(word[1:], 1):
-            if letter in "IES":
-                return True
-            if letter in "cm":
-                return False
-            if letter in "WX":
-                if at == len(word) - 1:
-                    next(words, None)
-                break
+        flags = re.split("[cmWX]", word[1:], maxsplit=1)[0]
+        with_value = word[1 + len(flags) :]
+        if ISOLATING.intersection(flags):
+            return True
+        if with_value.startswith(("c", "m")):
+            return False
+        if with_value in ("W", "X"):
+            next(words, None)
     return False
 
 

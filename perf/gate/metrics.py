@@ -1,5 +1,4 @@
-"""The one table of metrics: what each is called, its unit, which way is better, and how much change is too
-much.
+"""The one table of metrics: names, units, which way is better, and how much change is too much.
 
 A leaf: no measuring, no statistics, no imports of the project. A metric that is not gated is shown and never
 judged.
@@ -7,6 +6,7 @@ judged.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,14 +38,19 @@ class Metric:
     zero: bool = False
 
     def unfit(self, value: object) -> str | None:
-        """Why a recorded value can't be judged, or None: it must be finite, and above 0 but for `zero`."""
+        """The fault of a recorded value, or None: it must be finite, and above 0 but for `zero`."""
         least = "of 0 or more" if self.zero else "above 0"
         number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST
         return None if number and (value or self.zero) else f"is not a finite number {least}"
 
+    def log_limit(self, tolerance: float) -> float:
+        """The log-ratio, on the bad side, that getting worse by a fraction of `tolerance` is."""
+        if self.direction == "higher":
+            return -math.log1p(-tolerance) if tolerance < 1 else math.inf
+        return math.log1p(tolerance)
+
     def format(self, value: float | None) -> str:
-        """The value for a person, without its unit unless that is bytes: `1,234`, `12.3`, `0.0456`, `1.5
-        GiB`."""
+        """The value for a person, without its unit unless that is bytes: `1,234`, `12.3`, `1.5 GiB`."""
         if value is None:
             return "-"
         if self.unit == "bytes":

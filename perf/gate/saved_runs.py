@@ -1,5 +1,4 @@
-"""Saved pytest-benchmark runs, read and checked: a JSON file becomes a Run of Benchmarks, or an error that
-says why.
+"""Saved pytest-benchmark runs, read and checked: a JSON file becomes a Run, or an error that says why.
 
 Which file is meant is decided in perf/gate/storage.py, what an entry of it says in perf/gate/entries.py. It
 judges nothing and imports neither torch nor pytest.
@@ -14,25 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perf.errors import Exit, GateError
-from perf.gate import entries, storage as storages
-from perf.gate.entries import Benchmark, Scalar
-from perf.gate.storage import STORAGE
-from perf.gate.tolerances import Tolerance, check_tolerance
-
-__all__ = [
-    "STORAGE",
-    "Benchmark",
-    "Exit",
-    "GateError",
-    "Run",
-    "Scalar",
-    "Tolerance",
-    "check_tolerance",
-    "find",
-    "load",
-    "parse",
-]
+from perf.errors import GateError
+from perf.gate import entries
+from perf.gate.entries import Benchmark
+from perf.gate.storage import STORAGE, resolve
 
 # This project's own benchmarks were in perf/ itself: runs of then have them there, and still compare.
 MOVED = re.compile(
@@ -44,8 +28,11 @@ MOVED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A saved run. name: what it was saved as; commit and machine: as pytest-benchmark recorded them. notes:
-    what a reader should know of how it was found."""
+    """A saved run.
+
+    name: what it was saved as. commit, machine: as pytest-benchmark recorded them. notes: how it was found,
+    where a reader should know.
+    """
 
     name: str
     path: Path
@@ -56,18 +43,13 @@ class Run:
     notes: tuple[str, ...] = ()
 
 
-def find(which: str | Path, storage: Path | str = STORAGE) -> Path:
-    """The file of a saved run; arguments and errors are those of `perf.gate.storage.resolve`."""
-    return storages.resolve(which, storage).path
-
-
 def load(which: str | Path, storage: Path | str = STORAGE) -> Run:
     """Read and check a saved run; `which` and `storage` are as for `perf.gate.storage.resolve`.
 
     Raises:
         GateError: if it cannot be found or read, is not a pytest-benchmark run, or has no benchmarks in it.
     """
-    found = storages.resolve(which, storage)
+    found = resolve(which, storage)
     try:
         data = json.loads(found.path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -77,8 +59,7 @@ def load(which: str | Path, storage: Path | str = STORAGE) -> Run:
 
 
 def parse(data: Any, path: Path | str) -> Run:
-    """A Run from pytest-benchmark's own dict (what `pytest_benchmark_update_json` sees). Raises as `load`
-    does."""
+    """A Run from pytest-benchmark's own dict; raises as `load` does."""
     path = Path(path)
     found = data.get("benchmarks") if isinstance(data, dict) else None
     if not isinstance(found, list):

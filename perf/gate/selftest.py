@@ -1,5 +1,4 @@
-"""Can the gate be trusted here? Identical code and injected slowdowns, judged as `perf ab` judges two
-revisions.
+"""Test of the gate itself: identical code and injected slowdowns, judged as `perf ab` judges two revisions.
 
 A trial is one A/B run: pairs of fresh processes in ABBA order, all of them its own. The processes of a trial
 start together, since nearly all of their time is imports, and then measure one at a time while the others
@@ -9,6 +8,7 @@ trials of one effect share nothing. The slowdown is injected from outside: nothi
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -22,20 +22,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perf.gate import ab, stats, verdict as gate
-from perf.gate.saved_runs import Exit, GateError, Run, load
-from perf.gate.verdict import Outcome
+from perf.errors import Exit, GateError
+from perf.gate import ab, stats
+from perf.gate.comparison import Comparison, Outcome
+from perf.gate.saved_runs import Run, load
+from perf.gate.verdict import compare
 
 PAIRS = 4
+BLOCK = (sys.executable, "-m", "perf.measure.selftest_block")  # see there for what it is asked
+PIPE = subprocess.PIPE
 Measure = Callable[[int, float], Run]  # (which process, injected slowdown) -> what it measured
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What the gate said in every trial of one effect.
+    """Verdicts on every trial of one effect.
 
-    outcomes: of whole runs, one a trial. failed: in how many trials each metric alone was called a
-    regression.
+    outcomes: of whole runs, one a trial. failed: by metric, how many trials called that one a regression.
     """
 
     effect: float
@@ -54,8 +57,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """rates: one an effect. visible: by metric, the slowdown that is called a regression four times in
-    five."""
+    """Rates, one an effect; visible: by metric, the slowdown called a regression four times in five."""
 
     pairs: int
     rates: tuple[Rate, ...]
@@ -105,27 +107,27 @@ def selftest(
             f"effects={list(effects)} must be different fractions from 0 (0.1 is 10 %)", Exit.USAGE
         )
     ab.check(args, pairs)
-    found: dict[float, list[gate.Comparison]] = {effect: [] for effect in effects}
+    found: dict[float, list[Comparison]] = {effect: [] for effect in effects}
     for trial in range(trials):
         advance(f"trial {trial + 1} of {trials}")
         with ExitStack() as stack:
-            if args:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perf-selftest-")))
-                measure = _pytest_blocks(args, folder)
-            else:
-                measure = stack.enter_context(_processes(2 * pairs))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perf-selftest-")))
+            blocks = _pytest_runs(args, folder) if args else _processes(2 * pairs, folder)
+            measure = stack.enter_context(blocks)
             base, heads = one_trial(measure, effects, pairs, trial)
         for effect in effects:
             head = ab.merge(heads[effect], f"{effect:.0%} slower")
-            found[effect].append(gate.compare(ab.merge(base, "as it is"), head, paired=True))
+            found[effect].append(compare(ab.merge(base, "as it is"), head, paired=True))
     return Report(pairs, tuple(_rate(effect, some) for effect, some in found.items()), _visible(found))
 
 
 def one_trial(
     measure: Measure, effects: Sequence[float], pairs: int, trial: int
 ) -> tuple[list[Run], dict[float, list[Run]]]:
-    """Measure A blocks without a slowdown and B blocks with each, in ABBA order; effects in another order
-    each time."""
+    """Measure A blocks without a slowdown and B blocks with each, in ABBA order.
+
+    Which effect a B block begins with changes from block to block.
+    """
     base: list[Run] = []
     heads: dict[float, list[Run]] = {effect: [] for effect in effects}
     for number, side in enumerate(ab.order(pairs)):
@@ -138,20 +140,20 @@ def one_trial(
     return base, heads
 
 
-def _rate(effect: float, comparisons: Sequence[gate.Comparison]) -> Rate:
+def _rate(effect: float, comparisons: Sequence[Comparison]) -> Rate:
     failed: dict[str, int] = {}
     for comparison in comparisons:
-        names = {
-            v.metric.name: v.outcome for v in comparison.verdicts if v.metric is not None and v.p is not None
-        }
-        for name, outcome in names.items():
+        timed = {v.metric.name: v.outcome for v in comparison.verdicts if v.metric and v.p is not None}
+        for name, outcome in timed.items():
             failed[name] = failed.get(name, 0) + (outcome is Outcome.FAIL)
     return Rate(effect, tuple(comparison.outcome for comparison in comparisons), failed)
 
 
-def _visible(found: dict[float, list[gate.Comparison]]) -> dict[str, float]:
-    """From the intervals themselves: half of one and 0.84 standard errors must fit between no effect and this
-    one."""
+def _visible(found: dict[float, list[Comparison]]) -> dict[str, float]:
+    """By metric, the smallest effect that would be seen, from the intervals themselves.
+
+    Half an interval and 0.84 standard errors must fit between no effect and this one.
+    """
     sizes: dict[str, list[float]] = {}
     for comparison in (c for some in found.values() for c in some):
         for v in comparison.verdicts:
@@ -159,47 +161,41 @@ def _visible(found: dict[float, list[gate.Comparison]]) -> dict[str, float]:
                 continue
             half = (math.log1p(v.high) - math.log1p(v.low)) / 2
             error = half / stats.t_quantile((1 + stats.CONFIDENCE) / 2, v.rounds[0] - 1)
-            limit = -math.log1p(-v.tolerance) if v.metric.direction == "higher" else math.log1p(v.tolerance)
-            sure = max(half, limit) + stats.POWER_Z * error
+            sure = max(half, v.metric.log_limit(v.tolerance)) + stats.POWER_Z * error
             sizes.setdefault(v.metric.name, []).append(math.expm1(sure))
     return {name: statistics.median(values) for name, values in sizes.items()}
 
 
-def _pytest_blocks(args: Sequence[str], folder: Path) -> Measure:
-    saved = (folder / f"{number}.json" for number in range(sys.maxsize))
+@contextmanager
+def _pytest_runs(args: Sequence[str], folder: Path) -> Iterator[Measure]:
+    """Runs of pytest, each in a process of its own; what they save lies in a folder."""
+    numbers = itertools.count()
 
     def measure(process: int, effect: float) -> Run:
         slowed = [*args, f"--perf-inject-slowdown={effect}"]
-        return ab.block(slowed, next(saved), Path.cwd(), f"block {process}, {effect:.0%} slower")
+        name = f"block {process}, {effect:.0%} slower"
+        return ab.block(slowed, folder / f"{next(numbers)}.json", Path.cwd(), name)
 
-    return measure
+    yield measure
 
 
-@dataclass(frozen=True, slots=True)
 class _Block:
-    """A process that measures when it is asked to; what it prints goes to `log`."""
+    """A process that measures when it is asked to; whatever it prints goes to a log."""
 
-    process: subprocess.Popen[str]
-    log: Path
-
-    @classmethod
-    def start(cls, log: Path) -> _Block:
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-        command, pipe = [sys.executable, "-m", "perf.measure.selftest_block"], subprocess.PIPE
+    def __init__(self, log: Path) -> None:
+        paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        self.log = log
         with log.open("w") as errors:
-            return cls(
-                subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, env=env, text=True), log
-            )
+            self.process = subprocess.Popen(BLOCK, stdin=PIPE, stdout=PIPE, stderr=errors, env=env, text=True)
 
     def ask(self, **request: Any) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         self.wait()
 
     def wait(self) -> None:
-        """Until it is ready; raises GateError, with the end of its log, if it ended instead."""
+        """Wait until it is ready; raise GateError, with the end of its log, if it ended instead."""
         assert self.process.stdout is not None
         if self.process.stdout.readline() != "ready\n":
             code = self.process.wait()
@@ -211,21 +207,20 @@ class _Block:
 
 
 @contextmanager
-def _processes(count: int) -> Iterator[Measure]:
+def _processes(count: int, folder: Path) -> Iterator[Measure]:
     """Fresh processes that have loaded everything and wait; each measures when asked, alone."""
+    numbers = itertools.count()
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perf-selftest-")))
         blocks: list[_Block] = []
         for number in range(count):
-            blocks.append(_Block.start(folder / f"{number}.log"))
+            blocks.append(_Block(folder / f"{number}.log"))
             stack.callback(blocks[-1].end)
         for block in blocks:
             block.wait()
-        saved = (folder / f"{number}.json" for number in range(sys.maxsize))
 
-        def measure(number: int, effect: float) -> Run:
-            path = next(saved)
-            blocks[number].ask(effect=effect, path=str(path))
+        def measure(process: int, effect: float) -> Run:
+            path = folder / f"{next(numbers)}.json"
+            blocks[process].ask(effect=effect, path=str(path))
             return load(path)
 
         yield measure

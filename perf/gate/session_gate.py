@@ -1,23 +1,30 @@
-"""What `--perf-baseline` adds to a pytest session: a baseline before it, a comparison at its end."""
+"""Gate of a pytest session (`--perf-baseline`): a baseline before it, a comparison and a code at its end.
+
+It prints nothing: perf/plugin.py shows what it found.
+"""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from perf.gate import verdict as gate
-from perf.gate.saved_runs import Exit, GateError, Run, parse
+from perf.errors import Exit, GateError
+from perf.gate.comparison import Comparison
+from perf.gate.saved_runs import Run, load, parse
+from perf.gate.saving import XDIST
+from perf.gate.storage import STORAGE
+from perf.gate.verdict import compare
 
-if TYPE_CHECKING:
-    from perf.gate.verdict import Comparison
 
+class SessionGate:
+    """Compares a session with a baseline at its end, and sets its exit code.
 
-class Gate:
-    """Compares the session with a baseline at its end, and sets the exit code."""
+    comparison: None before the end, and where `error` says why there is none. only_failed: whether --lf left
+    out whatever did not fail. deselected: ids of tests that an option left out.
+    """
 
     def __init__(self, base: Run, only_failed: bool = False) -> None:
         self.base = base
@@ -27,8 +34,8 @@ class Gate:
         self.error: str | None = None
 
     @classmethod
-    def of(cls, config: pytest.Config, baseline: str, **off: bool) -> Gate:
-        """The gate of a session that begins; `off` is as for `perf.gate.verdict.check_session`.
+    def of(cls, config: pytest.Config, baseline: str, off: str | None) -> SessionGate:
+        """The gate of a session that begins; `baseline` and `off` are as for `check_session`.
 
         Raises:
             GateError: if the session could not answer it, or its baseline is not there.
@@ -37,7 +44,7 @@ class Gate:
         if storage is None:
             why = "needs pytest-benchmark: run without -p no:benchmark"
             raise GateError(f"--perf-baseline={baseline} {why}", Exit.USAGE)
-        base = gate.check_session(baseline, storage, **off)
+        base = check_session(baseline, storage, off)
         cache = getattr(config, "cache", None)
         failed = cache.get("cache/lastfailed", {}) if cache and config.getoption("lf", False) else {}
         return cls(base, only_failed=bool(failed))
@@ -49,25 +56,20 @@ class Gate:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         code = Exit.NOT_COMPARABLE
         try:
-            head = parse(self._measured(session.config), "this session")
-            self.comparison = gate.compare(self.base, head, deselected=self._left_out(session))
+            head = parse(_measured(session.config), "this session")
+            self.comparison = compare(self.base, head, deselected=self._left_out(session))
             code = self.comparison.exit
         except GateError as error:
             self.error, code = f"{error}", error.code
         if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = int(code)
 
-    def _measured(self, config: pytest.Config) -> dict[str, Any]:
-        """What pytest-benchmark saves, or would save, of this session."""
-        found: Any = config.pluginmanager.get_plugin("pytest-benchmark")
-        measured = [each.as_dict(include_data=True) for each in found.benchmarks if not each.has_error]
-        return {"machine_info": found.get_machine_info(), "benchmarks": measured}
-
     def _left_out(self, session: pytest.Session) -> set[str]:
         """Benchmarks of the baseline that nobody asked for: deselected, or outside the paths given."""
+        known = set(self.base.benchmarks)
         left_out = self.deselected
         if self.only_failed:  # --lf does not even collect the files in which nothing failed
-            left_out = left_out | (set(self.base.benchmarks) - {item.nodeid for item in session.items})
+            left_out = left_out | (known - {item.nodeid for item in session.items})
         if session.config.args_source is not pytest.Config.ArgsSource.ARGS:
             return left_out
         root, here = session.config.rootpath, session.config.invocation_params.dir
@@ -75,21 +77,34 @@ class Gate:
         for argument in session.config.args:
             path, *inside = argument.split("::")
             asked.append("::".join([Path(os.path.relpath(here / path, root)).as_posix(), *inside]))
+        return left_out | {name for name in known if not any(_is_in(name, part) for part in asked)}
 
-        def is_in(name: str, part: str) -> bool:
-            return part in (".", name) or name.startswith((f"{part}/", f"{part}::", f"{part}["))
 
-        known = self.base.benchmarks
-        return left_out | {name for name in known if not any(is_in(name, part) for part in asked)}
+def check_session(baseline: str | Path, storage: Path | str = STORAGE, off: str | None = None) -> Run:
+    """The baseline of a session that will be gated, loaded before the session saves a run of the same name.
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        terminalreporter.section(f"against {self.base.name}")
-        if self.error:
-            terminalreporter.write_line(f"error: {self.error}")
-        if self.comparison is not None:
-            from rich.console import Console
+    Args:
+        baseline: a run as `--perf-baseline` names it.
+        off: the option that keeps the session from timing anything, if there is one.
 
-            from perf.report import comparison_table
+    Raises:
+        GateError: with code 2 if there is nothing to gate, 3 if the baseline is not there.
+    """
+    if off is None:
+        return load(baseline, storage)
+    why = ", and xdist turns benchmarks off" if off == XDIST else ""
+    raise GateError(
+        f"--perf-baseline={baseline} needs timings{why}: run without {off.split()[0]}", Exit.USAGE
+    )
 
-            console = Console(width=None if sys.stdout.isatty() else 160, file=terminalreporter._tw._file)
-            console.print(comparison_table(self.comparison))
+
+def _measured(config: pytest.Config) -> dict[str, Any]:
+    """The data that pytest-benchmark saves, or would save, of a session."""
+    found: Any = config.pluginmanager.get_plugin("pytest-benchmark")
+    measured = [each.as_dict(include_data=True) for each in found.benchmarks if not each.has_error]
+    return {"machine_info": found.get_machine_info(), "benchmarks": measured}
+
+
+def _is_in(name: str, part: str) -> bool:
+    """Whether a test's id is that of a path, a class or a test that was asked for, or of something in it."""
+    return part in (".", name) or name.startswith((f"{part}/", f"{part}::", f"{part}["))

@@ -1,4 +1,4 @@
-"""Which file is meant: the one resolver of saved runs, for every command and for `--perf-baseline`.
+"""The one resolver of saved runs to files, for every command and for `--perf-baseline`.
 
 A run is named by its path, by the number or the name that pytest-benchmark saved it under, or by both
 (`0002_main`). A name that fits several files is refused with all of them listed; a folder is never a run. It
@@ -22,7 +22,7 @@ NOT_IN_A_NAME = set(r"\/:*?<>|")  # what --benchmark-save refuses
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The file of a run. note: what its finder should know, a sentence; empty where the name said it all."""
+    """The file of a run; note: a sentence for its finder, empty where the name said it all."""
 
     path: Path
     note: str = ""
@@ -71,15 +71,16 @@ def resolve(which: str | Path, storage: Path | str = STORAGE) -> Found:
     if not word:
         raise GateError("run '' names nothing: give a name, a number or a path", Exit.USAGE)
     if isinstance(which, Path) or os.sep in word or (os.altsep and os.altsep in word):
-        return Found(_file(Path(which), word))
+        if not os.path.isfile(word):
+            raise _no_file(word)
+        return Found(Path(word))
     root = folder(storage)
     saved = list(_saved(root))
     meant: dict[Path, str] = {}  # a file by what makes it one, the first reason kept
-    here = Path(word)
-    if os.path.isfile(here):  # Path.is_file raises for a name too long to be one
-        meant[here] = f"./{word} (a file here)"
+    if os.path.isfile(word):  # Path.is_file raises for a name too long to be one
+        meant[Path(word)] = f"./{word} (a file here)"
     named = [run for run in saved if run.name == word]
-    newest = [run for run in named if not any(_is_later(other, run) for other in named)]
+    newest = [run for run in named if run.number == max(one.number for one in named if _beside(one, run))]
     numbered = [run for run in saved if re.fullmatch("[0-9]{1,18}", word) and run.number == int(word)]
     whole = [run for run in saved if word in (run.path.stem, run.path.name)]
     for runs, how in ((numbered, "its number"), (whole, "its file's name"), (newest, "its name")):
@@ -89,23 +90,17 @@ def resolve(which: str | Path, storage: Path | str = STORAGE) -> Found:
     if not different:
         raise _missing(word, root, saved)
     if len(different) > 1:
-        files = [path for path in meant if path in different.values()]
-        raise _ambiguous(word, [meant[path] for path in files], files, saved)
+        raise _ambiguous(
+            word, {path: how for path, how in meant.items() if path in different.values()}, saved
+        )
     (path,) = different.values()
-    alike = [run for run in named if run.path.parent == path.parent]
-    if len(alike) < 2:
-        return Found(path)
-    return Found(path, f"{len(alike)} runs are saved as {word!r}: the last, {path.stem}, is meant")
+    alike = sum(run.path.parent == path.parent for run in named)
+    more = f"{alike} runs are saved as {word!r}: the last, {path.stem}, is meant" if alike > 1 else ""
+    return Found(path, more)
 
 
-def _is_later(one: _Saved, other: _Saved) -> bool:
-    return one.path.parent == other.path.parent and one.number > other.number
-
-
-def _file(path: Path, word: str) -> Path:
-    if os.path.isfile(path):
-        return path
-    raise _no_file(word)
+def _beside(one: _Saved, other: _Saved) -> bool:
+    return one.path.parent == other.path.parent
 
 
 def _no_file(word: str) -> GateError:
@@ -135,9 +130,9 @@ def _missing(word: str, root: Path, saved: list[_Saved]) -> GateError:
     return GateError(f"no run {word!r} in {str(root)!r} (saved there: {known}){here}: {hint}")
 
 
-def _ambiguous(word: str, candidates: list[str], files: list[Path], saved: list[_Saved]) -> GateError:
+def _ambiguous(word: str, meant: dict[Path, str], saved: list[_Saved]) -> GateError:
     taken = [run.path.stem for run in saved] + [run.name for run in saved]
-    full = [path.stem for path in files if taken.count(path.stem) == 1 and not os.path.isfile(path.stem)]
-    what = f"run {word!r} is ambiguous, it is in {' and in '.join(candidates)}"
+    full = [path.stem for path in meant if taken.count(path.stem) == 1 and not os.path.isfile(path.stem)]
+    what = f"run {word!r} is ambiguous, it is in {' and in '.join(meant.values())}"
     other = f", or its full form ({', '.join(full)})" if full else ""
     return GateError(f"{what}: give the path of the file you mean{other}", Exit.USAGE)

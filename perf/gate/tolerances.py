@@ -1,4 +1,4 @@
-"""How much worse a test's metrics may get: the limits of its `perf_gate` marks, and how they hold.
+"""Tolerances of a test's metrics: the limits of its `perf_gate` marks, and how they hold.
 
 The closest mark wins, limit by limit: a parameter's before its test's, then its class's, a derived one's
 before its base's, then its module's. A mark on a test must be of use to that test; one on a class or a module
@@ -38,8 +38,7 @@ def check_tolerance(metric: str, rel: float | None = None, abs: float | None = N
     """The arguments of `@pytest.mark.perf_gate(metric, rel=..., abs=...)`, checked.
 
     Raises:
-        GateError: for an unknown or exact metric, neither limit given, or one that is not a number of 0 or
-        more.
+        GateError: for an unknown or exact metric, neither limit given, or one that is no number of 0 or more.
     """
     mark = f"perf_gate({metric!r})"
     if metric not in GATED:
@@ -82,8 +81,7 @@ def read(name: str, text: Any) -> dict[str, Tolerance]:
 
 
 def of(item: pytest.Item) -> tuple[str | None, frozenset[str]]:
-    """The limits that hold for a test as JSON text, None without any; and the metrics that its own marks
-    name.
+    """The limits that hold for a test, as JSON text or None; and the metrics that its own marks name.
 
     Raises:
         GateError: for a mark that the gate could not use, or equally close ones that contradict each other.
@@ -112,8 +110,7 @@ def check(items: Iterable[pytest.Item], narrowed: bool) -> None:
 
     Args:
         items: what was collected.
-        narrowed: only a part of the modules was collected, so that what a class or module is marked for may
-            be absent.
+        narrowed: only a part was collected, so that what a class or module is marked for may be absent.
 
     Raises:
         GateError: for a mark that the gate could not use, naming the test.
@@ -176,7 +173,7 @@ def _useless(item: pytest.Item, metric: str) -> str | None:
 
 
 def _place(item: pytest.Item, node: Any, mark: pytest.Mark) -> tuple[int, int]:
-    """How close a mark is, the greater the closer: by its node, then as the module's docstring says."""
+    """The closeness of a mark, the greater the closer: by its node, then as the module's docstring says."""
     depth = len(node.listchain())
     if node is item:
         of_parameter = getattr(getattr(item, "callspec", None), "marks", ())
@@ -185,8 +182,7 @@ def _place(item: pytest.Item, node: Any, mark: pytest.Mark) -> tuple[int, int]:
 
 
 def _owner(node: Any, mark: pytest.Mark) -> tuple[Any, int]:
-    """What carries a mark of a node, and how far up: of a class, itself or one of its bases; else the
-    node."""
+    """The carrier of a node's mark, and how far up it is: a class or one of its bases, else the node."""
     for distance, base in enumerate(getattr(getattr(node, "obj", None), "__mro__", ())):
         marks = vars(base).get("pytestmark", [])
         if any(mark is getattr(own, "mark", own) for own in (marks if isinstance(marks, list) else [marks])):

@@ -1,4 +1,4 @@
-"""The gate: two runs in, a verdict a metric and an exit code out.
+"""The gate: two runs in, a verdict a metric out.
 
 A metric FAILs if its 95 % interval lies wholly on the bad side and its effect exceeds what is allowed: the
 tolerance, or the absolute floor where that is more. It PASSes if the worse end of the interval is still
@@ -12,149 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
-from typing import Any
 
 from perf.gate import stats
+from perf.gate.comparison import Comparison, Outcome, Verdict
+from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS, Metric
-from perf.gate.saved_runs import STORAGE, Benchmark, Exit, GateError, Run, load
+from perf.gate.saved_runs import Run
+from perf.gate.tolerances import Tolerance
 
 CANARIES = ("canary_matmul_gflops", "canary_copy_gbps")
 CANARY_NOISE = 0.03
-WORK = (
-    "backend",
-    "model",
-    "dtype",
-    "device",
-    "policy",
-    "batch_size",
-    "workload",
-    "arrivals",
-    "seed",
-    "requests",
-)
-# other answers to other questions are no regression
-IDENTITY = (*WORK, "offered_rate", "slo_ttft_ms", "slo_tpot_ms")
+# Equal in both runs: other answers to other questions are no regression.
+IDENTITY: tuple[str, ...] = ("backend", "model", "dtype", "device", "policy", "batch_size", "workload")
+IDENTITY += ("arrivals", "seed", "requests", "offered_rate", "slo_ttft_ms", "slo_tpot_ms")
+NO_ROUNDS_TELL = "too near the limit for more rounds to tell"
 LEVEL = (1 - stats.CONFIDENCE) / 2
-
-
-class Outcome(StrEnum):
-    """What is said of one metric, of one benchmark or of a whole comparison; in order of rank, gravest
-    first."""
-
-    FAIL = "FAIL"
-    ERROR = "ERROR"  # should have been compared and could not be
-    INCONCLUSIVE = "INCONCLUSIVE"
-    PASS = "PASS"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One metric of one benchmark.
-
-    base, head: typical values over rounds. effect: head / base - 1, signed as measured (+0.10 is 10 % more,
-    whatever is better); low, high: its 95 % interval. tolerance: by how much it may get worse, a fraction,
-    the floor included. improved: surely and noticeably better. rounds: of base and head. rounds_needed: how
-    many rounds a side would probably decide it (None where decided, or where more rounds would not help). p:
-    how likely so bad an effect is without any change. metric is None where the benchmark as a whole could not
-    be compared (outcome ERROR). reason: a sentence for a person.
-    """
-
-    benchmark: str
-    group: str
-    metric: Metric | None
-    outcome: Outcome
-    reason: str
-    base: float | None = None
-    head: float | None = None
-    effect: float | None = None
-    low: float | None = None
-    high: float | None = None
-    tolerance: float | None = None
-    improved: bool = False
-    rounds: tuple[int, int] = (0, 0)
-    rounds_needed: int | None = None
-    p: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two runs compared. notes: what a reader should know and no verdict says (new benchmarks, "the machine
-    changed").
-
-    paired: whether rounds were taken in turn (`perf ab`), so that round i of one belongs to round i of the
-    other.
-    """
-
-    base: Run
-    head: Run
-    verdicts: tuple[Verdict, ...]
-    notes: tuple[str, ...] = ()
-    paired: bool = False
-
-    @property
-    def outcome(self) -> Outcome:
-        """The gravest outcome of any verdict; without a verdict there is nothing to compare, an ERROR."""
-        found = {verdict.outcome for verdict in self.verdicts}
-        return next((outcome for outcome in Outcome if outcome in found), Outcome.ERROR)
-
-    @property
-    def exit(self) -> Exit:
-        codes = (Exit.REGRESSION, Exit.NOT_COMPARABLE, Exit.INCONCLUSIVE, Exit.PASS)
-        return dict(zip(Outcome, codes, strict=True))[self.outcome]
-
-    def plain(self) -> dict[str, Any]:
-        """All of it as plain Python, for JSON: outcome, exit, notes, and a flat record a verdict."""
-        runs = {
-            side: {
-                "name": run.name,
-                "path": str(run.path),
-                "commit": run.commit.get("id"),
-                "datetime": run.datetime,
-            }
-            for side, run in (("base", self.base), ("head", self.head))
-        }
-        records = []
-        for verdict in self.verdicts:
-            own = {"metric": verdict.metric and verdict.metric.name, "rounds": list(verdict.rounds)}
-            records.append({key: _json_number(value) for key, value in (asdict(verdict) | own).items()})
-        whole = {"outcome": str(self.outcome), "exit": int(self.exit), "paired": self.paired}
-        return {**whole, "notes": list(self.notes), **runs, "verdicts": records}
-
-
-def check_session(
-    baseline: str | Path,
-    storage: Path | str = STORAGE,
-    *,
-    xdist: bool,
-    disabled: bool,
-    skipped: bool,
-    collecting: bool = False,
-) -> Run:
-    """Before a pytest session that will be gated: whether it can be at all, and the baseline, loaded before
-    the session saves a run of the same name.
-
-    Args:
-        baseline: what `--perf-baseline` names.
-        xdist, disabled, skipped, collecting: whether `-n`, `--benchmark-disable`, `--benchmark-skip`,
-            `--collect-only` are on.
-
-    Raises:
-        GateError: with code 2 if the session's options leave nothing to gate, 3 if the baseline is not there.
-    """
-    option = f"--perf-baseline={baseline}"
-    if xdist:
-        raise GateError(f"{option} needs timings, and xdist turns benchmarks off: run without -n", Exit.USAGE)
-    if disabled:
-        raise GateError(f"{option} needs timings: run without --benchmark-disable", Exit.USAGE)
-    if skipped:
-        raise GateError(f"{option} needs timings: run without --benchmark-skip", Exit.USAGE)
-    if collecting:
-        raise GateError(f"{option} needs timings: run without --collect-only", Exit.USAGE)
-    return load(baseline, storage)
 
 
 def compare(
@@ -169,45 +43,43 @@ def compare(
         deselected: benchmarks that were left out of `head` on purpose; they are named in the notes, not
             judged.
     """
-    verdicts: list[Verdict] = []
     left_out = sorted(name for name in base.benchmarks if name not in head.benchmarks and name in deselected)
+    verdicts: list[Verdict] = []
     for name, before in base.benchmarks.items():
         if name not in left_out:
             verdicts += _benchmark(before, head.benchmarks.get(name), paired, counters)
-    notes = list(_notes(base, head, counters))
+    notes = [*_notes(base, head, counters)]
     if left_out:
         notes.append(f"deselected here and not judged: {_listed(left_out)}")
-    return Comparison(base, head, tuple(_together(verdicts)), tuple(notes), paired)
+    return Comparison(base, head, tuple(_without_chance(verdicts)), tuple(notes), paired)
 
 
 def _benchmark(before: Benchmark, after: Benchmark | None, paired: bool, counters: bool) -> Iterator[Verdict]:
     whole = Verdict(before.fullname, before.group, None, Outcome.ERROR, "")
-    if after is None:
-        yield replace(
-            whole, reason="is in the baseline and not in this run: removed, renamed, skipped or failed"
-        )
+    if why := _incomparable(before, after):
+        yield replace(whole, reason=why)
         return
-    broken = [
-        f"{side} {b.problems['']}" for side, b in (("base", before), ("head", after)) if "" in b.problems
-    ]
-    prints = _differences(before.fingerprint, after.fingerprint, {*before.fingerprint, *after.fingerprint})
-    other = _differences(before.info, after.info, IDENTITY)
-    if broken:
-        yield replace(whole, reason="; ".join(broken))
-    elif prints:
-        yield replace(
-            whole, reason=f"refused, the fingerprint is another: {prints}; measure the baseline again here"
-        )
-    elif other:
-        yield replace(
-            whole, reason=f"refused, another thing was run: {other}; give both runs the same options"
-        )
-    else:
-        names = dict.fromkeys([*before.rounds, *before.problems, *after.problems])
-        for metric in (METRICS[name] for name in names if name in METRICS):
-            if metric.direction == "exact" and (not counters or before.info.get("arrivals", "all") != "all"):
-                continue
+    assert after is not None
+    exact = counters and before.info.get("arrivals", "all") == "all"
+    for name in dict.fromkeys([*before.rounds, *before.problems, *after.problems]):
+        metric = METRICS.get(name)
+        if metric is not None and (exact or metric.direction != "exact"):
             yield _metric(replace(whole, metric=metric), metric, before, after, paired)
+
+
+def _incomparable(before: Benchmark, after: Benchmark | None) -> str | None:
+    """Why a benchmark as a whole cannot be compared, or None."""
+    if after is None:
+        return "is in the baseline and not in this run: removed, renamed, skipped or failed"
+    sides = (("base", before), ("head", after))
+    if broken := [f"{side} {one.problems['']}" for side, one in sides if "" in one.problems]:
+        return "; ".join(broken)
+    keys = {*before.fingerprint, *after.fingerprint}
+    if prints := _differences(before.fingerprint, after.fingerprint, keys):
+        return f"refused, the fingerprint is another: {prints}; measure the baseline again here"
+    if work := _differences(before.info, after.info, IDENTITY):
+        return f"refused, another thing was run: {work}; give both runs the same options"
+    return None
 
 
 def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark, paired: bool) -> Verdict:
@@ -219,8 +91,8 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
     start = replace(start, rounds=(len(base), len(head)))
     if metric.direction == "exact":
         return _exact(start, metric, base, head)
-    values = stats.centre(base), stats.centre(head)
-    start = replace(start, base=values[0], head=values[1])
+    typical = stats.centre(base)
+    start = replace(start, base=typical, head=stats.centre(head))
     least, unit = (stats.MIN_PAIRS, "pairs") if paired else (stats.MIN_ROUNDS, "rounds a side")
     if paired and len(base) != len(head):
         return replace(start, reason=f"{len(base)} blocks of base and {len(head)} of head make no pairs")
@@ -228,13 +100,10 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
         few = f"{len(base)}" if len(base) == len(head) else f"{len(base)} and {len(head)}"
         why = f"{few} {unit}: too few to tell anything, {least} or more are needed"
         return replace(start, outcome=Outcome.INCONCLUSIVE, reason=why, rounds_needed=least)
-    own = after.tolerances.get(metric.name)
-    rel = metric.rel if own is None else own.rel or 0.0
-    floor = metric.floor if own is None or own.abs is None else own.abs
-    allowed = max(rel, floor / values[0]) if values[0] else (math.inf if floor else rel)
+    tolerance, limit = _allowed(metric, after.tolerances.get(metric.name), typical)
     estimate = (stats.compare_pairs if paired else stats.compare)(base, head)
-    limit = _log_limit(metric, allowed, floor, values[0])
-    return _timed(replace(start, tolerance=allowed), metric, estimate, limit, _canary(before, after), unit)
+    start = replace(start, tolerance=tolerance)
+    return _timed(start, metric, estimate, limit, _canary(before, after), unit)
 
 
 def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[float, ...]) -> Verdict:
@@ -255,13 +124,14 @@ def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[
     return replace(start, outcome=Outcome.FAIL, reason=why, effect=effect, tolerance=0.0)
 
 
-def _log_limit(metric: Metric, tolerance: float, floor: float, base: float) -> float:
-    """By how much a log-ratio may be on the bad side."""
-    if metric.direction == "higher":
-        return -math.log1p(-tolerance) if tolerance < 1 else math.inf
-    if base and math.isinf(tolerance):  # the floor is so many times the base that no float says how many
-        return math.log(floor) - math.log(base)
-    return math.log1p(tolerance)
+def _allowed(metric: Metric, own: Tolerance | None, base: float) -> tuple[float, float]:
+    """By how much a metric may get worse, its floor included: a fraction of the base, and a log-ratio."""
+    rel = metric.rel if own is None else own.rel or 0.0
+    floor = metric.floor if own is None or own.abs is None else own.abs
+    tolerance = max(rel, floor / base) if base else (math.inf if floor else rel)
+    if base and math.isinf(tolerance) and metric.direction == "lower":
+        return tolerance, math.log(floor) - math.log(base)  # the quotient is too large for a float
+    return tolerance, metric.log_limit(tolerance)
 
 
 def _timed(
@@ -272,33 +142,27 @@ def _timed(
     moved: tuple[float, str],
     unit: str,
 ) -> Verdict:
+    """The verdict on a timing; `limit` is how large a log-ratio on the bad side may be."""
     bad = -1 if metric.direction == "higher" else 1
     harm, best, worst = bad * estimate.log_ratio, *sorted((bad * estimate.low, bad * estimate.high))
-    assert start.tolerance is not None
-    tolerance = start.tolerance
-    low, effect, high = (_change(x) for x in (estimate.low, estimate.log_ratio, estimate.high))
+    low, effect, high = (_change(log) for log in (estimate.low, estimate.log_ratio, estimate.high))
     known = replace(start, effect=effect, low=low, high=high, p=estimate.tail(bad))
-    allowed = f"{tolerance:.1%} allowed"
+    allowed = f"{start.tolerance:.1%} allowed"
     elsewhere = metric.unit != "bytes" and moved[0] > max(abs(estimate.log_ratio), CANARY_NOISE)
     machine = f"; but the machine changed: {moved[1]}" if elsewhere else ""
     if best > 0 and harm > limit:
-        why = f"{_percent(harm, bad)}, {abs(_change(bad * best)):.1%} at least; {allowed}"
-        return replace(known, outcome=Outcome.FAIL, reason=why + machine)
+        why = f"{_percent(harm, bad)}, {abs(_change(bad * best)):.1%} at least; {allowed}{machine}"
+        return replace(known, outcome=Outcome.FAIL, reason=why)
     if worst <= limit:
-        improved = worst < 0 and -harm > limit
         why = f"{_percent(worst, bad)} {'at least' if worst < 0 else 'at most'}; {allowed}"
-        return replace(known, outcome=Outcome.PASS, reason=why, improved=improved)
+        return replace(known, outcome=Outcome.PASS, reason=why, improved=worst < 0 and -harm > limit)
     needed = estimate.rounds_needed(min(start.rounds), harm if harm > limit else limit - harm)
-    more = (
-        f"about {needed} {unit} would probably tell"
-        if needed
-        else "too near the limit for more rounds to tell"
-    )
+    more = f"about {needed} {unit} would probably tell" if needed else NO_ROUNDS_TELL
     why = f"anything from {_percent(best, bad)} to {_percent(worst, bad)}; {allowed}; {more}{machine}"
     return replace(known, outcome=Outcome.INCONCLUSIVE, reason=why, rounds_needed=needed)
 
 
-def _together(verdicts: list[Verdict]) -> list[Verdict]:
+def _without_chance(verdicts: list[Verdict]) -> list[Verdict]:
     """The verdicts, of which those FAILs that chance could have made among so many are INCONCLUSIVE."""
     timed = [verdict for verdict in verdicts if verdict.p is not None]
     standing = stats.false_discoveries([verdict.p for verdict in timed if verdict.p is not None], LEVEL)
@@ -377,8 +241,3 @@ def _percent(harm: float, bad: int) -> str:
 
 def _span(metric: Metric, values: tuple[float, ...]) -> str:
     return f"{metric.format(min(values))} to {metric.format(max(values))}"
-
-
-def _json_number(value: Any) -> Any:
-    """JSON has no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

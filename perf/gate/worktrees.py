@@ -12,80 +12,19 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from perf.gate.saved_runs import Exit, GateError
+from perf.errors import GateError
+from perf.gate.revisions import git, gitlinks
 
-NOT_SPARSE = ("-c", "core.sparseCheckout=false")  # what lies outside its patterns counts too
 NO_HOOKS = ("-c", "core.hooksPath=/dev/null")
 POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\n(?:.*\n)*?oid sha256:([0-9a-f]{64})\nsize (\d+)\n"
 )
 POINTER_BYTES = 1024  # a git-lfs pointer is smaller
-# What git tells its hooks about where they are: here it would lead from one repository into another.
-PLACES = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX"}
-PLACES |= {"GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES"}
-
-
-def git(where: Path, *args: str, extra: dict[str, str] | None = None) -> str:
-    """Run git in a folder; gives its output without the last line's end.
-
-    Raises:
-        GateError: code 2, with what git said, if it fails or is not installed.
-    """
-    environment = {key: value for key, value in os.environ.items() if key not in PLACES}
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(where), *args],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="surrogateescape",
-            env={**environment, "GIT_TERMINAL_PROMPT": "0", **(extra or {})},
-        )
-    except FileNotFoundError:
-        raise GateError("git is not installed: perf ab needs it", Exit.USAGE) from None
-    if done.returncode:
-        raise GateError(f"git {' '.join(args)} failed: {done.stderr.strip() or done.returncode}", Exit.USAGE)
-    return done.stdout.strip()
-
-
-def snapshot(top: Path) -> str:
-    """A commit of a working tree as it is, and of its submodules' as they are, that no branch or index knows
-    of."""
-    with tempfile.TemporaryDirectory(prefix="perf-ab-") as folder:
-        index = Path(folder) / "index"
-        own = top / git(top, "rev-parse", "--git-path", "index")
-        if own.is_file():
-            # so that git need not read every file again; its time tells which it must
-            shutil.copy2(own, index)
-        who = ("AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL")
-        extra = {"GIT_INDEX_FILE": str(index), **{f"GIT_{part}": "perf-ab" for part in who}}
-        _look_at_all(top, extra)
-        git(top, *NOT_SPARSE, "add", "--all", extra=extra)
-        for path, _ in _gitlinks(top, extra):
-            if (top / path / ".git").exists():
-                git(top, "update-index", "--cacheinfo", f"160000,{snapshot(top / path)},{path}", extra=extra)
-        tree = git(top, "write-tree", extra=extra)
-        return git(top, "commit-tree", tree, "-p", "HEAD", "-m", "the working tree as it was", extra=extra)
-
-
-def _look_at_all(top: Path, extra: dict[str, str]) -> None:
-    """Have an index tell git to look at every file again that it was told not to.
-
-    A file that is not there because the checkout is sparse stays as the index has it.
-    """
-    marked = git(top, *NOT_SPARSE, "ls-files", "-v", "-z", extra=extra).split("\0")
-    files = [(entry[0], entry[2:]) for entry in marked if entry]
-    assumed = [path for tag, path in files if tag.islower()]
-    skipped = [path for tag, path in files if tag in "Ss" and os.path.lexists(top / path)]
-    for option, paths in (("--no-assume-unchanged", assumed), ("--no-skip-worktree", skipped)):
-        for start in range(0, len(paths), 500):  # a command line has room for so many
-            git(top, *NOT_SPARSE, "update-index", option, "--", *paths[start : start + 500], extra=extra)
 
 
 @contextmanager
@@ -135,7 +74,7 @@ def _complete(top: Path, checkout: Path, within: str, stores: Sequence[Path], up
     tree, origin = top / within, checkout / within
     _fill_pointers(tree, origin, stores)
     known = _modules(tree)
-    for path, commit in _gitlinks(tree):
+    for path, commit in gitlinks(tree):
         settings = known.get(path, {})
         key = f"submodule.{settings.get('name', path)}"
         active = _setting(origin, f"{key}.active") or "true"
@@ -155,13 +94,6 @@ def _complete(top: Path, checkout: Path, within: str, stores: Sequence[Path], up
                 f"--init --recursive, or git{there} config {shlex.quote(key)}.update none if it is not needed"
             ) from None
         _complete(top, checkout, place, found, url)
-
-
-def _gitlinks(repo: Path, extra: dict[str, str] | None = None) -> list[tuple[str, str]]:
-    """The path and the commit of each submodule in a repository's index."""
-    listed = git(repo, "ls-files", "--stage", "-z", extra=extra).split("\0")
-    entries = [line.partition("\t") for line in listed]
-    return [(path, about.split()[1]) for about, _, path in entries if about.startswith("160000 ")]
 
 
 def _modules(repo: Path) -> dict[str, dict[str, str]]:

@@ -26,6 +26,13 @@ def imported() -> None:
 
 
 @pytest.fixture
+def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sessions in other processes load pytest-benchmark alone: other plugins take them seconds."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_benchmark.plugin")
+
+
+@pytest.fixture
 def processor_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have pytest-benchmark not ask for the processor, which takes it a second a session."""
     monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from perf.errors import Exit, GateError
 from perf.gate import ab, saved_runs
-from perf.gate.saved_runs import Exit, GateError
-from perf.gate.verdict import Outcome
+from perf.gate.comparison import Outcome
+from perf.gate.revisions import commit_of
+from perf.gate.tolerances import Tolerance
 from tests.perf.repos import git
+
+pytestmark = pytest.mark.usefixtures("few_plugins")
 
 TEST = """
 import thing, pathlib
@@ -91,7 +95,7 @@ def test_the_working_tree_is_taken_whole_but_for_what_git_ignores(repo):
     (repo / "new.py").write_text("x = 1\n")
     (repo / "ignored").write_text("")
     (repo / "test_thing.py").unlink()
-    commit = ab._commit(repo, ".")
+    commit = commit_of(repo, ".")
     files = git(repo, "ls-tree", "-r", "--name-only", commit).split()
     assert files == [".gitignore", "new.py", "thing/__init__.py"]
     assert git(repo, "rev-parse", f"{commit}^") == git(repo, "rev-parse", "HEAD")
@@ -146,14 +150,14 @@ def test_a_revision_that_names_a_branch_and_a_tag_is_refused_with_both(repo):
     git(repo, "branch", "good", "slow")
     for revision in ("good", "good~0", "good^{commit}"):
         with pytest.raises(GateError, match="give one of refs/heads/good, refs/tags/good") as error:
-            ab._commit(repo, revision)
+            commit_of(repo, revision)
         assert error.value.code is Exit.USAGE
-    assert ab._commit(repo, "refs/heads/good") == ab._commit(repo, "slow")
-    assert ab._commit(repo, "tags/good") == git(repo, "rev-parse", "slow~1")
+    assert commit_of(repo, "refs/heads/good") == commit_of(repo, "slow")
+    assert commit_of(repo, "tags/good") == git(repo, "rev-parse", "slow~1")
     for name, how in (("slow", ("branch",)), ("other", ("branch",)), ("other", ("tag", "-m", "annotated"))):
         git(repo, *how, name, "refs/tags/slow")  # two names of one commit are one meaning
     for name in ("slow", "other"):
-        assert ab._commit(repo, name) == git(repo, "rev-parse", "refs/tags/slow")
+        assert commit_of(repo, name) == git(repo, "rev-parse", "refs/tags/slow")
 
 
 @pytest.mark.parametrize("arg", [
@@ -222,7 +226,7 @@ def test_a_tolerance_mark_is_used_or_refused_without_a_conftest_of_ours(tmp_path
     (tmp_path / "test_marked.py").write_text(MARKED.format(mark="'round_s', rel=0.9"))
     run = ab.block(["test_marked.py"], tmp_path / "1.json", tmp_path, "block 1")
     (found,) = run.benchmarks.values()
-    assert found.tolerances == {"round_s": saved_runs.Tolerance(rel=0.9)}
+    assert found.tolerances == {"round_s": Tolerance(rel=0.9)}
     (tmp_path / "test_marked.py").write_text(MARKED.format(mark="'no such', rel=0.9"))
     with pytest.raises(GateError, match=r"(?s)block 2: .*test_marked: perf_gate.*no such gated metric"):
         ab.block(["test_marked.py"], tmp_path / "2.json", tmp_path, "block 2")
@@ -241,6 +245,8 @@ def test_a_block_measures_though_a_session_around_it_or_its_project_runs_in_para
 ):
     """In a worker of xdist, and with options for one, pytest-benchmark times nothing."""
     pytest.importorskip("xdist")
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+    monkeypatch.delenv("PYTEST_PLUGINS")
     options = "-n 2 --dist loadfile"
     (tmp_path / "pytest.ini").write_text(f"[pytest]\naddopts = {options}\n" if ini else "[pytest]\n")
     (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark.pedantic(int, rounds=5)\n")
@@ -251,6 +257,8 @@ def test_a_block_measures_though_a_session_around_it_or_its_project_runs_in_para
 
 
 def test_a_block_may_do_without_xdist(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+    monkeypatch.delenv("PYTEST_PLUGINS")
     (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark.pedantic(int, rounds=5)\n")
     args = ["-p", "no:xdist", "test_plain.py"]
     assert ab.block(args, tmp_path / "1.json", tmp_path, "block 1").benchmarks

@@ -15,9 +15,11 @@ import pytest
 from engine import InputError
 from perf import report
 from perf.benchmarks.workloads import fixed
-from perf.gate import ab, saved_runs, verdict as gate
-from perf.gate.saved_runs import Exit, Run
-from perf.gate.verdict import Outcome
+from perf.errors import Exit, GateError
+from perf.gate import ab, saved_runs
+from perf.gate.comparison import Outcome
+from perf.gate.saved_runs import Run
+from perf.gate.verdict import compare
 from perf.measure import machine_speed
 from perf.measure.case import PerfCase
 from perf.measure.machine_speed import MachineSpeed
@@ -79,16 +81,16 @@ def nested(entry: dict[str, Any], **notes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("notes", NOTES, ids=lambda notes: "-".join(map(repr, notes))[:40])
 def test_a_strangers_notes_neither_break_nor_change_a_comparison(tmp_path: Path, notes: dict[str, Any]):
     slower = [time * 1.2 for time in TIMES]
-    bare = gate.compare(run(plain({})), run(plain({})))
+    bare = compare(run(plain({})), run(plain({})))
     for base, head in (({}, notes), (notes, {}), (notes, notes)):
         sides = {"base": plain(base), "head": plain(head)}
         loaded = [saved_runs.load(fake_runs.save(tmp_path, side, [entry])) for side, entry in sides.items()]
-        comparison = gate.compare(*loaded)
+        comparison = compare(*loaded)
         assert comparison.verdicts[0].reason == bare.verdicts[0].reason
         assert (comparison.outcome, comparison.notes) == (Outcome.PASS, ())
         assert report.page(loaded, comparison)
         assert report.markdown(loaded, comparison)
-        worse = gate.compare(run(plain(base)), run(plain(head, slower)))
+        worse = compare(run(plain(base)), run(plain(head, slower)))
         assert (worse.exit, worse.notes) == (Exit.REGRESSION, ())
     file = tmp_path / "runs.csv"
     report.write(loaded, csv=file)
@@ -108,14 +110,14 @@ def test_nor_do_they_beside_a_record_of_ours(notes: dict[str, Any]):
     (ours,), (noted,) = alone.benchmarks.values(), beside.benchmarks.values()
     assert noted.rounds == ours.rounds
     assert noted.info == ours.info
-    assert gate.compare(alone, beside).notes == ()
+    assert compare(alone, beside).notes == ()
 
 
 def test_what_is_no_json_is_no_trouble_in_the_session_itself():
     odd = {"path": Path("x"), "set": {1}, "bytes": b"x", 3: "three", "rounds": object(), "gate": print}
-    assert gate.compare(run(plain(odd)), run(plain({}))).exit is Exit.PASS
+    assert compare(run(plain(odd)), run(plain({}))).exit is Exit.PASS
     for extra in (None, [], "text", 3):
-        assert gate.compare(run(plain(extra)), run(plain({}))).exit is Exit.PASS
+        assert compare(run(plain(extra)), run(plain({}))).exit is Exit.PASS
 
 
 def test_a_file_from_before_the_key_is_read_and_compared_with_one_of_today(tmp_path: Path):
@@ -123,7 +125,7 @@ def test_a_file_from_before_the_key_is_read_and_compared_with_one_of_today(tmp_p
     for base, head in ((flat, flat), (flat, [*map(nested, flat)]), ([*map(nested, flat)], flat)):
         old = saved_runs.load(fake_runs.save(tmp_path, "old", base))
         new = saved_runs.load(fake_runs.save(tmp_path, "new", head))
-        assert not [verdict.reason for verdict in gate.compare(old, new).verdicts if verdict.metric is None]
+        assert not [verdict.reason for verdict in compare(old, new).verdicts if verdict.metric is None]
         for name, before in old.benchmarks.items():
             after = new.benchmarks[name]
             assert before.rounds == after.rounds
@@ -131,7 +133,7 @@ def test_a_file_from_before_the_key_is_read_and_compared_with_one_of_today(tmp_p
             assert {**before.info, "schema": 0} == {**after.info, "schema": 0}
             assert before.group == after.group
     slower = [nested(entry) for entry in fake_runs.benchmarks(1, 0.5)]
-    assert gate.compare(run(*flat), run(*slower)).exit is Exit.REGRESSION
+    assert compare(run(*flat), run(*slower)).exit is Exit.REGRESSION
 
 
 @pytest.mark.parametrize("name", ["peers-cpu.json", "peers-qwen-shape-cpu.json"])
@@ -147,7 +149,7 @@ def test_the_committed_runs_are_read_as_they_were(name: str):
         assert benchmark.rounds == {metric: tuple(values) for metric, values in extra["rounds"].items()}
         assert benchmark.fingerprint == extra["fingerprint"]
         assert benchmark.info == {k: v for k, v in extra.items() if k not in ("rounds", "fingerprint")}
-    verdicts = gate.compare(loaded, loaded).verdicts
+    verdicts = compare(loaded, loaded).verdicts
     assert {verdict.outcome for verdict in verdicts} <= {Outcome.PASS, Outcome.INCONCLUSIVE}
 
 
@@ -161,7 +163,7 @@ def test_a_record_of_ours_that_lacks_what_it_needs_is_a_problem(change: dict[str
     )
     entry["extra_info"][KEY] |= change
     entry["stats"] = {"data": TIMES}  # never judged by its time instead
-    comparison = gate.compare(run(entry), run(entry))
+    comparison = compare(run(entry), run(entry))
     assert comparison.exit is Exit.NOT_COMPARABLE
     assert says in comparison.verdicts[0].reason
 
@@ -170,7 +172,7 @@ def test_a_file_that_no_reader_could_read_is_not_comparable(tmp_path: Path):
     for number, text in enumerate(("[" * 100_000, '{"benchmarks": ' + "9" * 5000 + "}")):
         path = tmp_path / f"{number}.json"
         path.write_text(text)
-        with pytest.raises(saved_runs.GateError, match="cannot be read as JSON"):
+        with pytest.raises(GateError, match="cannot be read as JSON"):
             saved_runs.load(path)
 
 

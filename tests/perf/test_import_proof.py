@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from perf.errors import Exit, GateError
 from perf.gate.import_proof import Log, Place, Surroundings, Watch, environment
-from perf.gate.saved_runs import Exit, GateError
 from tests.perf.repos import RECORD, commit, git
 
+pytestmark = pytest.mark.usefixtures("few_plugins")
 ROOT = Path(__file__).parents[2]
 
 

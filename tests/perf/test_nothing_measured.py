@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from perf import plugin
+from perf.errors import GateError
 from perf.gate import saved_runs
 
 pytest_plugins = ["pytester"]
@@ -25,18 +24,12 @@ XDIST = "def pytest_addoption(parser): parser.addoption('--dist', default='no')"
 SAVING = ("--benchmark-save=x", "--benchmark-autosave", "--benchmark-json=x.json")
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(plugin.__file__).parents[1]))
-
-
-def run(pytester: Any, *arguments: str, suite: str = SUITE, apart: bool = False) -> tuple[int, str]:
-    """The exit code and what was printed; `apart` in a process of its own, for what ends before a session
-    begins."""
+def run(pytester: pytest.Pytester, *arguments: str, suite: str = SUITE) -> tuple[int, str]:
+    """The exit code and the output of a session in this process, which may end before it begins."""
     pytester.makepyfile(test_it=suite)
     pytester.makeconftest(XDIST)
-    start = pytester.runpytest_subprocess if apart else pytester.runpytest_inprocess
-    result = start("-p", "perf.plugin", *arguments)
+    plugins = ("-p", "no:xdist", "-p", "perf.plugin")  # the former has the option of XDIST, too
+    result = pytester.runpytest_inprocess(*plugins, *arguments, no_reraise_ctrlc=True)
     return int(result.ret), result.stdout.str() + result.stderr.str()
 
 
@@ -81,7 +74,7 @@ def test_only_failures_are_nothing_to_save(pytester: pytest.Pytester):
     assert "--benchmark-save: nothing was measured, so nothing was saved" in text
     assert saved() == []
     run(pytester, "--benchmark-json=x.json", suite=failing)
-    with pytest.raises(saved_runs.GateError, match="is empty"):  # and never an older one
+    with pytest.raises(GateError, match="is empty"):  # and never an older one
         saved_runs.load("x.json")
 
 
@@ -90,7 +83,7 @@ def test_without_pytest_benchmark_the_plugin_asks_for_nothing(pytester: pytest.P
     plain += "def test_it(benchmark): assert benchmark == {}\n"
     assert run(pytester, "-p", "no:benchmark", suite=plain.format(3))[0] == 0
     assert run(pytester, "-p", "no:benchmark", suite=plain.format(4))[0] == 1
-    code, text = run(pytester, "-p", "no:benchmark", "--perf-baseline=x", apart=True)
+    code, text = run(pytester, "-p", "no:benchmark", "--perf-baseline=x")
     assert code == 2
     assert "--perf-baseline=x needs pytest-benchmark" in text
 
@@ -105,7 +98,7 @@ def test_a_gate_that_was_asked_for_and_cannot_be_answered_is_an_error(
     pytester: pytest.Pytester, how: list[str], code: int, says: str
 ):
     assert run(pytester, "--benchmark-save=x", "--benchmark-save-data")[0] == 0
-    ended, text = run(pytester, "--perf-baseline=x", *how, apart=code == 2)
+    ended, text = run(pytester, "--perf-baseline=x", *how)
     assert ended == code, text
     assert says in text
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import types
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from perf import plugin
+from perf.gate import saving
 from perf.measure import machine_speed
 from perf.measure.machine_speed import MachineSpeed
 from perf.measure.session import BenchSession
@@ -47,7 +46,7 @@ def test_it(perf_case, device):
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     # the latter collects garbage five times a run
     without = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")
-    return pytester.runpytest_inprocess("-p", "perf.plugin", *without, *arguments)
+    return pytester.runpytest_inprocess("-p", "perf.plugin", *without, *arguments, no_reraise_ctrlc=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,16 +79,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)
 
 
-@pytest.fixture
-def exits(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
-    """Run in a process of its own; gives the exit code and all that was printed."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(plugin.__file__).parents[1]))
-
-    def run_apart(*arguments: str) -> tuple[int, str]:
-        result = pytester.runpytest_subprocess("-p", "perf.plugin", "-p", "no:cacheprovider", *arguments)
-        return int(result.ret), result.stdout.str() + result.stderr.str()
-
-    return run_apart
+def ended(pytester: pytest.Pytester, *arguments: str) -> tuple[int, str]:
+    """The exit code and the output of a session, which may end before it begins."""
+    result = run(pytester, *arguments)
+    return int(result.ret), result.stdout.str() + result.stderr.str()
 
 
 def saved(pytester: pytest.Pytester) -> list[dict[str, Any]]:
@@ -222,8 +215,8 @@ def test_without_saving_benchmarks_may_be_off(pytester: pytest.Pytester):
 
 @pytest.mark.parametrize(
     ("given", "off"),
-    [({"numprocesses": 2}, plugin.XDIST), ({"dist": "load"}, plugin.XDIST), ({}, None),
-     ({"benchmark_disable": True}, plugin.DISABLE), ({"benchmark_skip": True}, plugin.SKIP),
+    [({"numprocesses": 2}, saving.XDIST), ({"dist": "load"}, saving.XDIST), ({}, None),
+     ({"benchmark_disable": True}, saving.DISABLE), ({"benchmark_skip": True}, saving.SKIP),
      ({"benchmark_disable": True, "benchmark_enable": True}, None),
      ({"benchmark_skip": True, "benchmark_only": True}, None)],
 )  # fmt: skip
@@ -236,7 +229,7 @@ def test_whatever_turns_benchmarks_off_is_named(given: dict[str, Any], off: str 
         **given,
     }
     config: Any = types.SimpleNamespace(getoption=lambda name, default=None: options.get(name, default))
-    assert plugin._benchmarks_off(config) == off
+    assert saving.benchmarks_off(config) == off
 
 
 # The gate at the end
@@ -258,18 +251,18 @@ def test_the_same_speed_passes_and_a_slower_one_fails(pytester: pytest.Pytester)
     result.stdout.fnmatch_lines(["*FAIL*"])
 
 
-def test_a_baseline_that_is_not_there_is_an_error_before_anything_runs(pytester: pytest.Pytester, exits: Any):
+def test_a_baseline_that_is_not_there_is_an_error_before_anything_runs(pytester: pytest.Pytester):
     pytester.makepyfile("def test_it(): raise AssertionError")
-    code, text = exits("--perf-baseline=base")
+    code, text = ended(pytester, "--perf-baseline=base")
     assert code == 3
     assert "no run 'base'" in text
     assert "AssertionError" not in text
 
 
 @pytest.mark.parametrize("off", ["--benchmark-disable", "--benchmark-skip"])
-def test_a_gate_without_timings_is_an_error(pytester: pytest.Pytester, exits: Any, off: str):
+def test_a_gate_without_timings_is_an_error(pytester: pytest.Pytester, off: str):
     pytester.makepyfile(TIMED)
-    code, text = exits("--perf-baseline=base", off)
+    code, text = ended(pytester, "--perf-baseline=base", off)
     assert code == 2
     assert f"run without {off}" in text
 
@@ -305,10 +298,10 @@ def test_a_failing_test_keeps_pytest_s_own_exit_code(pytester: pytest.Pytester):
      ("'ttft_p95_ms', relative=1", "rel= or abs=")],
 )  # fmt: skip
 def test_a_tolerance_the_gate_could_not_use_is_an_error_at_once(
-    pytester: Any, exits: Any, mark: str, said: str
+    pytester: pytest.Pytester, mark: str, said: str
 ):
     pytester.makepyfile(f"import pytest\n@pytest.mark.perf_gate({mark})\ndef test_it(): pass")
-    code, text = exits()
+    code, text = ended(pytester)
     assert code == 2
     assert said in text
 

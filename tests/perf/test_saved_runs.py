@@ -9,8 +9,9 @@ import random
 
 import pytest
 
+from perf.errors import Exit, GateError
 from perf.gate import saved_runs
-from perf.gate.saved_runs import Exit, GateError, Tolerance
+from perf.gate.tolerances import Tolerance, check_tolerance
 from tests.perf import fake_runs
 
 
@@ -155,7 +156,7 @@ def test_a_tests_own_tolerances_are_read():
 ])  # fmt: skip
 def test_a_tolerance_that_makes_no_sense_is_a_usage_error(args, says):
     with pytest.raises(GateError, match=says) as error:
-        saved_runs.check_tolerance(*args)
+        check_tolerance(*args)
     assert error.value.code is Exit.USAGE
 
 

@@ -3,17 +3,20 @@ right."""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
+from perf.errors import Exit, GateError
 from perf.gate import saved_runs, selftest, stats
-from perf.gate.saved_runs import Exit, GateError
-from perf.gate.verdict import Outcome
+from perf.gate.comparison import Outcome
 from perf.measure import selftest_block
 from perf.measure.inject_slowdown import inject_slowdown
 
@@ -127,7 +130,7 @@ def fake(monkeypatch):
     started = []
 
     @contextmanager
-    def processes(count):
+    def processes(count, folder):
         started.append(count)
         trial = len(started)
         yield lambda process, effect: made(process, effect, trial)
@@ -184,8 +187,50 @@ def test_pytest_arguments_are_measured_in_blocks_of_pytest(monkeypatch, tmp_path
     assert len({saved for _, saved in ran}) == 8
 
 
-def test_a_real_block_measures_and_says_why_it_cannot():
-    with selftest._processes(1) as measure:
+TALKS = """
+import json, sys
+print("ready", flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["effect"] < 0:
+        sys.exit("no such effect")
+    entry = {"fullname": "it", "stats": {"data": [1 + request["effect"]] * 6}}
+    with open(request["path"], "w") as file:
+        json.dump({"benchmarks": [entry]}, file)
+    print("ready", flush=True)
+"""
+
+
+def test_processes_measure_what_they_are_asked_and_say_why_they_cannot(monkeypatch, tmp_path):
+    (tmp_path / "talks.py").write_text(TALKS)
+    monkeypatch.setattr(selftest, "BLOCK", (sys.executable, str(tmp_path / "talks.py")))
+    with selftest._processes(2, tmp_path) as measure:
+        for process, effect in ((0, 0.5), (1, 0.25), (0, 0.0)):
+            (benchmark,) = measure(process, effect).benchmarks.values()
+            assert benchmark.rounds == {"round_s": (1 + effect,) * 6}
+        with pytest.raises(GateError, match=r"a block ended with code 1:\nno such effect\n"):
+            measure(1, -1)
+        assert measure(0, 0.5).path != measure(0, 0.5).path
+
+
+def test_a_block_times_its_rounds_anew_for_each_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(selftest_block.gc, "freeze", lambda: None)  # for a process that ends soon
+    threads = torch.get_num_threads()
+    paths = [tmp_path / f"{number}.json" for number in range(2)]
+    asked = "".join(json.dumps({"effect": 0.1, "path": str(path)}) + "\n" for path in paths)
+    replies = io.StringIO()
+    selftest_block.serve(io.StringIO(asked), replies)
+    torch.set_num_threads(threads)
+    assert replies.getvalue() == "ready\n" * 3
+    for path in paths:
+        (benchmark,) = saved_runs.load(path).benchmarks.values()
+        assert len(benchmark.rounds["tokens_per_s"]) == selftest_block.ROUNDS
+        assert not benchmark.problems
+
+
+@pytest.mark.slow
+def test_a_real_block_measures_and_says_why_it_cannot(tmp_path):
+    with selftest._processes(1, tmp_path) as measure:
         (benchmark,) = measure(0, 0.1).benchmarks.values()
         assert len(benchmark.rounds["tokens_per_s"]) == selftest_block.ROUNDS
         assert not benchmark.problems

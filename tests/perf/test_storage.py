@@ -14,8 +14,10 @@ import pytest
 from pytest_benchmark.utils import load_storage
 
 from perf import cli
-from perf.gate import saved_runs, verdict as gate
-from perf.gate.saved_runs import Exit, GateError
+from perf.errors import Exit, GateError
+from perf.gate import saved_runs
+from perf.gate.session_gate import check_session
+from perf.gate.storage import resolve
 from tests.perf import fake_runs
 
 Save = Callable[..., Path]
@@ -86,7 +88,7 @@ def test_a_name_that_is_also_a_number_is_refused_and_both_are_named(save: Save, 
     assert run("report", "main", "2")[0] == 2
     assert run("report", "main", "0003_2", "--base", "2")[0] == 2
     with pytest.raises(GateError, match="is ambiguous"):
-        gate.check_session("2", xdist=False, disabled=False, skipped=False)
+        check_session("2")
 
 
 def test_a_name_of_digits_is_taken_where_it_is_all_there_is(save: Save):
@@ -177,7 +179,7 @@ def test_of_runs_saved_under_one_name_the_last_is_meant_and_that_is_said(save: S
     assert says in run("report", "main")[2]
     assert says in run("report", "next", "--base", "main")[1]
     assert saved_runs.load("0009_main").notes == ()
-    assert gate.check_session("main", xdist=False, disabled=False, skipped=False).notes == (says,)
+    assert check_session("main").notes == (says,)
 
 
 def test_words_that_name_nothing(save: Save, run: Any):
@@ -197,9 +199,9 @@ def test_a_storage_is_read_as_pytest_benchmark_reads_it(save: Save, run: Any, tm
     path = save("main", 1)
     save("slow", 2, 0.5)
     storage = url.format(here=tmp_path)
-    assert saved_runs.find("main", storage).samefile(path)
+    assert resolve("main", storage).path.samefile(path)
     theirs = load_storage(storage, logger=None, default_machine_id=None, netrc="")
-    assert theirs.path == saved_runs.find("main", storage).parents[1].resolve()
+    assert theirs.path == resolve("main", storage).path.parents[1].resolve()
     assert run("compare", "main", "slow", "--storage", storage)[0] == 1
     assert run("report", "main", "--storage", storage)[0] == 0
 

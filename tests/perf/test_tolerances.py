@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from perf.benchmarks.workloads import fixed
-from perf.gate import saved_runs, verdict as gate
-from perf.gate.saved_runs import Exit, GateError
-from perf.gate.verdict import Outcome
+from perf.errors import Exit, GateError
+from perf.gate import saved_runs
+from perf.gate.comparison import Outcome
+from perf.gate.verdict import compare
 from perf.measure import machine_speed
 from perf.measure.case import PerfCase
 from perf.measure.machine_speed import MachineSpeed
@@ -66,7 +67,7 @@ def test_a_mark_on_a_plain_benchmark_is_used(pytester: pytest.Pytester):
     for factor, outcome in ((1.4, Outcome.PASS), (1.7, Outcome.FAIL)):
         pair = [{**entry, "stats": {"data": [time * by for time in times]}} for by in (1, factor)]
         base, head = (saved_runs.parse({"benchmarks": [side]}, "x.json") for side in pair)
-        (verdict,) = gate.compare(base, head).verdicts
+        (verdict,) = compare(base, head).verdicts
         assert (verdict.outcome, verdict.tolerance) == (outcome, 0.5)
 
 
@@ -187,7 +188,7 @@ def test_a_limit_given_alone_holds_alone(own: dict[str, float], factor: float, o
         saved_runs.parse({"benchmarks": [{**entry, "stats": {"data": data}}]}, "x.json")
         for data in (times, [time * factor for time in times])
     )
-    assert gate.compare(base, head).verdicts[0].outcome is outcome
+    assert compare(base, head).verdicts[0].outcome is outcome
 
 
 @pytest.mark.parametrize(

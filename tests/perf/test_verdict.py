@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from perf.gate import saved_runs, verdict as gate
+from perf.errors import Exit, GateError
+from perf.gate import saved_runs, saving
+from perf.gate.comparison import Outcome
 from perf.gate.metrics import METRICS
-from perf.gate.saved_runs import Exit, GateError
-from perf.gate.verdict import Outcome
+from perf.gate.session_gate import check_session
+from perf.gate.verdict import compare
 
 NAME = "perf/benchmarks/test_policy.py::test_policy[continuous]"
 PRINT = {"gpu": "NVIDIA H200", "torch": "2.11.0", "dtype": "float16"}
@@ -40,7 +42,7 @@ def run(*entries, name="run"):
 
 def judge(base, head, **options):
     """The comparison of two runs of one benchmark, from their rounds."""
-    return gate.compare(run(bench(base), name="base"), run(bench(head), name="head"), **options)
+    return compare(run(bench(base), name="base"), run(bench(head), name="head"), **options)
 
 
 def only(comparison):
@@ -104,9 +106,9 @@ def test_a_test_may_have_tolerances_of_its_own():
         ({"ttft_p95_ms": {"rel": 0.05, "abs": 1.0}}, Outcome.FAIL),
         ({"goodput": {"rel": 0.5}}, Outcome.FAIL),
     ):
-        comparison = gate.compare(run(bench(base, gate=own)), run(bench(head, gate=own)))
+        comparison = compare(run(bench(base, gate=own)), run(bench(head, gate=own)))
         assert only(comparison).outcome is outcome
-    loosened = gate.compare(run(bench(base)), run(bench(head, gate={"ttft_p95_ms": {"rel": 0.2}})))
+    loosened = compare(run(bench(base)), run(bench(head, gate={"ttft_p95_ms": {"rel": 0.2}})))
     assert loosened.notes == (f"tolerances are others than in the baseline: {NAME}",)
 
 
@@ -132,7 +134,7 @@ def test_counters_are_left_out_under_open_load_and_when_asked():
         run(bench(rounds, arrivals="poisson:8"))
         for rounds in (COUNTS, {**COUNTS, "forward_passes": [70] * 7})
     ]
-    assert gate.compare(*open_load).verdicts == ()
+    assert compare(*open_load).verdicts == ()
     timed = {"tokens_per_s": noisy(100, 1)}
     comparison = judge(
         {**timed, **COUNTS}, {**timed, "forward_passes": [9] * 7, "output_tokens": [9] * 7}, counters=False
@@ -159,7 +161,7 @@ def test_nothing_compared_is_never_a_pass():
 ])  # fmt: skip
 def test_other_machines_and_other_work_are_refused(before, after, says):
     rounds = {"tokens_per_s": noisy(100, 1), **COUNTS}
-    comparison = gate.compare(run(bench(rounds, **before)), run(bench(rounds, **after)))
+    comparison = compare(run(bench(rounds, **before)), run(bench(rounds, **after)))
     assert comparison.exit is Exit.NOT_COMPARABLE
     assert only(comparison).metric is None
     assert says in only(comparison).reason
@@ -168,20 +170,19 @@ def test_other_machines_and_other_work_are_refused(before, after, says):
 def test_a_benchmark_that_is_gone_is_an_error_and_a_new_one_a_note():
     rounds = {"tokens_per_s": noisy(100, 1)}
     both, one = run(bench(rounds), bench(rounds, name="t::b")), run(bench(rounds))
-    gone = gate.compare(both, one)
+    gone = compare(both, one)
     assert gone.exit is Exit.NOT_COMPARABLE
     assert [(v.benchmark, v.outcome) for v in gone.verdicts] == [
         (NAME, Outcome.PASS),
         ("t::b", Outcome.ERROR),
     ]
     assert "in the baseline and not in this run" in gone.verdicts[1].reason
-    new = gate.compare(one, both)
+    new = compare(one, both)
     assert (new.exit, new.notes) == (Exit.PASS, ("new, so not judged: t::b",))
-    left_out = gate.compare(both, one, deselected={"t::b", "t::c"})
+    left_out = compare(both, one, deselected={"t::b", "t::c"})
     assert (left_out.exit, left_out.notes) == (Exit.PASS, ("deselected here and not judged: t::b",))
     assert (
-        gate.compare(both, run(bench(rounds, name="t::c")), deselected={NAME, "t::b"}).exit
-        is Exit.NOT_COMPARABLE
+        compare(both, run(bench(rounds, name="t::c")), deselected={NAME, "t::b"}).exit is Exit.NOT_COMPARABLE
     )
 
 
@@ -215,7 +216,7 @@ def test_a_time_that_is_not_positive_and_finite_cannot_be_judged(metric, bad):
             assert verdict.reason.startswith(f"{METRICS[metric].label} has ")
             assert verdict.reason.endswith(f", which is not a finite number above 0 in {side}")
     times = [{"fullname": NAME, "stats": {"data": values}} for values in (good, [bad] * 7)]
-    plain = gate.compare(*map(run, times))
+    plain = compare(*map(run, times))
     assert (plain.exit, only(plain).benchmark) == (Exit.NOT_COMPARABLE, NAME)
 
 
@@ -242,9 +243,7 @@ def test_the_gravest_finding_decides_the_exit_code():
     def code(*names):
         heads = {"bad": bad, "vague": vague, "good": good}
         base = run(*(bench(good, name=name) for name in names))
-        return gate.compare(
-            base, run(*(bench(heads[name], name=name) for name in names if name != "gone"))
-        ).exit
+        return compare(base, run(*(bench(heads[name], name=name) for name in names if name != "gone"))).exit
 
     assert code("good") is Exit.PASS
     assert code("good", "vague") is Exit.INCONCLUSIVE
@@ -262,7 +261,7 @@ def test_one_of_many_that_looks_bad_by_chance_is_looked_at_again():
         run(*(bench({"tokens_per_s": rounds}, name=str(i)) for i, rounds in enumerate([suspect, *others])))
         for suspect in (base, head)
     ]
-    comparison = gate.compare(*sides)
+    comparison = compare(*sides)
     assert comparison.exit is Exit.INCONCLUSIVE
     assert (
         "alone a regression, but of 61 comparisons one may look so by chance" in comparison.verdicts[0].reason
@@ -272,20 +271,18 @@ def test_one_of_many_that_looks_bad_by_chance_is_looked_at_again():
 def test_when_the_canary_moved_more_than_the_metric_the_machine_is_named():
     canaries = [{"canary_matmul_gflops": rate, "canary_copy_gbps": 20.0} for rate in (140.0, 110.0)]
     rounds = [{"tokens_per_s": noisy(rate, seed)} for rate, seed in ((100, 1), (90, 2))]
-    moved = gate.compare(*(run(bench(r, **c)) for r, c in zip(rounds, canaries, strict=True)))
+    moved = compare(*(run(bench(r, **c)) for r, c in zip(rounds, canaries, strict=True)))
     assert moved.exit is Exit.REGRESSION
     assert only(moved).reason.endswith("; but the machine changed: canary matmul -21.4%")
     assert moved.notes == ("the machine changed: canary matmul -21.4% from base to head",)
-    still = gate.compare(*(run(bench(r, **canaries[0])) for r in rounds))
+    still = compare(*(run(bench(r, **canaries[0])) for r in rounds))
     assert "machine" not in only(still).reason
     assert still.notes == ()
 
 
 def test_voided_rounds_are_told():
     sides = [run(bench({"tokens_per_s": noisy(100, 1)}, rounds_voided=voided)) for voided in (0, 2)]
-    assert gate.compare(*sides).notes == (
-        f"rounds of head were voided by a slowdown of the hardware: {NAME}",
-    )
+    assert compare(*sides).notes == (f"rounds of head were voided by a slowdown of the hardware: {NAME}",)
 
 
 def test_pairs_see_through_a_machine_that_drifts():
@@ -302,29 +299,27 @@ def test_pairs_see_through_a_machine_that_drifts():
     assert (few.outcome, few.rounds_needed) == (Outcome.INCONCLUSIVE, 4)
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    ({"xdist": True}, "xdist turns benchmarks off: run without -n"),
-    ({"disabled": True}, "run without --benchmark-disable"),
-    ({"skipped": True}, "run without --benchmark-skip"),
+@pytest.mark.parametrize(("off", "says"), [
+    (saving.XDIST, "xdist turns benchmarks off: run without -n"),
+    (saving.DISABLE, "run without --benchmark-disable"),
+    (saving.SKIP, "run without --benchmark-skip"),
 ])  # fmt: skip
-def test_a_session_that_times_nothing_is_a_usage_error(tmp_path, options, says):
+def test_a_session_that_times_nothing_is_a_usage_error(tmp_path, off, says):
     with pytest.raises(GateError, match=says) as error:
-        gate.check_session(
-            "main", tmp_path, **{"xdist": False, "disabled": False, "skipped": False, **options}
-        )
+        check_session("main", tmp_path, off)
     assert error.value.code is Exit.USAGE
 
 
 def test_a_session_without_its_baseline_ends_before_it_begins(tmp_path):
     with pytest.raises(GateError, match="no run 'main'") as error:
-        gate.check_session("main", tmp_path, xdist=False, disabled=False, skipped=False)
+        check_session("main", tmp_path)
     assert error.value.code is Exit.NOT_COMPARABLE
 
 
 def test_a_comparison_is_plain_json():
     rounds = {"goodput": [0.0] * 7, **COUNTS}
     own = {"goodput": {"abs": 1}}
-    comparison = gate.compare(run(bench(rounds)), run(bench(rounds, gate=own)))
+    comparison = compare(run(bench(rounds)), run(bench(rounds, gate=own)))
     found = json.loads(json.dumps(comparison.plain(), allow_nan=False))
     assert (found["outcome"], found["exit"], found["base"]["commit"]) == ("PASS", 0, "abc")
     assert [record["metric"] for record in found["verdicts"]] == ["goodput", *COUNTS]
@@ -363,7 +358,7 @@ def test_the_largest_and_the_smallest_numbers_are_judged_like_others(metric, pai
     worse = values[0] > values[1] if metric == "tokens_per_s" else values[0] < values[1]
     assert verdict.outcome is (Outcome.FAIL if worse else Outcome.PASS)
     canaries = [bench({metric: [1.0] * 6}, canary_copy_gbps=value) for value in values]
-    comparison = gate.compare(run(canaries[0]), run(canaries[1]))
+    comparison = compare(run(canaries[0]), run(canaries[1]))
     assert comparison.outcome is Outcome.PASS
     assert bool(comparison.notes) == (values[0] != values[1])
     assert json.dumps(comparison.plain(), allow_nan=False)

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from perf.errors import Exit, GateError
 from perf.gate import ab, worktrees
-from perf.gate.saved_runs import Exit, GateError
-from perf.gate.verdict import Outcome
+from perf.gate.comparison import Outcome
+from perf.gate.revisions import commit_of, snapshot
 from tests.perf.repos import LOCAL, RECORD, commit, git
+
+pytestmark = pytest.mark.usefixtures("few_plugins")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def contents(tree: Path) -> tuple[str, str]:
 
 
 def made(top: Path, *revisions: str) -> list[tuple[str, str]]:
-    commits = [ab._commit(top, revision) for revision in revisions]
+    commits = [commit_of(top, revision) for revision in revisions]
     with worktrees.worktrees(top, commits) as found:
         assert all(git(tree, "status", "--porcelain") == "" for tree in found)
         assert all((tree / "vendor" / "lib" / ".git").is_dir() for tree in found)
@@ -77,7 +81,7 @@ def made(top: Path, *revisions: str) -> list[tuple[str, str]]:
 def test_a_slowdown_in_a_submodule_is_a_regression(top, monkeypatch):
     """The checkout's own copy is on the path, as in most projects that have one: its place in each tree is
     meant."""
-    monkeypatch.setenv("PYTHONPATH", str(top / "vendor" / "lib"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(top / "vendor" / "lib"), str(ROOT)]))
     before = state(top)
     comparison = ab.ab("good", "slow", ["test_thing.py"], blocks=4, repo=top)
     (verdict,) = comparison.verdicts
@@ -104,7 +108,7 @@ def test_a_repository_that_is_no_registered_submodule_is_taken_as_it_is(top):
     (top / "embedded").mkdir()
     (top / "embedded" / "a.py").write_text("1")
     commit(top / "embedded", "one")
-    with worktrees.worktrees(top, [ab._commit(top, "."), ab._commit(top, ".")]) as (tree, _):
+    with worktrees.worktrees(top, [commit_of(top, "."), commit_of(top, ".")]) as (tree, _):
         assert (tree / "embedded" / "a.py").read_text() == "1"
 
 
@@ -143,7 +147,7 @@ def test_gits_variables_of_a_hook_lead_nowhere_else(top, tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("DIR", ".git"), ("INDEX_FILE", ".git/index"), ("WORK_TREE", str(top))):
             patch.setenv(f"GIT_{name}", value)
-        commits = [ab._commit(top, "good"), ab._commit(top, "slow")]
+        commits = [commit_of(top, "good"), commit_of(top, "slow")]
         with worktrees.worktrees(top, commits) as found:
             assert [contents(tree) for tree in found] == [("100", "1"), ("50", "1")]
 
@@ -178,7 +182,7 @@ def test_a_commit_that_is_nowhere_and_has_no_url_is_named_with_the_reason(top):
 def test_a_submodule_that_nobody_wants_stays_empty(top, say):
     shutil.rmtree(top / ".git" / "modules")
     git(top, "config", f"submodule.vendor/lib.{say[0]}", say[1])
-    with worktrees.worktrees(top, [ab._commit(top, name) for name in ("good", "slow")]) as found:
+    with worktrees.worktrees(top, [commit_of(top, name) for name in ("good", "slow")]) as found:
         assert [list((tree / "vendor" / "lib").iterdir()) for tree in found] == [[], []]
 
 
@@ -254,7 +258,7 @@ def test_the_working_tree_has_what_git_was_told_not_to_look_at(top, bits, where)
         git(repository, "update-index", bit, file)
     (repository / file).write_text("CHANGED = 1\n")
     before = git(repository, "ls-files", "-v")
-    with worktrees.worktrees(top, [ab._commit(top, "HEAD"), ab._commit(top, ".")]) as (_, tree):
+    with worktrees.worktrees(top, [commit_of(top, "HEAD"), commit_of(top, ".")]) as (_, tree):
         assert (tree / where / file).read_text() == "CHANGED = 1\n"
     assert git(repository, "ls-files", "-v") == before
 
@@ -268,7 +272,7 @@ def test_a_sparse_checkout_keeps_what_it_leaves_out(top):
     assert not (top / "far").exists()
     (top / "far").mkdir()
     (top / "far" / "near.py").write_text("FAR = 2\n")
-    with worktrees.worktrees(top, [ab._commit(top, "HEAD"), ab._commit(top, ".")]) as (_, tree):
+    with worktrees.worktrees(top, [commit_of(top, "HEAD"), commit_of(top, ".")]) as (_, tree):
         files = git(tree, "ls-tree", "-r", "--name-only", "HEAD").split()
         assert {"far/away.py", "far/near.py"} <= set(files)
         assert git(tree, "show", "HEAD:far/away.py") == "FAR = 1"
@@ -285,4 +289,4 @@ def test_an_edit_in_the_second_of_the_last_commit_is_seen(top):
     os.utime(top / ".git" / "index", long_ago)
     file.write_text("RATE = 2\n")
     os.utime(file, long_ago)
-    assert git(top, "show", f"{worktrees.snapshot(top)}:same.py") == "RATE = 2"
+    assert git(top, "show", f"{snapshot(top)}:same.py") == "RATE = 2"
