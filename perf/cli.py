@@ -28,7 +28,7 @@ from perf.gate.saved_runs import load
 from perf.gate.storage import STORAGE, folder
 
 if TYPE_CHECKING:
-    from perf.gate.verdict import Comparison
+    from perf.gate.comparison import Comparison
     from perf.report import Reading
 
 INTERRUPTED, BROKEN = 130, 70

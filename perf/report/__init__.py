@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perf.gate.comparison import Comparison
 from perf.gate.saved_runs import Run
-from perf.gate.verdict import Comparison
 from perf.report.markdown import ROOM, markdown, markdown as _markdown
 from perf.report.page import page
 from perf.report.reading import Reading, read

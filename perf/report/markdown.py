@@ -11,8 +11,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from perf.gate.comparison import Comparison, Outcome
 from perf.gate.saved_runs import Run
-from perf.gate.verdict import Comparison, Outcome
 from perf.report.figures import figures
 from perf.report.terminal import CELL_LENGTH
 from perf.report.text import clean, middle

@@ -14,9 +14,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from perf.gate.comparison import Comparison, Outcome
 from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Run
-from perf.gate.verdict import Comparison, Outcome
 from perf.report import charts
 from perf.report.figures import figures, filled, history, sections
 from perf.report.text import clean, middle, number, signed

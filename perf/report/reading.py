@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from perf.errors import Exit, GateError
+from perf.gate.comparison import Comparison
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Run, load, parse
 from perf.gate.storage import resolve
-from perf.gate.verdict import Comparison, compare
+from perf.gate.verdict import compare
 from perf.report.text import FLOAT_MAX
 from perf.report.verdicts import named
 

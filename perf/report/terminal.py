@@ -16,9 +16,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from perf.gate.comparison import Comparison, Outcome
 from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Run
-from perf.gate.verdict import Comparison, Outcome
 from perf.report.figures import figures
 from perf.report.text import clean, middle, width
 from perf.report.verdicts import COLUMNS, RIGHT, brief, day, headline, parts, title

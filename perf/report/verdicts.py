@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from perf.gate.comparison import Comparison, Outcome, Verdict
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import Metric
 from perf.gate.saved_runs import Run
-from perf.gate.verdict import Comparison, Outcome, Verdict
 from perf.report.text import FLOAT_MAX, middle, signed, width
 
 COLUMNS = ("benchmark", "metric", "base", "head", "change", "95 % interval", "allowed", "why")

@@ -15,9 +15,10 @@ from markdown_it import MarkdownIt
 from rich.cells import cell_len
 
 from perf import cli
+from perf.gate.comparison import Comparison, Outcome, Verdict
 from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Run, load
-from perf.gate.verdict import Comparison, Outcome, Verdict, compare as judge
+from perf.gate.verdict import compare as judge
 from perf.report import comparison_table, markdown, runs_table, write
 from perf.report.markdown import GITHUB_BYTES, NAME_LENGTH, ROOM
 from perf.report.session_tables import tables

@@ -12,7 +12,7 @@ import pytest
 
 from perf import cli
 from perf.errors import GateError
-from perf.gate.verdict import Outcome
+from perf.gate.comparison import Outcome
 from perf.report import comparison_table, frame, markdown, page, read, runs_table
 from perf.report.text import number
 from tests.perf import fake_runs

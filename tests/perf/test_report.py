@@ -26,7 +26,7 @@ from rich.console import Console
 
 from perf import report
 from perf.gate.saved_runs import Run, load
-from perf.gate.verdict import Comparison, Outcome, compare
+from perf.gate.verdict import compare
 from perf.report import comparison_table, frame, markdown, page, runs_table, write
 from perf.report.charts import DIGIT, HEIGHT, LETTERS, WIDTH, Bar, Chart, Line, log_ticks, ticks
 from perf.report.figures import history, sections
