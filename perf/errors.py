@@ -1,4 +1,4 @@
-"""How the gate ends: its exit codes, and the error that carries one."""
+"""Ends of the gate: its exit codes, and the error that carries one."""
 
 from __future__ import annotations
 

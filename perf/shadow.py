@@ -1,4 +1,4 @@
-"""What is said where this package cannot be imported whole, most often for another package named `engine`.
+"""Explanation where this package cannot be imported whole, most often for another package named `engine`.
 
 It imports nothing of ours: that is what may be at fault.
 """

@@ -125,7 +125,7 @@ def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch 
 
 
 def _has_xdist(args: Sequence[str]) -> bool:
-    """Whether a block's pytest knows xdist, under which pytest-benchmark times nothing."""
+    """Return whether a block's pytest knows xdist, under which pytest-benchmark times nothing."""
     given = [*args, *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
     refused = any(arg.endswith("no:xdist") for arg in given) or "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ
     return not refused and bool(entry_points(group="pytest11", name="xdist"))

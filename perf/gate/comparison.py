@@ -87,7 +87,7 @@ class Comparison:
         return EXITS[self.outcome]
 
     def plain(self) -> dict[str, Any]:
-        """All of it as plain Python, for JSON: outcome, exit, notes, and a flat record a verdict."""
+        """Return all of it as plain Python, for JSON: outcome, exit, notes, and a flat record a verdict."""
         whole = {"outcome": str(self.outcome), "exit": int(self.exit), "paired": self.paired}
         runs = {side: _plain_run(run) for side, run in (("base", self.base), ("head", self.head))}
         verdicts = [_plain_verdict(verdict) for verdict in self.verdicts]

@@ -129,7 +129,7 @@ def check_names(what: str, names: Mapping[str, Any]) -> None:
 
 
 def plain(info: Mapping[str, Any]) -> Flat:
-    """The same as plain Python: numpy's scalars unwrapped, everything else refused that JSON has no word for.
+    """Return a mapping as plain Python: numpy's scalars unwrapped, all refused that JSON has no word for.
 
     Raises:
         ValueError: for NaN and infinity, or any other type, naming the key.
@@ -157,7 +157,7 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def _is_flat_record(extra: Mapping[str, Any]) -> bool:
-    """Whether extra_info itself is a record, as it was before KEY: one key alone may be anybody's."""
+    """Return whether extra_info itself is a record, as it was before KEY: one key alone may be anybody's."""
     rounds, fingerprint = mapping(extra.get("rounds")), mapping(extra.get("fingerprint"))
     gated = any(name in GATED and isinstance(values, list | tuple) for name, values in rounds.items())
     return _is_schema(extra.get("schema")) and _says_what(extra) and gated and bool(fingerprint)
@@ -172,7 +172,7 @@ def _says_what(record: Mapping[str, Any]) -> bool:
 
 
 def _has_limits(record: Mapping[str, Any]) -> bool:
-    """Whether a record has the JSON text of limits by metric, be they right or not."""
+    """Return whether a record has the JSON text of limits by metric, be they right or not."""
     try:
         limits = json.loads(record["gate"])
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -186,7 +186,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _machine(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands for a fingerprint where none was recorded."""
+    """Stand-in for a fingerprint where none was recorded."""
     keys = ("machine", "system", "python_version")
     return {key: machine.get(key) for key in keys} | {"cpu": mapping(machine.get("cpu")).get("brand_raw")}
 

@@ -152,7 +152,7 @@ def _watch_children(folder: str, write: Callable[..., None]) -> None:
 
 
 def _is_python(command: list[str]) -> bool:
-    """Whether a command is a Python that will run something, not only say its version."""
+    """Return whether a command is a Python that will run something, not only say its version."""
     name = os.path.basename(command[0]) if command else ""
     named = name.rstrip("0123456789.t") in ("python", "pypy") or command[:1] == [sys.executable]
     return named and not any(word in ("-V", "-VV", "--version", "-h", "--help") for word in command[1:2])

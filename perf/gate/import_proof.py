@@ -38,7 +38,7 @@ ISOLATING = frozenset("IES")  # options of Python
 
 
 class Place(Enum):
-    """What a folder is to a block."""
+    """Kinds of folders, to a block."""
 
     TREE = "in the revision's own tree"
     INSTALLED = "installed"
@@ -81,7 +81,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What all blocks have around them.
+    """Surroundings that all blocks share.
 
     top: of the checkout. checkouts: every working tree of its repository, those of the revisions too. copies:
     files that were installed from one of them. written: what blocks generated so far, with the tree of the
@@ -95,7 +95,7 @@ class Surroundings:
 
     @classmethod
     def of(cls, top: Path, trees: Sequence[Path]) -> Surroundings:
-        """Those of a checkout whose revisions' trees have just been made."""
+        """Find those of a checkout whose revisions' trees have just been made."""
         listed = git(top, "worktree", "list", "--porcelain").splitlines()
         found = [line.removeprefix("worktree ") for line in listed if line.startswith("worktree ")]
         checkouts = tuple(dict.fromkeys(_real(str(path)) for path in [top, *found, *trees]))
@@ -174,12 +174,12 @@ class Watch:
                 yield f"the shared library {Path(file).name}", file, Place.CHECKOUT
 
     def _has(self, module: str) -> bool:
-        """Whether the tree has this very module: another distribution may have others of one package."""
+        """Return whether the tree has this very module: a package may be spread over distributions."""
         files = [root.joinpath(*module.split(".")) for root in _roots(self.tree)]
         return any(file.is_dir() or any(file.parent.glob(f"{file.name}.*")) for file in files)
 
     def _places(self, log: Log) -> dict[Path, Place]:
-        """What each known folder is to a process; of folders in one another the innermost is meant."""
+        """Map known folders to their kind for a process; of folders in one another the innermost is meant."""
         caches = [os.environ.get(name) or usual for name, usual in CACHES.items()]
         places = {_real(os.path.expanduser(cache)): Place.GENERATED for cache in caches if cache}
         places |= dict.fromkeys(self.around.checkouts, Place.CHECKOUT)
@@ -214,7 +214,7 @@ class Watch:
         return Place.GENERATED if mine else Place.OTHERS if real in self.around.written else Place.ELSEWHERE
 
     def _way_out(self, module: str, file: str, place: Place) -> str:
-        """What the user can do about a module that came from the wrong place."""
+        """Say what the user can do about a module that came from the wrong place."""
         real, top = _real(file), self.around.top
         root = real.parents[min(len(module.split(".")) - (real.stem != "__init__"), len(real.parents) - 1)]
         if place is Place.OTHERS:
@@ -280,7 +280,7 @@ def _innermost(file: Path, places: dict[Path, Place]) -> Place | None:
 
 
 def _is_isolated(command: Sequence[str]) -> bool:
-    """Whether a Python's options make it ignore its environment, or what runs at its start."""
+    """Return whether a Python's options make it ignore its environment, or what runs at its start."""
     words = iter(command[1:])
     for word in words:
         if word in ("-", "--") or not word.startswith("-"):

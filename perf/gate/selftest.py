@@ -64,7 +64,7 @@ class Report:
     visible: dict[str, float]
 
     def plain(self) -> dict[str, Any]:
-        """All of it as plain Python, for JSON."""
+        """Return all of it as plain Python, for JSON."""
         rates = [
             {
                 "effect": rate.effect,
@@ -150,7 +150,7 @@ def _rate(effect: float, comparisons: Sequence[Comparison]) -> Rate:
 
 
 def _visible(found: dict[float, list[Comparison]]) -> dict[str, float]:
-    """By metric, the smallest effect that would be seen, from the intervals themselves.
+    """Return by metric the smallest effect that would be seen, from the intervals themselves.
 
     Half an interval and 0.84 standard errors must fit between no effect and this one.
     """

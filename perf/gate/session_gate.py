@@ -106,5 +106,5 @@ def _measured(config: pytest.Config) -> dict[str, Any]:
 
 
 def _is_in(name: str, part: str) -> bool:
-    """Whether a test's id is that of a path, a class or a test that was asked for, or of something in it."""
+    """Return whether a test's id is that of a path, class or test that was asked for, or is in it."""
     return part in (".", name) or name.startswith((f"{part}/", f"{part}::", f"{part}["))

@@ -1,4 +1,4 @@
-"""How sure are we: an interval of log(head / base) from a few rounds a side, or from pairs of blocks.
+"""Interval statistics: how sure we are of log(head / base) from a few rounds a side, or from pairs of blocks.
 
 The typical value is the 20 % trimmed mean of logarithms, its interval Yuen's (1974): Welch's t with
 winsorised variance, equal to scipy's `ttest_ind(trim=0.2)`, which has no form for pairs. Why not the mean:
@@ -149,7 +149,7 @@ def _trimmed(x: Floats, cut: int) -> tuple[float, float, float]:
 
 
 def _inflation(samples: list[Floats]) -> float:
-    """By how much serial correlation raises the variance of a mean; at least 1."""
+    """Factor by which serial correlation raises the variance of a mean; at least 1."""
     residuals: list[Any] = [x - x.mean() for x in samples]
     total = sum(float(x @ x) for x in residuals)
     n = sum(len(x) for x in samples) / len(samples)

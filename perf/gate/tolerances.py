@@ -139,7 +139,7 @@ def check(items: Iterable[pytest.Item], narrowed: bool) -> None:
 
 
 def used(text: str | None, own: Collection[str], recorded: Collection[str]) -> str | None:
-    """Those limits of `text` whose metric was recorded, as JSON text again.
+    """Return those limits of `text` whose metric was recorded, as JSON text again.
 
     Raises:
         GateError: for one of `own`, the test's own marks, that names another.
@@ -163,7 +163,7 @@ def _checked(mark: pytest.Mark) -> str:
 
 
 def _useless(item: pytest.Item, metric: str) -> str | None:
-    """Why a mark can't change how a test is judged, as far as its fixtures tell."""
+    """Say why a mark can't change how a test is judged, as far as its fixtures tell."""
     fixtures = getattr(item, "fixturenames", ())
     if "perf_case" in fixtures:
         return f"perf_case gates what it records, and {TIME} is none of that" if metric == TIME else None

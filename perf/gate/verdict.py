@@ -68,7 +68,7 @@ def _benchmark(before: Benchmark, after: Benchmark | None, paired: bool, counter
 
 
 def _incomparable(before: Benchmark, after: Benchmark | None) -> str | None:
-    """Why a benchmark as a whole cannot be compared, or None."""
+    """Say why a benchmark as a whole cannot be compared, or None."""
     if after is None:
         return "is in the baseline and not in this run: removed, renamed, skipped or failed"
     sides = (("base", before), ("head", after))
@@ -125,7 +125,7 @@ def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[
 
 
 def _allowed(metric: Metric, own: Tolerance | None, base: float) -> tuple[float, float]:
-    """By how much a metric may get worse, its floor included: a fraction of the base, and a log-ratio."""
+    """Return how much worse a metric may get, its floor included: a fraction of base, and a log-ratio."""
     rel = metric.rel if own is None else own.rel or 0.0
     floor = metric.floor if own is None or own.abs is None else own.abs
     tolerance = max(rel, floor / base) if base else (math.inf if floor else rel)
@@ -208,7 +208,7 @@ def _canaries(before: Benchmark, after: Benchmark) -> dict[str, float]:
 
 
 def _canary(before: Benchmark, after: Benchmark) -> tuple[float, str]:
-    """By how much (log units) the canary that moved most moved, and the words for it."""
+    """Return the largest move of a canary (log units), and the words for it."""
     moves = _canaries(before, after)
     key = max(moves, key=lambda name: abs(moves[name]), default=None)
     if key is None:

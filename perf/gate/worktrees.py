@@ -97,7 +97,7 @@ def _complete(top: Path, checkout: Path, within: str, stores: Sequence[Path], up
 
 
 def _modules(repo: Path) -> dict[str, dict[str, str]]:
-    """What .gitmodules says of each submodule, by its path; with the submodule's `name`."""
+    """Read what .gitmodules says of each submodule, by its path; with the submodule's `name`."""
     if not (repo / ".gitmodules").is_file():
         return {}
     found: dict[str, dict[str, str]] = {}
@@ -204,7 +204,7 @@ def _small_files(tree: Path) -> Iterator[str]:
 
 
 def _holds(file: Path, oid: str, size: int) -> bool:
-    """Whether a file has the contents that a pointer means."""
+    """Return whether a file has the contents that a pointer means."""
     if not file.is_file() or file.stat().st_size != size:
         return False
     with file.open("rb") as opened:

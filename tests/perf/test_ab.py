@@ -121,7 +121,7 @@ def test_a_block_that_measures_nothing_is_an_error(repo, args, says, code):
     assert error.value.code is code
 
 
-@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("way", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_what_interrupts_it_leaves_no_worktree(repo, way, tmp_path):
     begun = tmp_path / "begun"
     (repo / "test_thing.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(60)\n")

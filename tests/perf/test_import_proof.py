@@ -42,13 +42,13 @@ class Scene:
         self.python = folder / "venv" / "bin" / "python"
         (self.site,) = (folder / "venv").glob("lib/python*/site-packages")
         self.count = 0
+        self.around = Surroundings(self.top, (self.top, self.tree), frozenset())
         self.since = self.outside.stat().st_ctime + 3600  # nothing that a test puts down is new
 
     def check(self, code: str, *, path: str | None = None) -> None:
         """Run `code` as a block of the tree would be, and look through what it logged."""
-        around = Surroundings(self.top, (self.top, self.tree), frozenset())
         self.count += 1
-        watch = Watch.begin(self.outside / f"watch-{self.count}", self.tree, around)
+        watch = Watch.begin(self.outside / f"watch-{self.count}", self.tree, self.around)
         watch = replace(watch, since=self.since)
         env = watch.environment()
         if path:
@@ -423,33 +423,21 @@ def test_the_log_has_every_module_of_a_process(scene):
     assert Log.read(path).command[1:] == ("-c", code)
 
 
-class Repository:
-    """The same as a git repository, in which `slow` halves the library's speed, for whole runs of the
-    command."""
-
-    def __init__(self, scene: Scene) -> None:
-        self.scene, self.top = scene, scene.top
-        (self.top / "test_thing.py").write_text("import lib\n" + RECORD.format(rate="lib.RATE"))
-        (self.top / ".gitignore").write_text("__pycache__\n")
-        commit(self.top, "good")
-        scene.lib.write_text("RATE = 50\n")
-        commit(self.top, "slow")
-        (scene.site / "all.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-
-    def ab(self) -> str:
-        """What `perf ab` prints, which ends with code 3."""
-        command = [self.scene.python, "-m", "perf", "ab", "good", "slow", "--", "test_thing.py"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=self.top, env=env, capture_output=True, text=True)
-        assert done.returncode == Exit.NOT_COMPARABLE, done.stderr
-        assert len(git(self.top, "worktree", "list").splitlines()) == 1
-        return done.stderr
-
-
 def test_the_way_out_that_the_command_tells_is_one(scene, monkeypatch):
+    """A whole run of the command, of a revision `slow` that halves the library's speed."""
+    (scene.top / "test_thing.py").write_text("import lib\n" + RECORD.format(rate="lib.RATE"))
+    (scene.top / ".gitignore").write_text("__pycache__\n")
+    commit(scene.top, "good")
+    scene.lib.write_text("RATE = 50\n")
+    commit(scene.top, "slow")
+    (scene.site / "all.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     path_file(scene)
-    said = Repository(scene).ab()
-    error = said[said.index("error: ") :]
+    command = [scene.python, "-m", "perf", "ab", "good", "slow", "--", "test_thing.py"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=scene.top, env=env, capture_output=True, text=True)
+    assert done.returncode == Exit.NOT_COMPARABLE, done.stderr
+    assert len(git(scene.top, "worktree", "list").splitlines()) == 1
+    error = done.stderr[done.stderr.index("error: ") :]
     assert error.startswith(f"error: block 1, good: lib was imported from {scene.lib}, which is a checkout's")
     assert error.endswith(": set PYTHONPATH=vendor, which is then looked up in each revision's tree\n")
     monkeypatch.chdir(scene.top)
@@ -457,15 +445,19 @@ def test_the_way_out_that_the_command_tells_is_one(scene, monkeypatch):
     scene.check(f"import lib; assert lib.__file__ == {str(scene.tree / 'vendor/lib/__init__.py')!r}")
 
 
-def test_what_was_installed_from_the_checkout_is_refused(scene):
+def test_what_was_installed_from_the_checkout_is_refused(scene, monkeypatch):
     """As `pip install ./vendor/lib` does it: real files, and yet the checkout's and no revision's."""
-    repository = Repository(scene)
+    commit(scene.top, "good")
     shutil.copytree(scene.lib.parent, scene.site / "lib")
     about = scene.site / "lib-1.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lib\nVersion: 1\n")
     (about / "RECORD").write_text("lib/__init__.py,,\n")
     (about / "direct_url.json").write_text(json.dumps({"url": scene.lib.parent.as_uri(), "dir_info": {}}))
-    said = repository.ab()
+    monkeypatch.setattr(sys, "path", [str(scene.site)])  # where distributions are looked for
+    scene.around = Surroundings.of(scene.top, [scene.tree])
+    said = scene.refused("import lib")
     file = scene.site / "lib" / "__init__.py"
-    assert f"lib was imported from {file}, which is {Place.COPY.value}: uninstall it" in said
+    assert f"lib was imported by {scene.python} -c 'import lib' from {file}, which is" in said
+    assert f"which is {Place.COPY.value}: uninstall it" in said
+    scene.check("import json")

@@ -20,26 +20,23 @@ pytestmark = pytest.mark.usefixtures("few_plugins")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def top(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
     """A checkout with a submodule `vendor/lib` (rate 100, then 50), in which there is another, `deep`.
 
-    Where they were cloned from is gone; nothing may be left of the trees.
+    Where they were cloned from is gone.
     """
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setattr("tempfile.tempdir", None)
+    folder = tmp_path_factory.mktemp("made-once")
     for name in ("deep", "lib", "checkout"):
-        (tmp_path / name).mkdir()
-        git(tmp_path / name, "init", "-q")
-    (tmp_path / "deep" / "depth.py").write_text("DEPTH = 1\n")
-    commit(tmp_path / "deep", "one")
+        (folder / name).mkdir()
+        git(folder / name, "init", "-q")
+    (folder / "deep" / "depth.py").write_text("DEPTH = 1\n")
+    commit(folder / "deep", "one")
     add = (*LOCAL, "submodule", "--quiet", "add")
-    git(tmp_path / "lib", *add, "--name", "a deep one", "../deep", "lib/deep")
-    (tmp_path / "lib" / "lib" / "__init__.py").write_text("from lib.deep import depth\nRATE = 100\n")
-    commit(tmp_path / "lib", "fast")
-    top = tmp_path / "checkout"
+    git(folder / "lib", *add, "--name", "a deep one", "../deep", "lib/deep")
+    (folder / "lib" / "lib" / "__init__.py").write_text("from lib.deep import depth\nRATE = 100\n")
+    commit(folder / "lib", "fast")
+    top = folder / "checkout"
     git(top, *add, "../lib", "vendor/lib")
     git(top, *LOCAL, "submodule", "--quiet", "update", "--init", "--recursive")
     (top / "test_thing.py").write_text("import lib\n" + RECORD.format(rate="lib.RATE"))
@@ -49,7 +46,21 @@ def top(tmp_path, monkeypatch):
     commit(top / "vendor" / "lib", "halved")
     commit(top, "slow")
     for name in ("deep", "lib"):
-        shutil.rmtree(tmp_path / name)
+        shutil.rmtree(folder / name)
+    return top
+
+
+@pytest.fixture
+def top(made_once, tmp_path, monkeypatch):
+    """A copy of that checkout; nothing may be left of the trees."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    top = tmp_path / "checkout"
+    shutil.copytree(made_once, top, symlinks=True)
+    for config in top.rglob("config"):  # in which URLs are absolute
+        config.write_text(config.read_text().replace(str(made_once.parent), str(tmp_path)))
     yield top
     assert list(temporary.iterdir()) == []
     assert len(git(top, "worktree", "list").splitlines()) == 1
@@ -78,6 +89,7 @@ def made(top: Path, *revisions: str) -> list[tuple[str, str]]:
         return [contents(tree) for tree in found]
 
 
+@pytest.mark.slow
 def test_a_slowdown_in_a_submodule_is_a_regression(top, monkeypatch):
     """The checkout's own copy is on the path, as in most projects that have one: its place in each tree is
     meant."""
