@@ -8,7 +8,6 @@ what drifts slower than two blocks cancels. The checkout it is started in stays 
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -29,12 +28,11 @@ from perf.gate.saved_runs import Run, load
 from perf.gate.verdict import compare
 from perf.gate.worktrees import worktrees
 
-OWN_OPTIONS = frozenset({"--benchmark-json", "--benchmark-save", "--benchmark-autosave", "--perf-baseline"})
-OWN_OPTIONS |= {"--perf-inject-slowdown"}
+OWN_OPTIONS = {"--benchmark-json", "--benchmark-save", "--benchmark-autosave"}
+OWN_OPTIONS |= {"--perf-baseline", "--perf-inject-slowdown"}
 NO_TIMINGS = ("--benchmark-disable", "--benchmark-skip", "--numprocesses", "--dist", "-n")
 TAIL = 30
 PYTEST_USAGE = 4
-Advance = Callable[[str], object]
 
 
 def ab(
@@ -45,7 +43,7 @@ def ab(
     blocks: int = 6,
     counters: bool = True,
     repo: Path | str = ".",
-    advance: Advance = lambda _: None,
+    advance: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
     """Measure two revisions in turn and judge head against base.
 
@@ -98,8 +96,9 @@ def check(args: Sequence[str], blocks: int) -> None:
 
 
 def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch | None = None) -> Run:
-    """Run pytest once in a fresh process in `tree`, and read what it saved; with `watch`, prove what was
-    imported.
+    """Run pytest once in a fresh process in `tree`, and read what it saved.
+
+    With `watch` what it imported is proven.
 
     Raises:
         GateError: if a test fails, nothing is collected, or nothing was saved, with the end of pytest's
@@ -125,10 +124,12 @@ def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch 
 
 
 def _has_xdist(args: Sequence[str]) -> bool:
-    """Return whether a block's pytest knows xdist, under which pytest-benchmark times nothing."""
-    given = [*args, *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
-    refused = any(arg.endswith("no:xdist") for arg in given) or "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ
-    return not refused and bool(entry_points(group="pytest11", name="xdist"))
+    """Return whether a block's pytest loads xdist by itself, under which pytest-benchmark times nothing."""
+    given = [*args, *os.environ.get("PYTEST_ADDOPTS", "").split()]
+    refused = any(arg.endswith("no:xdist") or arg == "--disable-plugin-autoload" for arg in given)
+    if refused or os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD"):
+        return False
+    return bool(entry_points(group="pytest11", name="xdist"))
 
 
 def merge(blocks: Sequence[Run], name: str) -> Run:

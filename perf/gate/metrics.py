@@ -18,6 +18,11 @@ MOST = sys.float_info.max
 TIME = "round_s"  # all that a benchmark records which knows nothing of this project
 
 
+def is_amount(value: object) -> bool:
+    """Return whether a value is a finite number of 0 or more."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """One metric of a benchmark.
@@ -40,8 +45,7 @@ class Metric:
     def unfit(self, value: object) -> str | None:
         """The fault of a recorded value, or None: it must be finite, and above 0 but for `zero`."""
         least = "of 0 or more" if self.zero else "above 0"
-        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST
-        return None if number and (value or self.zero) else f"is not a finite number {least}"
+        return None if is_amount(value) and (value or self.zero) else f"is not a finite number {least}"
 
     def log_limit(self, tolerance: float) -> float:
         """The log-ratio, on the bad side, that getting worse by a fraction of `tolerance` is."""

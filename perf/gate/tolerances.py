@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from perf.errors import Exit, GateError
-from perf.gate.metrics import GATED, METRICS, MOST, TIME
+from perf.gate.metrics import GATED, METRICS, TIME, is_amount
 
 if TYPE_CHECKING:
     import pytest
@@ -48,7 +48,7 @@ def check_tolerance(metric: str, rel: float | None = None, abs: float | None = N
     if rel is None and abs is None:
         raise _wrong(f"{mark}: give rel=, abs= or both")
     for limit, value in (("rel", rel), ("abs", abs)):
-        if value is not None and not _limit(value):
+        if value is not None and not is_amount(value):
             raise _wrong(f"{mark}: {limit}={value!r} must be a number of 0 or more")
     if rel is not None and rel >= 1:
         raise _wrong(f"{mark}: rel={rel} is a fraction and must be below 1 (0.1 is 10 %)")
@@ -57,10 +57,6 @@ def check_tolerance(metric: str, rel: float | None = None, abs: float | None = N
 
 def _wrong(message: str) -> GateError:
     return GateError(message, Exit.USAGE)
-
-
-def _limit(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def read(name: str, text: Any) -> dict[str, Tolerance]:

@@ -111,8 +111,7 @@ def _modules(repo: Path) -> dict[str, dict[str, str]]:
 
 
 def _setting(repo: Path, key: str) -> str | None:
-    """A value of a repository's configuration; None where it is not set, or the folder is no repository of
-    its own."""
+    """A value of a repository's configuration; None if unset, or where the folder is no repository."""
     if not (repo / ".git").exists():
         return None
     return git(repo, "config", "--default", "", "--get", key) or None
