@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib import import_module
@@ -23,6 +24,27 @@ def imported() -> None:
     """Import what runs inside will need: pytester forgets modules that such a run was the first to import."""
     for name in ("perf.gate.verdict", "perf.report", "perf.gate.session_gate", "rich.table"):
         import_module(name)
+
+
+@pytest.fixture(scope="session")
+def imported_for_measuring() -> None:
+    """Import what measuring needs, and have no collection of garbage look through it again.
+
+    A measurement collects garbage before each round, which would take longer than its tests. And pytester
+    forgets modules that a session inside was the first to import.
+    """
+    from perf.measure.session import BenchSession
+    from perf.measure.trial import Trial
+
+    bench = BenchSession(model=None, dtype=None, rounds=None, quick=False, inject_slowdown=0.0)
+    trial = Trial(bench, "load", "continuous", "mixed-2", device="cpu", max_batch_size=2)
+    trial.prove()
+    trial.before()
+    trial.run()
+    trial.after()
+    trial.info()
+    bench.drop()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from perf.measure.session import BenchSession
 from tests.perf import fake_runs
 from tests.perf.test_case import Fixture, Scripted
 
+pytestmark = pytest.mark.usefixtures("imported_for_measuring")
 KEY = "dynamic_batch"
 TIMES = [0.1, 0.101, 0.1, 0.099, 0.1, 0.1]
 NAME = "test_x.py::test_x"
@@ -176,9 +178,14 @@ def test_a_file_that_no_reader_could_read_is_not_comparable(tmp_path: Path):
             saved_runs.load(path)
 
 
+@cache
+def bench() -> BenchSession:
+    """One session for all: what it knows of its model takes seconds to find out."""
+    return BenchSession(model="random:tiny-llama", dtype=None, rounds=1, quick=False, inject_slowdown=0.0)
+
+
 def measure(backend: Any, fixture: Any = None, **how: Any) -> dict[str, Any]:
-    bench = BenchSession(model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0)
-    case = PerfCase(bench, fixture or Fixture(), None)
+    case = PerfCase(bench(), fixture or Fixture(), None)
     return case.measure("g", backend, fixed(1, 4, 2, 256), device="cpu", max_batch_size=1, **how)
 
 

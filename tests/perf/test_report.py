@@ -25,6 +25,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from perf import report
+from perf.gate.comparison import Comparison, Outcome
 from perf.gate.saved_runs import Run, load
 from perf.gate.verdict import compare
 from perf.report import comparison_table, frame, markdown, page, runs_table, write

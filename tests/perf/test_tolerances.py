@@ -21,7 +21,7 @@ from perf.measure.session import BenchSession
 from tests.perf.test_case import Fixture, Scripted
 
 pytest_plugins = ["pytester"]
-pytestmark = pytest.mark.usefixtures("imported", "processor_unasked")
+pytestmark = pytest.mark.usefixtures("imported_for_measuring", "imported", "processor_unasked")
 
 HEAD = "import pytest\nmark = pytest.mark.perf_gate\n"
 TIMED = "def test_time(benchmark):\n    benchmark.pedantic(lambda: None, rounds=6)\n"
