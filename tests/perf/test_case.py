@@ -28,6 +28,7 @@ from perf.measure.token_check import TIE, Judgement, Reference, WrongTokens
 from perf.measure.trial import Round, Trial
 from tests.oracle import Oracle
 
+pytestmark = pytest.mark.usefixtures("imported_for_measuring")
 Spoil = Callable[[int, list[list[int]]], None]
 
 
