@@ -37,31 +37,19 @@ MARKERS = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("dynamic-batch performance")
-    group.addoption(
-        "--require-gpu", action="store_true", help="fail, rather than skip, gpu tests without a CUDA device"
-    )
-    group.addoption(
-        "--model", help="model spec of the benchmarks (default: random:tiny-llama, on CUDA qwen2.5-0.5b)"
-    )
-    group.addoption("--dtype", help="dtype of the benchmarks (default: float32, on CUDA float16)")
-    group.addoption("--batch-sizes", type=_integers, metavar="N,N", help="batch sizes of the sweep")
-    group.addoption("--rounds", type=_positive, metavar="N", help="timed rounds of each perf_case benchmark")
-    group.addoption("--quick", action="store_true", help="fewer points and rounds: 2 minutes on a GPU, not 8")
-    group.addoption(
-        "--peers", type=_names, metavar="A,B", help="what the peers benchmark compares, in this order"
-    )
-    group.addoption(
-        "--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable"
-    )
-    group.addoption(
-        "--perf-trace", type=Path, metavar="FOLDER", help="keep the trace of the idle benchmark here"
-    )
-    group.addoption(
-        "--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate"
-    )
-    group.addoption("--perf-inject-slowdown", type=_fraction, default=0.0, metavar="FRACTION",
-                    help="slow the engine down by this much, to test the gate itself")  # fmt: skip
+    add = parser.getgroup("dynamic-batch performance").addoption
+    add("--require-gpu", action="store_true", help="fail, rather than skip, gpu tests without a CUDA device")
+    add("--model", help="model spec of the benchmarks (default: random:tiny-llama, on CUDA qwen2.5-0.5b)")
+    add("--dtype", help="dtype of the benchmarks (default: float32, on CUDA float16)")
+    add("--batch-sizes", type=_integers, metavar="N,N", help="batch sizes of the sweep")
+    add("--rounds", type=_positive, metavar="N", help="timed rounds of each perf_case benchmark")
+    add("--quick", action="store_true", help="fewer points and rounds: 2 minutes on a GPU, not 8")
+    add("--peers", type=_names, metavar="A,B", help="what the peers benchmark compares, in this order")
+    add("--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable")
+    add("--perf-trace", type=Path, metavar="FOLDER", help="keep the trace of the idle benchmark here")
+    add("--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate")
+    slowdown = "slow the engine down by this much, to test the gate itself"
+    add("--perf-inject-slowdown", type=_fraction, default=0.0, metavar="FRACTION", help=slowdown)
 
 
 def pytest_configure(config: pytest.Config) -> None:
