@@ -21,8 +21,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 from engine.models import PRESETS, LoadedModel, load
 from tests.oracle import Oracle
 
-settings.register_profile("fixed", derandomize=True, deadline=None)  # the same examples at every run
-settings.load_profile("fixed")
+# The same examples at every run; pytest's --hypothesis-profile=full asks for more of them than a plain run.
+# Tests whose examples cost little take a multiple: settings(max_examples=10 * settings().max_examples).
+settings.register_profile("full", derandomize=True, deadline=None, max_examples=200)
+settings.register_profile("quick", settings.get_profile("full"), max_examples=20)
+settings.load_profile("quick")  # pytest loads the one that it is asked for after this
 TINY = ("tiny-qwen2", "tiny-llama", "tiny-gemma3")
 
 
