@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations, product
+from random import Random
 from typing import Any
 
 Cell = tuple[int, int]  # an axis, and which of its values
@@ -16,19 +17,20 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Return rows with one value of each axis that hold every pair of values of two axes.
 
     Greedy: each row starts with the first pair that is missing, and then takes of each axis the value that
-    adds most pairs. Ties go to another value in each row. The rows are the same at every call.
+    adds most pairs, drawn from these if there are several. The rows are the same at every call.
 
     Two axes [1, 2] and ["a", "b"] give all four rows; a third of two values adds none.
     """
     values = [[(axis, index) for index in range(len(given))] for axis, given in enumerate(axes)]
     missing = dict.fromkeys(pair for one, other in combinations(values, 2) for pair in product(one, other))
     rows: list[tuple[Any, ...]] = []
+    draw = Random(0)
     while missing:
         cells: list[Cell] = list(next(iter(missing)))
         for axis in set(range(len(axes))) - {axis for axis, _ in cells}:
-            turned = values[axis][len(rows) % len(values[axis]) :] + values[axis][: len(rows) % len(values[axis])]
-            added = [sum(tuple(sorted((cell, other))) in missing for other in cells) for cell in turned]
-            cells.append(turned[added.index(max(added))])
+            mixed = draw.sample(values[axis], len(values[axis]))
+            added = [sum(tuple(sorted((cell, other))) in missing for other in cells) for cell in mixed]
+            cells.append(mixed[added.index(max(added))])
         cells.sort()
         for pair in combinations(cells, 2):
             missing.pop(pair, None)

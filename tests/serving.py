@@ -90,7 +90,7 @@ def drive(engine: Engine, work, order=None, every=1) -> list:
 def check_shuffled(oracle: Oracle, engine: Engine, batch: int, seed: int) -> None:
     """Work for batches of this size comes in some order, a few requests at a time; the oracle knows what each
     gets."""
-    work = work_of(64 if batch == 64 else 16)
+    work = work_of(max(16, batch))
     order = list(range(len(work)))
     random.Random(batch * seed).shuffle(order)
     for output, (_, limit) in zip(drive(engine, work, order, every=1 + batch // 4), work, strict=True):

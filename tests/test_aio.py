@@ -10,7 +10,7 @@ import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, InputError
 from engine.aio import MAX_FAILURES
-from tests.test_engine import both, exactly, prompts_of
+from tests.serving import both, exactly, prompts_of
 
 CLEAN = [prompt for prompt in prompts_of(16) if 255 not in prompt][:8]
 

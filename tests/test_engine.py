@@ -1,104 +1,21 @@
-"""End to end: the engine gives what `model.generate` gives, whatever shares the batch and whatever goes
-wrong."""
+"""End to end: ends, streams, aborts and faults of requests leave those that share their batch alone."""
 
 from __future__ import annotations
 
 import gc
 import time
 import tracemalloc
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, given, settings, strategies as st
 
-from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParams, WorkItem, make_workload
+from engine import Engine, EngineConfig, FinishReason, InputError, LoadedModel, SamplingParams
 from engine.request import StreamChunk
 from engine.sampler import sample
-from tests.conftest import TINY
-from tests.oracle import Oracle
-
-WAYS = [("sequential", 32), ("dynamic", 1), ("dynamic", 3), ("dynamic", 8), ("dynamic", 32)]
-both = pytest.mark.parametrize("config", [
-    dict(policy="dynamic", runner="padded"), dict(policy="continuous", runner="packed"),
-], ids=["padded", "packed"])  # fmt: skip
-
-
-def prompts_of(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(3, 256, size=rng.integers(1, longest + 1)).tolist() for _ in range(count)]
-
-
-def exactly(tokens: int) -> SamplingParams:
-    return SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize(("policy", "batch_size"), WAYS)
-def test_equals_generate_one_by_one(tiny, name, dtype, policy, batch_size):
-    oracle = tiny(name, dtype)
-    engine = Engine(oracle.loaded, EngineConfig(policy=policy, max_batch_size=batch_size))
-    limits = [2 + i % 7 for i in range(33)]
-    outputs = engine.generate(prompts_of(33), [exactly(limit) for limit in limits], progress=False)
-    for output, limit in zip(outputs, limits, strict=True):
-        oracle.check(output, limit)
-
-
-@settings(deadline=None, max_examples=25, derandomize=True, phases=[Phase.explicit, Phase.generate])
-@given(
-    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=1, max_size=12),
-    batch_size=st.integers(1, 12),
-    max_step_tokens=st.integers(1, 200),
-    pass_tokens=st.integers(0, 100),
-    name=st.sampled_from(TINY),
-    seed=st.integers(0, 3),
-)
-def test_any_lengths_any_passes(tiny, lengths, batch_size, max_step_tokens, pass_tokens, name, seed):
-    oracle: Oracle = tiny(name, "float64")
-    config = EngineConfig(policy="dynamic", max_batch_size=batch_size, max_step_tokens=max_step_tokens)
-    engine = Engine(oracle.loaded, config)
-    engine.runner.pass_tokens = pass_tokens
-    rng = np.random.default_rng(seed)
-    prompts = [rng.integers(3, 256, size=length).tolist() for length, _ in lengths]
-    outputs = engine.generate(prompts, [exactly(limit) for _, limit in lengths], progress=False)
-    for output, (_, limit) in zip(outputs, lengths, strict=True):
-        oracle.check(output, limit)
-    counters = engine.metrics.counters
-    assert counters.tokens_computed == sum(length + limit - 1 for length, limit in lengths)
-    assert counters.output_tokens == sum(limit for _, limit in lengths)
-
-
-@pytest.mark.parametrize(("policy", "batch_size"), [("dynamic", 3), ("dynamic", 8), ("dynamic", 32)])
-def test_equals_generate_on_a_real_model(smollm2_oracle, policy, batch_size):
-    oracle: Oracle = smollm2_oracle
-    work = make_workload(
-        "chat-12", vocab_size=oracle.model.config.vocab_size, tokenizer=oracle.loaded.tokenizer
-    )
-    engine = Engine(oracle.loaded, EngineConfig(policy=policy, max_batch_size=batch_size))
-    items = [WorkItem(item.prompt, exactly(3 + i % 5)) for i, item in enumerate(work.items)]
-    for item, output in zip(items, engine.replay(items, progress=False), strict=True):
-        oracle.check(output, item.params.max_new_tokens)
-
-
-@pytest.fixture(scope="session")
-def smollm2_oracle(smollm2):
-    return Oracle(smollm2)
-
-
-@both
-def test_ends_at_any_of_several_eos_ids_and_at_stop_token_ids(tiny, config):
-    oracle = tiny()
-    prompts = prompts_of(16)
-    free = [oracle.answer(prompt, 20) for prompt in prompts]
-    eos = (free[0][5], free[1][7])
-    engine = Engine(oracle.loaded, EngineConfig(max_batch_size=5, **config))
-    engine.eos_ids = frozenset(eos[:1])
-    for output in engine.generate(prompts, SamplingParams(20, stop_token_ids=eos[1:]), progress=False):
-        oracle.check(output, 20, eos)
-        ended = output.token_ids[-1] in eos
-        assert output.finish_reason == (FinishReason.STOP if ended else FinishReason.LENGTH)
-        assert output.stop_reason == (output.token_ids[-1] if ended else None)
+from engine.workload import WorkItem
+from tests.serving import both, exactly, prompts_of
+from tests.test_text import byte_level
 
 
 @both
@@ -129,10 +46,21 @@ def test_a_seeded_request_draws_the_same_alone_and_in_any_batch(tiny, config):
     )
 
 
+@pytest.fixture(params=["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+def speaker(request, tiny) -> tuple[LoadedModel, list[str]]:
+    """A model with a tokenizer, and two prompts for it; the tiny one breaks characters off."""
+    if request.param == "tiny":
+        return replace(tiny().loaded, tokenizer=byte_level(256)), ["Name three colours.", "naïve café 🙂"]
+    loaded = request.getfixturevalue("smollm2")
+    chat = Engine(loaded, EngineConfig(kv_memory=2**26)).chat
+    asked = "Count from one to ten in words.", "Say 'naïve café 🙂' and nothing else."
+    return loaded, [loaded.tokenizer.decode(chat(text)) for text in asked]
+
+
 @both
-def test_streams_in_turn_give_the_text_of_generate(smollm2, config):
-    engine = Engine(smollm2, EngineConfig(**config))
-    prompts = [engine.chat("Name three colours."), engine.chat("Say 'naïve café 🙂' and nothing else.")]
+def test_streams_in_turn_give_the_text_of_generate(speaker, config):
+    loaded, prompts = speaker
+    engine = Engine(loaded, EngineConfig(**config))
     params = SamplingParams(24)
     expected = engine.generate(prompts, params, progress=False)
     streams = [engine.stream(prompt, params) for prompt in prompts]
@@ -144,18 +72,20 @@ def test_streams_in_turn_give_the_text_of_generate(smollm2, config):
             else:
                 streams[i] = None
     for chunks, output in zip(seen, expected, strict=True):
+        assert len(chunks) > 1
         assert "".join(chunk.text for chunk in chunks) == output.text == chunks[-1].output.text
         assert tuple(token for chunk in chunks for token in chunk.token_ids) == output.token_ids
     assert not engine.has_work
 
 
 @both
-def test_stop_strings_end_the_text_before_them(smollm2, config):
-    engine = Engine(smollm2, EngineConfig(**config))
-    prompt = engine.chat("Count from one to ten in words, separated by commas.")
-    (free,) = engine.generate([prompt], SamplingParams(40), progress=False)
+def test_stop_strings_end_the_text_before_them(speaker, config):
+    loaded, (prompt, _) = speaker
+    engine = Engine(loaded, EngineConfig(**config))
+    (free,) = engine.generate([prompt], SamplingParams(40, ignore_eos=True), progress=False)
     stop = free.text[10:14]
-    (output,) = engine.generate([prompt], SamplingParams(40, stop=(stop, "never said")), progress=False)
+    params = SamplingParams(40, stop=(stop, "never said"), ignore_eos=True)
+    (output,) = engine.generate([prompt], params, progress=False)
     assert output.text == free.text[: free.text.index(stop)]
     assert (output.finish_reason, output.stop_reason) == (FinishReason.STOP, stop)
 

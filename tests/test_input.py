@@ -11,18 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine import (
-    AsyncEngine,
-    Engine,
-    EngineConfig,
-    InputError,
-    LoadedModel,
-    SamplingParams,
-    WorkItem,
-    load,
-    make_workload,
-)
-from tests.test_engine import exactly
+from engine import AsyncEngine, Engine, EngineConfig, InputError, LoadedModel, SamplingParams, load, make
+from engine.workload import WorkItem
+from tests.serving import exactly
 from tests.test_text import byte_level
 
 HALF = "x \ud83d"  # what JSON's "x \ud83d" gives: half of a surrogate pair

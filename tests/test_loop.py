@@ -8,26 +8,18 @@ import pytest
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.pages import PagePool
-from engine.runner.graphs import DeviceRunner
-from tests import reference
-from tests.test_engine import both, exactly, prompts_of
+from tests.serving import both, exactly, prompts_of, use_device_runner
 from tests.test_text import byte_level
 
 POISON = 255
 WORK = [prompt for prompt in prompts_of(24) if POISON not in prompt][:12]
 
 
-def on_device(model, pool, deterministic, rows, int8) -> DeviceRunner:
-    """The runner for a GPU, on this machine's CPU."""
-    return DeviceRunner(model, pool, deterministic, rows, reference)
-
-
 @pytest.fixture(params=["cpu", "device"])
 def packed(request, monkeypatch):
     """`packed(oracle, **options)` gives a packed engine, by the runner of each kind of device."""
     if request.param == "device":
-        monkeypatch.setattr("engine.engine.packed_runner", on_device)
-        monkeypatch.setattr("engine.runner.ways.can_pack", lambda weight: False)
+        use_device_runner(monkeypatch)
     return lambda oracle, **options: Engine(oracle.loaded, EngineConfig(page_size=4, **options))
 
 

@@ -1,169 +1,21 @@
-"""The packed runner: the oracle's tokens whatever the pages, chunks, neighbours, preemptions and cache
-hits."""
+"""The packed runner: shared prefixes, the same bits in any company, faults that stay where they are, and the
+weights that it shares with its model."""
 
 from __future__ import annotations
 
 import gc
-import random
 import warnings
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, given, settings, strategies as st
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from engine import Engine, EngineConfig, InputError, SamplingParams, WorkItem, make_workload
-from engine.models import kv_bytes_per_token, load
+from engine import Engine, EngineConfig, InputError
+from engine.models import load
 from engine.runner.linear import join, prepare, twin
+from engine.workload import make
 from tests.oracle import Oracle
-
-NAMES = ("tiny-qwen2", "tiny-llama", "tiny-gemma3", "tiny-mistral", "tiny-qwen3")
-DTYPES = ("float32", "float64")
-
-
-def exactly(tokens: int, **more) -> SamplingParams:
-    return SamplingParams(max_new_tokens=tokens, ignore_eos=True, **more)
-
-
-def work_of(count: int, seed: int = 0) -> list[tuple[list[int], int]]:
-    """Prompts with their limits. Some begin as another, some are another; the oracle answers each once."""
-    rng = np.random.default_rng(seed)
-    work: list[tuple[list[int], int]] = []
-    for i in range(min(count, 16)):
-        prompt = rng.integers(3, 256, size=rng.integers(1, 31)).tolist()
-        work.append(((work[i // 2][0] + prompt)[:40] if i % 3 == 2 else prompt, 2 + i % 5))
-    return [work[i % 16] for i in range(count)]
-
-
-def packed(oracle: Oracle, kv_tokens: int | None = None, **config) -> Engine:
-    model = oracle.model
-    token_bytes = kv_bytes_per_token(model)
-    return Engine(
-        oracle.loaded, EngineConfig(runner="packed", kv_memory=(kv_tokens or 20_000) * token_bytes, **config)
-    )
-
-
-def drive(engine: Engine, work, order=None, every=1) -> list:
-    """Requests in `order`, a few between any two steps; their outputs in the order of the work."""
-    order = list(range(len(work))) if order is None else order
-    requests, steps = {}, 0
-    while len(requests) < len(work) or engine.has_work:
-        for i in order[len(requests) : len(requests) + every]:
-            requests[i] = engine.add_request(work[i][0], exactly(work[i][1]))
-        engine.step()
-        engine.scheduler.memory.check_integrity()
-        steps += 1
-        assert steps < 10_000
-    assert engine.scheduler.memory.pages_used == 0
-    return [requests[i].result for i in range(len(work))]
-
-
-def check_shuffled(oracle: Oracle, engine: Engine, batch: int, seed: int) -> None:
-    """Work for batches of this size comes in some order, a few requests at a time; the oracle knows what each
-    gets."""
-    work = work_of(64 if batch == 64 else 16)
-    order = list(range(len(work)))
-    random.Random(batch * seed).shuffle(order)
-    for output, (_, limit) in zip(drive(engine, work, order, every=1 + batch // 4), work, strict=True):
-        oracle.check(output, limit)
-
-
-# (batch, step tokens, page, caching, tokens of KV memory): every value of each, small memory with every page
-# size.
-WAYS = [
-    (1, 8192, 16, True, None),
-    (8, 7, 1, True, 120),
-    (8, 64, 16, True, 112),
-    (64, 64, 16, False, 160),
-    (64, 8192, 256, True, None),
-    (64, 7, 16, True, None),
-    (8, 1, 256, False, 512),
-    (64, 64, 1, False, 200),
-]
-
-
-# Each way on two models, each model in three ways or more, in both dtypes.
-COVER = [
-    (name, DTYPES[(i + j) % 2], *way)
-    for i, way in enumerate(WAYS)
-    for j, name in enumerate(NAMES)
-    if (j - 2 * i) % 5 < 2
-]
-
-
-@pytest.mark.parametrize(("name", "dtype", "batch", "chunk", "page", "caching", "kv_tokens"), COVER)
-def test_equals_generate_one_by_one(tiny, name, dtype, batch, chunk, page, caching, kv_tokens):
-    oracle: Oracle = tiny(name, dtype)
-    options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
-    engine = packed(oracle, kv_tokens, policy="continuous", **options)
-    check_shuffled(oracle, engine, batch, chunk)
-    counters = engine.metrics.counters
-    assert counters.padded_tokens == 0
-    if (batch, page, kv_tokens) == (64, 1, 200):
-        assert counters.preemptions > 0
-    if not caching:
-        assert counters.prompt_tokens_cached == 0
-    elif page <= 16 and kv_tokens is None and batch > 1:
-        assert counters.prompt_tokens_cached > 0
-
-
-@pytest.mark.parametrize("policy", ["sequential", "dynamic"])
-@pytest.mark.parametrize("name", NAMES)
-def test_other_policies_run_packed_too(tiny, name, policy):
-    oracle: Oracle = tiny(name)
-    options = dict(max_batch_size=5, max_step_tokens=30, page_size=4, kv_tokens=140)
-    engine = packed(oracle, policy=policy, **options)
-    work = work_of(16)
-    for output, (_, limit) in zip(drive(engine, work, every=16), work, strict=True):
-        oracle.check(output, limit)
-
-
-LENGTHS = [1, 2, 15, 16, 17, 40]
-
-
-@settings(deadline=None, derandomize=True, max_examples=30, phases=[Phase.generate])
-@given(
-    picks=st.lists(st.tuples(st.integers(0, 17), st.integers(1, 8)), min_size=1, max_size=14),
-    policy=st.sampled_from(["continuous", "continuous", "dynamic"]),
-    batch=st.integers(1, 9),
-    chunk=st.integers(1, 60),
-    page=st.sampled_from([1, 2, 3, 8, 16, 50]),
-    extra=st.integers(0, 120),
-    caching=st.booleans(),
-    every=st.integers(1, 4),
-    aborts=st.sets(st.integers(0, 13), max_size=3),
-    name=st.sampled_from(NAMES),
-)
-def test_any_lengths_any_pages(tiny, picks, policy, batch, chunk, page, extra, caching, every, aborts, name):
-    oracle: Oracle = tiny(name, "float64")
-    rng = np.random.default_rng(5)
-    bodies = [rng.integers(3, 256, size=LENGTHS[i % 6]).tolist() for i in range(6)]
-    prompts = (
-        bodies + [bodies[4][:i] + bodies[i] for i in range(6)] + [bodies[5] + bodies[i] for i in range(6)]
-    )
-    work = [(prompts[i], limit) for i, limit in picks]
-    most = max(len(prompt) + limit for prompt, limit in work)
-    kv_tokens = -(-most // page) * page + extra
-    options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
-    engine = packed(oracle, kv_tokens, policy=policy, **options)
-    requests = []
-    steps = 0
-    while len(requests) < len(work) or engine.has_work:
-        for prompt, limit in work[len(requests) : len(requests) + every]:
-            requests.append(engine.add_request(prompt, exactly(limit)))
-        engine.step()
-        steps += 1
-        assert steps < 5000
-        if steps % 3 == 0 and steps // 3 in aborts and steps // 3 < len(requests):
-            engine.abort(requests[steps // 3].id)
-        engine.scheduler.memory.check_integrity()
-    assert engine.scheduler.memory.pages_used == 0
-    for request, (prompt, limit) in zip(requests, work, strict=True):
-        if request.result.finish_reason == "abort":
-            assert request.result.token_ids == oracle.answer(prompt, 8)[: len(request.result.token_ids)]
-        else:
-            assert request.result.token_ids == oracle.answer(prompt, 8)[:limit]
+from tests.serving import NAMES, drive, exactly, packed, work_of
 
 
 def test_a_shared_prefix_is_computed_once(tiny):
@@ -191,15 +43,6 @@ def test_little_memory_is_held_without_need(tiny):
     engine = packed(tiny("tiny-llama"), 30_000, page_size=16)
     engine.replay(make_workload("mixed-64", vocab_size=256).items, progress=False)
     assert engine.metrics.counters.kv_unused_mean <= 8
-
-
-def test_equals_generate_on_a_real_model(smollm2):
-    oracle = Oracle(smollm2)
-    work = make_workload("chat-12", vocab_size=oracle.model.config.vocab_size, tokenizer=smollm2.tokenizer)
-    engine = packed(oracle, 4_000, max_batch_size=8, max_step_tokens=128)
-    items = [WorkItem(item.prompt, exactly(8)) for item in work.items]
-    for output in engine.replay(items, progress=False):
-        oracle.check(output, 8)
 
 
 @pytest.mark.parametrize("page", [16, 4])

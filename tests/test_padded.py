@@ -14,7 +14,7 @@ from engine.models import refuse_other_state
 from engine.request import Request
 from engine.runner.padded import PaddedRunner
 from tests.conftest import TINY
-from tests.test_engine import exactly, prompts_of
+from tests.serving import exactly, prompts_of
 
 
 def logprobs_with(loaded, prompts, **padding) -> tuple[list, np.ndarray]:
@@ -91,7 +91,7 @@ def test_even_prompts_prefill_in_one_pass_and_uneven_ones_in_a_staircase(tiny):
     assert passes_of(loaded, [8, 8], pass_tokens=32, max_step_tokens=8) == [(2, 0, 4), (2, 4, 8)]
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=2 * settings().max_examples)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=10),
     pass_tokens=st.integers(0, 60),
