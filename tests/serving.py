@@ -9,6 +9,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.models import kv_bytes_per_token
@@ -94,4 +95,18 @@ def check_shuffled(oracle: Oracle, engine: Engine, batch: int, seed: int) -> Non
     order = list(range(len(work)))
     random.Random(batch * seed).shuffle(order)
     for output, (_, limit) in zip(drive(engine, work, order, every=1 + batch // 4), work, strict=True):
+        oracle.check(output, limit)
+
+
+def run_out_of_memory(oracle: Oracle, server: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drive requests through a runner that has memory for 72 tokens a step, and check what they get."""
+    logits = DeviceRunner._logits
+
+    def little_memory(self, sizes, *rest):
+        if sizes.rows + sizes.tokens > 72:
+            raise torch.OutOfMemoryError("planted")
+        return logits(self, sizes, *rest)
+
+    monkeypatch.setattr(DeviceRunner, "_logits", little_memory)
+    for output, (_, limit) in zip(drive(server, work_of(16), every=8), work_of(16), strict=True):
         oracle.check(output, limit)

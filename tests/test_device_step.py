@@ -8,43 +8,33 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, given, settings, strategies as st
+from transformers import AutoModelForCausalLM
 
 import engine.attention.device
 import engine.engine
 import engine.memory
-import engine.runner.ways
 from engine import Engine, EngineConfig, InputError, SamplingParams
-from engine.models import kv_bytes_per_token
+from engine.models import PRESETS, LoadedModel, kv_bytes_per_token
 from engine.runner.fused_layer import ACTIVATIONS, Angles, FusedLayer, FusedNorm, LastNorm
 from engine.runner.graphs import DeviceRunner, bucket, chunk_bucket
 from engine.runner.packed import PackedRunner
 from engine.runner.replay import upload
 from tests import reference
 from tests.oracle import Oracle
-from tests.test_packed import NAMES, WAYS, check_shuffled, drive, exactly, packed as build, work_of
-
-
-def on_reference(model, pool, deterministic, rows, int8) -> DeviceRunner:
-    return DeviceRunner(model, pool, deterministic, rows, reference)
+from tests.serving import (
+    NAMES,
+    drive,
+    exactly,
+    packed as build,
+    run_out_of_memory,
+    use_device_runner,
+    work_of,
+)
 
 
 @pytest.fixture(autouse=True)
 def _device_runner(monkeypatch):
-    """The runner for a GPU, on the CPU by way of the reference functions; its weights stay as they are."""
-    monkeypatch.setattr(engine.engine, "packed_runner", on_reference)
-    monkeypatch.setattr(engine.runner.ways, "can_pack", lambda weight: False)
-
-
-@pytest.mark.parametrize(("batch", "chunk", "page", "caching", "kv_tokens"), WAYS)
-@pytest.mark.parametrize("name", NAMES)
-def test_equals_generate_one_by_one(tiny, name, batch, chunk, page, caching, kv_tokens):
-    oracle: Oracle = tiny(name, "float64")
-    options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
-    server = build(oracle, kv_tokens, policy="continuous", **options)
-    check_shuffled(oracle, server, batch, chunk)
-    if (batch, page, kv_tokens) == (64, 1, 200):
-        assert server.metrics.counters.preemptions > 0
+    use_device_runner(monkeypatch)
 
 
 def test_steps_are_launched_before_the_one_before_is_read(tiny, monkeypatch):
@@ -75,28 +65,6 @@ def test_steps_are_launched_before_the_one_before_is_read(tiny, monkeypatch):
     assert not server.has_work
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_eos_ends_a_request_one_step_late_without_a_token_more(tiny, name):
-    oracle: Oracle = tiny(name, "float64")
-    work = work_of(16)
-    common = [oracle.answer(prompt, 12) for prompt, _ in work]
-    eos = tuple({answer[i % 7] for i, answer in enumerate(common)})[:4]
-    server = build(oracle, 400, max_batch_size=6, page_size=4)
-    params = SamplingParams(max_new_tokens=12, stop_token_ids=eos, ignore_eos=True)
-    for _ in range(2):  # the second time with pages that the first left behind
-        outputs = server.generate([prompt for prompt, _ in work], params, progress=False)
-        reasons = set()
-        for output in outputs:
-            oracle.check(output, 12, eos)
-            reasons.add(str(output.finish_reason))
-        assert "stop" in reasons
-        while server.has_work:
-            server.step()
-        server.scheduler.memory.check_integrity()
-        assert server.scheduler.memory.pages_used == 0
-    assert server.metrics.counters.output_tokens == 2 * sum(len(output.token_ids) for output in outputs)
-
-
 def test_sampled_requests_wait_for_their_tokens_and_keep_them(tiny):
     """Among greedy ones, in any mix, each draws what it draws alone on the runner of the CPU."""
     oracle: Oracle = tiny("tiny-llama", "float64")
@@ -122,50 +90,6 @@ def test_sampled_requests_wait_for_their_tokens_and_keep_them(tiny):
         assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
         for a, b in zip(one.logprobs or (), other.logprobs or (), strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-9)
-
-
-@settings(deadline=None, derandomize=True, max_examples=40, phases=[Phase.generate])
-@given(
-    picks=st.lists(st.tuples(st.integers(0, 15), st.integers(1, 8)), min_size=1, max_size=14),
-    policy=st.sampled_from(["continuous", "continuous", "dynamic", "sequential"]),
-    batch=st.integers(1, 9),
-    chunk=st.integers(1, 60),
-    page=st.sampled_from([1, 2, 3, 8, 16, 50]),
-    extra=st.integers(0, 120),
-    caching=st.booleans(),
-    every=st.integers(1, 4),
-    aborts=st.sets(st.integers(0, 13), max_size=3),
-    stop=st.sets(st.integers(0, 255), max_size=40),
-    name=st.sampled_from(NAMES),
-)
-def test_any_joins_leaves_preemptions_and_aborts(
-    tiny, picks, policy, batch, chunk, page, extra, caching, every, aborts, stop, name
-):
-    oracle: Oracle = tiny(name, "float64")
-    work = [(work_of(16)[i][0], limit) for i, limit in picks]
-    kv_tokens = -(-max(len(prompt) + limit for prompt, limit in work) // page) * page + extra
-    options = dict(max_batch_size=batch, max_step_tokens=chunk, page_size=page, prefix_caching=caching)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.engine, "packed_runner", on_reference)
-        server = build(oracle, kv_tokens, policy=policy, **options)
-    requests, steps = [], 0
-    while len(requests) < len(work) or server.has_work:
-        for prompt, limit in work[len(requests) : len(requests) + every]:
-            params = SamplingParams(max_new_tokens=limit, stop_token_ids=tuple(stop), ignore_eos=True)
-            requests.append(server.add_request(prompt, params))
-        server.step()
-        steps += 1
-        assert steps < 5000
-        if steps % 3 == 0 and steps // 3 in aborts and steps // 3 < len(requests):
-            server.abort(requests[steps // 3].id)
-        server.scheduler.memory.check_integrity()
-    assert server.scheduler.memory.pages_used == 0
-    for request, (prompt, limit) in zip(requests, work, strict=True):
-        answer = oracle.answer(prompt, 8)[:limit]
-        ends = [i for i, token in enumerate(answer) if token in stop]
-        answer = answer[: ends[0] + 1] if ends else answer
-        found = request.result.token_ids
-        assert found == (answer[: len(found)] if request.result.finish_reason == "abort" else answer)
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
@@ -217,20 +141,6 @@ def test_a_step_that_fails_takes_its_requests_alone_and_loses_no_token_read_late
         oracle.check(request.result, 6)
 
 
-def run_out_of_memory(oracle: Oracle, server: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drive requests through a runner that has memory for 72 tokens a step, and check what they get."""
-    logits = DeviceRunner._logits
-
-    def little_memory(self, sizes, *rest):
-        if sizes.rows + sizes.tokens > 72:
-            raise torch.OutOfMemoryError("planted")
-        return logits(self, sizes, *rest)
-
-    monkeypatch.setattr(DeviceRunner, "_logits", little_memory)
-    for output, (_, limit) in zip(drive(server, work_of(16), every=8), work_of(16), strict=True):
-        oracle.check(output, limit)
-
-
 def test_out_of_memory_makes_steps_smaller(tiny, monkeypatch):
     oracle: Oracle = tiny()
     server = build(oracle, max_batch_size=8)
@@ -259,24 +169,46 @@ def test_deterministic_means_the_same_bits_in_any_company(tiny, name, monkeypatc
         assert run(list(range(len(work))), **options) == alone
 
 
-def test_the_kernels_serve_a_model(tiny):
-    """The same steps through the Triton kernels, in the interpreter where there is no GPU."""
+def small(name: str) -> Oracle:
+    """A tiny model made smaller: one layer, or two, one with a window, if the model has any."""
+    config = PRESETS[name].config()
+    config.update(dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1))
+    config.update(dict(num_attention_heads=2, head_dim=16, num_key_value_heads=1))
+    if name == "tiny-gemma3":
+        config.num_hidden_layers = 2
+        config.update(dict(sliding_window=3, layer_types=["sliding_attention", "full_attention"]))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return Oracle(LoadedModel(name, model, None, "random"))
+
+
+def serve_by_kernels(oracle: Oracle, work: list[tuple[list[int], int]], **config) -> None:
+    """Serve a model through the Triton kernels, in the interpreter where there is no GPU."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py serves whole models with the real kernels")
-    for name in ("tiny-llama", "tiny-gemma3"):
-        oracle: Oracle = tiny(name)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args[:4]))
-            patch.setattr("engine.runner.thin.few_rows", lambda dtype, layer_bytes: 4)  # none, for this dtype
-            server = build(oracle, max_batch_size=2, max_step_tokens=30, page_size=4)
-        assert isinstance(server.runner.model.base_model.layers[0], FusedLayer), (
-            "its fused kernels are proven at load"
-        )
-        assert server.runner.model.base_model.layers[0].stream.few == 4
-        work = work_of(3)
-        for output, (_, limit) in zip(drive(server, work), work, strict=True):
-            oracle.check(output, limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args[:4]))
+        patch.setattr("engine.runner.thin.few_rows", lambda dtype, layer_bytes: 4)  # none, for this dtype
+        server = build(oracle, page_size=4, max_batch_size=2, **config)
+    layer = server.runner.model.base_model.layers[0]
+    assert isinstance(layer, FusedLayer), "its fused kernels are proven at load"
+    assert layer.stream.few == 4
+    for output, (_, limit) in zip(drive(server, work), work, strict=True):
+        oracle.check(output, limit)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
+def test_the_kernels_serve_a_small_model(name):
+    """A chunk with a past, a decode beside a chunk, rows few enough for thin products and not."""
+    serve_by_kernels(small(name), [([7, 8, 9], 3), ([*range(20, 31)], 2)], kv_tokens=24, max_step_tokens=7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
+def test_the_kernels_serve_a_model(tiny, name):
+    serve_by_kernels(tiny(name), work_of(3), max_step_tokens=30)
 
 
 def test_steps_with_chunks_are_padded_when_their_sizes_come_again(tiny, monkeypatch):

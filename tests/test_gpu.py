@@ -15,8 +15,7 @@ from engine.runner.fused_layer import FusedLayer
 from engine.runner.graphs import DeviceRunner
 from engine.runner.replay import upload
 from tests.oracle import Oracle
-from tests.serving import NAMES, WAYS, check_shuffled, drive, exactly, packed, work_of
-from tests.test_device_step import run_out_of_memory
+from tests.serving import NAMES, WAYS, check_shuffled, drive, exactly, packed, run_out_of_memory, work_of
 
 pytestmark = pytest.mark.gpu
 
