@@ -73,3 +73,25 @@ def roped() -> Callable[[str], Oracle]:
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
     return load("smollm2")
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter holds bfloat16 as 16-bit integers and multiplies these as such: give its products
+    floats."""
+    if torch.cuda.is_available():
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    product = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return product(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

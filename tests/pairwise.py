@@ -10,6 +10,8 @@ from itertools import combinations, product
 from random import Random
 from typing import Any
 
+import pytest
+
 Cell = tuple[int, int]  # an axis, and which of its values
 
 
@@ -36,3 +38,10 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
             missing.pop(pair, None)
         rows.append(tuple(axes[axis][index] for axis, index in cells))
     return rows
+
+
+def grid(*axes: Sequence[Any]) -> list[Any]:
+    """Return every combination for `pytest.mark.parametrize`: a pairwise cover of them in a plain run, the
+    rest marked slow."""
+    rows = pairwise(*axes)
+    return [pytest.param(*row, marks=() if row in rows else pytest.mark.slow) for row in product(*axes)]

@@ -1,10 +1,12 @@
-"""What the kernels of a device step compute, in plain torch with the same arguments: its tests run on any
-machine.
+"""The textbook's attention, and what the kernels of a device step compute, in plain torch with the same
+arguments: its tests run on any machine.
 
 Written to be read: each token by itself over its own past.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,27 +111,43 @@ def _attend(
     table_N: torch.Tensor,
     length: int,
     scale: float,
-    window: int | None,
-    softcap: float | None,
-    sink_H: torch.Tensor | None,
+    *options: Any,
 ) -> torch.Tensor:
     """Attention of the last of `length` positions, [H, D]; zeros where there are none."""
     if length == 0:
         return torch.zeros_like(q_HD)
-    kv_heads, page = keys_LKPD.shape[1:3]
-    pages_N = table_N[: -(-length // page)].long()
-    first = max(0, length - window) if window else 0
-    k_KCD, v_KCD = (
-        x[pages_N].transpose(0, 1).flatten(1, 2)[:, first:length] for x in (keys_LKPD, values_LKPD)
-    )
-    scores_KGC = (q_HD.unflatten(0, (kv_heads, -1)) @ k_KCD.transpose(1, 2)) * scale
-    scores_KGC = scores_KGC.to(torch.promote_types(q_HD.dtype, torch.float32))
+    pages_N = table_N[: -(-length // keys_LKPD.shape[2])].long()
+    k_KCD, v_KCD = (x[pages_N].transpose(0, 1).flatten(1, 2)[:, :length] for x in (keys_LKPD, values_LKPD))
+    return attention(q_HD, k_KCD, v_KCD, scale, *options).to(q_HD.dtype)
+
+
+def attention(
+    q_HD: torch.Tensor,
+    k_KCD: torch.Tensor,
+    v_KCD: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_H: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The textbook's attention of the last of C positions, [H, D] in float64.
+
+    Query heads share KV heads in their order: of H = 4 and K = 2, heads 0 and 1 read the first.
+
+    Args:
+        window: how many positions are seen, the last included; all without one.
+        sink_H: logits that take weight and have no value.
+    """
+    first = max(0, k_KCD.shape[1] - window) if window else 0
+    q_KGD = q_HD.double().unflatten(0, (len(k_KCD), -1))
+    scores_KGC = q_KGD @ k_KCD[:, first:].double().transpose(1, 2) * scale
     if softcap is not None:
         scores_KGC = softcap * torch.tanh(scores_KGC / softcap)
+    weights_KGC = (scores_KGC - scores_KGC.amax()).exp()
+    total_KG1 = weights_KGC.sum(-1, keepdim=True)
     if sink_H is not None:
-        scores_KGC = torch.cat([scores_KGC, sink_H.to(scores_KGC).view(kv_heads, -1, 1)], -1)
-    weights_KGC = scores_KGC.softmax(-1)[..., : length - first].to(v_KCD.dtype)
-    return (weights_KGC @ v_KCD).flatten(0, 1)
+        total_KG1 = total_KG1 + (sink_H.double().view_as(total_KG1) - scores_KGC.amax()).exp()
+    return (weights_KGC / total_KG1 @ v_KCD[:, first:].double()).flatten(0, 1)
 
 
 def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from numba import njit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -283,7 +283,6 @@ def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
                 torch.testing.assert_close(found, close, rtol=1e-3, atol=1e-4 * float(close.abs().max()))
 
 
-@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=9),
     cut=st.integers(1, 100),

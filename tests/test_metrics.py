@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from engine.metrics import LATENCIES, Counters, EngineMetrics, RequestMetrics
 from engine.request import Choice, FinishReason, Request, SamplingParams
@@ -242,7 +242,6 @@ def timelines(draw):
     return {"arrival": arrival, "scheduled": scheduled, "times": tuple(rest[:-1]), "finished": rest[-1]}
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(timelines(), min_size=1, max_size=8))
 def test_statistics_are_those_of_numpy(many):
     metrics = engine_metrics(*(record(**timeline) for timeline in many))

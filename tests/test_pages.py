@@ -196,7 +196,7 @@ def test_check_names_the_request_and_the_bound():
     PagePool(4, 2).check(request_of("r", [1] * 5))
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=5 * settings().max_examples)
 @given(
     size=st.integers(1, 4),
     pages=st.integers(1, 12),

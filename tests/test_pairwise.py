@@ -6,7 +6,7 @@ from itertools import combinations, product
 
 import pytest
 
-from tests.pairwise import pairwise
+from tests.pairwise import grid, pairwise
 
 AXES = [
     [[1, 2], "ab"],
@@ -40,3 +40,10 @@ def test_every_row_adds_a_pair():
         pairs = {((i, row[i]), (j, row[j])) for row in others for i, j in combinations(range(4), 2)}
         mine = {((i, rows[without][i]), (j, rows[without][j])) for i, j in combinations(range(4), 2)}
         assert mine - pairs
+
+
+def test_a_grid_is_all_there_is_and_a_plain_run_takes_a_cover_of_it():
+    axes = ["abc", range(3), range(3), range(3)]
+    rows = grid(*axes)
+    assert [row.values for row in rows] == list(product(*axes))
+    assert {row.values for row in rows if not row.marks} == set(pairwise(*axes))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, strategies as st
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -182,7 +182,6 @@ def test_filters_apply_in_the_stated_order(params, other):
     assert ((counts_V > 0) == (right_V > 0)).all()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.integers(0, 1000),
     st.floats(0.1, 5.0),
@@ -264,7 +263,6 @@ any_request = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     st.lists(any_request, min_size=2, max_size=6), st.integers(0, 100), st.sampled_from(DTYPES), st.randoms()
 )
@@ -429,7 +427,6 @@ def test_logits_are_not_modified(dtype):
 
 @example(2**63 - 1)
 @given(st.integers(0, 2**63 - 1))
-@settings(max_examples=30, deadline=None, derandomize=True)
 def test_every_legal_seed_draws_the_same_twice(seed):
     logits_RV = random_logits(1)
     asked = request(seed=seed, temperature=1.0)

@@ -196,22 +196,13 @@ class LateMachine(SchedulerMachine):
     late = True
 
 
-TestLateMachine = LateMachine.TestCase
-TestLateMachine.settings = settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=1000,
-    stateful_step_count=25,
-    suppress_health_check=list(HealthCheck),
-)
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(
-    deadline=None,
-    derandomize=True,
-    max_examples=2000,
-    stateful_step_count=25,
-    suppress_health_check=list(HealthCheck),
-)
+TestSchedulerMachine, TestLateMachine = SchedulerMachine.TestCase, LateMachine.TestCase
+for case, factor in ((TestSchedulerMachine, 10), (TestLateMachine, 5)):
+    case.settings = settings(
+        max_examples=factor * settings().max_examples,
+        stateful_step_count=25,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def scheduler_of(
@@ -361,14 +352,15 @@ def test_a_request_that_ended_since_the_plan_is_passed_over():
     assert (gone.output_ids, stays.output_ids) == ([], [8])
 
 
-def test_a_hundred_thousand_steps_keep_memory_flat():
+@pytest.mark.parametrize("steps", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_many_steps_keep_memory_flat(steps):
     scheduler = scheduler_of(batch_size=2, pages=12, page_size=4)
     blocks = []
-    for i in range(100_001):
+    for i in range(steps + 1):
         if len(scheduler.waiting) + len(scheduler.running) < 3:
             scheduler.add(request_of(i, [i % 7, i % 5, i % 11, i % 3, i % 13], 12))
         advance(scheduler, scheduler.plan(0.0))
-        if i % 50_000 == 20_000:
+        if i % (steps // 2) == steps // 5:
             gc.collect()
             blocks.append(sys.getallocatedblocks())
     gc.collect()

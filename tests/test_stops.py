@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +16,7 @@ from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParam
 from engine.models import LoadedModel
 from engine.request import RequestOutput, StreamChunk
 from engine.text import TextStream, stop_tokens
-from tests.test_text import byte_level, decoded, letters, metaspace, modest, settled_texts, spell, stops
+from tests.test_text import byte_level, decoded, letters, metaspace, settled_texts, spell, stops
 
 both = pytest.mark.parametrize("config", [
     dict(policy="dynamic", runner="padded"), dict(policy="continuous", runner="packed"),
@@ -214,7 +214,7 @@ def reference(tokenizer, ids: Sequence[int], stop: Sequence[str], least: int) ->
     return texts[-1], None
 
 
-@settings(modest, max_examples=300)
+@many
 @given(letters, stops, st.integers(0, 12))
 def test_any_text_any_stops_any_minimum(ids, stop, least):
     tokenizer = byte_level(400)

@@ -22,7 +22,8 @@ CORPUS = [
 ]
 CHARACTERS = "the endn ,.\né日本🙂👩🇩🇪e\u0301\u200d\ufe0f" + BROKEN  # flags, joiners and marks come in parts
 TEXTS = st.one_of(st.text(max_size=30), st.text(st.sampled_from(CHARACTERS), max_size=40))
-modest = settings(max_examples=150, deadline=None, derandomize=True)
+modest = settings(max_examples=2 * settings().max_examples)
+many = settings(max_examples=5 * settings().max_examples)
 
 
 @cache
@@ -189,7 +190,7 @@ letters = st.lists(st.sampled_from(letter_ids()), max_size=25)
 stops = st.lists(st.text("abc ", min_size=1, max_size=5), min_size=1, max_size=4).map(tuple)
 
 
-@settings(modest, max_examples=300)
+@many
 @given(letters, stops)
 def test_text_is_cut_at_the_earliest_match(ids, stop):
     tokenizer, stream = byte_level(400), TextStream(byte_level(400), stop)
@@ -199,7 +200,7 @@ def test_text_is_cut_at_the_earliest_match(ids, stop):
     assert stream.stopped == stopped
 
 
-@settings(modest, max_examples=300)
+@many
 @given(letters, stops)
 def test_what_could_become_a_stop_string_is_held_and_nothing_else(ids, stop):
     tokenizer, stream = byte_level(400), TextStream(byte_level(400), stop)

@@ -160,7 +160,7 @@ VALUES = [
 ]
 
 
-@settings(max_examples=400)
+@settings(max_examples=5 * settings().max_examples)
 @given(
     values=st.lists(st.sampled_from(VALUES), min_size=1, max_size=20),
     dtype=st.sampled_from(DTYPES),

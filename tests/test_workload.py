@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from engine.bench.workload import NAMES, Workload, make_workload
 from engine.errors import InputError
@@ -60,7 +60,6 @@ def test_every_family_is_described() -> None:
     assert {name.removesuffix("-N") for name in NAMES} == set(BOUNDS)
 
 
-@settings(max_examples=60, deadline=None)
 @given(FAMILIES, st.integers(1, 40), st.integers(2, 3000), st.integers(0, 2**40))
 def test_bounds_and_purity(family: str, n: int, vocab_size: int, seed: int) -> None:
     name = f"{family}-{n}"
@@ -79,7 +78,6 @@ def test_bounds_and_purity(family: str, n: int, vocab_size: int, seed: int) -> N
         assert item.params.temperature == 0.0
 
 
-@settings(max_examples=20, deadline=None)
 @given(FAMILIES, st.integers(1, 20), st.integers(0, 1000), st.sampled_from(["poisson:2.5", "burst:3:0.5"]))
 def test_one_change_moves_nothing_else(family: str, n: int, seed: int, arrivals: str) -> None:
     base = make_workload(f"{family}-{n}", vocab_size=256, seed=seed)
