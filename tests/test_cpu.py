@@ -5,12 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
-import weakref
 from itertools import chain
 
 import numpy as np
@@ -29,13 +25,13 @@ from engine.cpu.attend import QUERIES
 from engine.cpu.fast import address
 from engine.cpu.model import LeanModel
 from engine.cpu.step import BLOCK, DEPTH
-from engine.cpu.sync import Team, lead, meet, take
 from engine.models import LoadedModel, load
 from engine.pages import PagePool
 from engine.runner.eager import EagerModel
 from engine.runner.linear import twin
 from engine.runner.packed import PackedRunner
 from tests.oracle import Oracle
+from tests.pairwise import grid
 
 LEAN = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral")
 
@@ -117,95 +113,6 @@ def test_functions_of_vectors_are_right_to_the_last_places():
     assert np.isnan(numbers).tolist() == [True] + [False] * 15
 
 
-@njit(nogil=True)
-def count_up(index, size, start, counts, taken, rounds):
-    """Threads that meet after each round find all that the others have done."""
-    lead(index, start)
-    found = True
-    for turn in range(rounds):
-        taken[index, take(address(counts) + 8)] += 1
-        meet(address(counts), size * (2 * turn + 1))
-        found = found and taken[:, : size * (turn + 1)].sum() == size * (turn + 1)
-        meet(address(counts), size * (2 * turn + 2))
-    return found
-
-
-def counted(team: Team, rounds: int = 200, before=lambda index: None) -> list[bool]:
-    """What each thread of a job says, which takes each number once."""
-    counts, taken, found = np.zeros(2, np.int64), np.zeros((team.size, team.size * rounds), np.int64), []
-
-    def job(index: int) -> None:
-        before(index)
-        found.append(count_up(index, team.size, team.start, counts, taken, rounds))
-
-    team.run(job)
-    while len(found) < team.size:  # a thread has left the job, but may not have said so
-        time.sleep(0.001)
-    assert (taken.sum(0) == 1).all()
-    return found
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_threads_meet_and_take_each_number_once(size):
-    team = Team(size)
-    for pause in (0, 0, 0.1, 0):  # awake and asleep
-        time.sleep(pause)
-        assert counted(team) == [True] * size
-
-
-def test_what_the_caller_raises_is_raised_and_the_team_goes_on():
-    team = Team(3)
-
-    def fail(index: int) -> None:
-        raise ValueError(f"in thread {index}")
-
-    with pytest.raises(ValueError, match="in thread 0"):
-        team.run(fail)
-    assert counted(team) == [True] * 3
-
-
-def test_nothing_of_a_job_is_held_when_it_has_ended():
-    """It may hold a model's weights."""
-    team, weights = Team(2), torch.zeros(1)
-    held = weakref.ref(weights)
-    counted(team, before=lambda index, weights=weights: None)
-    del weights
-    for _ in range(1000):  # a thread has left the job, but may not have let go of it
-        if held() is None:
-            return
-        time.sleep(0.01)
-    pytest.fail("the last job is still held")
-
-
-def test_others_wait_for_a_caller_that_takes_its_time():
-    """As it does when it compiles."""
-    assert counted(Team(3), before=lambda index: time.sleep(0 if index else 0.3)) == [True] * 3
-
-
-def test_a_thread_that_fails_ends_the_process_rather_than_have_others_wait_forever():
-    code = """
-from tests.test_cpu import Team, counted
-counted(Team(2), before=lambda index: [][index - 1] if index else None)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert "IndexError" in done.stderr
-
-
-def test_an_interrupt_waits_for_the_job_and_harms_no_later_one():
-    team = Team(2)
-
-    def forever() -> None:
-        while True:
-            counted(team, 2000)
-
-    for hurry in range(20):  # before a job begins, while it runs, or when it has ended
-        threading.Timer(0.05 + hurry * 1e-3, signal.raise_signal, [signal.SIGINT]).start()
-        with pytest.raises(KeyboardInterrupt):
-            forever()
-        assert counted(team) == [True] * 2
-
-
 def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):
     right = compiled.numba.njit
 
@@ -254,8 +161,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("page", [16, 5, 40])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "page"), grid(list(SHAPES), [16, 5, 40]))
 def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
     """In chunks that share steps with others, whose sizes fill no block, and one by one."""
     model = made(**SHAPES[shape])
@@ -375,6 +281,7 @@ def test_without_numba_a_model_runs_as_it_is_and_says_so(tiny, monkeypatch, capl
     assert "not compiled (import of engine.cpu.model halted" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_a_machine_and_is_the_same_from_then_on(tmp_path):
     """Processes of their own, for what is compiled here stays in this one."""
     code = """

@@ -25,13 +25,11 @@ from transformers import (
     Starcoder2Config,
 )
 
-import engine.engine
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.models import LoadedModel
 from engine.runner.deterministic import DeterministicModel
-from engine.runner.graphs import DeviceRunner
-from tests import reference
 from tests.oracle import Oracle
+from tests.serving import use_device_runner
 
 SIZES: dict[str, Any] = dict(
     vocab_size=251, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256
@@ -83,7 +81,13 @@ def check_bits(model: PreTrainedModel) -> None:
         assert answers(model, **company) == alone, company
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("gpt2", "starcoder2") else ())
+        for name in CONFIGS
+    ],
+)
 def test_the_same_bits_in_any_company(name):
     check_bits(model_of(name))
 
@@ -258,9 +262,7 @@ def test_a_neighbour_that_is_not_a_number_changes_nobody(deterministic):
 
 @pytest.fixture
 def device_steps(monkeypatch) -> None:
-    """The runner for a GPU, on the CPU by way of the reference functions."""
-    monkeypatch.setattr(engine.engine, "packed_runner", lambda *given: DeviceRunner(*given[:4], reference))
-    monkeypatch.setattr("engine.runner.ways.can_pack", lambda weight: False)
+    use_device_runner(monkeypatch)
 
 
 @pytest.mark.usefixtures("device_steps")

@@ -14,7 +14,7 @@ import torch
 
 from engine import EngineConfig, EngineMetrics, InputError, SamplingParams
 from engine.errors import check, shown
-from tests.test_input import HALF, LONG, Raises
+from tests.bad_values import HALF, LONG, Raises
 
 
 def named(value: object) -> str:

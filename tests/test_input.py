@@ -13,20 +13,9 @@ import torch
 
 from engine import AsyncEngine, Engine, EngineConfig, InputError, LoadedModel, SamplingParams, load, make
 from engine.workload import WorkItem
+from tests.bad_values import HALF, LONG, Raises
 from tests.serving import exactly
 from tests.test_text import byte_level
-
-HALF = "x \ud83d"  # what JSON's "x \ud83d" gives: half of a surrogate pair
-LONG = 10**5000  # too many digits even for its repr
-
-
-class Raises:
-    """What raises whenever it is looked at."""
-
-    def __len__(self):
-        raise KeyError("mine")
-
-    __iter__ = __getitem__ = __repr__ = __bool__ = __len__
 
 
 class RaisingList(list):
@@ -38,8 +27,7 @@ class RaisingList(list):
     __iter__ = __len__
 
 
-@pytest.fixture
-def loaded(tiny) -> LoadedModel:
+def with_tokenizer(tiny) -> LoadedModel:
     """A tiny model that has a tokenizer, with a chat template."""
     tokenizer = byte_level(257)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -47,8 +35,14 @@ def loaded(tiny) -> LoadedModel:
 
 
 @pytest.fixture
-def engine(loaded) -> Engine:
-    return Engine(loaded)
+def engine(tiny) -> Engine:
+    return Engine(with_tokenizer(tiny))
+
+
+@pytest.fixture(scope="module")
+def untouched(tiny) -> Engine:
+    """An engine that tests may share which ask for nothing that it does: `refused` sees to that."""
+    return Engine(with_tokenizer(tiny))
 
 
 def refused(engine: Engine, call, message: str = "") -> None:
@@ -112,7 +106,8 @@ BAD_PROMPTS = {
 
 
 @pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
-def test_a_bad_prompt_is_refused_in_every_call(engine, prompt, message):
+def test_a_bad_prompt_is_refused_in_every_call(untouched, prompt, message):
+    engine = untouched
     encoded = {} if "positions" in message else {"mine": lambda: engine.encode(prompt, name="mine")}
     for name, call in {
         **encoded,
@@ -133,8 +128,8 @@ def test_a_bad_prompt_is_refused_in_every_call(engine, prompt, message):
     ],
     ids=repr,
 )  # fmt: skip
-def test_ids_of_any_kind_are_as_good_as_a_list(engine, prompt):
-    tokens = engine.encode(prompt)
+def test_ids_of_any_kind_are_as_good_as_a_list(untouched, prompt):
+    tokens = untouched.encode(prompt)
     assert tokens == [5, 6, 7]
     assert {type(token) for token in tokens} == {int}
 
@@ -226,8 +221,8 @@ def item(arrival_s) -> WorkItem:
 
 
 @pytest.mark.parametrize(("call", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
-def test_a_bad_argument_is_refused_by_name(engine, call, message):
-    refused(engine, lambda: call(engine), message)
+def test_a_bad_argument_is_refused_by_name(untouched, call, message):
+    refused(untouched, lambda: call(untouched), message)
 
 
 def test_what_is_refused_leaves_the_engine_as_it_was(engine, tiny):

@@ -45,8 +45,16 @@ def test_little_memory_is_held_without_need(tiny):
     assert engine.metrics.counters.kv_unused_mean <= 8
 
 
-@pytest.mark.parametrize("page", [16, 4])
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3", "tiny-qwen2"])
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("tiny-llama", 16),
+        ("tiny-gemma3", 4),
+        ("tiny-qwen2", 4),
+        *(pytest.param(*more, marks=pytest.mark.slow)
+          for more in (("tiny-llama", 4), ("tiny-gemma3", 16), ("tiny-qwen2", 16))),
+    ],
+)  # fmt: skip
 def test_deterministic_means_the_same_bits_in_any_company(tiny, name, page):
     """Alone, cut into chunks, after a cache hit, preempted, in large and small batches: the logits are
     equal."""

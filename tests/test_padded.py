@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -77,9 +78,15 @@ def test_rows_that_finish_are_computed_no_further(tiny):
         oracle.check(output, limit)
 
 
+@cache
+def runner_of(model) -> PaddedRunner:
+    """A runner that many tests may share: each starts a batch of its own, and computes nothing."""
+    return PaddedRunner(model)
+
+
 def passes_of(loaded, lengths, pass_tokens, max_step_tokens=8192):
-    runner = PaddedRunner(loaded.model, max_step_tokens)
-    runner.pass_tokens = pass_tokens
+    runner = runner_of(loaded.model)
+    runner.max_step_tokens, runner.pass_tokens = max_step_tokens, pass_tokens
     runner._start([Request(str(i), n, SamplingParams(4), [1] * n) for i, n in enumerate(lengths)])
     return runner._staircase()
 
@@ -91,7 +98,7 @@ def test_even_prompts_prefill_in_one_pass_and_uneven_ones_in_a_staircase(tiny):
     assert passes_of(loaded, [8, 8], pass_tokens=32, max_step_tokens=8) == [(2, 0, 4), (2, 4, 8)]
 
 
-@settings(max_examples=2 * settings().max_examples)
+@settings(max_examples=10 * settings().max_examples)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=10),
     pass_tokens=st.integers(0, 60),

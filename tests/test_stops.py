@@ -16,7 +16,7 @@ from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParam
 from engine.models import LoadedModel
 from engine.request import RequestOutput, StreamChunk
 from engine.text import TextStream, stop_tokens
-from tests.test_text import byte_level, decoded, letters, metaspace, settled_texts, spell, stops
+from tests.test_text import byte_level, decoded, letters, many, metaspace, settled_texts, spell, stops
 
 both = pytest.mark.parametrize("config", [
     dict(policy="dynamic", runner="padded"), dict(policy="continuous", runner="packed"),

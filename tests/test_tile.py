@@ -124,7 +124,10 @@ def every(registers: Registers, number: ir.Type) -> list[Tile]:
     return [shape._replace(rows=rows) for shape in largest for rows in range(1, shape.rows + 1)]
 
 
-@pytest.mark.parametrize(("triple", "registers", "processor"), PROCESSORS)
+@pytest.mark.parametrize(
+    ("triple", "registers", "processor"),
+    [pytest.param(*one, marks=pytest.mark.slow if i % 3 else ()) for i, one in enumerate(PROCESSORS)],
+)
 def test_no_loop_of_a_tile_touches_the_stack(triple, registers, processor):
     shapes = [(shape, number) for number in (F32, I8) for shape in every(registers, number)]
     found = functions(compiled(triple, processor, shapes))
@@ -142,6 +145,7 @@ def test_sums_on_the_stack_are_seen(triple, registers, processor):
         check(lines, registers, large)
 
 
+@pytest.mark.slow
 def test_no_tile_of_a_step_touches_the_stack(monkeypatch):
     """As Numba compiles it for this processor, with all that it knows of a step."""
     fresh = njit(step.py_func, error_model="numpy")
@@ -233,6 +237,7 @@ def digest() -> str:
     return found.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not tile.INTEL, reason="this processor has one kind of registers")
 def test_the_bits_are_those_of_smaller_registers():
     """As Numba compiles for them when it is told to."""
