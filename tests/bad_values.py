@@ -13,3 +13,26 @@ class Raises:
         raise KeyError("mine")
 
     __iter__ = __getitem__ = __repr__ = __bool__ = __len__
+
+
+class RaisingList(list):
+    """A Sequence that raises as soon as it is read."""
+
+    def __len__(self):
+        raise KeyError("mine")
+
+    __iter__ = __len__
+
+
+class Unreadable:
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+class NoNumber(int):
+    def __int__(self):
+        raise RuntimeError("no number")
+
+
+class Pretender:
+    __class__ = int

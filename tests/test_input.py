@@ -13,18 +13,9 @@ import torch
 
 from engine import AsyncEngine, Engine, EngineConfig, InputError, LoadedModel, SamplingParams, load, make
 from engine.workload import WorkItem
-from tests.bad_values import HALF, LONG, Raises
+from tests.bad_values import HALF, LONG, NoNumber, Pretender, Raises, RaisingList, Unreadable
 from tests.serving import exactly
 from tests.test_text import byte_level
-
-
-class RaisingList(list):
-    """A Sequence that raises as soon as it is read."""
-
-    def __len__(self):
-        raise KeyError("mine")
-
-    __iter__ = __len__
 
 
 def with_tokenizer(tiny) -> LoadedModel:
@@ -107,8 +98,9 @@ BAD_PROMPTS = {
 
 @pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
 def test_a_bad_prompt_is_refused_in_every_call(untouched, prompt, message):
-    engine = untouched
-    encoded = {} if "positions" in message else {"mine": lambda: engine.encode(prompt, name="mine")}
+    engine, encoded = untouched, {}
+    if "positions" not in message:  # that is of a request, not of its prompt
+        encoded["mine"] = lambda: engine.encode(prompt, name="mine")
     for name, call in {
         **encoded,
         "prompt ": lambda: engine.add_request(prompt),
@@ -330,20 +322,6 @@ def test_coroutines_hear_of_their_own_faults_alone(engine, tiny):
 
     for output, tokens in zip(asyncio.run(run()), (40, 9), strict=True):
         tiny().check(output, tokens)
-
-
-class Unreadable:
-    def __getattr__(self, name):
-        raise RuntimeError(name)
-
-
-class NoNumber(int):
-    def __int__(self):
-        raise RuntimeError("no number")
-
-
-class Pretender:
-    __class__ = int
 
 
 @pytest.mark.parametrize(
