@@ -10,10 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import Engine, EngineConfig, FinishReason, InputError, LoadedModel, SamplingParams
+from engine import Engine, EngineConfig, FinishReason, InputError, LoadedModel, SamplingParams, WorkItem
 from engine.request import StreamChunk
 from engine.sampler import sample
-from engine.workload import WorkItem
 from tests.serving import both, exactly, prompts_of
 from tests.test_text import byte_level
 

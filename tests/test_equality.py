@@ -13,12 +13,12 @@ from itertools import product
 import pytest
 from hypothesis import Phase, given, settings, strategies as st
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams, WorkItem
+from engine.bench.workload import make_workload
 from engine.models import kv_bytes_per_token
 from engine.runner.graphs import DeviceRunner
 from engine.runner.packed import PackedRunner
 from engine.runner.padded import PaddedRunner
-from engine.workload import WorkItem, make
 from tests.oracle import Oracle
 from tests.pairwise import pairwise
 from tests.serving import NAMES, WAYS, check_shuffled, exactly, use_device_runner, work_of
@@ -178,7 +178,9 @@ def test_eos_ends_a_request_in_the_midst_of_others(tiny, how, name):
 )
 def test_equals_generate_on_a_real_model(smollm2, runner, policy, batch, count):
     oracle = Oracle(smollm2)
-    work = make(f"chat-{count}", vocab_size=oracle.model.config.vocab_size, tokenizer=smollm2.tokenizer)
+    work = make_workload(
+        f"chat-{count}", vocab_size=oracle.model.config.vocab_size, tokenizer=smollm2.tokenizer
+    )
     limits = [3 + i % 5 for i in range(count)]
     engine = build(oracle, runner, 4000, policy=policy, max_batch_size=batch, max_step_tokens=128)
     items = [WorkItem(item.prompt, exactly(limit)) for item, limit in zip(work.items, limits, strict=True)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams, make_workload
+from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams
+from engine.bench.workload import make_workload
 from engine.models import kv_bytes_per_token
-from engine.workload import make
 from tests.oracle import Oracle
 from tests.serving import use_device_runner
 

@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine import AsyncEngine, Engine, EngineConfig, InputError, LoadedModel, SamplingParams, load, make
-from engine.workload import WorkItem
+from engine import (
+    AsyncEngine,
+    Engine,
+    EngineConfig,
+    InputError,
+    LoadedModel,
+    SamplingParams,
+    WorkItem,
+    load,
+    make_workload,
+)
 from tests.bad_values import HALF, LONG, NoNumber, Pretender, Raises, RaisingList, Unreadable
 from tests.serving import exactly
 from tests.test_text import byte_level
