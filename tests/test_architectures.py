@@ -21,7 +21,7 @@ from engine.runner.graphs import DeviceRunner
 from engine.runner.linear import twin
 from engine.runner.padded import PaddedRunner
 from engine.runner.verify import check_equal, probe
-from perf.measure.costs import costs
+from perf.measure.costs import model_costs
 from tests import reference
 from tests.oracle import Oracle
 
@@ -125,7 +125,7 @@ def test_keys_and_values_are_counted_as_the_models_own_cache_holds_them(name, la
     assert kv_bytes_per_token(model) == 4 * sum(
         layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers
     )
-    assert costs(model).kv_bytes == kv_bytes_per_token(model)
+    assert model_costs(model).kv_bytes == kv_bytes_per_token(model)
 
 
 @pytest.mark.parametrize("policy", ["sequential", "dynamic", "continuous"])

@@ -372,7 +372,7 @@ def test_an_interrupt_shows_what_finished(run, elsewhere, monkeypatch, finished)
     if not finished:
         assert (out, list(elsewhere.iterdir())) == ("", [])
         return
-    assert re.findall(r"^(sequential|dynamic|continuous) +(\d)", out, re.MULTILINE) == [
+    assert re.findall(r"^(sequential|dynamic|continuous) +(\d) ", out, re.MULTILINE) == [
         ("sequential", "1"),
         ("dynamic", "2"),
     ]
