@@ -17,7 +17,7 @@ from engine.models import LoadedModel, kv_bytes_per_token, kv_layers, load, max_
 from engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk, WorkItem
 
 if TYPE_CHECKING:
-    from engine.aio import AsyncEngine
+    from engine.async_engine import AsyncEngine
     from engine.bench.compare import transformers_generate as generate_with_transformers
     from engine.bench.workload import Workload, make_workload
     from engine.engine import Engine
@@ -30,7 +30,7 @@ __all__ = [
     "make_workload", "max_positions",
 ]  # fmt: skip
 _LATER = {  # where each is, and what it is called there
-    "AsyncEngine": ("aio", "AsyncEngine"),
+    "AsyncEngine": ("async_engine", "AsyncEngine"),
     "Engine": ("engine", "Engine"),
     "Workload": ("bench.workload", "Workload"),
     "generate_with_transformers": ("bench.compare", "transformers_generate"),

@@ -89,7 +89,7 @@ class EngineConfig:
         """Whether no runner but the packed one will do."""
         return self.runner == "packed" or self.deterministic or self.dtype == "int8"
 
-    def settled(self, device: str, dtype: str) -> EngineConfig:
+    def resolve(self, device: str, dtype: str) -> EngineConfig:
         """For a model on this device and in this dtype, with the runner and the tokens of a step chosen too.
 
         Raises:

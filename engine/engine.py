@@ -16,11 +16,12 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from engine.config import EngineConfig
+from engine.detokenizer import TextStream, stop_tokens
 from engine.errors import UNBOUNDED, InputError, check, check_list, check_text, check_type, shown
 from engine.input_processor import InputProcessor, Prompt
+from engine.kv_pool import PagePool, RowPool
 from engine.loop import Loop
 from engine.machine import limit_threads, placement
-from engine.memory import kv_memory
 from engine.metrics import EngineMetrics
 from engine.models import (
     LoadedModel,
@@ -32,7 +33,6 @@ from engine.models import (
     vocabulary,
     with_defaults,
 )
-from engine.pages import PagePool, RowPool
 from engine.progress import Progress
 from engine.request import (
     FinishReason,
@@ -43,11 +43,11 @@ from engine.request import (
     StreamChunk,
     WorkItem,
 )
-from engine.runner.graphs import packed_runner
+from engine.runner import make_runner
+from engine.runner.memory import kv_memory
 from engine.runner.packed import page_token_bytes
 from engine.runner.padded import PaddedRunner
 from engine.scheduler import Scheduler
-from engine.text import TextStream, stop_tokens
 
 LOG = logging.getLogger(__name__)
 BAR_AFTER_S = 2.0
@@ -75,7 +75,7 @@ class Engine(Loop):
             limit_threads()
         self.loaded, self.tokenizer, self.spec = loaded, loaded.tokenizer, loaded.spec
         place = str(model.device), str(model.dtype).removeprefix("torch.")
-        config = asked.settled(*place)
+        config = asked.resolve(*place)
         self.vocab_size, self.output_size = vocabulary(loaded)
         self.max_positions, why_no_more = positions(model.config)
         limits = self.vocab_size, self.output_size, self.max_positions, why_no_more
@@ -97,7 +97,7 @@ class Engine(Loop):
                 raise
             lost = "requests cannot join a running batch, and nothing is shared"
             warnings.warn(f"{error}; using runner='padded' and policy='dynamic': {lost}", stacklevel=2)
-            config = replace(asked, runner="padded", policy="dynamic").settled(*place)
+            config = replace(asked, runner="padded", policy="dynamic").resolve(*place)
             self._build(config, memory, token_bytes)
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
@@ -120,7 +120,7 @@ class Engine(Loop):
                 much += ": raise the one or lower the other"
                 raise InputError(f"kv_memory={config.kv_memory} is too small: {much}")
             pool = PagePool(min(pages, useful), config.page_size, config.prefix_caching)
-            self.runner = packed_runner(self.model, pool, config.deterministic, rows, config.dtype == "int8")
+            self.runner = make_runner(self.model, pool, config.deterministic, rows, config.dtype == "int8")
             self.scheduler = Scheduler(config.policy, rows, tokens, pool)
         else:
             self.runner = PaddedRunner(self.model, tokens)

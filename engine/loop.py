@@ -13,13 +13,14 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engine.detokenizer import decode
 from engine.errors import InputError, shown
-from engine.memory import out_of_memory
 from engine.metrics import EngineMetrics
-from engine.request import Choice, FinishReason, Request, RequestOutput, StreamChunk
-from engine.runner import Runner, Ticket
+from engine.request import FinishReason, Request, RequestOutput, StreamChunk
+from engine.runner import Runner
+from engine.runner.memory import out_of_memory
 from engine.scheduler import Scheduler, Step
-from engine.text import decode
+from engine.step import Choice, Ticket
 
 LOG = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Loop:
         error = self._try(step, started, chunks) if step else None
         if error is not None:
             raise error
-        ahead = 1 if step and self._launched and self._launched[-1].ticket.late else 0
+        ahead = 1 if step and self._launched and self._launched[-1].ticket.is_async else 0
         while len(self._launched) > ahead:
             chunks += self._collect()
         return chunks

@@ -18,7 +18,7 @@ from engine.errors import check
 if TYPE_CHECKING:
     import pandas as pd
 
-    from engine.runner import StepResult
+    from engine.step import StepResult
 
 LATENCIES = ["queue_ms", "ttft_ms", "prefill_ms", "decode_ms", "latency_ms", "tpot_ms", "itl_ms"]
 

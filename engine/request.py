@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import UNBOUNDED, InputError, bounded, check, check_fields, check_list, check_text, shown
 from engine.metrics import RequestMetrics
+from engine.step import TokenLogprob
 
 if TYPE_CHECKING:
-    from engine.text import TextStream
+    from engine.detokenizer import TextStream
 
 
 class FinishReason(StrEnum):
@@ -107,31 +108,6 @@ class WorkItem:
     prompt: str | Sequence[int]
     params: SamplingParams
     arrival_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A chosen token's log-probability and the most likely alternatives (id, log-probability), best first.
-
-    Taken from the model's own logits, before penalties, temperature and filters.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A request's next token; or None and the reason why it has none."""
-
-    token: int | None
-    error: str | None = None
-    logprob: TokenLogprob | None = None
-
-
-UNSOUND = Choice(None, error="the model gave logits that are NaN or infinite")
-BARRED = Choice(None, error="min_new_tokens bars every token the model allows: lower it, or name fewer stops")
 
 
 @dataclass(frozen=True, slots=True)

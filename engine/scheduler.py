@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from engine.pages import PagePool, RowPool
+from engine.kv_pool import PagePool, RowPool
 from engine.request import Request
 
 Step = list[tuple[Request, int]]
@@ -144,7 +144,7 @@ class Scheduler:
                 if token is not None:
                     request.pending -= 1
                     request.append(token, now)
-                self.memory.seal(request)
+                self.memory.cache_full_pages(request)
 
     def release(self, request: Request) -> None:
         """Let a request go, wherever it is: its place and its memory are free for the next plan."""

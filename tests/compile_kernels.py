@@ -19,8 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from engine.attention import kernels, launch as launching, write
-from engine.runner import fused, thin
+from engine.backends.cuda.kernels import (
+    attention as kernels,
+    norm_activation as fused,
+    pdl as launching,
+    rope_kv_write as write,
+    split_k as thin,
+)
 
 SHARED = 227 * 1024
 STACK = 64  # bytes: a compiler's own, not spilled registers
@@ -101,7 +106,7 @@ def launch(
 def layer(tokens: int, dtype: torch.dtype) -> None:
     """What thin products of a layer like Qwen2.5-0.5B's launch."""
     x, inner = torch.empty(tokens, 896, dtype=dtype), torch.empty(tokens, 4864, dtype=dtype)
-    heads = thin.thin_product(x, torch.empty(1152, 896, dtype=dtype)).unflatten(-1, (-1, 64))
+    heads = thin.split_k_product(x, torch.empty(1152, 896, dtype=dtype)).unflatten(-1, (-1, 64))
     (q, k, v), store = heads.split([14, 2, 2], 2), torch.empty(9, 2, 16, 64, dtype=dtype)
     angles, slots = torch.empty(tokens, 64, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
     write.write_pages(k, v, slots, store, store, (q, angles, angles), torch.empty(1152, dtype=dtype))
@@ -109,8 +114,8 @@ def layer(tokens: int, dtype: torch.dtype) -> None:
         (x, torch.empty(896, 896, dtype=dtype)),
         (inner, torch.empty(896, 4864, dtype=dtype)),
     ):
-        fused.add_rms_norm(thin.thin_product(given, weight), x, x[0], 1e-5, summed=True)
-    thin.thin_gated(x, torch.empty(9728, 896, dtype=dtype), "silu")
+        fused.add_rms_norm(thin.split_k_product(given, weight), x, x[0], 1e-5, summed=True)
+    thin.split_k_gated(x, torch.empty(9728, 896, dtype=dtype), "silu")
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
+from engine.kv_pool import PagePool
 from engine.models import kv_bytes_per_token
-from engine.pages import PagePool
-from engine.runner.graphs import DeviceRunner
+from engine.runner.cuda import CudaRunner
 from tests import reference
 from tests.oracle import Oracle
 
@@ -61,14 +61,14 @@ def packed(oracle: Oracle, kv_tokens: int | None = None, **config) -> Engine:
     return Engine(oracle.loaded, EngineConfig(runner="packed", kv_memory=memory, **config))
 
 
-def on_reference(model, pool, deterministic, rows, int8) -> DeviceRunner:
-    return DeviceRunner(model, pool, deterministic, rows, reference)
+def on_reference(model, pool, deterministic, rows, int8) -> CudaRunner:
+    return CudaRunner(model, pool, deterministic, rows, reference)
 
 
 def use_device_runner(patch: pytest.MonkeyPatch) -> None:
     """Have packed engines take the runner for a GPU, on the CPU by way of the reference functions."""
     patch.setattr("engine.engine.packed_runner", on_reference)
-    patch.setattr("engine.runner.ways.can_pack", lambda weight: False)  # weights stay as they are
+    patch.setattr("engine.backends.gemm_tuner.can_pack", lambda weight: False)  # weights stay as they are
 
 
 def drive(engine: Engine, work, order=None, every=1) -> list:
@@ -100,13 +100,13 @@ def check_shuffled(oracle: Oracle, engine: Engine, batch: int, seed: int) -> Non
 
 def run_out_of_memory(oracle: Oracle, server: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drive requests through a runner that has memory for 72 tokens a step, and check what they get."""
-    logits = DeviceRunner._logits
+    logits = CudaRunner._logits
 
     def little_memory(self, sizes, *rest):
         if sizes.rows + sizes.tokens > 72:
             raise torch.OutOfMemoryError("planted")
         return logits(self, sizes, *rest)
 
-    monkeypatch.setattr(DeviceRunner, "_logits", little_memory)
+    monkeypatch.setattr(CudaRunner, "_logits", little_memory)
     for output, (_, limit) in zip(drive(server, work_of(16), every=8), work_of(16), strict=True):
         oracle.check(output, limit)

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams
-from engine.attention.layers import attention_layers
+from engine.backends.fused_linear import twin
+from engine.backends.transformers.model import TransformersModel
+from engine.kv_pool import PagePool
 from engine.models import kv_bytes_per_token, kv_layers, telling_positions
+from engine.models.attention_trace import attention_layers
 from engine.models.geometry import KVLayer
-from engine.pages import PagePool
-from engine.runner.eager import EagerModel
-from engine.runner.graphs import DeviceRunner
-from engine.runner.linear import twin
+from engine.runner.cuda import CudaRunner
 from engine.runner.padded import PaddedRunner
 from engine.runner.verify import check_equal, probe
 from perf.measure.costs import model_costs
@@ -146,9 +146,9 @@ def test_pages_are_counted_as_they_are():
 
 
 def test_layers_that_share_keys_and_values_take_no_memory_of_their_own():
-    sharing, whole = (EagerModel(made(name).model, 4) for name in ("gemma4 that shares", "gemma4"))
+    sharing, whole = (TransformersModel(made(name).model, 4) for name in ("gemma4 that shares", "gemma4"))
     for model in (sharing, whole):
-        model.hold(3)
+        model.allocate_kv(3)
     assert sharing.page_bytes == 4 * kv_bytes_per_token(made("gemma4 that shares").model)
     assert whole.page_bytes == 2 * sharing.page_bytes
 
@@ -188,15 +188,15 @@ def test_a_temperature_by_position_is_seen_and_kept(lengths):
     """Ministral 3 scales queries beyond the first 64 positions here: the compiled path does not know how
     to."""
     engine = check("ministral3", lengths, policy="continuous")
-    assert isinstance(engine.runner.model, EagerModel)
+    assert isinstance(engine.runner.model, TransformersModel)
 
 
 def test_a_temperature_by_position_is_kept_on_a_device():
     model = made("ministral3").model
     assert not any(layer.only_rotates for layer in attention_layers(twin(model)))
-    runner = DeviceRunner(model, PagePool(64, 4), rows=4, kernels=reference)
+    runner = CudaRunner(model, PagePool(64, 4), rows=4, kernels=reference)
     assert "FusedLayer" not in {type(module).__name__ for module in runner.model.modules()}
-    plain = DeviceRunner(Oracle(made("mixtral").loaded).model, PagePool(64, 4), rows=4, kernels=reference)
+    plain = CudaRunner(Oracle(made("mixtral").loaded).model, PagePool(64, 4), rows=4, kernels=reference)
     assert all(layer.only_rotates for layer in plain.layers)
 
 
@@ -285,8 +285,8 @@ def test_models_with_experts_run_continuously_and_equal_generate(name):
 
 def test_an_option_is_refused_for_its_value():
     model: Callable = made("mixtral").model
-    packed = EagerModel(model, 4)
-    packed.hold(2)
+    packed = TransformersModel(model, 4)
+    packed.allocate_kv(2)
     logits = packed.logits([1, 2], [reference_piece()], [1])
     assert logits.shape == (1, 256)
     packed.twin.config.output_router_logits = True
@@ -295,6 +295,6 @@ def test_an_option_is_refused_for_its_value():
 
 
 def reference_piece():
-    from engine.attention.paged import Piece
+    from engine.step import Span
 
-    return Piece(0, 2, 0, [0])
+    return Span(0, 2, 0, [0])

@@ -10,8 +10,11 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 
 from engine import InputError
-from engine.attention.interface import attend
-from engine.attention.paged import VECTOR, Options, PackedStep, Piece, Store
+from engine.backends.transformers.interface import attend
+from engine.backends.transformers.paged_attention import PackedStep, Store
+from engine.models.attention_trace import Options
+from engine.models.decoder_spec import VECTOR
+from engine.step import Span
 from tests.pairwise import grid
 from tests.reference import attention
 
@@ -60,7 +63,7 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
             keys[table[position // size], :, position % size] = k[:, position]
             blocks[table[position // size], :, :, position % size] = v[:, position].unflatten(1, (-1, VECTOR))
         spare = [ids[0]] * int(rng.integers(2))  # a table may be longer than what is computed
-        pieces.append(Piece(begin, begin + new, computed, table + spare))
+        pieces.append(Span(begin, begin + new, computed, table + spare))
         everything.append((k, v))
         at, begin = at + count, begin + new
     q = draw(heads, begin, DIM)
@@ -142,10 +145,10 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
         stores = [Store.zeros((40, 2, 4, DIM, DIM), q)]
         out = []
         for begin, end in cuts:
-            pieces, rows = [Piece(0, end - begin, begin, list(range(8)))], list(range(begin, end))
+            pieces, rows = [Span(0, end - begin, begin, list(range(8)))], list(range(begin, end))
             for i in range(company):
                 at = len(rows)
-                pieces.append(Piece(at, at + 2, 0, [10 + i]))
+                pieces.append(Span(at, at + 2, 0, [10 + i]))
                 rows += [i, i + 1]
             step = PackedStep(stores, pieces, True)
             out.append(run(step, 0, q[:, rows], k[:, rows], v[:, rows], 0.5)[: end - begin])
@@ -159,9 +162,7 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
 
 def call(**options):
     rows = torch.randn(1, 2, 3, DIM)
-    packed = options.pop(
-        "packed", PackedStep([Store.zeros((2, 2, 4, DIM, DIM), rows)], [Piece(0, 3, 0, [0])])
-    )
+    packed = options.pop("packed", PackedStep([Store.zeros((2, 2, 4, DIM, DIM), rows)], [Span(0, 3, 0, [0])]))
     module = SimpleNamespace(layer_idx=0)
     return attend(module, rows, rows, rows, options.pop("attention_mask", None), packed=packed, **options)
 

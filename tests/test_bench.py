@@ -19,7 +19,8 @@ from engine.bench.workload import Workload
 from engine.config import POLICIES
 from engine.metrics import Counters, EngineMetrics, RequestMetrics
 from engine.progress import Progress
-from engine.request import UNSOUND, Request
+from engine.request import Request
+from engine.step import NON_FINITE
 from engine.table import fitting, total_width
 
 BOTH = [("generate", 1), ("sequential", 1)]
@@ -288,7 +289,7 @@ def test_a_run_that_was_interrupted_is_no_run_and_ends_the_rest(tiny, monkeypatc
 
 
 def test_a_run_with_a_request_that_failed_is_no_run(tiny, monkeypatch):
-    monkeypatch.setattr("engine.runner.padded.sample", lambda logits, requests: [UNSOUND] * len(requests))
+    monkeypatch.setattr("engine.runner.padded.sample", lambda logits, requests: [NON_FINITE] * len(requests))
     with pytest.raises(InputError, match="dynamic at batch size 2: request-0 failed: "):
         next(compare(tiny().loaded, work(prompts_of(2), SamplingParams()), [("dynamic", 2)], EngineConfig()))
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine import sampler
-from engine.request import Choice
+from engine.sampling import device as sampler
+from engine.step import Choice
 from tests.test_sampler import DTYPES, V, random_logits, request, tokens_of
 
 sample = sampler.sample

@@ -25,10 +25,9 @@ from engine import Engine, FinishReason, __version__, models
 from engine.cli import app, main
 from engine.config import POLICIES
 from engine.models import SPECS
-from engine.request import UNSOUND
-from engine.runner import Done
 from engine.runner.packed import PackedRunner
-from tests.test_text import byte_level
+from engine.step import NON_FINITE, Done
+from tests.test_detokenizer import byte_level
 
 TINY = "random:tiny-qwen2"
 BENCH = ["bench", "--model", TINY, "--workload", "mixed-6"]
@@ -271,7 +270,7 @@ def test_generate_reads_standard_input_and_stops_at_a_stop_string(run, smollm2, 
 def test_a_request_that_gets_no_numbers_is_one_line(run, speaking, monkeypatch):
     def broken(self, step):
         result = launch(self, step)
-        return Done(replace(result.collect(), choices=[UNSOUND] * len(step)))
+        return Done(replace(result.collect(), choices=[NON_FINITE] * len(step)))
 
     launch = PackedRunner.launch
     monkeypatch.setattr(PackedRunner, "launch", broken)

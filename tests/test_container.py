@@ -16,7 +16,7 @@ import torch
 
 from engine import Engine, EngineConfig, cgroup, machine
 from engine.bench.compare import environment
-from engine.memory import free_bytes, peak_bytes
+from engine.runner.memory import free_bytes, peak_bytes
 
 CPU = torch.device("cpu")
 NONE = 9223372036854771712  # how version 1 writes that there is no limit
@@ -144,7 +144,7 @@ def test_free_on_a_cpu_is_no_more_than_a_container_leaves(tree):
 
 def test_keys_and_values_take_their_share_of_a_container(tiny, tree, monkeypatch):
     root = tree(["0::/a"], [V2], v2("a", 64 * MIB, 63 * MIB))
-    monkeypatch.setattr("engine.memory.free_bytes", lambda device: free_bytes(device, root))
+    monkeypatch.setattr("engine.runner.memory.free_bytes", lambda device: free_bytes(device, root))
     engine = Engine(tiny("tiny-llama").loaded, EngineConfig(kv_memory=0.5))
     memory = engine.scheduler.memory
     assert memory.pages * engine.runner.model.page_bytes <= MIB // 2 * 1.1

@@ -18,18 +18,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.attention.layers import attention_layers
-from engine.attention.paged import Piece
-from engine.cpu import compiled, fast, tile
-from engine.cpu.attend import QUERIES
-from engine.cpu.fast import address
-from engine.cpu.model import LeanModel
-from engine.cpu.step import BLOCK, DEPTH
+from engine.backends.cpu import gemm as tile, jit as compiled, vector_math as fast
+from engine.backends.cpu.attention import QUERIES
+from engine.backends.cpu.forward import BLOCK, DEPTH
+from engine.backends.cpu.model import CompiledDecoder
+from engine.backends.cpu.vector_math import address
+from engine.backends.fused_linear import twin
+from engine.backends.transformers.model import TransformersModel
+from engine.kv_pool import PagePool
 from engine.models import LoadedModel, load
-from engine.pages import PagePool
-from engine.runner.eager import EagerModel
-from engine.runner.linear import twin
+from engine.models.attention_trace import attention_layers
 from engine.runner.packed import PackedRunner
+from engine.step import Span
 from tests.oracle import Oracle
 from tests.pairwise import grid
 
@@ -76,7 +76,7 @@ def test_tiles_multiply_and_a_row_knows_no_neighbours(multiply, width, add, scal
 @njit
 def of_vectors(x_N, out_N, up_N):
     for n in range(0, len(x_N), tile.NARROW):
-        fast.soften(address(x_N) + 4 * n, np.float32(0.0))
+        fast.exp_minus_max_sum(address(x_N) + 4 * n, np.float32(0.0))
     for n in range(0, len(out_N), tile.LANES):
         fast.silu(address(out_N) + 4 * n, address(up_N) + 4 * n)
 
@@ -126,9 +126,9 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):
     assert "not kept (no locator available)" in caplog.text
 
 
-def lean(model, page: int = 16, pages: int = 200) -> LeanModel:
-    found = LeanModel(model, [layer.options for layer in attention_layers(twin(model))], page)
-    found.hold(pages)
+def lean(model, page: int = 16, pages: int = 200) -> CompiledDecoder:
+    found = CompiledDecoder(model, [layer.options for layer in attention_layers(twin(model))], page)
+    found.allocate_kv(pages)
     return found
 
 
@@ -181,7 +181,7 @@ def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
                 tokens, pieces, at = [], [], []
                 for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
                     if begin < end:
-                        pieces.append(Piece(len(tokens), len(tokens) + end - begin, begin, tables[row]))
+                        pieces.append(Span(len(tokens), len(tokens) + end - begin, begin, tables[row]))
                         tokens += texts[row][begin:end]
                         at += [(row, i) for i in range(begin, end)]
                 found = packed.logits(tokens, pieces, list(range(len(tokens))))
@@ -202,24 +202,24 @@ def test_the_bits_are_the_same_in_any_company(lengths, cut, threads, name):
     tables = [list(range(12 * i, 12 * i + 12)) for i in range(len(texts))]
     packed.use(threads)
     ends = np.cumsum([0, *lengths]).tolist()
-    pieces = [Piece(a, b, 0, table) for a, b, table in zip(ends[:-1], ends[1:], tables, strict=True)]
+    pieces = [Span(a, b, 0, table) for a, b, table in zip(ends[:-1], ends[1:], tables, strict=True)]
     together = packed.logits(list(chain(*texts)), pieces, [end - 1 for end in ends[1:]])
     packed.use(1)
-    packed.hold(200)
+    packed.allocate_kv(200)
     for i, text in enumerate(texts):
         for begin in range(0, len(text), cut):
             part = text[begin : begin + cut]
-            alone = packed.logits(part, [Piece(0, len(part), begin, tables[i])], [len(part) - 1])
+            alone = packed.logits(part, [Span(0, len(part), begin, tables[i])], [len(part) - 1])
         assert torch.equal(alone[0], together[i])
 
 
 def test_only_wanted_tokens_go_through_all_of_the_last_layer():
     packed = lean(made())
     text = [(7 * k) % 259 for k in range(70)]
-    whole = packed.logits(text, [Piece(0, 70, 0, list(range(5)))], list(range(70)))
+    whole = packed.logits(text, [Span(0, 70, 0, list(range(5)))], list(range(70)))
     for wanted in ([69], [0, 1, 30, 68], []):
-        packed.hold(5)
-        assert torch.equal(packed.logits(text, [Piece(0, 70, 0, list(range(5)))], wanted), whole[wanted])
+        packed.allocate_kv(5)
+        assert torch.equal(packed.logits(text, [Span(0, 70, 0, list(range(5)))], wanted), whole[wanted])
 
 
 def test_a_token_that_is_no_number_spoils_its_request_alone():
@@ -228,7 +228,7 @@ def test_a_token_that_is_no_number_spoils_its_request_alone():
     texts = [[5, 6, 7], [5, 250, 7], [5, 6, 8]]
 
     def run() -> torch.Tensor:
-        pieces = [Piece(3 * i, 3 * i + 3, 0, [i]) for i in range(3)]
+        pieces = [Span(3 * i, 3 * i + 3, 0, [i]) for i in range(3)]
         return packed.logits(list(chain(*texts)), pieces, [2, 5, 8])
 
     clean = run()
@@ -250,7 +250,7 @@ def test_models_built_like_llama_are_compiled_and_their_weights_held_once_more(n
     model = load(f"random:{name}").model
     before = {key: value.clone() for key, value in model.state_dict().items()}
     packed = runner(model)
-    assert isinstance(packed.model, LeanModel)
+    assert isinstance(packed.model, CompiledDecoder)
     linear = sum(module.weight.nbytes for module in model.modules() if type(module) is nn.Linear)
     assert linear <= packed.copied_bytes <= 1.5 * linear, "and what fills the last panels"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -259,13 +259,13 @@ def test_models_built_like_llama_are_compiled_and_their_weights_held_once_more(n
 @pytest.mark.parametrize("name", ["tiny-gemma3", "tiny-llama"])
 def test_models_with_other_parts_or_numbers_run_as_they_are(name):
     model = load(f"random:{name}", dtype="float64" if name == "tiny-llama" else "float32").model
-    assert isinstance(runner(model).model, EagerModel)
+    assert isinstance(runner(model).model, TransformersModel)
 
 
 def test_layers_that_only_look_like_llamas_run_as_they_are(caplog):
     model = made(kind="granite", residual_multiplier=0.5)  # scales what layers add
     with caplog.at_level(logging.WARNING):
-        assert isinstance(runner(model).model, EagerModel)
+        assert isinstance(runner(model).model, TransformersModel)
     assert "look like Llama's but are not" in caplog.text
     loaded = LoadedModel("granite", model, None, "random")
     engine = Engine(loaded, EngineConfig(kv_memory=2**24))
@@ -274,11 +274,11 @@ def test_layers_that_only_look_like_llamas_run_as_they_are(caplog):
 
 
 def test_without_numba_a_model_runs_as_it_is_and_says_so(tiny, monkeypatch, caplog):
-    monkeypatch.setitem(__import__("sys").modules, "engine.cpu.model", None)
+    monkeypatch.setitem(__import__("sys").modules, "engine.backends.cpu.model", None)
     with caplog.at_level(logging.WARNING):
         packed = runner(tiny("tiny-llama").model)
-    assert isinstance(packed.model, EagerModel)
-    assert "not compiled (import of engine.cpu.model halted" in caplog.text
+    assert isinstance(packed.model, TransformersModel)
+    assert "not compiled (import of engine.backends.cpu.model halted" in caplog.text
 
 
 @pytest.mark.slow
@@ -289,7 +289,7 @@ from engine import Engine, EngineConfig, SamplingParams, load
 engine = Engine(load("random:tiny-llama"), EngineConfig(kv_memory=2**22))
 [output] = engine.generate([list(range(3, 40))], SamplingParams(max_new_tokens=8, logprobs=5))
 print(*[x.hex() for token in output.logprobs for _, x in token.top])
-from engine.cpu.step import step
+from engine.backends.cpu.forward import step
 print(len(step.stats.cache_hits), len(step.stats.cache_misses))
 """
     env = {**os.environ, "DYNAMIC_BATCH_CACHE": str(tmp_path)}

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import engine.attention.device
+import engine.backends.cuda.attention
 import engine.engine
-import engine.memory
+import engine.runner.memory
 from engine import Engine, EngineConfig, InputError, SamplingParams
+from engine.backends.cuda.graphs import upload
+from engine.backends.cuda.model import ACTIVATIONS, Angles, FusedLayer, FusedNorm, LastNorm
 from engine.models import PRESETS, LoadedModel, kv_bytes_per_token
-from engine.runner.fused_layer import ACTIVATIONS, Angles, FusedLayer, FusedNorm, LastNorm
-from engine.runner.graphs import DeviceRunner, bucket, chunk_bucket
+from engine.runner.cuda import CudaRunner, bucket, chunk_bucket
 from engine.runner.packed import PackedRunner
-from engine.runner.replay import upload
 from tests import reference
 from tests.oracle import Oracle
 from tests.serving import (
@@ -51,7 +51,7 @@ def test_steps_are_launched_before_the_one_before_is_read(tiny, monkeypatch):
             events.append(("collect", number))
             return ticket.collect()
 
-        return SimpleNamespace(late=ticket.late, collect=collect)
+        return SimpleNamespace(late=ticket.is_async, collect=collect)
 
     monkeypatch.setattr(server.runner, "launch", watched)
     outputs = server.generate([prompt for prompt, _ in work_of(5)], exactly(6), progress=False)
@@ -84,7 +84,7 @@ def test_sampled_requests_wait_for_their_tokens_and_keep_them(tiny):
     prompts = [prompt for prompt, _ in work]
     found = build(oracle, max_batch_size=5).generate(prompts, params, progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.engine, "packed_runner", lambda model, pool, *rest: PackedRunner(model, pool))
+        patch.setattr(engine.engine, "make_runner", lambda model, pool, *rest: PackedRunner(model, pool))
         expected = build(oracle, max_batch_size=1).generate(prompts, params, progress=False)
     for one, other in zip(found, expected, strict=True):
         assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
@@ -160,7 +160,7 @@ def test_deterministic_means_the_same_bits_in_any_company(tiny, name, monkeypatc
         return {i: (o.token_ids, o.logprobs) for i, o in zip(chosen, outputs, strict=True)}
 
     alone = {i: run([i])[i] for i in range(len(work))}
-    monkeypatch.setattr(engine.attention.device, "ROWS", 3)
+    monkeypatch.setattr(engine.backends.cuda.attention, "ROWS", 3)
     for options in (
         dict(max_batch_size=8),
         dict(max_batch_size=3, max_step_tokens=5),
@@ -189,8 +189,8 @@ def serve_by_kernels(oracle: Oracle, work: list[tuple[list[int], int]], **config
     if torch.cuda.is_available():
         pytest.skip("tests/test_gpu.py serves whole models with the real kernels")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.engine, "packed_runner", lambda *args: DeviceRunner(*args[:4]))
-        patch.setattr("engine.runner.thin.few_rows", lambda dtype, layer_bytes: 4)  # none, for this dtype
+        patch.setattr(engine.engine, "make_runner", lambda *args: CudaRunner(*args[:4]))
+        patch.setattr("engine.backends.cuda.kernels.split_k.few_rows", lambda dtype, layer_bytes: 4)
         server = build(oracle, page_size=4, max_batch_size=2, **config)
     layer = server.runner.model.base_model.layers[0]
     assert isinstance(layer, FusedLayer), "its fused kernels are proven at load"
@@ -237,7 +237,7 @@ def test_steps_with_chunks_are_padded_when_their_sizes_come_again(tiny, monkeypa
 def test_large_steps_run_as_they_are(tiny, monkeypatch):
     """A graph would only add padding to what keeps a GPU busy for longer than the host takes to launch it."""
     server = build(tiny("tiny-qwen2"), max_batch_size=8, max_step_tokens=50, page_size=4)
-    monkeypatch.setattr("engine.runner.graphs.SHORT", 1.0)
+    monkeypatch.setattr("engine.runner.cuda.SHORT", 1.0)
     drive(server, work_of(20))
     assert {sizes.tokens for sizes in server.runner.graphs.known} == {0}
 
@@ -291,7 +291,7 @@ def test_layers_that_only_look_like_llamas_run_as_they_are(tiny, monkeypatch, ca
 
 def test_thin_products_that_are_wrong_are_left_out(tiny, monkeypatch, caplog):
     oracle: Oracle = tiny("tiny-llama")
-    right = reference.thin_product
+    right = reference.split_k_product
     monkeypatch.setattr(reference, "thin_product", lambda *args: 1.2 * right(*args))
     server = build(oracle)
     assert "steps of few rows take the same products as others" in caplog.text
@@ -327,8 +327,8 @@ def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
         asked.append((tokens, rows))
         return 1000
 
-    monkeypatch.setattr(engine.memory, "step_bytes", step_bytes)
-    monkeypatch.setattr(engine.memory, "free_bytes", lambda device: 1_013_000)
+    monkeypatch.setattr(engine.runner.memory, "step_bytes", step_bytes)
+    monkeypatch.setattr(engine.runner.memory, "free_bytes", lambda device: 1_013_000)
     token_bytes = kv_bytes_per_token(oracle.model)
     for share in (0.5, 1.0):
         server = Engine(

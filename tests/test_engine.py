@@ -12,9 +12,9 @@ import torch
 
 from engine import Engine, EngineConfig, FinishReason, InputError, LoadedModel, SamplingParams, WorkItem
 from engine.request import StreamChunk
-from engine.sampler import sample
+from engine.sampling.device import sample
 from tests.serving import both, exactly, prompts_of
-from tests.test_text import byte_level
+from tests.test_detokenizer import byte_level
 
 
 @both

@@ -16,14 +16,14 @@ from hypothesis import Phase, given, settings, strategies as st
 from engine import Engine, EngineConfig, SamplingParams, WorkItem
 from engine.bench.workload import make_workload
 from engine.models import kv_bytes_per_token
-from engine.runner.graphs import DeviceRunner
+from engine.runner.cuda import CudaRunner
 from engine.runner.packed import PackedRunner
 from engine.runner.padded import PaddedRunner
 from tests.oracle import Oracle
 from tests.pairwise import pairwise
 from tests.serving import NAMES, WAYS, check_shuffled, drive, exactly, prompts_of, use_device_runner, work_of
 
-RUNNERS = {"padded": PaddedRunner, "packed": PackedRunner, "device": DeviceRunner}
+RUNNERS = {"padded": PaddedRunner, "packed": PackedRunner, "device": CudaRunner}
 POLICIES = ("sequential", "dynamic", "continuous")
 HOW = [way for way in product(RUNNERS, POLICIES) if way != ("padded", "continuous")]
 DTYPES = ("float32", "float64")

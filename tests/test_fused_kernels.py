@@ -12,9 +12,9 @@ import torch
 from tests.exactness import DEVICE, DTYPES, TOLERANCE, close
 from tests.pairwise import grid
 
-write = pytest.importorskip("engine.attention.write", reason="needs Triton")
-fused = pytest.importorskip("engine.runner.fused", reason="needs Triton")
-thin = pytest.importorskip("engine.runner.thin", reason="needs Triton")
+write = pytest.importorskip("engine.backends.cuda.kernels.rope_kv_write", reason="needs Triton")
+fused = pytest.importorskip("engine.backends.cuda.kernels.norm_activation", reason="needs Triton")
+thin = pytest.importorskip("engine.backends.cuda.kernels.split_k", reason="needs Triton")
 pytestmark = [pytest.mark.usefixtures("bfloat16_products"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
@@ -105,7 +105,7 @@ def test_thin_products_and_what_sums_them(sizes, rows, dtype):
     residual, scale = (
         torch.randn(*n, outputs, generator=generator).to(dtype).to(DEVICE) for n in ((rows,), ())
     )
-    parts = thin.thin_product(x, weight)
+    parts = thin.split_k_product(x, weight)
     assert parts.dtype == torch.float32
     exact = x.double() @ weight.double().T
     close(parts.double().sum(0), exact, 5e-6)
@@ -132,7 +132,7 @@ def test_thin_gated_product(activation, rows, dtype):
         if activation == "silu"
         else torch.nn.functional.gelu(gate, approximate="tanh")
     )
-    close(thin.thin_gated(x, weight / 300**0.5, activation), active * up, 3 * TOLERANCE[dtype])
+    close(thin.split_k_gated(x, weight / 300**0.5, activation), active * up, 3 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("bias", "dtype"), grid([False, True], DTYPES), ids=str)

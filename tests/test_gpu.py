@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
+from engine.backends.cuda.graphs import upload
+from engine.backends.cuda.model import FusedLayer
 from engine.models import load
-from engine.runner.fused_layer import FusedLayer
-from engine.runner.graphs import DeviceRunner
-from engine.runner.replay import upload
+from engine.runner.cuda import CudaRunner
 from tests.oracle import Oracle
 from tests.serving import NAMES, WAYS, check_shuffled, drive, exactly, packed, run_out_of_memory, work_of
 
@@ -35,7 +35,7 @@ def on_gpu() -> Callable[..., Oracle]:
 
 def build(oracle: Oracle, kv_tokens: int = 20_000, **config) -> Engine:
     server = packed(oracle, kv_tokens, **config)
-    assert isinstance(server.runner, DeviceRunner)
+    assert isinstance(server.runner, CudaRunner)
     return server
 
 
@@ -91,7 +91,7 @@ def test_half_precision_by_the_margin_of_float32(on_gpu, name, dtype):
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3", "qwen2.5-0.5b"])
 def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype, monkeypatch):
     """With longer and shorter contexts than at the capture, with and without chunks, and with padding."""
-    monkeypatch.setattr("engine.runner.graphs.OFTEN", 1)
+    monkeypatch.setattr("engine.runner.cuda.OFTEN", 1)
     server = build(
         on_gpu(name, dtype), max_batch_size=16, page_size=4, max_step_tokens=50, prefix_caching=False
     )
@@ -188,7 +188,7 @@ def test_deterministic_means_the_same_bits_in_any_company(on_gpu, name, dtype):
 def test_layers_are_fused(on_gpu, name):
     server = build(on_gpu(name, "float16"))
     assert all(isinstance(layer, FusedLayer) for layer in server.runner.model.base_model.layers)
-    from engine.runner.thin import FEW  # needs Triton
+    from engine.backends.cuda.kernels.split_k import FEW  # needs Triton
 
     assert server.runner.model.base_model.layers[0].stream.few == FEW, "thin products are proven at load"
 

@@ -24,7 +24,7 @@ from engine import (
 )
 from tests.bad_values import HALF, LONG, NoNumber, Pretender, Raises, RaisingList, Unreadable
 from tests.serving import exactly
-from tests.test_text import byte_level
+from tests.test_detokenizer import byte_level
 
 
 def with_tokenizer(tiny) -> LoadedModel:

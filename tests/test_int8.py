@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, InputError, SamplingParams, make_workload
-from engine.attention.paged import Options, Piece
-from engine.cpu import model as cpu_model
-from engine.cpu.model import LeanModel
+from engine.backends.cpu import model as cpu_model
+from engine.backends.cpu.model import CompiledDecoder
+from engine.kv_pool import PagePool
 from engine.models import load
-from engine.pages import PagePool
+from engine.models.attention_trace import Options
 from engine.runner import verify
 from engine.runner.packed import PackedRunner
+from engine.step import Span
 from perf.measure.accuracy import accuracy
 from tests.oracle import Oracle
 
@@ -63,7 +64,7 @@ def test_logits_are_those_of_the_rounded_weights():
     """Where nothing is folded into weights, a model with rounded ones gives the same."""
     model = load("random:tiny-llama").model
     scale = model.config.head_dim**-0.5
-    lean = LeanModel(model, [Options(scale)] * model.config.num_hidden_layers, 16)
+    lean = CompiledDecoder(model, [Options(scale)] * model.config.num_hidden_layers, 16)
     lean.quantize()
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -73,8 +74,8 @@ def test_logits_are_those_of_the_rounded_weights():
                 rounded = (scaled / step_N1).round() * step_N1
                 module.weight.copy_(rounded / scale if name.endswith("q_proj") else rounded)
         tokens = [(31 * i) % 256 for i in range(70)]
-        lean.hold(5)
-        found = lean.logits(tokens, [Piece(0, 70, 0, list(range(5)))], list(range(70)))
+        lean.allocate_kv(5)
+        found = lean.logits(tokens, [Span(0, 70, 0, list(range(5)))], list(range(70)))
         expected = model(torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 

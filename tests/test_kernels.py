@@ -18,7 +18,7 @@ from hypothesis import Phase, given, settings, strategies as st
 from tests.exactness import DEVICE, TOLERANCE, close
 from tests.reference import attention
 
-kernels = pytest.importorskip("engine.attention.kernels", reason="needs Triton")
+kernels = pytest.importorskip("engine.backends.cuda.kernels.attention", reason="needs Triton")
 pytestmark = [pytest.mark.usefixtures("bfloat16_products"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 

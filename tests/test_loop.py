@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
-from engine.pages import PagePool
+from engine.kv_pool import PagePool
 from tests.serving import both, exactly, prompts_of, use_device_runner
-from tests.test_text import byte_level
+from tests.test_detokenizer import byte_level
 
 POISON = 255
 WORK = [prompt for prompt in prompts_of(24) if POISON not in prompt][:12]

@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from engine.memory import free_bytes
+from engine.runner.memory import free_bytes
 
 
 def test_what_torch_keeps_of_freed_memory_is_free(monkeypatch: pytest.MonkeyPatch):

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from engine.metrics import LATENCIES, Counters, EngineMetrics, RequestMetrics
-from engine.request import Choice, FinishReason, Request, SamplingParams
-from engine.runner import StepResult
+from engine.request import FinishReason, Request, SamplingParams
+from engine.step import Choice, StepResult
 
 
 def record(

@@ -16,7 +16,7 @@ import pytest
 from engine.cli import main
 from engine.output import INTERRUPTED, NO_READER, USAGE, Output
 from engine.table import Column
-from tests.test_text import byte_level
+from tests.test_detokenizer import byte_level
 
 ROOT = str(Path(__file__).parents[1])
 SPOKEN = """
@@ -24,7 +24,7 @@ import dataclasses, sys
 import engine.engine
 from engine import load
 from engine.cli import main
-from tests.test_text import byte_level
+from tests.test_detokenizer import byte_level
 
 def spoken(spec, **options):
     print("LOADED", file=sys.stderr, flush=True)

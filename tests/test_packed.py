@@ -11,9 +11,9 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from engine import Engine, EngineConfig, InputError
+from engine.backends.fused_linear import join, prepare, twin
 from engine.bench.workload import make_workload
 from engine.models import load
-from engine.runner.linear import join, prepare, twin
 from tests.oracle import Oracle
 from tests.serving import NAMES, drive, exactly, packed, work_of
 

@@ -12,7 +12,8 @@ import pytest
 
 from engine.config import DTYPES, POLICIES, RUNNERS, EngineConfig
 from engine.errors import InputError, check
-from engine.request import FinishReason, Request, SamplingParams, TokenLogprob
+from engine.request import FinishReason, Request, SamplingParams
+from engine.step import TokenLogprob
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400  # no float is as large as HUGE
 NO_INTEGERS = (True, False, 1.0, 0.5, NAN, INF, "1", [1])

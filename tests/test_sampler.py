@@ -20,8 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine import sampler
-from engine.request import Choice, Request, SamplingParams
+from engine.request import Request, SamplingParams
+from engine.sampling import device as sampler
+from engine.step import Choice
 
 V = 24
 DRAWS = 2000

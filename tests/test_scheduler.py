@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from engine import InputError, SamplingParams
-from engine.pages import PagePool
+from engine.kv_pool import PagePool
 from engine.request import FinishReason, Request
 from engine.scheduler import Scheduler, Step
 

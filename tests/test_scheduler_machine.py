@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import InputError
-from engine.pages import PagePool
+from engine.kv_pool import PagePool
 from engine.request import FinishReason, Request
 from engine.scheduler import Scheduler, Step
 from tests.test_scheduler import POLICIES, request_of
@@ -127,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if step:
             self.under_way.append((step, self.runner.run(step)))
             scheduler.advance(step)
-        while len(self.under_way) > bool(self.late and step):
+        while len(self.under_way) > bool(self.is_async and step):
             self._read()
 
     def _read(self) -> None:

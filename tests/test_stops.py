@@ -12,11 +12,12 @@ from hypothesis import given, strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParams, sampler
+from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParams
+from engine.detokenizer import TextStream, stop_tokens
 from engine.models import LoadedModel
 from engine.request import RequestOutput, StreamChunk
-from engine.text import TextStream, stop_tokens
-from tests.test_text import byte_level, decoded, letters, many, metaspace, settled_texts, spell, stops
+from engine.sampling import device as sampler
+from tests.test_detokenizer import byte_level, decoded, letters, many, metaspace, settled_texts, spell, stops
 
 both = pytest.mark.parametrize("config", [
     dict(policy="dynamic", runner="padded"), dict(policy="continuous", runner="packed"),

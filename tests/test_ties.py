@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from engine import Engine, EngineConfig, SamplingParams, sampler
-from engine.cpu import choose
-from engine.request import Choice, Request
+from engine import Engine, EngineConfig, SamplingParams
+from engine.request import Request
+from engine.sampling import device as sampler, host as choose
+from engine.step import Choice
 from tests.test_sampler import DTYPES, drawn, request, tokens_of
 
 WAYS = {"a row at a time": sampler.sample, "all rows at once": sampler.sample_together}

@@ -22,12 +22,12 @@ from engine.bench.workload import Workload
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import InputError
-from engine.memory import peak_bytes
 from engine.metrics import EngineMetrics
 from engine.models import LoadedModel
 from engine.progress import Progress
-from engine.request import Choice, FinishReason, Request, RequestOutput, SamplingParams, StreamChunk, WorkItem
-from engine.runner import StepResult
+from engine.request import FinishReason, Request, RequestOutput, SamplingParams, StreamChunk, WorkItem
+from engine.runner.memory import peak_bytes
+from engine.step import Choice, StepResult
 
 
 @dataclass(frozen=True, slots=True)

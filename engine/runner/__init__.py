@@ -3,52 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+from engine.step import Done, StepResult, Ticket
 
 if TYPE_CHECKING:
-    from engine.request import Choice
+    from transformers import PreTrainedModel
+
+    from engine.kv_pool import PagePool
     from engine.scheduler import Step
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What running a step gave and what it cost.
-
-    `choices` has one entry a request of the step, in its order: None where more of its tokens must be
-    computed first. `tokens_computed` counts useful positions, `padded_tokens` the others. `model_s` is the
-    time from handing tensors to the model to holding the sampled tokens on the host (seconds), `kv_bytes` the
-    KV memory that requests hold.
-    """
-
-    choices: list[Choice | None]
-    forward_passes: int
-    tokens_computed: int
-    padded_tokens: int
-    model_s: float
-    kv_bytes: int
-
-
-class Ticket(Protocol):
-    """A step that has been launched; if `late`, the next may be launched before `collect`, which waits for
-    this one."""
-
-    @property
-    def late(self) -> bool: ...
-
-    def collect(self) -> StepResult: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The ticket of a step that is computed already."""
-
-    result: StepResult
-    late: bool = False
-
-    def collect(self) -> StepResult:
-        """The result, at once."""
-        return self.result
 
 
 class Runner(ABC):
@@ -66,3 +29,20 @@ class Runner(ABC):
     def launch(self, step: Step) -> Ticket:
         """Start a step."""
         return Done(self.run(step))
+
+
+def make_runner(
+    model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int, int8: bool = False
+) -> Runner:
+    """The packed runner for the model's device; `rows` requests share a step at most; int8 is for a CPU.
+
+    Raises:
+        InputError: for a model that cannot run packed.
+    """
+    from engine.runner.packed import PackedRunner
+
+    if model.device.type == "cuda" and model.dtype.itemsize <= 4:  # no kernel computes in float64
+        from engine.runner.cuda import CudaRunner
+
+        return CudaRunner(model, pool, deterministic, rows)
+    return PackedRunner(model, pool, deterministic, int8)

@@ -17,10 +17,11 @@ import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from transformers import PreTrainedModel
 
-from engine.attention.paged import PackedStep, Piece
+from engine.backends.transformers.model import TransformersModel
+from engine.backends.transformers.paged_attention import PackedStep
 from engine.errors import InputError
-from engine.runner.eager import EagerModel
 from engine.runner.verify import CUTS, Cuts
+from engine.step import Span
 
 LOG = logging.getLogger(__name__)
 PASS = 16  # tokens of a pass, where that gives the same bits
@@ -29,23 +30,23 @@ GROUPED = "grouped_mm"  # products whose sizes are data: the shapes they are cal
 
 DEPENDS = "deterministic=True: {model} gives a token other logits in other company: leave it out"
 
-Prove = Callable[[EagerModel, Cuts], torch.Tensor]
+Prove = Callable[[TransformersModel, Cuts], torch.Tensor]
 
 
-class DeterministicModel(EagerModel):
+class DeterministicModel(TransformersModel):
     """A model that computes exactly `size` tokens at a time, each with attention of its own."""
 
     def __init__(self, model: PreTrainedModel, page_size: int, size: int) -> None:
         super().__init__(model, page_size)
         self._size, self._nobody = size, [0]
 
-    def hold(self, pages: int) -> None:
+    def allocate_kv(self, pages: int) -> None:
         """Make room for the keys and values of so many pages, and for those of nobody."""
-        super().hold(pages)
+        super().allocate_kv(pages)
         self._nobody = [pages]
 
     def logits(
-        self, tokens: list[int], pieces: list[Piece], rows: list[int], position_ids: list[int] | None = None
+        self, tokens: list[int], pieces: list[Span], rows: list[int], position_ids: list[int] | None = None
     ) -> torch.Tensor:
         """Logits [R, V] of the tokens at `rows`, rising, of a step of these pieces; `position_ids` as
         elsewhere."""
@@ -61,7 +62,7 @@ class DeterministicModel(EagerModel):
             found.append(self.compute(step, ids, every, told)[wanted])
         return torch.cat(found)
 
-    def calls(self, tokens: list[int], pieces: list[Piece]) -> list[list[Any]]:
+    def calls(self, tokens: list[int], pieces: list[Span]) -> list[list[Any]]:
         """What each pass of a step calls, and the shapes of what that gives; all but attention, our own."""
         found = []
         for _, ids, parts in self._passes(tokens, pieces):
@@ -70,12 +71,12 @@ class DeterministicModel(EagerModel):
             found.append(calls.made)
         return found
 
-    def _passes(self, tokens: list[int], pieces: list[Piece]) -> Iterator[tuple[int, list[int], list[Piece]]]:
+    def _passes(self, tokens: list[int], pieces: list[Span]) -> Iterator[tuple[int, list[int], list[Span]]]:
         """Where in the step each pass begins, its token ids and its pieces, filled up."""
         for begin in range(0, len(tokens), self._size):
             end = min(begin + self._size, len(tokens))
             parts = [_cut(piece, begin, end) for piece in pieces if piece.begin < end and piece.end > begin]
-            parts += [Piece(at, at + 1, 0, self._nobody) for at in range(end - begin, self._size)]
+            parts += [Span(at, at + 1, 0, self._nobody) for at in range(end - begin, self._size)]
             yield begin, tokens[begin:end] + [0] * (begin + self._size - end), parts
 
 
@@ -111,8 +112,8 @@ def _variety(packed: DeterministicModel, model: PreTrainedModel) -> str | None:
     """What the model does otherwise for some tokens than for others, if anything."""
     embedding: Any = model.get_input_embeddings()
     tokens = [(31 * i + i * i) % len(embedding.weight) for i in range(3 * PASS)]
-    packed.hold(1)
-    first, *others = packed.calls(tokens, [Piece(at, at + 1, 0, [0]) for at in range(len(tokens))])
+    packed.allocate_kv(1)
+    first, *others = packed.calls(tokens, [Span(at, at + 1, 0, [0]) for at in range(len(tokens))])
     grouped = next((name for name, _ in first if GROUPED in name), None)
     if grouped is not None:
         return f"calls {grouped}, whose products have the sizes of groups of tokens"
@@ -145,7 +146,7 @@ class _Calls(TorchFunctionMode):
 class _Unwatched(PackedStep):
     """A step whose attention is not noted down."""
 
-    def __init__(self, stores: list[Any], pieces: list[Piece], calls: _Calls) -> None:
+    def __init__(self, stores: list[Any], pieces: list[Span], calls: _Calls) -> None:
         calls.paused = True
         super().__init__(stores, pieces, one_by_one=True)
         calls.paused, self._calls = False, calls
@@ -158,7 +159,7 @@ class _Unwatched(PackedStep):
             self._calls.paused = False
 
 
-def _cut(piece: Piece, begin: int, end: int) -> Piece:
+def _cut(piece: Span, begin: int, end: int) -> Span:
     """The part of a piece from token `begin` of the step to before `end`, counted from there."""
     first, last = max(piece.begin, begin), min(piece.end, end)
-    return Piece(first - begin, last - begin, piece.computed + first - piece.begin, piece.pages)
+    return Span(first - begin, last - begin, piece.computed + first - piece.begin, piece.pages)

@@ -14,23 +14,24 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from engine.attention.layers import attention_layers
-from engine.attention.paged import Piece
+from engine.backends.fused_linear import twin
+from engine.backends.transformers.model import TransformersModel
 from engine.errors import InputError
+from engine.kv_pool import PagePool
 from engine.models import refuse_other_state
-from engine.pages import PagePool
-from engine.request import Choice, Request
-from engine.runner import Runner, StepResult
+from engine.models.attention_trace import attention_layers
+from engine.models.decoder_spec import is_compilable
+from engine.models.errors import refused
+from engine.request import Request
+from engine.runner import Runner
 from engine.runner.deterministic import deterministic_model
-from engine.runner.eager import EagerModel
-from engine.runner.lean import is_lean
-from engine.runner.linear import twin
-from engine.runner.verify import CUTS, Cuts, check_equal, probe, probe_logits, probe_pages, refused
-from engine.sampler import sample
+from engine.runner.verify import CUTS, Cuts, check_equal, probe, probe_logits, probe_pages
+from engine.sampling.device import sample
 from engine.scheduler import Step
+from engine.step import Choice, Span, StepResult
 
 if TYPE_CHECKING:
-    from engine.cpu.model import LeanModel
+    from engine.backends.cpu.model import CompiledDecoder
 
 LOG = logging.getLogger(__name__)
 CHUNK = 256  # tokens of a text at a time
@@ -43,10 +44,10 @@ class PagedModel(Protocol):
     def copied_bytes(self) -> int: ...
     @property
     def page_bytes(self) -> int: ...
-    def hold(self, pages: int) -> None: ...
+    def allocate_kv(self, pages: int) -> None: ...
     def clear(self, pages: list[int]) -> None: ...
     def logits(
-        self, tokens: list[int], pieces: list[Piece], rows: list[int], position_ids: list[int] | None = None
+        self, tokens: list[int], pieces: list[Span], rows: list[int], position_ids: list[int] | None = None
     ) -> torch.Tensor: ...
 
 
@@ -70,7 +71,7 @@ class PackedRunner(Runner):
         refuse_unpackable(model)
         self.pool = pool
         self.model = self._build(model, deterministic, int8)
-        self.model.hold(pool.pages)
+        self.model.allocate_kv(pool.pages)
         self.copied_bytes = self.model.copied_bytes
 
     @torch.inference_mode()
@@ -79,13 +80,13 @@ class PackedRunner(Runner):
         known = probe(model, self.pool.capacity)
 
         def prove(packed: PagedModel, cuts: Cuts = CUTS, dtype: torch.dtype | None = None) -> torch.Tensor:
-            packed.hold(probe_pages(known, cuts, self.pool.page_size))
+            packed.allocate_kv(probe_pages(known, cuts, self.pool.page_size))
             with refused(model):
                 found_RTV = probe_logits(known, cuts, self.pool.page_size, packed.logits)
             check_equal(model, "when packed", found_RTV, known.expected_TV, dtype)
             return found_RTV
 
-        lean = self._lean(model)
+        lean = self._compiled(model)
         if lean is not None:
             try:
                 prove(lean)
@@ -99,7 +100,7 @@ class PackedRunner(Runner):
         if lean is None and deterministic:
             return deterministic_model(model, self.pool.page_size, prove)
         if lean is None:
-            eager = EagerModel(model, self.pool.page_size)
+            eager = TransformersModel(model, self.pool.page_size)
             prove(eager)
             return eager
         if int8:
@@ -107,18 +108,20 @@ class PackedRunner(Runner):
             prove(lean, dtype=torch.int8)
         return lean
 
-    def _lean(self, model: PreTrainedModel) -> LeanModel | None:
+    def _compiled(self, model: PreTrainedModel) -> CompiledDecoder | None:
         """The compiled model, if this one has the parts for it."""
         with refused(model):
             layers = attention_layers(twin(model))
-        if not is_lean(model, layers):
+        if not is_compilable(model, layers):
             return None
         try:
-            from engine.cpu.model import LeanModel  # Numba takes a moment to import, and a GPU can do without
+            from engine.backends.cpu.model import (
+                CompiledDecoder,  # Numba takes a moment to import, and a GPU can do without
+            )
         except ImportError as error:
             LOG.warning("not compiled (%s): generation will be slower", error)
             return None
-        return LeanModel(model, [layer.options for layer in layers], self.pool.page_size)
+        return CompiledDecoder(model, [layer.options for layer in layers], self.pool.page_size)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> torch.Tensor:
@@ -127,26 +130,26 @@ class PackedRunner(Runner):
         What the pages held is lost.
         """
         pages, found = -(-len(tokens) // self.pool.page_size), []
-        self.model.hold(pages)
+        self.model.allocate_kv(pages)
         for begin in range(0, len(tokens), CHUNK):
             part = tokens[begin : begin + CHUNK]
-            piece = Piece(0, len(part), begin, list(range(pages)))
+            piece = Span(0, len(part), begin, list(range(pages)))
             found.append(self.model.logits(part, [piece], list(range(len(part)))))
-        self.model.hold(self.pool.pages)
+        self.model.allocate_kv(self.pool.pages)
         return torch.cat(found)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
         """Compute a step in one pass; gives a choice to each request whose last token was in it."""
-        if self.pool.dirty:
-            self.model.clear(self.pool.dirty)
-            self.pool.dirty.clear()
+        if self.pool.needs_zeroing:
+            self.model.clear(self.pool.needs_zeroing)
+            self.pool.needs_zeroing.clear()
         tokens: list[int] = []
-        pieces: list[Piece] = []
+        pieces: list[Span] = []
         for request, count in step:
             begin, computed = len(tokens), request.computed
             tokens += request.tokens[computed : computed + count]
-            pieces.append(Piece(begin, len(tokens), computed, self.pool.tables[request]))
+            pieces.append(Span(begin, len(tokens), computed, self.pool.tables[request]))
         ready = [
             (r, piece.end - 1)
             for (r, n), piece in zip(step, pieces, strict=True)

@@ -25,11 +25,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from engine.models import positions, refuse_other_state
+from engine.models.errors import refused
 from engine.request import Request, ResolvedParams
-from engine.runner import Runner, StepResult
-from engine.runner.verify import check_equal, check_finite, proof_text, refused
-from engine.sampler import sample
+from engine.runner import Runner
+from engine.runner.verify import check_equal, check_finite, proof_text
+from engine.sampling.device import sample
 from engine.scheduler import Step
+from engine.step import StepResult
 
 # What one more forward pass costs, in tokens of prefill: it reads all weights again. Measured on a CPU at
 # about 20; on a GPU a pass of a small model costs as much as some hundreds of tokens.

@@ -8,8 +8,7 @@ position, a table of angles that ends. What a mask does far away is asked of the
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from engine.attention.paged import Piece
 from engine.errors import InputError
 from engine.models import telling_positions
+from engine.models.errors import refused
+from engine.step import Span
 
 # How far logits may lie from the model's own, relative to the largest: rounding, no more. In int8 at most
 # tokens: rounding may turn one of them over.
@@ -83,12 +83,12 @@ def probe_logits(
     pages, found_RTV = -(-count // page_size), probe.expected_TV.repeat(len(cuts), 1, 1)
     spans = [pairwise(sorted({0, *(cut for cut in some if cut < count), count - 1, count})) for some in cuts]
     for step in zip_longest(*spans):
-        pieces: list[Piece] = []
+        pieces: list[Span] = []
         asked: list[tuple[int, int]] = []  # request and place of each token
         for request, span in enumerate(step):
             if span is not None:
                 table = list(range(request * pages, (request + 1) * pages))
-                pieces.append(Piece(len(asked), len(asked) + span[1] - span[0], span[0], table))
+                pieces.append(Span(len(asked), len(asked) + span[1] - span[0], span[0], table))
                 asked += [(request, at) for at in range(*span)]
         tokens, position_ids = (
             [numbers[at] for _, at in asked] for numbers in (probe.tokens, probe.position_ids)
@@ -124,14 +124,3 @@ def check_equal(
         raise InputError(
             f"{type(model).__name__} gives other logits {where} (off by {off:.1e} of the largest)"
         )
-
-
-@contextlib.contextmanager
-def refused(model: PreTrainedModel, how: str = "run packed") -> Iterator[None]:
-    """Turn whatever a model's code raises into the InputError that it cannot run so."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{type(model).__name__} cannot {how}: {error}") from error

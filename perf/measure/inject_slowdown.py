@@ -74,8 +74,8 @@ class _SlowedTicket:
         self.ticket, self.spinner = ticket, spinner
 
     @property
-    def late(self) -> bool:
-        return bool(self.ticket.late)
+    def is_async(self) -> bool:
+        return bool(self.ticket.is_async)
 
     def collect(self) -> Any:
         result = self.ticket.collect()

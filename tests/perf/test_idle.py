@@ -10,7 +10,7 @@ import pytest
 
 import engine.engine
 from engine import Engine, EngineConfig, load
-from engine.runner.graphs import DeviceRunner
+from engine.runner.cuda import CudaRunner
 from perf.benchmarks.workloads import fixed
 from perf.measure.idle import TRACED_STEPS, WARM_UP_STEPS, decoding, gaps, idle_time, utilisation
 from tests import reference
@@ -44,10 +44,10 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> E
     """An engine on the CPU, with its own runner or with a GPU's, kernels aside."""
     if request.param != "as it is":
 
-        def on_a_gpu(model: Any, pool: Any, deterministic: bool, rows: int, int8: bool) -> DeviceRunner:
-            return DeviceRunner(model, pool, deterministic, rows, kernels=reference)
+        def on_a_gpu(model: Any, pool: Any, deterministic: bool, rows: int, int8: bool) -> CudaRunner:
+            return CudaRunner(model, pool, deterministic, rows, kernels=reference)
 
-        monkeypatch.setattr(engine.engine, "packed_runner", on_a_gpu)
+        monkeypatch.setattr(engine.engine, "make_runner", on_a_gpu)
     config = EngineConfig(max_batch_size=4, prefix_caching=False, generation_config="none")
     return Engine(load("random:tiny-llama", dtype="float64"), config)
 

@@ -50,7 +50,7 @@ def test_every_step_takes_longer_by_the_fraction_and_its_tokens_come_later_by_it
     def step(self):
         work(0.5)  # planning
         launched.append(self.runner.launch("batch"))
-        assert launched[-1].late is late
+        assert launched[-1].is_async is late
         while len(launched) > late:
             launched.pop(0).collect()
             published.append(clock.now)

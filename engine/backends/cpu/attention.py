@@ -1,0 +1,185 @@
+"""Attention of the tokens of a step over pages: queries of a few tokens at a time, page by page.
+
+A page gives a softmax of its own, and a row puts those of its pages together as it goes (online softmax;
+Milakov and Gimelshein, 2018; the blocks are those of flash attention, Dao et al., 2022). What a page holds
+beyond a token's own position changes nothing, to the last bit: a token's result does not depend on who shares
+its block.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.backends.cpu.gemm import ITEM, NARROW, multiply_narrow
+from engine.backends.cpu.jit import part
+from engine.backends.cpu.threads import fetch_add
+from engine.backends.cpu.vector_math import FAST, address, exp, exp_minus_max_sum, rescale, vector_max
+
+AHEAD = 2  # pages: what is asked for while one is read
+SPAN = 64  # positions, in whole pages, that a softmax looks at together
+QUERIES = 48  # rows that go through a page together, at most, where a group has no more heads
+TURN, MANY = 8, 64  # so many tokens have their heads turned at once where there are many
+
+
+class Heads(NamedTuple):
+    """Room for the heads that S threads are at: R queries."""
+
+    queries_SRD: np.ndarray
+    scores_SRP: np.ndarray
+    mixed_SRD: np.ndarray
+    peaks_SR: np.ndarray
+    totals_SR: np.ndarray
+
+
+@part()
+def apply_rope(counter, qkv_TN, shape, head_norm_QD, plan, keys_XKDP, values_XKBPV):
+    """Turn queries and keys in place, and put keys and values into their pages."""
+    rows, heads, kv_heads, size = len(plan.ids_T), shape.heads, shape.kv_heads, shape.head_dim
+    group, at_once = heads // kv_heads, TURN if rows > MANY else 1
+    units = (rows + at_once - 1) // at_once * kv_heads
+    unit, piece = fetch_add(counter), 0
+    while unit < units:
+        block, kv_head = unit // kv_heads, unit % kv_heads
+        for t in range(block * at_once, min(rows, (block + 1) * at_once)):
+            for g in range(group + 1):
+                head = kv_head * group + g if g < group else heads + kv_head
+                _turn(qkv_TN, t, head, shape, head_norm_QD, plan.cos_TE, plan.sin_TE)
+            while plan.begin_J[piece] > t:
+                piece -= 1
+            while plan.begin_J[piece + 1] <= t:
+                piece += 1
+            position = plan.computed_J[piece] + t - plan.begin_J[piece]
+            page, at = plan.pages[plan.table_J[piece] + position // shape.page], position % shape.page
+            key, value = (heads + kv_head) * size, (heads + kv_heads + kv_head) * size
+            for d in range(size):
+                keys_XKDP[page, kv_head, d, at] = qkv_TN[t, key + d]
+            for d in range(size):
+                values_XKBPV[page, kv_head, d // NARROW, at, d % NARROW] = qkv_TN[t, value + d]
+        unit = fetch_add(counter)
+
+
+@part(fastmath=FAST)
+def _turn(qkv_TN, t, head, shape, head_norm_QD, cos_TE, sin_TE):
+    """Norm a head where the model has norms, and turn it: dimensions i and i + E are a point of a plane."""
+    size, half, begin = shape.head_dim, shape.head_dim // 2, head * shape.head_dim
+    if len(head_norm_QD):
+        total = np.float32(0.0)
+        for d in range(size):
+            total += qkv_TN[t, begin + d] * qkv_TN[t, begin + d]
+        scale = np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(shape.head_eps))
+        for d in range(size):
+            qkv_TN[t, begin + d] *= scale * head_norm_QD[head, d]
+    for e in range(half):
+        a, b = qkv_TN[t, begin + e], qkv_TN[t, begin + half + e]
+        qkv_TN[t, begin + e] = a * cos_TE[t, e] - b * sin_TE[t, e]
+        qkv_TN[t, begin + half + e] = b * cos_TE[t, e] + a * sin_TE[t, e]
+
+
+@part()
+def attend(counter, qkv_TN, shape, plan, window, keys_XKDP, values_XKBPV, mixed_TN, thread, space):
+    """Mix the values of each token's context, its own included."""
+    group, kv_heads = shape.heads // shape.kv_heads, shape.kv_heads
+    at_once, pieces = max(1, QUERIES // group), len(plan.begin_J) - 1
+    unit, piece, before = fetch_add(counter), 0, 0  # units of the pieces before this one
+    while piece < pieces:
+        begin, end = plan.begin_J[piece], plan.begin_J[piece + 1]
+        units = (end - begin + at_once - 1) // at_once * kv_heads
+        if unit >= before + units:
+            before += units
+            piece += 1
+            continue
+        first = begin + (unit - before) // kv_heads * at_once
+        _block(
+            qkv_TN, first, min(at_once, end - first), group, (unit - before) % kv_heads,
+            plan.computed_J[piece] + first - begin, plan.pages, plan.table_J[piece], shape, window,
+            keys_XKDP, values_XKBPV, mixed_TN, space.queries_SRD[thread], space.scores_SRP[thread],
+            space.mixed_SRD[thread], space.peaks_SR[thread], space.totals_SR[thread],
+        )  # fmt: skip
+        unit = fetch_add(counter)
+
+
+@part()
+def _block(
+    qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, keys_XKDP, values_XKBPV,
+    mixed_TN, q_RD, scores_RP, mixed_RD, peak_R, total_R,
+):  # fmt: skip
+    """Tokens first, first + 1, ..., at `position` and after it, with the heads of one group."""
+    size, filled, rows = shape.head_dim, keys_XKDP.shape[3], count * group
+    # a literal has a type of its own, for which functions would be compiled again
+    no, yes = np.int64(0), np.int64(1)
+    page_bytes, row, at_once = size * filled * ITEM, scores_RP.shape[1] * ITEM, scores_RP.shape[1] // filled
+    keys, values = address(keys_XKDP) + kv_head * page_bytes, address(values_XKBPV) + kv_head * page_bytes
+    for t in range(count):
+        for g in range(group):
+            at, r = (kv_head * group + g) * size, t * group + g
+            peak_R[r], total_R[r] = -np.inf, 0
+            for d in range(size):
+                q_RD[r, d], mixed_RD[r, d] = qkv_TN[first + t, at + d], 0
+    last = (position + count - 1) // shape.page
+    begin = max(0, position + 1 - window) // shape.page // at_once * at_once if window else 0
+    while begin <= last:
+        end = min(begin + at_once, last + 1)
+        for page in range(begin, end):
+            here, following = pages[table + page], pages[table + min(page + AHEAD, last)]
+            ask = keys + following * shape.kv_heads * page_bytes
+            to = address(scores_RP) + (page - begin) * filled * ITEM
+            for p in range(0, filled * ITEM, NARROW * ITEM):
+                ask = multiply_narrow(
+                    rows, keys_XKDP.dtype, address(q_RD), size * ITEM,
+                    keys + here * shape.kv_heads * page_bytes + p, filled * ITEM, size, to + p, row, no, no,
+                    no, ask, ask + page_bytes,
+                )  # fmt: skip
+        for r in range(rows):
+            own = position + r // group
+            _softmax(scores_RP, r, begin, end, filled, shape.page, own, window, peak_R, total_R, mixed_RD)
+        for page in range(begin, end):
+            here, following = pages[table + page], pages[table + min(page + AHEAD, last)]
+            ask = values + following * shape.kv_heads * page_bytes
+            weights = address(scores_RP) + (page - begin) * filled * ITEM
+            for b in range(size // NARROW):
+                ask = multiply_narrow(
+                    rows, values_XKBPV.dtype, weights, row,
+                    values + here * shape.kv_heads * page_bytes + b * filled * NARROW * ITEM, NARROW * ITEM,
+                    filled, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, no, no, yes, ask,
+                    ask + page_bytes,
+                )  # fmt: skip
+        begin = end
+    for t in range(count):
+        for g in range(group):
+            at, r = (kv_head * group + g) * size, t * group + g
+            share = np.float32(1.0) / total_R[r]
+            for d in range(size):
+                mixed_TN[first + t, at + d] = mixed_RD[r, d] * share
+
+
+@part()
+def _softmax(scores_RP, r, first, end, filled, page_size, own, window, peak_R, total_R, mixed_RD):
+    """Turn a row's scores of pages first to end into weights, 0 where it does not look; keep up what came
+    before."""
+    dim, peak = mixed_RD.shape[1], peak_R[r]
+    scores, mixed = address(scores_RP) + r * scores_RP.shape[1] * ITEM, address(mixed_RD) + r * dim * ITEM
+    for page in range(first, end):  # what lies beyond its own position, before its window, or behind the page
+        at, hidden = (page - first) * filled, own - window + 1 - page * page_size if window else 0
+        for p in range(at, at + min(max(hidden, 0), filled)):
+            scores_RP[r, p] = -np.inf
+        for p in range(at + max(0, min(own + 1 - page * page_size, page_size)), at + filled):
+            scores_RP[r, p] = -np.inf
+    size = (end - first) * filled
+    for p in range(0, size, NARROW):
+        most = vector_max(scores + p * ITEM)
+        peak = most if most > peak else peak
+    if peak == -np.inf:  # not one of them so far
+        for p in range(size):
+            scores_RP[r, p] = 0
+        return
+    if peak > peak_R[r]:
+        kept = exp(peak_R[r] - peak)
+        peak_R[r] = peak
+        total_R[r] *= kept
+        for d in range(0, dim, NARROW):
+            rescale(mixed + d * ITEM, kept)
+    for p in range(0, size, NARROW):
+        total_R[r] += exp_minus_max_sum(scores + p * ITEM, peak)

@@ -1,0 +1,1 @@
+"""Steps on a GPU: fused layers, attention over pages, CUDA graphs."""

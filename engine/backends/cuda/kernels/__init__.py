@@ -1,0 +1,1 @@
+"""Triton kernels; each also runs on CPU tensors in Triton's interpreter."""

@@ -1,0 +1,227 @@
+"""Triton kernels for what lies between a layer's matrix products: norms, activations, and the choice of a
+token.
+
+Each does in one pass over memory what the model's own modules do in several, and rounds where they round.
+Attention and pages are in engine/backends/cuda/kernels/attention.py, which says how kernels are written here.
+
+T tokens, X by Y rows of C elements, I intermediate size, B rows of logits, V vocabulary, S parts of a row.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.backends.cuda.kernels.pdl import DEPENDENT, launch_dependents, wait_for_previous
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+PART = 4096  # logits that one program looks at: 38 programs a row for a vocabulary of 152k
+
+
+def step_inputs(
+    inputs_3T: torch.Tensor, last_B: torch.Tensor, tables_RN: torch.Tensor, page: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a model and its attention want to know of each token, from the little that the host has to say.
+
+    Args:
+        inputs_3T: int32; token ids, or -1 - b for the one that lies at last_B[b]; positions, -1 for no token;
+            and lines of the block tables.
+
+    Returns:
+        Token ids (0 where there is none, or for one that is not sound), positions, slots (`write_pages`),
+            int64 [T],
+        and the length of each token's context, itself included, int32 [T].
+    """
+    tokens = inputs_3T.shape[1]
+    ids_T, positions_T, slots_T = torch.empty(3, tokens, dtype=torch.int64, device=inputs_3T.device)
+    lengths_T = torch.empty(tokens, dtype=torch.int32, device=inputs_3T.device)
+    _inputs[triton.cdiv(tokens, 128),](
+        inputs_3T, last_B, tables_RN, ids_T, positions_T, slots_T, lengths_T, tokens, tables_RN.stride(0),
+        PAGE=page, BLOCK=128, **DEPENDENT,
+    )  # fmt: skip
+    return ids_T, positions_T, slots_T, lengths_T
+
+
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["positions"])
+def _inputs(
+    inputs, last, tables, ids, positions, slots, lengths, tokens, table_row,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(PDL)
+    t_T = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here_T = t_T < tokens
+    given_T = tl.load(inputs + t_T, mask=here_T, other=0)
+    at_T = tl.load(inputs + tokens + t_T, mask=here_T, other=-1)
+    line_T = tl.load(inputs + 2 * tokens + t_T, mask=here_T, other=0).to(tl.int64)
+    pending_T = tl.load(last + (-1 - given_T), mask=here_T & (given_T < 0), other=0)
+    id_T = tl.where(given_T < 0, pending_T, given_T.to(tl.int64))
+    place_T = tl.maximum(at_T, 0)
+    page_T = tl.load(tables + line_T * table_row + place_T // PAGE, mask=here_T, other=0).to(tl.int64)
+    tl.store(ids + t_T, tl.maximum(id_T, 0), mask=here_T)
+    tl.store(positions + t_T, place_T.to(tl.int64), mask=here_T)
+    tl.store(slots + t_T, tl.where(at_T < 0, -1, page_T * PAGE + place_T % PAGE), mask=here_T)
+    tl.store(lengths + t_T, at_T + 1, mask=here_T)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight_C: torch.Tensor,
+    eps: float,
+    plus_one: bool = False,
+    summed: bool = False,
+) -> torch.Tensor:
+    """RMSNorm of x, or of residual + x, which then becomes the new residual, in place.
+
+    Args:
+        x: [..., C], such as heads that lie in a joined product.
+        summed: x is [S, T, C], partial sums of a product [T, C] in the dtype of the weight (`thin_product`).
+        residual: as many rows, contiguous; the sum is rounded to their dtype before it is normed, as a model
+            does.
+        plus_one: scale by 1 + weight (Gemma).
+
+    Returns:
+        Contiguous, in the shape and dtype of x (of the product, where it is summed); computed in float32
+            (Zhang and
+        Sennrich, 2019).
+    """
+    parts, part, one = (x.shape[0], x.stride(0), x[0]) if summed else (0, 0, x)
+    x_XYC = one.reshape(-1, *one.shape[-2:])
+    (outer, inner, size), block = x_XYC.shape, triton.next_power_of_2(one.shape[-1])
+    out = torch.empty(one.shape, dtype=weight_C.dtype if summed else x.dtype, device=x.device)
+    block_s = triton.next_power_of_2(max(1, parts))
+    _norm[(outer * inner,)](
+        x_XYC, out if residual is None else residual, weight_C, out, eps, inner, *x_XYC.stride()[:2], part,
+        SIZE=size, ADD=residual is not None, PLUS_ONE=plus_one, PARTS=parts, BLOCK=block, BLOCK_S=block_s,
+        num_warps=min(16, max(4, block * block_s // 1024 if summed else block // 512)), **DEPENDENT,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["inner", "part"])
+def _norm(
+    x, residual, weight, out, eps, inner, x_outer, x_inner, part,
+    SIZE: tl.constexpr, ADD: tl.constexpr, PLUS_ONE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if ADD:  # the first norm of a model has nothing to add
+        launch_dependents(PDL)
+    row, c_C = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    weight_C = tl.load(weight + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
+    at_C = row * SIZE + c_C
+    x += row // inner * x_outer + row % inner * x_inner
+    if PARTS:  # rounded as the product would be
+        s_S1 = tl.arange(0, BLOCK_S)[:, None]
+        x_SC = tl.load(x + s_S1 * part + c_C[None, :], mask=(s_S1 < PARTS) & (c_C < SIZE)[None, :], other=0.0)
+        x_C = tl.sum(x_SC, 0).to(out.dtype.element_ty).to(tl.float32)
+    else:
+        x_C = tl.load(x + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+    if ADD:
+        x_C += tl.load(residual + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+        x_C = x_C.to(residual.dtype.element_ty)
+        tl.store(residual + at_C, x_C, mask=c_C < SIZE)
+        x_C = x_C.to(tl.float32)
+    if PLUS_ONE:
+        weight_C += 1.0
+    out_C = x_C * (1.0 / tl.sqrt(tl.sum(x_C * x_C, 0) / SIZE + eps)) * weight_C
+    tl.store(out + at_C, out_C.to(out.dtype.element_ty), mask=c_C < SIZE)
+
+
+def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up, contiguous [T, I]; gate and up may be halves of one joined product.
+
+    `activation` is one of ACTIVATIONS: x * sigmoid(x), or GELU by its tanh approximation (Hendrycks and
+    Gimpel, 2016).
+    """
+    tokens, size = gate_TI.shape
+    out_TI = torch.empty(tokens, size, dtype=gate_TI.dtype, device=gate_TI.device)
+    _gated[tokens, triton.cdiv(size, 1024)](
+        gate_TI, up_TI, out_TI, gate_TI.stride(0), up_TI.stride(0),
+        SIZE=size, GELU=activation == "gelu_tanh", BLOCK=1024, **DEPENDENT,
+    )  # fmt: skip
+    return out_TI
+
+
+@triton.jit
+def _gated(
+    gate,
+    up,
+    out,
+    gate_row,
+    up_row,
+    SIZE: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    i_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x_I = tl.load(gate + row * gate_row + i_I, mask=i_I < SIZE, other=0.0).to(tl.float32)
+    up_I = tl.load(up + row * up_row + i_I, mask=i_I < SIZE, other=0.0).to(tl.float32)
+    out_I = activated(x_I, up_I, out.dtype.element_ty, GELU)
+    tl.store(out + row * SIZE + i_I, out_I.to(out.dtype.element_ty), mask=i_I < SIZE)
+
+
+@triton.jit
+def activated(gate, up, KIND: tl.constexpr, GELU: tl.constexpr):
+    """activation(gate) * up in float32, both factors rounded to KIND as a model's modules round them."""
+    x = gate.to(KIND).to(tl.float32)
+    twice = x
+    if GELU:  # (1 + tanh(y)) / 2 is the sigmoid of 2 y
+        twice = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return (x / (1.0 + tl.exp(-twice))).to(KIND).to(tl.float32) * up.to(KIND).to(tl.float32)
+
+
+def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
+    """The largest logit's token of each row, int64 [B], without a softmax; the first among equals.
+
+    -1 for a row with a NaN, or whose largest logit is infinite: the sampler's own measure of a sound row.
+    """
+    rows, vocabulary = logits_BV.shape
+    parts = triton.cdiv(vocabulary, PART)
+    peaks_BS = torch.empty(rows, parts, dtype=torch.float32, device=logits_BV.device)
+    tokens_BS = torch.empty(rows, parts, dtype=torch.int32, device=logits_BV.device)
+    tokens_B = torch.empty(rows, dtype=torch.int64, device=logits_BV.device)
+    _best_of_part[rows, parts](
+        logits_BV, peaks_BS, tokens_BS, logits_BV.stride(0), VOCABULARY=vocabulary, PART=PART, **DEPENDENT
+    )
+    _best_of_row[(rows,)](
+        peaks_BS,
+        tokens_BS,
+        tokens_B,
+        PARTS=parts,
+        BLOCK=triton.next_power_of_2(parts),
+        num_warps=1,
+        **DEPENDENT,
+    )
+    return tokens_B
+
+
+@triton.jit
+def _best_of_part(
+    logits, peaks, tokens, logits_row, VOCABULARY: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr
+):
+    wait_for_previous(PDL)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v_V = part * PART + tl.arange(0, PART)
+    x_V = tl.load(logits + row * logits_row + v_V, mask=v_V < VOCABULARY, other=float("-inf")).to(tl.float32)
+    x_V = tl.where(x_V != x_V, float("inf"), x_V)  # NaN must not vanish in a maximum
+    peak, at = tl.max(x_V, 0, return_indices=True)
+    tl.store(peaks + row * tl.num_programs(1) + part, peak)
+    tl.store(tokens + row * tl.num_programs(1) + part, part * PART + at)
+
+
+@triton.jit
+def _best_of_row(peaks, tokens, out, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    s_S = tl.arange(0, BLOCK)
+    peak_S = tl.load(peaks + row * PARTS + s_S, mask=s_S < PARTS, other=float("-inf"))
+    peak, at = tl.max(peak_S, 0, return_indices=True)
+    token = tl.load(tokens + row * PARTS + at)
+    sound = (peak < float("inf")) & (peak > float("-inf"))
+    tl.store(out + row, tl.where(sound, token, -1).to(tl.int64))

@@ -1,0 +1,261 @@
+"""Tiles as they are compiled, for this processor and for others: no sum of a loop is on the stack."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from llvmlite import ir
+from numba import njit
+
+from engine.backends.cpu import gemm as tile, model
+from engine.backends.cpu.forward import step
+from engine.backends.cpu.gemm import (
+    AT_ONCE,
+    AVX2,
+    AVX512,
+    NARROW_TILES,
+    NEON,
+    REGISTERS,
+    WIDE_TILES,
+    Registers,
+    Tile,
+)
+from engine.backends.cpu.vector_math import address
+from engine.step import Span
+from tests.test_cpu import lean, made
+
+F32, I8 = ir.FloatType(), ir.IntType(8)
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+PROCESSORS = [
+    *((X86, AVX2, name) for name in ("x86-64-v3", "alderlake", "znver3")),
+    *((X86, AVX512, name) for name in ("skylake-avx512", "sapphirerapids", "znver4")),
+    *((ARM, NEON, name) for name in ("generic", "neoverse-v1", "apple-m1")),
+]
+VECTOR = {AVX2: "%ymm", AVX512: "%zmm", NEON: r"v\d+\.4s"}
+FMA = r"vfn?m(add|sub)|fml[as] "
+JUMP = r"(?:j|b|cb|tb)[\w.]* (?:.*, )?(\.?L\w+)$"
+
+
+def compiled(triple: str, processor: str, shapes: list[tuple[Tile, ir.Type]]) -> str:
+    """Assembly of tiles, after the passes that Numba has LLVM make."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    try:
+        target = llvm.Target.from_triple(triple)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    machine = target.create_target_machine(processor, opt=3, codemodel="jitdefault", jit=True)
+    module = ir.Module()
+    module.triple = triple
+    for shape, number in shapes:
+        tile.write(ir.Function(module, tile.SIGNATURE, shape.name(number)), shape, number)
+    parsed = llvm.parse_assembly(str(module))
+    for level in (0, 3):
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=level))
+        passes.getModulePassManager().run(parsed, passes)
+    return machine.emit_assembly(parsed)
+
+
+def functions(assembly: str) -> dict[str, list[str]]:
+    """Lines of each tile's function: labels, and instructions with one space between their parts."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for commented in assembly.splitlines():
+        line = " ".join(re.sub(r"(#+ |//).*", "", commented).split())
+        if label := re.match(r"_?(tile_\w+):$", line):
+            lines = found[label[1]] = []
+        elif re.match(r"(?!\.?L)\S+:$", line):  # another function, or data
+            lines = []
+        elif line.endswith(":") or (line and line[0] not in ".#"):
+            lines.append(line)
+    return found
+
+
+def loop(lines: list[str]) -> list[str]:
+    """Instructions of the basic blocks that lead to themselves again."""
+    blocks: list[list[str]] = [[]]
+    at: dict[str, int] = {}
+    for line in lines:
+        if line.endswith(":"):
+            at[line[:-1]] = len(blocks)
+            blocks.append([])
+        else:
+            blocks[-1].append(line)
+            if re.match(JUMP, line):
+                blocks.append([])
+    after: list[set[int]] = []
+    for index, block in enumerate(blocks):
+        last = block[-1] if block else ""
+        to = {at[jump[1]]} if (jump := re.match(JUMP, last)) else set()
+        falls = re.match(r"(jmp|b|ret\w*)\b(?!\.)", last) is None and index + 1 < len(blocks)
+        after.append(to | {index + 1} if falls else to)
+    inside = []
+    for index, block in enumerate(blocks):
+        seen: set[int] = set()
+        ahead = list(after[index])
+        while ahead:
+            if (following := ahead.pop()) not in seen:
+                seen.add(following)
+                ahead += after[following]
+        inside += block if index in seen else []
+    return inside
+
+
+def stack_traffic(lines: list[str]) -> list[str]:
+    """Instructions of the loop that name the stack pointer, or a register that is set from it."""
+    pointers = {"rsp", "sp"}
+    for line in lines:
+        pointers.update(re.findall(r"^(?:movq %rsp|leaq .*%rsp.*), %(r\w+)$", line))
+        pointers.update(re.findall(r"^(?:mov|add|sub) (x\d+), sp\b", line))
+    return [line for line in loop(lines) if re.search(rf"\b({'|'.join(pointers)})\b", line)]
+
+
+def check(lines: list[str], registers: Registers, shape: Tile) -> None:
+    """A tile's loop touches no stack, and its sums are whole vectors, each at its turn."""
+    assert stack_traffic(lines) == []
+    sums = [line for line in loop(lines) if re.match(FMA, line)]
+    assert all(re.search(VECTOR[registers], line) for line in sums)
+    turn = AT_ONCE * shape.rows * shape.vectors
+    assert len(sums) in (turn, 2 * turn), "of one turn, or of two where LLVM unrolls the loop"
+
+
+def every(registers: Registers, number: ir.Type) -> list[Tile]:
+    """The tiles of weights of this type, and of keys and values."""
+    vector_max = [WIDE_TILES[registers]]
+    if number == F32:
+        vector_max.append(NARROW_TILES[registers])
+    return [shape._replace(rows=rows) for shape in vector_max for rows in range(1, shape.rows + 1)]
+
+
+@pytest.mark.parametrize(
+    ("triple", "registers", "processor"),
+    [pytest.param(*one, marks=pytest.mark.slow if i % 3 else ()) for i, one in enumerate(PROCESSORS)],
+)
+def test_no_loop_of_a_tile_touches_the_stack(triple, registers, processor):
+    shapes = [(shape, number) for number in (F32, I8) for shape in every(registers, number)]
+    found = functions(compiled(triple, processor, shapes))
+    for shape, number in shapes:
+        check(found[shape.name(number)], registers, shape)
+
+
+@pytest.mark.parametrize(("triple", "registers", "processor"), PROCESSORS[::3])
+def test_sums_on_the_stack_are_seen(triple, registers, processor):
+    """Of a tile that has more of them than there are registers."""
+    large = WIDE_TILES[registers]._replace(rows=registers.total // 3 + 1)
+    [lines] = functions(compiled(triple, processor, [(large, F32)])).values()
+    assert any(re.search(r"mm\d|\b[qv]\d", line) for line in stack_traffic(lines))
+    with pytest.raises(AssertionError):
+        check(lines, registers, large)
+
+
+@pytest.mark.slow
+def test_no_tile_of_a_step_touches_the_stack(monkeypatch):
+    """As Numba compiles it for this processor, with all that it knows of a step."""
+    fresh = njit(step.py_func, error_model="numpy")
+    monkeypatch.setattr(model, "step", fresh)
+    packed = lean(made())
+    for quantize in (lambda: None, packed.quantize):
+        quantize()
+        packed.logits([5, 6, 7], [Span(0, 3, 0, [0])], [2])
+    for assembly, number in zip(fresh.inspect_asm().values(), (F32, I8), strict=True):
+        found = functions(assembly)
+        for shape in every(REGISTERS, number):
+            check(found[shape.name(number)], REGISTERS, shape)
+
+
+@njit
+def wide(x_RM, panels_CMW, scales_CW, row_scales_R, out_RN):
+    """out += row_scales * scales * x by panels; returns how many bytes are prefetched meanwhile."""
+    (rows, size), width, prefetched = x_RM.shape, panels_CMW.shape[2], 0
+    for panel in range(len(panels_CMW)):
+        prefetched += tile.multiply_wide(
+            rows, panels_CMW.dtype, address(x_RM), 4 * size, address(panels_CMW[panel]),
+            width * panels_CMW.itemsize, size, address(out_RN) + 4 * panel * width, 4 * out_RN.shape[1],
+            address(row_scales_R), address(scales_CW[panel]), 1, 0, panels_CMW.nbytes,
+        )  # fmt: skip
+    return prefetched
+
+
+@njit
+def narrow(x_RM, w_MW, out_RW):
+    (rows, size), width = x_RM.shape, w_MW.shape[1]
+    return tile.multiply_narrow(
+        rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * width, size, address(out_RW), 4 * width,
+        0, 0, 0, 0, w_MW.nbytes,
+    )  # fmt: skip
+
+
+ROWS, SIZE, OUTPUTS = 30, 96, 48  # whole panels of any width
+
+
+class Product:
+    """Numbers of a product, with weights of a type."""
+
+    def __init__(self, dtype: type) -> None:
+        rng = np.random.default_rng(0)
+        self.x_RM = rng.normal(size=(ROWS, SIZE)).astype(np.float32)
+        self.w_MN = rng.integers(-127, 128, (SIZE, OUTPUTS)).astype(dtype)
+        self.scales_N = rng.random(OUTPUTS).astype(np.float32)
+        self.row_scales_R = rng.random(ROWS).astype(np.float32)
+
+    def of(self, rows: slice) -> tuple[np.ndarray, int]:
+        """1 + the product of these rows, and how many bytes were prefetched."""
+        x_RM, row_scales_R = self.x_RM[rows], self.row_scales_R[rows]
+        panels_CMW = np.ascontiguousarray(self.w_MN.reshape(SIZE, -1, tile.WIDE).swapaxes(0, 1))
+        out_RN = np.ones((len(x_RM), OUTPUTS), np.float32)
+        return out_RN, wide(x_RM, panels_CMW, self.scales_N.reshape(-1, tile.WIDE), row_scales_R, out_RN)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+def test_products_are_right_and_a_row_knows_no_neighbours(dtype):
+    product = Product(dtype)
+    alone = np.concatenate([product.of(slice(r, r + 1))[0] for r in range(ROWS)])
+    exact = 1 + product.x_RM.astype(float) @ product.w_MN * product.scales_N * product.row_scales_R[:, None]
+    np.testing.assert_allclose(alone, exact, rtol=1e-4, atol=1e-2)
+    for rows in range(1, ROWS + 1):
+        assert np.array_equal(product.of(slice(rows))[0], alone[:rows])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+def test_tiles_prefetch_what_is_read_next_in_even_shares(dtype):
+    """But for tiles of so few rows that they wait for memory."""
+    product, most = Product(dtype), tile.WIDE_TILE.rows
+    few = tile.FEW[tile.LANES] if dtype is np.float32 else 0
+    for rows in range(1, ROWS + 1):
+        tiles = -(-rows // most)
+        if rows // tiles > few:
+            lost = product.w_MN.nbytes - product.of(slice(rows))[1]
+            assert 0 <= lost < tiles * SIZE // AT_ONCE * OUTPUTS // tile.WIDE, "less than a byte a turn"
+
+
+def digest() -> str:
+    """Of the products' bits."""
+    found = hashlib.sha256()
+    for dtype in (np.float32, np.int8):
+        product = Product(dtype)
+        found.update(product.of(slice(ROWS))[0])
+    out_RW = np.empty((ROWS, tile.NARROW), np.float32)
+    narrow(product.x_RM, product.w_MN[:, : tile.NARROW].astype(np.float32), out_RW)
+    found.update(out_RW)
+    return found.hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not tile.INTEL, reason="this processor has one kind of registers")
+def test_the_bits_are_those_of_smaller_registers():
+    """As Numba compiles for them when it is told to."""
+    code = """
+from engine.backends.cpu import gemm as tile
+from tests.test_gemm import digest
+print(*tile.REGISTERS, digest())
+"""
+    env = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [*map(str, AVX2), digest()]

@@ -1,0 +1,109 @@
+"""The threads of the compiled step: they meet, take each number once, and end as their caller does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from engine.backends.cpu.threads import Team, lead, meet, take
+from engine.backends.cpu.vector_math import address
+
+
+@njit(nogil=True)
+def count_up(index, size, start, counts, taken, rounds):
+    """Threads that meet after each round find all that the others have done."""
+    lead(index, start)
+    found = True
+    for turn in range(rounds):
+        taken[index, take(address(counts) + 8)] += 1
+        meet(address(counts), size * (2 * turn + 1))
+        found = found and taken[:, : size * (turn + 1)].sum() == size * (turn + 1)
+        meet(address(counts), size * (2 * turn + 2))
+    return found
+
+
+def counted(team: Team, rounds: int = 200, before=lambda index: None) -> list[bool]:
+    """What each thread of a job says, which takes each number once."""
+    counts, taken, found = np.zeros(2, np.int64), np.zeros((team.size, team.size * rounds), np.int64), []
+
+    def job(index: int) -> None:
+        before(index)
+        found.append(count_up(index, team.size, team.start, counts, taken, rounds))
+
+    team.run(job)
+    while len(found) < team.size:  # a thread has left the job, but may not have said so
+        time.sleep(0.001)
+    assert (taken.sum(0) == 1).all()
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_threads_meet_and_take_each_number_once(size):
+    team = Team(size)
+    for pause in (0, 0, 0.1, 0):  # awake and asleep
+        time.sleep(pause)
+        assert counted(team) == [True] * size
+
+
+def test_what_the_caller_raises_is_raised_and_the_team_goes_on():
+    team = Team(3)
+
+    def fail(index: int) -> None:
+        raise ValueError(f"in thread {index}")
+
+    with pytest.raises(ValueError, match="in thread 0"):
+        team.run(fail)
+    assert counted(team) == [True] * 3
+
+
+def test_nothing_of_a_job_is_held_when_it_has_ended():
+    """It may hold a model's weights."""
+    team, weights = Team(2), torch.zeros(1)
+    held = weakref.ref(weights)
+    counted(team, before=lambda index, weights=weights: None)
+    del weights
+    for _ in range(1000):  # a thread has left the job, but may not have let go of it
+        if held() is None:
+            return
+        time.sleep(0.01)
+    pytest.fail("the last job is still held")
+
+
+def test_others_wait_for_a_caller_that_takes_its_time():
+    """As it does when it compiles."""
+    assert counted(Team(3), before=lambda index: time.sleep(0 if index else 0.3)) == [True] * 3
+
+
+@pytest.mark.slow
+def test_a_thread_that_fails_ends_the_process_rather_than_have_others_wait_forever():
+    code = """
+from tests.test_threads import Team, counted
+counted(Team(2), before=lambda index: [][index - 1] if index else None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "IndexError" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupt_waits_for_the_job_and_harms_no_later_one():
+    team = Team(2)
+
+    def forever() -> None:
+        while True:
+            counted(team, 2000)
+
+    for hurry in range(20):  # before a job begins, while it runs, or when it has ended
+        threading.Timer(0.05 + hurry * 1e-3, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            forever()
+        assert counted(team) == [True] * 2
