@@ -128,7 +128,9 @@ def test_keys_and_values_are_counted_as_the_models_own_cache_holds_them(name, la
     assert model_costs(model).kv_bytes == kv_bytes_per_token(model)
 
 
-@pytest.mark.parametrize("policy", ["sequential", "dynamic", "continuous"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("sequential", marks=pytest.mark.slow), "dynamic", "continuous"]
+)
 @pytest.mark.parametrize("name", ["gemma4", "gemma4 that shares", "gemma3n", "deepseek v3"])
 def test_layers_of_different_sizes_and_shared_ones_equal_generate(name, policy):
     with warnings.catch_warnings():
@@ -265,15 +267,14 @@ def test_a_temperature_by_column_is_refused_when_padded():
     "name",
     [
         "qwen2-moe",
-        "phimoe",
         "mixtral",
-        "qwen3_moe",
-        "olmoe",
         "granitemoe",
         "gpt_oss",
-        "jetmoe",
-        "hunyuan_v1_moe",
         "afmoe",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("phimoe", "qwen3_moe", "olmoe", "jetmoe", "hunyuan_v1_moe")
+        ),
     ],
 )
 def test_models_with_experts_run_continuously_and_equal_generate(name):

@@ -97,13 +97,14 @@ def test_in_other_dtypes(name, dtype):
     check_bits(model_of(name, dtype))
 
 
-def test_with_work_for_several_threads():
+@pytest.mark.parametrize("threads", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_with_work_for_several_threads(threads):
     """Where it is divided depends on how much there is; what is left over at an end is computed otherwise."""
     config = GPT2Config(vocab_size=251, n_embd=48, n_inner=2102, n_layer=1, n_head=4, n_positions=256)
     config.bos_token_id, config.eos_token_id = 1, 2
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    torch.set_num_threads(3)  # the fixture of all tests puts it back
+    torch.set_num_threads(threads)  # the fixture of all tests puts it back
     check_bits(model)
 
 

@@ -278,7 +278,7 @@ def test_too_little_memory_for_a_token_is_refused(tiny):
         Engine(tiny().loaded, EngineConfig(kv_memory=100))
 
 
-@pytest.mark.parametrize("policy", ["continuous", "dynamic"])
+@pytest.mark.parametrize("policy", ["continuous", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_an_engine_that_has_served_thousands_holds_no_more_than_before(tiny, policy):
     engine = Engine(tiny().loaded, EngineConfig(policy=policy, kv_memory=2**20, metrics_window=50))
     params, held = SamplingParams(max_new_tokens=2, ignore_eos=True), []

@@ -42,18 +42,24 @@ def made(kind: str) -> Oracle:
     return Oracle(LoadedModel(kind, model, None, "random"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+CONFIGS = [
+    dict(policy="sequential"),
+    dict(policy="dynamic", max_batch_size=4),
+    dict(policy="dynamic", max_batch_size=4, max_step_tokens=20),
+    dict(policy="continuous", max_batch_size=4, page_size=5),
+    dict(policy="continuous", max_step_tokens=7, page_size=4, tokens=44),  # cut, shared, preempted
+    dict(policy="continuous", deterministic=True, page_size=32, tokens=32),  # one request fills it
+    dict(policy="continuous", device=True, max_batch_size=4, page_size=5),
+    dict(policy="continuous", device=True, max_step_tokens=7, page_size=4, tokens=44),
+]
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("kind", "config"),
     [
-        dict(policy="sequential"),
-        dict(policy="dynamic", max_batch_size=4),
-        dict(policy="dynamic", max_batch_size=4, max_step_tokens=20),
-        dict(policy="continuous", max_batch_size=4, page_size=5),
-        dict(policy="continuous", max_step_tokens=7, page_size=4, tokens=44),  # cut, shared, preempted
-        dict(policy="continuous", deterministic=True, page_size=32, tokens=32),  # one request fills it
-        dict(policy="continuous", device=True, max_batch_size=4, page_size=5),
-        dict(policy="continuous", device=True, max_step_tokens=7, page_size=4, tokens=44),
+        pytest.param(kind, config, marks=pytest.mark.slow if (i + j) % 2 else ())
+        for i, kind in enumerate(KINDS)
+        for j, config in enumerate(CONFIGS)
     ],
     ids=str,
 )
