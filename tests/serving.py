@@ -67,7 +67,7 @@ def on_reference(model, pool, deterministic, rows, int8) -> CudaRunner:
 
 def use_device_runner(patch: pytest.MonkeyPatch) -> None:
     """Have packed engines take the runner for a GPU, on the CPU by way of the reference functions."""
-    patch.setattr("engine.engine.packed_runner", on_reference)
+    patch.setattr("engine.engine.make_runner", on_reference)
     patch.setattr("engine.backends.gemm_tuner.can_pack", lambda weight: False)  # weights stay as they are
 
 

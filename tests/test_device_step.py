@@ -51,7 +51,7 @@ def test_steps_are_launched_before_the_one_before_is_read(tiny, monkeypatch):
             events.append(("collect", number))
             return ticket.collect()
 
-        return SimpleNamespace(late=ticket.is_async, collect=collect)
+        return SimpleNamespace(is_async=ticket.is_async, collect=collect)
 
     monkeypatch.setattr(server.runner, "launch", watched)
     outputs = server.generate([prompt for prompt, _ in work_of(5)], exactly(6), progress=False)
@@ -292,7 +292,7 @@ def test_layers_that_only_look_like_llamas_run_as_they_are(tiny, monkeypatch, ca
 def test_thin_products_that_are_wrong_are_left_out(tiny, monkeypatch, caplog):
     oracle: Oracle = tiny("tiny-llama")
     right = reference.split_k_product
-    monkeypatch.setattr(reference, "thin_product", lambda *args: 1.2 * right(*args))
+    monkeypatch.setattr(reference, "split_k_product", lambda *args: 1.2 * right(*args))
     server = build(oracle)
     assert "steps of few rows take the same products as others" in caplog.text
     assert {layer.stream.few for layer in server.runner.model.base_model.layers} == {0}

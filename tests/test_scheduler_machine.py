@@ -69,7 +69,7 @@ def alone(request: Request) -> list[int]:
 class SchedulerMachine(RuleBasedStateMachine):
     """Random requests, steps and aborts over a pool so small that pages run out."""
 
-    late = False  # whether a step is planned before the tokens of the one before are known
+    is_async = False  # whether a step is planned before the tokens of the one before are known
 
     @initialize(
         policy=st.sampled_from(POLICIES),
@@ -183,7 +183,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 class LateMachine(SchedulerMachine):
     """The same, with tokens that arrive while the next step is under way."""
 
-    late = True
+    is_async = True
 
 
 def sized(factor: int) -> settings:

@@ -14,20 +14,20 @@ import pytest
 import torch
 from numba import njit
 
-from engine.backends.cpu.threads import Team, lead, meet, take
+from engine.backends.cpu.threads import Team, barrier, begin_together, fetch_add
 from engine.backends.cpu.vector_math import address
 
 
 @njit(nogil=True)
 def count_up(index, size, start, counts, taken, rounds):
     """Threads that meet after each round find all that the others have done."""
-    lead(index, start)
+    begin_together(index, start)
     found = True
     for turn in range(rounds):
-        taken[index, take(address(counts) + 8)] += 1
-        meet(address(counts), size * (2 * turn + 1))
+        taken[index, fetch_add(address(counts) + 8)] += 1
+        barrier(address(counts), size * (2 * turn + 1))
         found = found and taken[:, : size * (turn + 1)].sum() == size * (turn + 1)
-        meet(address(counts), size * (2 * turn + 2))
+        barrier(address(counts), size * (2 * turn + 2))
     return found
 
 

@@ -43,9 +43,9 @@ def test_every_step_takes_longer_by_the_fraction_and_its_tokens_come_later_by_it
     class Runner:
         def launch(self, batch):
             if late:
-                return SimpleNamespace(late=True, collect=lambda: work(2.0))
+                return SimpleNamespace(is_async=True, collect=lambda: work(2.0))
             work(2.0)
-            return SimpleNamespace(late=False, collect=lambda: None)
+            return SimpleNamespace(is_async=False, collect=lambda: None)
 
     def step(self):
         work(0.5)  # planning
