@@ -97,7 +97,8 @@ def test_in_other_dtypes(name, dtype):
     check_bits(model_of(name, dtype))
 
 
-@pytest.mark.parametrize("threads", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # threads that spin beside another worker of the tests
+@pytest.mark.parametrize("threads", [2, 3])
 def test_with_work_for_several_threads(threads):
     """Where it is divided depends on how much there is; what is left over at an end is computed otherwise."""
     config = GPT2Config(vocab_size=251, n_embd=48, n_inner=2102, n_layer=1, n_head=4, n_positions=256)
