@@ -2,7 +2,7 @@
 tensors.
 
 A pool answers the scheduler: `check` (could it ever fit), `admit`, `reserve` (room for more of its tokens),
-`seal` (these tokens are computed), `unused` and `release`.
+`cache_full_pages` (these tokens are computed), `unused` and `release`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PagePool(_Pool):
         self._cached: dict[tuple[object, tuple[int, ...]], int] = {}
         self._keys: dict[int, tuple[object, tuple[int, ...]]] = {}  # the reverse
         self._content_keys: dict[int, object] = {}  # cached page -> an object that no other contents have
-        # pages of a request seen by `seal`; mark of the last
+        # pages of a request seen by `cache_full_pages`; content key of the last
         self._full_pages: dict[Request, tuple[int, object]] = {}
 
     def admit(self, request: Request) -> bool:

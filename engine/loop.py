@@ -51,7 +51,7 @@ class Loop:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request waits or runs, or a step is under way, so that `step` would do something."""
+        """Whether a request waits or runs, or a step is in flight, so that `step` would do something."""
         return self.scheduler.has_work or bool(self._launched)
 
     def step(self) -> list[StreamChunk]:

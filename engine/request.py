@@ -158,7 +158,7 @@ class Request:
     text: TextStream | None = None
     stop_names: dict[int, str] = field(default_factory=dict)  # of stop ids that were asked for as strings
     computed: int = 0
-    pending: int = 0  # tokens that are chosen, by a step under way, and not yet here
+    pending: int = 0  # tokens that are chosen, by an in-flight step, and not yet here
     prompt_tokens_cached: int = 0
     preemptions: int = 0
     scheduled: float | None = None

@@ -126,7 +126,7 @@ class Scheduler:
         return isinstance(memory, PagePool) and memory.pages - memory.pages_used < len(self.running)
 
     def advance(self, step: Step) -> None:
-        """Take a step that is under way as computed; the tokens it chooses are pending until `commit`."""
+        """Take an in-flight step as computed; the tokens it chooses are pending until `commit`."""
         for request, count in step:
             request.computed += count
             request.pending += request.computed == len(request.tokens) + request.pending

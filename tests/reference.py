@@ -196,12 +196,12 @@ def few_rows(dtype: torch.dtype, layer_bytes: int) -> int:
 
 
 def split_k_product(x_TM: torch.Tensor, weight_NM: torch.Tensor) -> torch.Tensor:
-    """As thin.thin_product, in three parts."""
+    """As split_k.split_k_product, in three parts."""
     wide = torch.promote_types(x_TM.dtype, torch.float32)
     parts = zip(x_TM.to(wide).tensor_split(3, 1), weight_NM.to(wide).tensor_split(3, 1), strict=True)
     return torch.stack([x @ weight.T for x, weight in parts])
 
 
 def split_k_gated(x_TM: torch.Tensor, weight_NM: torch.Tensor, activation: str) -> torch.Tensor:
-    """As thin.thin_gated."""
+    """As split_k.split_k_gated."""
     return gated(*F.linear(x_TM, weight_NM).chunk(2, -1), activation)

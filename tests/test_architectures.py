@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams
-from engine.backends.fused_linear import twin
+from engine.backends.fused_linear import weight_sharing_copy
 from engine.backends.transformers.model import TransformersModel
 from engine.kv_pool import PagePool
 from engine.models import kv_bytes_per_token, kv_layers, telling_positions
@@ -195,7 +195,7 @@ def test_a_temperature_by_position_is_seen_and_kept(lengths):
 
 def test_a_temperature_by_position_is_kept_on_a_device():
     model = made("ministral3").model
-    assert not any(layer.only_rotates for layer in attention_layers(twin(model)))
+    assert not any(layer.only_rotates for layer in attention_layers(weight_sharing_copy(model)))
     runner = CudaRunner(model, PagePool(64, 4), rows=4, kernels=reference)
     assert "FusedLayer" not in {type(module).__name__ for module in runner.model.modules()}
     plain = CudaRunner(Oracle(made("mixtral").loaded).model, PagePool(64, 4), rows=4, kernels=reference)
@@ -233,7 +233,7 @@ def test_a_mask_of_both_directions_is_refused_when_packed():
         InputError,
         match="gives attention no window in layer 0, and its mask says otherwise: position 0 sees 1",
     ):
-        attention_layers(twin(made("bert").model))
+        attention_layers(weight_sharing_copy(made("bert").model))
 
 
 @pytest.mark.parametrize("name", ["bart", "bert"])
@@ -290,7 +290,7 @@ def test_an_option_is_refused_for_its_value():
     packed.allocate_kv(2)
     logits = packed.logits([1, 2], [reference_piece()], [1])
     assert logits.shape == (1, 256)
-    packed.twin.config.output_router_logits = True
+    packed.model.config.output_router_logits = True
     with pytest.raises(InputError, match="uses output_router_logits: use runner='padded'"):
         packed.logits([1, 2], [reference_piece()], [1])
 

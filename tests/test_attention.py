@@ -54,7 +54,7 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
         store.values_LKBPE.fill_(1e3)
     keys, blocks = stores[layer].keys_LKDP.transpose(2, 3), stores[layer].values_LKBPE
     first_k, first_v = draw(KV_HEADS, common * size, DIM), draw(KV_HEADS, common * size, DIM)
-    pieces, everything, at, begin = [], [], common, 0
+    spans, everything, at, begin = [], [], common, 0
     for (computed, new), count in zip(requests, own, strict=True):
         k, v = (draw(KV_HEADS, computed + new, DIM) for _ in range(2))
         k[:, : common * size], v[:, : common * size] = first_k, first_v
@@ -63,25 +63,25 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
             keys[table[position // size], :, position % size] = k[:, position]
             blocks[table[position // size], :, :, position % size] = v[:, position].unflatten(1, (-1, VECTOR))
         spare = [ids[0]] * int(rng.integers(2))  # a table may be longer than what is computed
-        pieces.append(Span(begin, begin + new, computed, table + spare))
+        spans.append(Span(begin, begin + new, computed, table + spare))
         everything.append((k, v))
         at, begin = at + count, begin + new
     q = draw(heads, begin, DIM)
     sink_H = draw(heads) if sinks else None
     parts = [(k[:, c:], v[:, c:]) for (c, _), (k, v) in zip(requests, everything, strict=True)]
-    step = PackedStep(stores, pieces, **kind)
+    step = PackedStep(stores, spans, **kind)
     k_new, v_new = (torch.cat([part[i] for part in parts], 1) for i in range(2))
     out = run(step, layer, q, k_new, v_new, 0.7, window, softcap, sink_H)
     assert step.positions_T.tolist() == [c + i for c, n in requests for i in range(n)]
     untouched = (stores[0].keys_LKDP, stores[0].values_LKBPE)
     assert all(bool((store == 1e3).all()) for store in untouched), "another layer's pages stay as they were"
     values = blocks.transpose(2, 3).flatten(3)
-    for piece, (k, v) in zip(pieces, everything, strict=True):
-        for t in range(piece.begin, piece.end):
-            past = piece.computed + t - piece.begin + 1
+    for span, (k, v) in zip(spans, everything, strict=True):
+        for t in range(span.begin, span.end):
+            past = span.computed + t - span.begin + 1
             expected = attention(q[:, t], k[:, :past], v[:, :past], 0.7, window, softcap, sink_H)
             torch.testing.assert_close(out[t], expected, rtol=1e-10, atol=1e-10)
-        table = torch.tensor(piece.pages)[torch.arange(k.shape[1]) // size]
+        table = torch.tensor(span.pages)[torch.arange(k.shape[1]) // size]
         for half, what in ((keys, k), (values, v)):
             found = half[table, :, torch.arange(k.shape[1]) % size].transpose(0, 1)
             assert torch.equal(found, what), "keys and values lie where the table says"
@@ -145,12 +145,12 @@ def test_one_by_one_gives_the_same_bits_in_any_company():
         stores = [Store.zeros((40, 2, 4, DIM, DIM), q)]
         out = []
         for begin, end in cuts:
-            pieces, rows = [Span(0, end - begin, begin, list(range(8)))], list(range(begin, end))
+            spans, rows = [Span(0, end - begin, begin, list(range(8)))], list(range(begin, end))
             for i in range(company):
                 at = len(rows)
-                pieces.append(Span(at, at + 2, 0, [10 + i]))
+                spans.append(Span(at, at + 2, 0, [10 + i]))
                 rows += [i, i + 1]
-            step = PackedStep(stores, pieces, True)
+            step = PackedStep(stores, spans, True)
             out.append(run(step, 0, q[:, rows], k[:, rows], v[:, rows], 0.5)[: end - begin])
         return torch.cat(out)
 

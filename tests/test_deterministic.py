@@ -234,7 +234,7 @@ def test_a_pass_has_one_size_and_what_fills_it_harms_nobody():
     server = Engine(LoadedModel("made", model, None, "made"), config)
     packed, sizes = server.runner.model, set()
     assert isinstance(packed, DeterministicModel)
-    with packed.twin.register_forward_pre_hook(
+    with packed.model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.add(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     ):
         outputs = server.generate(PROMPTS, SamplingParams(5, ignore_eos=True), progress=False)
@@ -252,7 +252,7 @@ def test_a_neighbour_that_is_not_a_number_changes_nobody(deterministic):
     params, prompts = SamplingParams(6, ignore_eos=True), ([7] * 2, [9] * 14, [8] * 20)
     requests = [server.add_request(prompt, params) for prompt in prompts]
     server.step()
-    embedding, first = server.runner.model.twin.get_input_embeddings(), torch.tensor([0])
+    embedding, first = server.runner.model.model.get_input_embeddings(), torch.tensor([0])
     with embedding.register_forward_hook(lambda module, ids, x: x.index_fill(1, first, torch.nan)):
         server.step()
     while server.has_work:

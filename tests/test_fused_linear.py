@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.backends import gemm_tuner as ways
-from engine.backends.fused_linear import TILE, Product, prepare
+from engine.backends.fused_linear import TILE, FusedLinear, prepare
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -53,7 +53,7 @@ def test_a_product_takes_the_way_of_its_rows_and_the_last_beyond(monkeypatch):
     monkeypatch.setattr("engine.backends.fused_linear.choose", lambda weights: [(2, "plain"), (8, "left")])
     weights = [torch.nn.Parameter(torch.randn(n, 6), requires_grad=False) for n in (3, 5)]
     biases = [torch.randn(3), torch.randn(5)]
-    product = Product(weights, biases)
+    product = FusedLinear(weights, biases)
     assert prepare([product]) == 0, "nothing was packed"
     for rows in (1, 2, 3, 8, 99):
         x = torch.randn(rows, 6)
@@ -63,7 +63,7 @@ def test_a_product_takes_the_way_of_its_rows_and_the_last_beyond(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_tiled_row_has_the_same_bits_in_any_company(dtype):
-    product = Product([torch.randn(40, 24, dtype=dtype)], [], tiled=True)
+    product = FusedLinear([torch.randn(40, 24, dtype=dtype)], [], tiled=True)
     prepare([product])
     x = torch.randn(3 * TILE + 5, 24, dtype=dtype)
     whole = product(x)

@@ -11,7 +11,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from engine import Engine, EngineConfig, InputError
-from engine.backends.fused_linear import join, prepare, twin
+from engine.backends.fused_linear import fuse_linears, prepare, weight_sharing_copy
 from engine.bench.workload import make_workload
 from engine.models import load
 from tests.oracle import Oracle
@@ -162,8 +162,8 @@ def test_nan_logits_fail_their_request_alone(tiny, name, monkeypatch):
 
 def joined_twin(model):
     """A twin with products prepared, and what these hold: their weights, and the bytes of packed copies."""
-    copy = twin(model)
-    products = join(copy)
+    copy = weight_sharing_copy(model)
+    products = fuse_linears(copy)
     copied = prepare(products)
     return copy, [weight for product in products for weight in product.weights], copied
 

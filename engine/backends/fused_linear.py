@@ -24,7 +24,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 TILE = 16  # rows of every product when results may not depend on how many rows there are
 
 
-class Product:
+class FusedLinear:
     """x @ weight.T + bias, whichever way suits the rows of x; callable once `prepare` has chosen the ways.
 
     Args:
@@ -68,9 +68,9 @@ class Product:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def prepare(products: Sequence[Product]) -> int:
+def prepare(products: Sequence[FusedLinear]) -> int:
     """Choose the ways of every product; gives the bytes of weights that are then held as copies."""
-    alike: dict[tuple[int, int], list[Product]] = {}
+    alike: dict[tuple[int, int], list[FusedLinear]] = {}
     for product in products:
         alike.setdefault(product.shape, []).append(product)
     bytes_copied = 0
@@ -88,10 +88,10 @@ def prepare(products: Sequence[Product]) -> int:
     return bytes_copied
 
 
-class Shared:
+class SharedInput:
     """A product's outputs, handed to its parts in order, then forgotten."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: FusedLinear) -> None:
         self.product = product
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
@@ -107,11 +107,11 @@ class Shared:
         return output
 
 
-class Part(nn.Module):
+class FusedOutput(nn.Module):
     """Stands where a linear layer was: one of a product's outputs, and that layer's weight for models that
     read it."""
 
-    def __init__(self, shared: Shared, index: int, layer: nn.Module) -> None:
+    def __init__(self, shared: SharedInput, index: int, layer: nn.Module) -> None:
         super().__init__()
         self.shared, self.index = shared, index
         self.weight, self.bias = layer.weight, layer.bias
@@ -121,13 +121,13 @@ class Part(nn.Module):
         return self.shared.take(self.index, x)
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
+def weight_sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` that shares every weight and buffer with it."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, memo=shared)
 
 
-def join(model: nn.Module, tiled: bool = False) -> list[Product]:
+def fuse_linears(model: nn.Module, tiled: bool = False) -> list[FusedLinear]:
     """Put Parts in place of the plain linear layers of `model`; gives their products, to be prepared.
 
     GPT-2's, which hold their weight the other way round, are replaced only where products must be `tiled`.
@@ -140,17 +140,17 @@ def join(model: nn.Module, tiled: bool = False) -> list[Product]:
         alone = [(name,) for name in plain if name not in chain(*several)]
         for names in (*several, *alone):
             products.append(product_of([children[name] for name in names], tiled))
-            shared = Shared(products[-1])
+            shared = SharedInput(products[-1])
             for index, name in enumerate(names):
-                setattr(module, name, Part(shared, index, children[name]))
+                setattr(module, name, FusedOutput(shared, index, children[name]))
     return products
 
 
-def product_of(layers: Sequence[nn.Module], tiled: bool = False) -> Product:
+def product_of(layers: Sequence[nn.Module], tiled: bool = False) -> FusedLinear:
     """The product that stands for linear layers of one input, all with a bias or all without."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     weights = [layer.weight.t() if type(layer) is Conv1D else layer.weight for layer in layers]
-    return Product(weights, biases, tiled)  # type: ignore[arg-type]
+    return FusedLinear(weights, biases, tiled)  # type: ignore[arg-type]
 
 
 def _joinable(layers: list[nn.Module | None]) -> bool:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from engine.backends.cuda.attention import DeviceStep
 from engine.backends.cuda.graphs import EMPTY, BatchLayout, BatchShape, CudaGraphs, upload
 from engine.backends.cuda.model import fuse
-from engine.backends.fused_linear import join, prepare, twin
+from engine.backends.fused_linear import fuse_linears, prepare, weight_sharing_copy
 from engine.backends.transformers.interface import NAME
 from engine.errors import InputError
 from engine.kv_pool import PagePool
@@ -73,10 +73,10 @@ def chunk_bucket(tokens: int) -> int:
 
 
 class InFlight:
-    """A step under way whose tokens are still on the device.
+    """An in-flight step whose tokens are still on the device.
 
     Args:
-        tokens_B: of every output row, on their way to the host; -1 for a row that is not sound. `done` says
+        tokens_B: of every output row, on their way to the host; -1 for a row that is not finite. `done` says
             when.
         rows: the output row of each request of the step, None where more of its tokens must be computed
             first.
@@ -135,7 +135,7 @@ class CudaRunner(Runner):
                 f"{type(model).__name__} has dynamic RoPE, which reads every step's positions on the host"
             )
         self.pool, self.deterministic, self.device = pool, deterministic, model.device
-        self.model = twin(model)
+        self.model = weight_sharing_copy(model)
         with refused(model):
             self.layers = attention_layers(self.model)
         self.model.set_attn_implementation(NAME)
@@ -145,7 +145,7 @@ class CudaRunner(Runner):
             raise InputError(
                 f"{type(model).__name__} has keys and values of several sizes, which no kernel here reads"
             )
-        self.copied_bytes = prepare(join(self.model, deterministic))
+        self.copied_bytes = prepare(fuse_linears(self.model, deterministic))
         shape = (2, pool.pages, kv_heads, pool.page_size, head_dim)
         own = {layer.source for layer in self.layers}
         stores = {index: torch.zeros(shape, dtype=model.dtype, device=self.device) for index in own}
@@ -419,8 +419,8 @@ def triton_kernels() -> Any:
         attention as kernels,
         norm_activation as fused,
         rope_kv_write as write,
-        split_k as thin,
+        split_k,
     )
 
-    rooms = kernels, write, fused, thin
+    rooms = kernels, write, fused, split_k
     return SimpleNamespace(**{name: value for room in rooms for name, value in vars(room).items()})

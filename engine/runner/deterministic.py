@@ -46,12 +46,12 @@ class DeterministicModel(TransformersModel):
         self._nobody = [pages]
 
     def logits(
-        self, tokens: list[int], pieces: list[Span], rows: list[int], position_ids: list[int] | None = None
+        self, tokens: list[int], spans: list[Span], rows: list[int], position_ids: list[int] | None = None
     ) -> torch.Tensor:
-        """Logits [R, V] of the tokens at `rows`, rising, of a step of these pieces; `position_ids` as
+        """Logits [R, V] of the tokens at `rows`, rising, of a step of these spans; `position_ids` as
         elsewhere."""
         found = []
-        for begin, ids, parts in self._passes(tokens, pieces):
+        for begin, ids, parts in self._passes(tokens, spans):
             wanted = [row - begin for row in rows if begin <= row < begin + self._size]
             step = PackedStep(self.stores, parts, one_by_one=True)
             every = list(range(self._size)) if wanted else [0]  # the output layer has one size, or no reader
@@ -62,20 +62,20 @@ class DeterministicModel(TransformersModel):
             found.append(self.compute(step, ids, every, told)[wanted])
         return torch.cat(found)
 
-    def calls(self, tokens: list[int], pieces: list[Span]) -> list[list[Any]]:
+    def calls(self, tokens: list[int], spans: list[Span]) -> list[list[Any]]:
         """What each pass of a step calls, and the shapes of what that gives; all but attention, our own."""
         found = []
-        for _, ids, parts in self._passes(tokens, pieces):
+        for _, ids, parts in self._passes(tokens, spans):
             with _Calls() as calls:
                 self.compute(_Unwatched(self.stores, parts, calls), ids, list(range(self._size)))
             found.append(calls.made)
         return found
 
-    def _passes(self, tokens: list[int], pieces: list[Span]) -> Iterator[tuple[int, list[int], list[Span]]]:
-        """Where in the step each pass begins, its token ids and its pieces, filled up."""
+    def _passes(self, tokens: list[int], spans: list[Span]) -> Iterator[tuple[int, list[int], list[Span]]]:
+        """Where in the step each pass begins, its token ids and its spans, filled up."""
         for begin in range(0, len(tokens), self._size):
             end = min(begin + self._size, len(tokens))
-            parts = [_cut(piece, begin, end) for piece in pieces if piece.begin < end and piece.end > begin]
+            parts = [_cut(span, begin, end) for span in spans if span.begin < end and span.end > begin]
             parts += [Span(at, at + 1, 0, self._nobody) for at in range(end - begin, self._size)]
             yield begin, tokens[begin:end] + [0] * (begin + self._size - end), parts
 
@@ -146,9 +146,9 @@ class _Calls(TorchFunctionMode):
 class _Unwatched(PackedStep):
     """A step whose attention is not noted down."""
 
-    def __init__(self, stores: list[Any], pieces: list[Span], calls: _Calls) -> None:
+    def __init__(self, stores: list[Any], spans: list[Span], calls: _Calls) -> None:
         calls.paused = True
-        super().__init__(stores, pieces, one_by_one=True)
+        super().__init__(stores, spans, one_by_one=True)
         calls.paused, self._calls = False, calls
 
     def attend(self, *args: Any) -> torch.Tensor:
@@ -159,7 +159,7 @@ class _Unwatched(PackedStep):
             self._calls.paused = False
 
 
-def _cut(piece: Span, begin: int, end: int) -> Span:
-    """The part of a piece from token `begin` of the step to before `end`, counted from there."""
-    first, last = max(piece.begin, begin), min(piece.end, end)
-    return Span(first - begin, last - begin, piece.computed + first - piece.begin, piece.pages)
+def _cut(span: Span, begin: int, end: int) -> Span:
+    """The part of a span from token `begin` of the step to before `end`, counted from there."""
+    first, last = max(span.begin, begin), min(span.end, end)
+    return Span(first - begin, last - begin, span.computed + first - span.begin, span.pages)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from engine.backends.fused_linear import twin
+from engine.backends.fused_linear import weight_sharing_copy as twin
 from engine.backends.transformers.model import TransformersModel
 from engine.errors import InputError
 from engine.kv_pool import PagePool

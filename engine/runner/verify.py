@@ -77,24 +77,24 @@ def probe_logits(
     Those of the first token are not asked for, but taken as expected: leaving out is part of it.
 
     Args:
-        logits: (tokens, pieces, rows, position_ids) -> [R, V], as a packed model computes them.
+        logits: (tokens, spans, rows, position_ids) -> [R, V], as a packed model computes them.
     """
     count = len(probe.tokens)
     pages, found_RTV = -(-count // page_size), probe.expected_TV.repeat(len(cuts), 1, 1)
-    spans = [pairwise(sorted({0, *(cut for cut in some if cut < count), count - 1, count})) for some in cuts]
-    for step in zip_longest(*spans):
-        pieces: list[Span] = []
+    chunks = [pairwise(sorted({0, *(cut for cut in some if cut < count), count - 1, count})) for some in cuts]
+    for step in zip_longest(*chunks):
+        spans: list[Span] = []
         asked: list[tuple[int, int]] = []  # request and place of each token
-        for request, span in enumerate(step):
-            if span is not None:
+        for request, chunk in enumerate(step):
+            if chunk is not None:
                 table = list(range(request * pages, (request + 1) * pages))
-                pieces.append(Span(len(asked), len(asked) + span[1] - span[0], span[0], table))
-                asked += [(request, at) for at in range(*span)]
+                spans.append(Span(len(asked), len(asked) + chunk[1] - chunk[0], chunk[0], table))
+                asked += [(request, at) for at in range(*chunk)]
         tokens, position_ids = (
             [numbers[at] for _, at in asked] for numbers in (probe.tokens, probe.position_ids)
         )
         skipped = int(len(asked) > 1 and asked[0] == (0, 0))
-        logits_TV = logits(tokens, pieces, list(range(skipped, len(tokens))), position_ids)
+        logits_TV = logits(tokens, spans, list(range(skipped, len(tokens))), position_ids)
         found_RTV[tuple(torch.tensor(asked[skipped:]).T)] = logits_TV.double()
     return found_RTV
 

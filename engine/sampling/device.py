@@ -51,16 +51,16 @@ def sample_together(logits_RV: torch.Tensor, requests: Sequence[Request]) -> lis
     peak_R, tokens_R = scores_RV.max(-1)  # the first of equals
     possible_R = peak_R > -torch.inf
     if scores_RV is not logits_RV:
-        peak_R = logits_RV.amax(-1)  # NaN counts as the largest, so the peak tells whether a row is sound
+        peak_R = logits_RV.amax(-1)  # NaN counts as the largest, so the peak tells whether a row is finite
     draws = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     if draws:
         rows = torch.tensor(draws, device=logits_RV.device)
         tokens_R[rows] = _draw(scores_RV[rows], [requests[row] for row in draws])
     found = torch.stack([tokens_R, torch.isfinite(peak_R).long(), possible_R.long()], 1).tolist()
     choices = []
-    for row, (token, sound, possible) in enumerate(found):
-        if not sound or not possible:
-            choices.append(ALL_BANNED if sound else NON_FINITE)
+    for row, (token, finite, possible) in enumerate(found):
+        if not finite or not possible:
+            choices.append(ALL_BANNED if finite else NON_FINITE)
             continue
         choices.append(Choice(token, logprob=_logprob(logits_RV[row], token, requests[row].params.logprobs)))
     return choices

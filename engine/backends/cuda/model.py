@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.backends.fused_linear import Part, Product
+from engine.backends.fused_linear import FusedLinear, FusedOutput
 from engine.models.attention_trace import LayerAttention, Options
 from engine.models.decoder_spec import ACTIVATIONS, ATTENTION, LAYER, MLP
 
@@ -49,7 +49,7 @@ class Stream:
     """The residual stream between layers, which Transformers' own loop over layers does not carry.
 
     `added` is what the last layer adds to x_TM, partial sums of it where `summed`. Steps of up to `few` rows
-    take thin products.
+    take products whose sums are split.
     """
 
     x_TM: torch.Tensor
@@ -109,7 +109,7 @@ class FusedLayer(nn.Module):
         self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
         self.qkv, self.out = attention.q_proj.shared.product, attention.o_proj.shared.product
         self.gate_up, self.down = mlp.gate_proj.shared.product, mlp.down_proj.shared.product
-        self.products: tuple[Product, ...] = self.qkv, self.out, self.gate_up, self.down
+        self.products: tuple[FusedLinear, ...] = self.qkv, self.out, self.gate_up, self.down
         self.heads = [size // self.head_dim for size in self.qkv.sizes]
         self.activation = ACTIVATIONS[type(mlp.act_fn).__name__]
 
@@ -119,14 +119,14 @@ class FusedLayer(nn.Module):
         """[1, T, M], of which the first layer alone reads more than the shape: what a layer adds is in the
         stream."""
         stream, kernels = self.stream, self.kernels
-        thin = hidden_states.shape[1] <= stream.few
+        split_k = hidden_states.shape[1] <= stream.few
         if self.index == 0:
             stream.x_TM = hidden_states[0]
             normed_TM = self.before[0](stream.x_TM)
         else:
             normed_TM = stream.normed(self.before[0])
         bias_N = None
-        if thin and not self.head_norms:
+        if split_k and not self.head_norms:
             heads, bias_N = kernels.split_k_product(normed_TM, self.qkv.weights[0]), self.qkv.bias
         else:
             heads = self.qkv(normed_TM)
@@ -135,26 +135,26 @@ class FusedLayer(nn.Module):
             q, k = (norm(x) for norm, x in zip(self.head_norms, (q, k), strict=True))
         cos_1TE, sin_1TE = position_embeddings
         mixed_THD = packed.attend(self.index, q, k, v, self.options, (cos_1TE[0], sin_1TE[0]), bias_N)
-        self._add(mixed_THD.flatten(1), self.out, self.after[0], thin)
+        self._add(mixed_THD.flatten(1), self.out, self.after[0], split_k)
         normed_TM = stream.normed(self.before[1])
-        if thin:
+        if split_k:
             active_TI = kernels.split_k_gated(normed_TM, self.gate_up.weights[0], self.activation)
         else:
             active_TI = kernels.gated(*self.gate_up(normed_TM).chunk(2, -1), self.activation)
-        self._add(active_TI, self.down, self.after[1], thin)
+        self._add(active_TI, self.down, self.after[1], split_k)
         return hidden_states
 
-    def _add(self, x_TM: torch.Tensor, product: Product, norm: nn.Module, thin: bool) -> None:
+    def _add(self, x_TM: torch.Tensor, product: FusedLinear, norm: nn.Module, split_k: bool) -> None:
         """Leave a product in the stream, by way of a norm where the model has one there."""
         stream = self.stream
-        stream.summed = thin
-        stream.added = self.kernels.split_k_product(x_TM, product.weights[0]) if thin else product(x_TM)
+        stream.summed = split_k
+        stream.added = self.kernels.split_k_product(x_TM, product.weights[0]) if split_k else product(x_TM)
         if isinstance(norm, FusedNorm):
             stream.added, stream.summed = norm(stream.added, summed=stream.summed), False
 
     @property
     def can_split_k(self) -> bool:
-        """Whether its products may be thin: plain weights, none cut into tiles, a bias at attention's inputs
+        """Whether its products may be split: plain weights, none cut into tiles, a bias at attention's inputs
         alone."""
         plain = all(product.weights and not product.tiled for product in self.products)
         return plain and all(product.bias is None for product in self.products[1:])
@@ -180,7 +180,7 @@ def fuse(
 
     Args:
         given: what each layer's attention takes, as the model's own code passes it.
-        kernels: where `add_rms_norm`, `gated` and thin products come from.
+        kernels: where `add_rms_norm`, `gated` and split products come from.
         positions: that a request may take.
     """
     stream = Stream()
@@ -234,7 +234,7 @@ def is_plain(layer: nn.Module) -> bool:
     return (
         set(attention) in (ATTENTION, ATTENTION | {"q_norm", "k_norm"})
         and all(isinstance(norm, FusedNorm) for norm in norms)
-        and all(isinstance(part, Part) for part in parts)
+        and all(isinstance(part, FusedOutput) for part in parts)
         and len({attention[f"{name}_proj"].shared for name in "qkv"}) == 1
         and mlp["gate_proj"].shared is mlp["up_proj"].shared
         and type(mlp["act_fn"]).__name__ in ACTIVATIONS

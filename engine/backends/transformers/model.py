@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from engine.backends.fused_linear import join, prepare, twin
+from engine.backends.fused_linear import fuse_linears, prepare, weight_sharing_copy
 from engine.backends.transformers.interface import NAME
 from engine.backends.transformers.paged_attention import PackedStep, Store
 from engine.models.attention_trace import attention_layers
@@ -19,7 +19,7 @@ from engine.step import Span
 
 
 class TransformersModel:
-    """A twin of a model, and its keys and values in pages.
+    """A copy of a model that shares its weights, and its keys and values in pages.
 
     Args:
         model: it is not changed, and its weights are shared.
@@ -27,16 +27,16 @@ class TransformersModel:
     """
 
     def __init__(self, model: PreTrainedModel, page_size: int, joined: bool = True) -> None:
-        self.twin = twin(model)
+        self.model = weight_sharing_copy(model)
         with refused(model):
-            self.layers = attention_layers(self.twin)
-        self.twin.set_attn_implementation(NAME)
+            self.layers = attention_layers(self.model)
+        self.model.set_attn_implementation(NAME)
         self._page_size = page_size
-        self.copied_bytes = prepare(join(self.twin) if joined else [])
+        self.copied_bytes = prepare(fuse_linears(self.model) if joined else [])
 
     def allocate_kv(self, pages: int) -> None:
         """Make room for the keys and values of so many pages, all of them zero, and one page to spare."""
-        weight, stores = next(self.twin.parameters()), []
+        weight, stores = next(self.model.parameters()), []
         for index, layer in enumerate(self.layers):
             if layer.source == index:
                 sizes = pages + 1, layer.kv_heads, self._page_size, layer.key_dim, layer.value_dim
@@ -57,22 +57,22 @@ class TransformersModel:
             store.clear(pages)
 
     def logits(
-        self, tokens: list[int], pieces: list[Span], rows: list[int], position_ids: list[int] | None = None
+        self, tokens: list[int], spans: list[Span], rows: list[int], position_ids: list[int] | None = None
     ) -> torch.Tensor:
-        """Logits [R, V] of the tokens at `rows`, of a step of these pieces.
+        """Logits [R, V] of the tokens at `rows`, of a step of these spans.
 
         `position_ids` are what the model is told instead of the tokens' places in their requests.
         """
-        return self.compute(PackedStep(self.stores, pieces), tokens, rows, position_ids)
+        return self.compute(PackedStep(self.stores, spans), tokens, rows, position_ids)
 
     def compute(
         self, step: PackedStep, tokens: list[int], rows: list[int], position_ids: list[int] | None = None
     ) -> torch.Tensor:
         """Logits [R, V] of the tokens at `rows`, of a step with these tokens; `position_ids` as for
         `logits`."""
-        device = self.twin.device
+        device = self.model.device
         positions_T = step.positions_T if position_ids is None else torch.tensor(position_ids, device=device)
-        logits_1RV = self.twin(
+        logits_1RV = self.model(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=positions_T[None],
             use_cache=False,

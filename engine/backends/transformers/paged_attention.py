@@ -73,29 +73,29 @@ class PackedStep:
 
     Args:
         stores: keys and values, one a layer.
-        pieces: the requests of the step, in the order of their tokens.
+        spans: the requests of the step, in the order of their tokens.
         one_by_one: treat every token as a row of its own, so that a token's result does not depend on how a
             prompt was cut into chunks or on what else runs.
     """
 
-    def __init__(self, stores: list[Store], pieces: list[Span], one_by_one: bool = False) -> None:
+    def __init__(self, stores: list[Store], spans: list[Span], one_by_one: bool = False) -> None:
         self.stores, self.one_by_one = stores, one_by_one
         keys_LKDP = stores[0].keys_LKDP
         self.page_size, self.device = keys_LKDP.shape[3], keys_LKDP.device
         self._wide = torch.promote_types(keys_LKDP.dtype, torch.float32)
-        apart = [one_by_one or p.end - p.begin == 1 for p in pieces]
-        single = list(compress(pieces, apart))
-        self.chunks = [piece for piece, alone in zip(pieces, apart, strict=True) if not alone]
+        apart = [one_by_one or p.end - p.begin == 1 for p in spans]
+        single = list(compress(spans, apart))
+        self.chunks = [span for span, alone in zip(spans, apart, strict=True) if not alone]
         self._tables = [(p.pages, p.computed + i) for p in single for i in range(p.end - p.begin)]
-        where = [np.arange(p.computed, p.computed + p.end - p.begin) for p in pieces]
-        pages = [np.asarray(p.pages)[at // self.page_size] for p, at in zip(pieces, where, strict=True)]
+        where = [np.arange(p.computed, p.computed + p.end - p.begin) for p in spans]
+        pages = [np.asarray(p.pages)[at // self.page_size] for p, at in zip(spans, where, strict=True)]
         self.positions_T = torch.from_numpy(np.concatenate(where)).to(self.device)
         self.pages_T = torch.from_numpy(np.concatenate(pages)).to(self.device)
         self.offsets_T = self.positions_T % self.page_size
         alone = [t for p in single for t in range(p.begin, p.end)]
         self.tokens_R = torch.tensor(alone, dtype=torch.long, device=self.device)
         self.page_R, self.offset_R = self.pages_T[self.tokens_R], self.offsets_T[self.tokens_R]
-        self._contexts = [self._context(piece) if piece.computed else None for piece in self.chunks]
+        self._contexts = [self._context(span) if span.computed else None for span in self.chunks]
         self._rows: dict[int | None, Rows] = {}
 
     def attend(
@@ -116,13 +116,13 @@ class PackedStep:
         out_THD[self.tokens_R] = out_RHD
         # rows have done it already, but it is one call
         store.write(self.pages_T, self.offsets_T, k_TKD, v_TKD)
-        for piece, pages in zip(self.chunks, self._contexts, strict=True):
-            span, length = slice(piece.begin, piece.end), piece.computed + piece.end - piece.begin
+        for span, pages in zip(self.chunks, self._contexts, strict=True):
+            rows, length = slice(span.begin, span.end), span.computed + span.end - span.begin
             if pages is None:
-                k_KCD, v_KCD = k_TKD[span].transpose(0, 1), v_TKD[span].transpose(0, 1)
+                k_KCD, v_KCD = k_TKD[rows].transpose(0, 1), v_TKD[rows].transpose(0, 1)
             else:
                 k_KCD, v_KCD = store.context(pages, length)
-            out_THD[span] = _attend_chunk(q_THD[span].transpose(0, 1), k_KCD, v_KCD, options).transpose(0, 1)
+            out_THD[rows] = _attend_chunk(q_THD[rows].transpose(0, 1), k_KCD, v_KCD, options).transpose(0, 1)
         return out_THD
 
     def pages(self, layer: int, window: int | None) -> tuple[torch.Tensor, ...]:
@@ -133,10 +133,10 @@ class PackedStep:
         where = (self.page_R, self.offset_R, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_XR)
         return store.keys_LKDP, store.values_LKBPE, *where
 
-    def _context(self, piece: Span) -> torch.Tensor:
-        """The ids of the pages that hold a piece's request up to its last token."""
-        length = piece.computed + piece.end - piece.begin
-        return torch.tensor(piece.pages[: -(-length // self.page_size)], device=self.device)
+    def _context(self, span: Span) -> torch.Tensor:
+        """The ids of the pages that hold a span's request up to its last token."""
+        length = span.computed + span.end - span.begin
+        return torch.tensor(span.pages[: -(-length // self.page_size)], device=self.device)
 
     def _attend_rows(
         self, layer: int, q_RHD: torch.Tensor, k_RKD: torch.Tensor, v_RKD: torch.Tensor, options: Options

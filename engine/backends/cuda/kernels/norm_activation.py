@@ -30,7 +30,7 @@ def step_inputs(
             and lines of the block tables.
 
     Returns:
-        Token ids (0 where there is none, or for one that is not sound), positions, slots (`write_pages`),
+        Token ids (0 where there is none, or for one that is not finite), positions, slots (`write_pages`),
             int64 [T],
         and the length of each token's context, itself included, int32 [T].
     """
@@ -77,7 +77,8 @@ def add_rms_norm(
 
     Args:
         x: [..., C], such as heads that lie in a joined product.
-        summed: x is [S, T, C], partial sums of a product [T, C] in the dtype of the weight (`thin_product`).
+        summed: x is [S, T, C], partial sums of a product [T, C] in the dtype of the weight
+            (`split_k_product`).
         residual: as many rows, contiguous; the sum is rounded to their dtype before it is normed, as a model
             does.
         plus_one: scale by 1 + weight (Gemma).
@@ -223,5 +224,5 @@ def _best_of_row(peaks, tokens, out, PARTS: tl.constexpr, BLOCK: tl.constexpr, P
     peak_S = tl.load(peaks + row * PARTS + s_S, mask=s_S < PARTS, other=float("-inf"))
     peak, at = tl.max(peak_S, 0, return_indices=True)
     token = tl.load(tokens + row * PARTS + at)
-    sound = (peak < float("inf")) & (peak > float("-inf"))
-    tl.store(out + row, tl.where(sound, token, -1).to(tl.int64))
+    finite = (peak < float("inf")) & (peak > float("-inf"))
+    tl.store(out + row, tl.where(finite, token, -1).to(tl.int64))

@@ -30,7 +30,7 @@ def write_pages(
     Args:
         k_TKD, v_TKD: any strides between tokens and heads (views of a joined product will do). Or [S, T, K,
             D], as queries are then: partial sums of a product of queries, keys and values side by side
-            (`thin_product`).
+            (`split_k_product`).
         slots_T: where each token goes: page * P + place in the page. A negative slot is written nowhere.
         rope: (q_THD, cos_TE, sin_TE) to rotate the first E of D elements of queries and keys as Llama does
             (RoPE; Su et al., 2021), in float32; None where the model has done so.

@@ -30,8 +30,8 @@ BLOCK = 256  # inputs that are read before the kernel before has ended
 
 
 def few_rows(dtype: torch.dtype, layer_bytes: int) -> int:
-    """Rows up to which the products of a layer are thin: none in float32, whose exact products have no matrix
-    units."""
+    """Rows up to which the products of a layer are split: none in float32, whose exact products have no
+    matrix units."""
     return FEW if dtype.itemsize == 2 and layer_bytes <= SMALL else 0
 
 
