@@ -90,8 +90,7 @@ def test_half_precision_by_the_margin_of_float32(on_gpu, name, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3", "qwen2.5-0.5b"])
 def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype, monkeypatch):
-    """With longer and shorter contexts than at the capture, with and without chunks, and with padding."""
-    monkeypatch.setattr("engine.runner.cuda.OFTEN", 1)
+    """With longer and shorter contexts than at the capture, and with padding."""
     server = build(
         on_gpu(name, dtype), max_batch_size=16, page_size=4, max_step_tokens=50, prefix_caching=False
     )
@@ -111,13 +110,13 @@ def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype, monkeypatc
         # Of other sizes, products go other ways: in 16 bits logits with a spread of 2.4 differ by a tenth
         # then.
         torch.testing.assert_close(found, other, rtol=1e-4, atol=0.3 if half else 1e-3)
-        replayed.append(bool(sizes.tokens))
+        replayed.append(sizes.rows - exact.rows)
         return run(sizes, laid)
 
     monkeypatch.setattr(runner.graphs, "run", checked)
     server.generate([prompt for prompt, _ in work_of(40)], exactly(20), progress=False)
-    assert replayed.count(True) > 15
-    assert replayed.count(False) > 20
+    assert len(replayed) > 20
+    assert any(replayed)
 
 
 def test_contexts_that_outgrow_a_graphs_bound_get_another(on_gpu):

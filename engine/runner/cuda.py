@@ -5,9 +5,10 @@ A token that the device has chosen and the host has not seen is *pending*: the n
 where it lies, and everything else that a step needs (positions, pages, who runs) the host knows without it.
 
 Launching a layer's nine kernels takes the host about half a millisecond (measured beside an H200: 13 ms for
-24 layers), which is more than most steps of a small model take a GPU. So steps are CUDA graphs: those in
-which every request computes one token from the first on; those with chunks when their sizes come often,
-unless they keep a GPU busy for longer than that. All of it but the capture also runs on a CPU.
+24 layers), which is more than most steps of a small model take a GPU. So steps in which every request
+computes one token are CUDA graphs. Steps with chunks are not: their sizes hardly ever come again, and
+capturing them took `mixed-256` on an H200 from 51,290 to 30,172 tokens/s. All of it but the capture also runs
+on a CPU.
 
 T tokens of the step, B rows of one token (they come first), R requests of several, X table entries or tiles,
 K tokens whose logits are wanted, V vocabulary.
@@ -18,11 +19,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +28,8 @@ from transformers import PreTrainedModel
 
 from engine.backends.cuda.attention import DeviceStep
 from engine.backends.cuda.graphs import EMPTY, BatchLayout, BatchShape, CudaGraphs, upload
+from engine.backends.cuda.in_flight import InFlight
+from engine.backends.cuda.kernels import triton_kernels
 from engine.backends.cuda.model import fuse
 from engine.backends.fused_linear import fuse_linears, prepare, weight_sharing_copy
 from engine.backends.transformers.interface import NAME
@@ -46,15 +45,12 @@ from engine.runner.packed import refuse_unpackable
 from engine.runner.verify import Probe, check_equal, probe
 from engine.sampling.device import sample
 from engine.scheduler import Step
-from engine.step import NON_FINITE, Choice, Done, StepResult, Ticket
+from engine.step import Choice, Done, StepResult, Ticket
 
 LOG = logging.getLogger(__name__)
 BOUND = 1024  # least context that a graph's grid is made for; more in powers of four
 FEW_TOKENS = 8  # of the proof's shortest chunk
 FEW_ROWS = 32  # up to so many rows, short splits are needed to fill a GPU
-SHORT = 7e10  # multiply-adds of a layer: beyond, an H200 takes longer than a host that launches its kernels
-# steps of the same sizes before a capture: it costs about as much as six such steps lose without it
-OFTEN = 6
 
 
 def bucket(rows: int) -> int:
@@ -64,47 +60,6 @@ def bucket(rows: int) -> int:
         return 1 << (rows - 1).bit_length()
     unit = 8 if rows <= 160 else 16
     return -(-rows // unit) * unit
-
-
-def chunk_bucket(tokens: int) -> int:
-    """How many tokens of chunks the graph for so many has: four sizes an octave, from 64 on."""
-    unit = max(64, (1 << (tokens - 1).bit_length()) // 8)
-    return -(-tokens // unit) * unit
-
-
-class InFlight:
-    """An in-flight step whose tokens are still on the device.
-
-    Args:
-        tokens_B: of every output row, on their way to the host; -1 for a row that is not finite. `done` says
-            when.
-        rows: the output row of each request of the step, None where more of its tokens must be computed
-            first.
-        result: everything else about the step.
-    """
-
-    is_async = True  # the next step may be launched before `collect`
-
-    def __init__(
-        self,
-        tokens_B: torch.Tensor,
-        done: torch.cuda.Event | None,
-        rows: list[int | None],
-        result: Callable[[list], StepResult],
-    ) -> None:
-        self._tokens_B, self._done, self._rows, self._result = tokens_B, done, rows, result
-
-    def collect(self) -> StepResult:
-        """Wait for the step and give its tokens."""
-        if self._done is not None:
-            self._done.synchronize()
-        tokens = self._tokens_B.tolist()
-        return self._result([None if row is None else _choice(tokens[row]) for row in self._rows])
-
-
-@lru_cache(2**16)  # a token is chosen again and again, and making a Choice is dear
-def _choice(token: int) -> Choice:
-    return Choice(token) if token >= 0 else NON_FINITE
 
 
 class CudaRunner(Runner):
@@ -154,9 +109,8 @@ class CudaRunner(Runner):
         self.kernels = kernels or triton_kernels()
         self._columns = min(pool.pages, -(-positions(model.config)[0] // pool.page_size))
         self._tables_RN = torch.zeros(rows, self._columns, dtype=torch.int32, device=self.device)
-        self._most = bucket(rows)
-        # The tokens of the step before: of its rows, then of what else it kept.
-        self._last_B = torch.zeros(2 * self._most, dtype=torch.int64, device=self.device)
+        # The tokens that the step before kept.
+        self._last_B = torch.zeros(bucket(rows), dtype=torch.int64, device=self.device)
         self._sources: dict[Request, int] = {}  # whose they are
         # line of the tables, its pages, how many are there
         self._lines: dict[Request, tuple[int, list[int], int]] = {}
@@ -165,11 +119,7 @@ class CudaRunner(Runner):
         self._sampled_KV: torch.Tensor | None = None
         heads = model.config.get_text_config(decoder=True).num_attention_heads
         self._tile = self.kernels.chunk_tokens(heads // kv_heads, head_dim, model.dtype.itemsize)
-        outer: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-        ends = {id(module.weight): module.weight.numel() for module in outer}
-        self._layer_weights = (model.num_parameters() - sum(ends.values())) // len(self.layers)
         self.graphs = CudaGraphs(self._compute, self._last_B)
-        self._seen: Counter[BatchShape] = Counter()  # of steps with chunks, and how often
         cuda = self.device.type == "cuda"
         # Triton launches where torch's current device is
         self._here = torch.cuda.device(self.device if cuda else -1)
@@ -277,12 +227,11 @@ class CudaRunner(Runner):
         )
         spans_3R = np.stack([ends_R - counts_R, ends_R, computed_R])
         laid = self._laid(np.stack([np.array(ids), positions_T, lines_T]), keep_K, lines_R, spans_3R)
-        sizes = self._padded(laid, greedy, single)
-        if sizes is None:
-            sizes = laid.sizes(greedy)
-            logits_KV = self._compute(sizes, upload(laid.ints(sizes), self.device))
+        sizes = laid.sizes(greedy)
+        if single:
+            logits_KV = self.graphs.run(self._padded(sizes), laid)
         else:
-            logits_KV = self.graphs.run(sizes, laid)
+            logits_KV = self._compute(sizes, upload(laid.ints(sizes), self.device))
         self._sources = at if greedy else {}
 
         def result(choices: list[Choice | None]) -> StepResult:
@@ -342,26 +291,13 @@ class CudaRunner(Runner):
         tiles_X2 = np.stack([request_X, first_X], 1)[longest_first_X]
         return BatchLayout(rows, inputs_3T, keep_K, lines_R, spans_3R, tiles_X2)
 
-    def _padded(self, laid: BatchLayout, greedy: bool, single: bool) -> BatchShape | None:
-        """The sizes of a graph for a step, `single` if each of its requests computes one token; None if it
-        has none."""
-        exact = laid.sizes(greedy)
+    def _padded(self, exact: BatchShape) -> BatchShape:
+        """The shape of the graph for a step of rows: more of them, and a longer bound of their contexts."""
         bound, most = BOUND, self._columns * self.pool.page_size
         while bound < min(exact.bound, most):
             bound *= 4
-        bound = min(bound, most)
-        if single:
-            rows = bucket(exact.rows)
-            return BatchShape(rows, 0, 0, 0, rows, bound, greedy)
-        tokens = chunk_bucket(exact.tokens)
-        if self.deterministic or tokens * self._layer_weights > SHORT:
-            return None
-        rows, requests = (min(self._most, _power(least, base, n)) if n else 0
-                          for least, base, n in ((8, 4, exact.rows), (1, 8, exact.requests)))  # fmt: skip
-        tiles = -(-tokens // self._tile) + requests
-        sizes = BatchShape(rows, tokens, requests, tiles, rows + requests, bound if rows else 1, greedy)
-        self._seen[sizes] += 1
-        return sizes if self._seen[sizes] > OFTEN else None
+        rows = bucket(exact.rows)
+        return exact._replace(rows=rows, kept=rows, bound=min(bound, most))
 
     def _compute(self, sizes: BatchShape, ints_I: torch.Tensor) -> torch.Tensor | None:
         """Compute a step; its tokens are in `_last_B` then, or if not greedy, gives logits [K, V]."""
@@ -399,28 +335,7 @@ class CudaRunner(Runner):
         ).logits[0]  # fmt: skip
 
 
-def _power(least: int, base: int, number: int) -> int:
-    """The least of `least`, `least` * base, ... that is not less than the number."""
-    while least < number:
-        least *= base
-    return least
-
-
 def _greedy(request: Request) -> bool:
     """Whether its next token is the likeliest, with nothing else asked for."""
     known = len(request.tokens) + request.pending - request.prompt_len
     return request.greedy and (known >= request.params.min_new_tokens or not request.stop_ids)
-
-
-def triton_kernels() -> Any:
-    """What a device step calls, as Triton kernels; imported when needed, since a CPU can do without
-    Triton."""
-    from engine.backends.cuda.kernels import (
-        attention as kernels,
-        norm_activation as fused,
-        rope_kv_write as write,
-        split_k,
-    )
-
-    rooms = kernels, write, fused, split_k
-    return SimpleNamespace(**{name: value for room in rooms for name, value in vars(room).items()})

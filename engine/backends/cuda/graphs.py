@@ -1,8 +1,8 @@
-"""How a step is laid out in one array of integers, and CUDA graphs of steps that are padded to a few sizes.
+"""How a step is laid out in one array of integers, and CUDA graphs of decode steps, padded to a few sizes.
 
 What a kernel reads of a step lies in that array at places which its sizes alone say, so a graph is replayed
 with another step of its sizes by copying the step's array to where the graph reads it. Padding is work of
-nobody: tokens without a position, which write no key and no value, and tiles of no request.
+nobody: rows without a position, which write no key and no value.
 
 T tokens of the step, K tokens whose logits are wanted, R requests of several tokens, X tiles of their work, I
 integers.
@@ -90,20 +90,14 @@ class BatchLayout:
         )
 
     def ints(self, sizes: BatchShape) -> np.ndarray:
-        """The array, int32 [I], padded to these sizes."""
-        rows, shift = self.rows, sizes.rows - self.rows
+        """The array, int32 [I], of these sizes: its own, or with more rows where nothing but rows is in
+        it."""
         ints_I = np.zeros(places(sizes)[-1][0], dtype=np.int32)
         inputs_3T, keep_K, lines_R, spans_3R, tiles_X2 = sizes.parts(ints_I)
         inputs_3T[1] = -1
-        inputs_3T[:, :rows] = self.inputs_3T[:, :rows]
+        inputs_3T[:, : self.inputs_3T.shape[1]] = self.inputs_3T
         keep_K[: len(self.keep_K)] = self.keep_K
-        if sizes.tokens:
-            inputs_3T[:, sizes.rows :][:, : self.inputs_3T.shape[1] - rows] = self.inputs_3T[:, rows:]
-            keep_K[: len(self.keep_K)] += shift * (self.keep_K >= rows)
-            lines_R[: len(self.lines_R)] = self.lines_R
-            spans_3R[:, : len(self.lines_R)] = self.spans_3R + np.array([[shift], [shift], [0]])
-            tiles_X2[:, 0] = -1
-            tiles_X2[: len(self.tiles_X2)] = self.tiles_X2 + np.array([0, shift])
+        lines_R[:], spans_3R[:], tiles_X2[:] = self.lines_R, self.spans_3R, self.tiles_X2
         return ints_I
 
 
