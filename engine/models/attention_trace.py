@@ -47,6 +47,8 @@ class LayerAttention:
     `only_rotates`: queries and keys of one token have the same length at every position, so that rotary
     embedding can be all that a position does to them. A temperature by position (Llama 4, Ministral 3) is
     more.
+    `key_TD`: the keys of the first head of one and the same token at each of the telling positions, from
+    which can be read how a position rotates them.
     """
 
     kv_heads: int
@@ -55,6 +57,7 @@ class LayerAttention:
     options: Options
     source: int
     only_rotates: bool
+    key_TD: torch.Tensor = field(compare=False, repr=False)
 
 
 @dataclass(slots=True)
@@ -120,7 +123,7 @@ def _attend(
     options = Options(scale, sliding_window, softcap, s_aux)
     only_rotates = _same_length(query) and _same_length(key)
     packed.layers[layer] = LayerAttention(
-        key.shape[1], key.shape[-1], value.shape[-1], options, source, only_rotates
+        key.shape[1], key.shape[-1], value.shape[-1], options, source, only_rotates, key[0, 0].clone()
     )
     packed.masks[layer] = getattr(attention_mask, "function", None)
     groups = query.shape[1] // value.shape[1]
@@ -151,7 +154,8 @@ def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
     """
     # One token at positions that rise by leaps. The mask says that they are of one text all the same.
     at = torch.tensor([telling_positions(model.config)], device=model.device)
-    trace, ids, keep = _Trace(), torch.zeros_like(at), torch.zeros(1, dtype=torch.long, device=model.device)
+    ids = torch.full_like(at, _telling_token(model))
+    trace, keep = _Trace(), torch.zeros(1, dtype=torch.long, device=model.device)
     model.set_attn_implementation(TRACE)
     mask = torch.ones_like(at)
     model(ids, position_ids=at, attention_mask=mask, use_cache=False, logits_to_keep=keep, packed=trace)
@@ -167,6 +171,12 @@ def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
             _check_mask(model, layer, function, window)
             checked.add((id(function), window))
     return [layers[layer] for layer in range(len(layers))]
+
+
+def _telling_token(model: PreTrainedModel) -> int:
+    """Return the first token whose embedding is not zero, as padding's is: keys of zero tell nothing."""
+    embedding: Any = model.get_input_embeddings()
+    return next((token for token, row_M in enumerate(embedding.weight) if row_M.any()), 0)
 
 
 def _check_mask(model: PreTrainedModel, layer: int, function: MaskFunction, window: int | None) -> None:
