@@ -8,9 +8,11 @@ import torch
 from engine import Engine, EngineConfig, InputError, SamplingParams, make_workload
 from engine.backends.cpu import model as cpu_model
 from engine.backends.cpu.model import CompiledDecoder
+from engine.backends.fused_linear import twin
 from engine.kv_pool import PagePool
 from engine.models import load
-from engine.models.attention_trace import Options
+from engine.models.attention_trace import attention_layers
+from engine.models.decoder_spec import describe
 from engine.runner import verify
 from engine.runner.packed import PackedRunner
 from engine.step import Span
@@ -64,7 +66,9 @@ def test_logits_are_those_of_the_rounded_weights():
     """Where nothing is folded into weights, a model with rounded ones gives the same."""
     model = load("random:tiny-llama").model
     scale = model.config.head_dim**-0.5
-    lean = CompiledDecoder(model, [Options(scale)] * model.config.num_hidden_layers, 16)
+    spec = describe(model, attention_layers(twin(model)))
+    assert spec is not None
+    lean = CompiledDecoder(spec, 16)
     lean.quantize()
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -89,9 +93,11 @@ def test_wrong_weights_are_caught(tiny, monkeypatch):
         quantized_runner(tiny("tiny-llama").model)
 
 
-def test_models_with_other_parts_are_refused(tiny):
-    with pytest.raises(InputError, match="Gemma3ForCausalLM is not: use float32"):
-        Engine(tiny("tiny-gemma3").loaded, EngineConfig(dtype="int8"))
+def test_models_with_other_parts_are_refused():
+    loaded = load("random:tiny-llama")
+    loaded.model.base_model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(InputError, match="LlamaForCausalLM is not: use float32"):
+        Engine(loaded, EngineConfig(dtype="int8"))
 
 
 @pytest.mark.parametrize("policy", ["sequential", "dynamic", "continuous"])

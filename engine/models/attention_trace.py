@@ -154,7 +154,7 @@ def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
     """
     # One token at positions that rise by leaps. The mask says that they are of one text all the same.
     at = torch.tensor([telling_positions(model.config)], device=model.device)
-    ids = torch.full_like(at, _telling_token(model))
+    ids = torch.full_like(at, telling_token(model.get_input_embeddings()))
     trace, keep = _Trace(), torch.zeros(1, dtype=torch.long, device=model.device)
     model.set_attn_implementation(TRACE)
     mask = torch.ones_like(at)
@@ -173,9 +173,8 @@ def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
     return [layers[layer] for layer in range(len(layers))]
 
 
-def _telling_token(model: PreTrainedModel) -> int:
+def telling_token(embedding: Any) -> int:
     """Return the first token whose embedding is not zero, as padding's is: keys of zero tell nothing."""
-    embedding: Any = model.get_input_embeddings()
     return next((token for token, row_M in enumerate(embedding.weight) if row_M.any()), 0)
 
 

@@ -1,19 +1,36 @@
-"""Which models are built like Llama: two RMS norms a layer, rotary attention, and a gated MLP.
+"""A decoder as its parts say: read from a Transformers model once, and what the fast backends build from.
 
-Llama, Mistral, Qwen2, Qwen3 and SmolLM2 are. This looks at the parts alone: whether they compute the same is
-found by comparing logits.
+No other file knows what Transformers calls the parts. Whether together they compute what the model does is
+found by comparing logits (`engine.runner.verify`).
+
+V vocabulary, M width, N outputs, T tokens, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.models.attention_trace import LayerAttention
+from engine.models.attention_trace import LayerAttention, Options
+from engine.models.decoder_parts import (
+    Linear,
+    Norm,
+    OtherPartError,
+    Rope,
+    check,
+    embedding_scale,
+    linear,
+    norm,
+    rope_of,
+    ropes,
+    siblings,
+)
+from engine.models.geometry import positions, telling_positions
 
 VECTOR = 16  # float32 in the widest vector of a CPU
 BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -26,65 +43,153 @@ ACTIVATIONS = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
 }
+# A layer's norms before and after attention, before and after the MLP: a name has other roles beside others
+NORM_ROLES: tuple[tuple[str | None, ...], ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", None, "input_layernorm", None),  # attention and MLP side by side
+    ("input_layernorm", None, "pre_feedforward_layernorm", None),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+)
 
 
-def is_compilable(model: PreTrainedModel, given: Sequence[LayerAttention]) -> bool:
-    """Whether a model has these parts and no others, on a CPU in float32.
+@dataclass(frozen=True)
+class Layer:
+    """A layer: x + after(attention(before(x))), then the same with its gated MLP."""
+
+    before_attention: Norm | None
+    after_attention: Norm | None
+    before_mlp: Norm | None
+    after_mlp: Norm | None
+    q: Linear
+    k: Linear
+    v: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    rope: Rope | None
+    options: Options  # of attention
+    out: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    activation: str
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """What a model computes; its layers differ in numbers, options and RoPE alone.
+
+    `parallel`: attention and MLP both read what a layer begins with.
+    """
+
+    embedding_VM: torch.Tensor
+    embedding_scale: float
+    layers: tuple[Layer, ...]
+    parallel: bool
+    residual_scale: float  # of what attention and MLP add
+    norm: Norm
+    head: Linear
+    logits_scale: float
+    logits_softcap: float | None  # logits become softcap * tanh(logits / softcap)
+    kv_heads: int
+    head_dim: int
+    positions: int  # that a request may take
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """Weights of the embedding and of every product."""
+        products = [
+            part for layer in self.layers for part in vars(layer).values() if isinstance(part, Linear)
+        ]
+        return [self.embedding_VM, *(part.weight_NM for part in (*products, self.head))]
+
+
+@torch.no_grad()
+def describe(model: PreTrainedModel, given: Sequence[LayerAttention]) -> DecoderSpec | None:
+    """Return what a model is made of, or None where a part is none of those that are known here.
 
     Args:
         given: what each layer's attention takes, as the model's own code passes it.
     """
-    base, head = model.base_model, model.get_output_embeddings()
-    if not _has(base, BASE) or not isinstance(base.layers, nn.ModuleList) or type(head) is not nn.Linear:
-        return False
-    embedding: Any = base.embed_tokens
-    return (
-        type(embedding) is nn.Embedding
-        and all(
-            weight.dtype is torch.float32 and weight.device.type == "cpu"
-            for weight in (embedding.weight, head.weight)
-        )
-        and _is_norm(base.norm)
-        and len(given) == len(base.layers)
-        and all(_is_compilable_layer(layer, given[index], index) for index, layer in enumerate(base.layers))
+    try:
+        return _decoder(model, given)
+    except OtherPartError:
+        return None
+
+
+def _decoder(model: PreTrainedModel, given: Sequence[LayerAttention]) -> DecoderSpec:
+    base, config = model.base_model, model.config.get_text_config(decoder=True)
+    parts: dict[str, Any] = _parts(base)
+    check(parts.keys() == BASE and isinstance(parts["layers"], nn.ModuleList))
+    check(len(given) == len(parts["layers"]))
+    check(len({(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in given}) == 1)
+    known = ropes(parts["rotary_emb"], config, torch.tensor(telling_positions(config), device=model.device))
+    layers = tuple(_layer(part, given[i], i, known) for i, part in enumerate(parts["layers"]))
+    check(len(set(map(_kind, layers))) == 1)
+    return DecoderSpec(
+        embedding_VM=parts["embed_tokens"].weight,
+        embedding_scale=embedding_scale(parts["embed_tokens"]) * _number(base, "embedding_multiplier"),
+        layers=layers,
+        parallel=layers[0].before_mlp is layers[0].before_attention is not None,
+        residual_scale=_number(parts["layers"][0], "residual_multiplier"),
+        norm=norm(parts["norm"]),
+        head=linear(model.get_output_embeddings()),
+        logits_scale=_number(model, "logit_scale") / _number(config, "logits_scaling"),
+        logits_softcap=getattr(config, "final_logit_softcapping", None),
+        kv_heads=given[0].kv_heads,
+        head_dim=given[0].key_dim,
+        positions=positions(config)[0],
     )
 
 
-def _is_compilable_layer(layer: Any, given: LayerAttention, index: int) -> bool:
-    if (
-        not _has(layer, LAYER)
-        or not _has(layer.self_attn, ATTENTION, {"q_norm", "k_norm"})
-        or not _has(layer.mlp, MLP)
-    ):
-        return False
-    attention, mlp = layer.self_attn, layer.mlp
-    siblings = [[getattr(attention, f"{x}_proj") for x in "qkv"], [mlp.gate_proj, mlp.up_proj]]
-    linear = [*siblings[0], *siblings[1], attention.o_proj, mlp.down_proj]
-    head_norms = [
-        norm for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if norm
-    ]
-    head_dim = getattr(attention, "head_dim", 1)
-    return (
-        all(type(module) is nn.Linear and module.weight.dtype is torch.float32 for module in linear)
-        and linear[0].weight.device.type == "cpu"
-        and all(len({module.bias is None for module in several}) == 1 for several in siblings)
-        and all(map(_is_norm, [layer.input_layernorm, layer.post_attention_layernorm, *head_norms]))
-        and len(head_norms) in (0, 2)
-        and all(norm.weight.numel() == head_dim for norm in head_norms)
-        and head_dim % VECTOR == 0
-        and attention.q_proj.in_features % 2 == mlp.gate_proj.out_features % 2 == 0
-        and type(mlp.act_fn).__name__ in ACTIVATIONS
-        and given.options.softcap is None
-        and given.options.sink_H is None
-        and given.only_rotates
-        and given.source == index
+def _layer(layer: nn.Module, given: LayerAttention, index: int, known: Mapping[Rope, torch.Tensor]) -> Layer:
+    parts = _parts(layer)
+    check({"self_attn", "mlp"} <= parts.keys())
+    attention, mlp = _parts(parts.pop("self_attn")), _parts(parts.pop("mlp"))
+    roles = next((roles for roles in NORM_ROLES if {*roles} - {None} == parts.keys()), None)
+    check(roles is not None and given.source == index and given.only_rotates)
+    check(given.options.sink_H is None and given.key_dim == given.value_dim)
+    norms = {name: norm(part) for name, part in parts.items()}
+    before_attention, after_attention, before_mlp, after_mlp = (norms.get(role or "") for role in roles or ())
+    q_norm, k_norm = (
+        norm(attention.pop(name)) if name in attention else None for name in ("q_norm", "k_norm")
     )
+    kv_size = given.kv_heads * given.key_dim
+    q, k, v = siblings(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (-1, kv_size, kv_size))
+    gate, up = siblings(mlp, ("gate_proj", "up_proj"), "gate_up_proj", (-1, -1))
+    check(attention.keys() == {"o_proj"} and len(mlp) == 2)
+    down = linear(mlp.pop("down_proj", None))
+    activation = ACTIVATIONS.get(type(mlp.popitem()[1]).__name__, "")
+    check(activation != "")
+    return Layer(
+        before_attention, after_attention, before_mlp, after_mlp, q, k, v, q_norm, k_norm,
+        rope_of(given.key_TD, known), given.options, linear(attention["o_proj"]), gate, up, down, activation,
+    )  # fmt: skip
 
 
-def _is_norm(norm: Any) -> bool:
-    return hasattr(norm, "weight") and hasattr(norm, "variance_epsilon")
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """Return a module's children, but for those that do nothing once a model is trained."""
+    return {name: child for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
 
 
-def _has(module: Any, names: Set[str], perhaps: Set[str] = frozenset()) -> bool:
-    children = {name for name, _ in module.named_children()}
-    return names <= children <= names | perhaps
+def _number(owner: Any, name: str) -> float:
+    """Return a multiplier, 1 where there is none."""
+    found = getattr(owner, name, None)
+    return 1.0 if found is None else float(found)
+
+
+def _kind(layer: Layer) -> tuple[Any, ...]:
+    """Return what all layers of a model must have in common."""
+    found: list[Any] = [layer.activation, layer.before_mlp is layer.before_attention]
+    for name, part in vars(layer).items():
+        if isinstance(part, Norm):
+            found.append((name, part.scale.shape, part.bias is None, part.eps, part.centred))
+        elif isinstance(part, Linear):
+            found.append((name, part.weight_NM.shape, part.bias_N is None))
+    return tuple(found)

@@ -1,8 +1,8 @@
 """The packed runner: every token of a step in one row, no padding to lengths, keys and values in pages.
 
-Any mix of prompts, parts of prompts and decodes is one pass. On a CPU, a model built like Llama runs as one
-compiled function (`engine.cpu`), any other as Transformers wrote it (`engine.runner.eager`); either is proven
-equal.
+Any mix of prompts, parts of prompts and decodes is one pass. On a CPU, a model whose parts are known runs as
+one compiled function (`engine.backends.cpu`), any other as Transformers wrote it
+(`engine.backends.transformers`); either is proven equal.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from engine.backends.fused_linear import weight_sharing_copy as twin
+from engine.backends.cpu import can_compile
+from engine.backends.fused_linear import weight_sharing_copy
 from engine.backends.transformers.model import TransformersModel
 from engine.errors import InputError
 from engine.kv_pool import PagePool
 from engine.models import refuse_other_state
 from engine.models.attention_trace import attention_layers
-from engine.models.decoder_spec import is_compilable
+from engine.models.decoder_spec import describe
 from engine.models.errors import refused
 from engine.request import Request
 from engine.runner import Runner
@@ -91,11 +92,11 @@ class PackedRunner(Runner):
             try:
                 prove(lean)
             except InputError as error:
-                LOG.warning("%s: its layers look like Llama's but are not; they run as they are", error)
+                LOG.warning("%s: its parts do something else than they look like; it runs as it is", error)
                 lean = None
         if lean is None and int8:
             raise InputError(
-                f"dtype='int8' is for models built like Llama; {type(model).__name__} is not: use float32"
+                f"dtype='int8' is for models that can be compiled; {type(model).__name__} is not: use float32"
             )
         if lean is None and deterministic:
             return deterministic_model(model, self.pool.page_size, prove)
@@ -111,8 +112,9 @@ class PackedRunner(Runner):
     def _compiled(self, model: PreTrainedModel) -> CompiledDecoder | None:
         """The compiled model, if this one has the parts for it."""
         with refused(model):
-            layers = attention_layers(twin(model))
-        if not is_compilable(model, layers):
+            layers = attention_layers(weight_sharing_copy(model))
+        spec = describe(model, layers)
+        if spec is None or not can_compile(spec):
             return None
         try:
             from engine.backends.cpu.model import (
@@ -121,7 +123,7 @@ class PackedRunner(Runner):
         except ImportError as error:
             LOG.warning("not compiled (%s): generation will be slower", error)
             return None
-        return CompiledDecoder(model, [layer.options for layer in layers], self.pool.page_size)
+        return CompiledDecoder(spec, self.pool.page_size)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> torch.Tensor:
@@ -178,7 +180,7 @@ def page_token_bytes(model: PreTrainedModel) -> int:
     """
     refuse_unpackable(model)
     with refused(model):
-        layers = attention_layers(twin(model))
+        layers = attention_layers(weight_sharing_copy(model))
     own = [layer for index, layer in enumerate(layers) if layer.source == index]
     return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in own) * model.dtype.itemsize
 

@@ -13,10 +13,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.backends.cpu.gemm import ITEM, NARROW, multiply_narrow
+from engine.backends.cpu.gemm import ITEM, LANES, NARROW, multiply_narrow
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.threads import fetch_add
-from engine.backends.cpu.vector_math import FAST, address, exp, exp_minus_max_sum, rescale, vector_max
+from engine.backends.cpu.vector_math import (
+    FAST,
+    address,
+    exp,
+    exp_minus_max_sum,
+    inverse_rms,
+    rescale,
+    soft_cap,
+    vector_max,
+)
 
 AHEAD = 2  # pages: what is asked for while one is read
 SPAN = 64  # positions, in whole pages, that a softmax looks at together
@@ -35,41 +44,50 @@ class Heads(NamedTuple):
 
 
 @part()
-def apply_rope(counter, qkv_TN, shape, head_norm_QD, plan, keys_XKDP, values_XKBPV):
-    """Turn queries and keys in place, and put keys and values into their pages."""
+def apply_rope(counter, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_XKDP, values_XKBPV):
+    """Norm and rotate queries and keys in place, and write keys and values into their pages."""
     rows, heads, kv_heads, size = len(plan.ids_T), shape.heads, shape.kv_heads, shape.head_dim
     group, at_once = heads // kv_heads, TURN if rows > MANY else 1
-    units = (rows + at_once - 1) // at_once * kv_heads
+    together = kv_heads if shape.whole_norm else 1  # a norm of all the width is of what is not rotated yet
+    turns = kv_heads // together
+    units = (rows + at_once - 1) // at_once * turns
     unit, piece = fetch_add(counter), 0
+    q_scale = k_scale = np.float32(1.0)
     while unit < units:
-        block, kv_head = unit // kv_heads, unit % kv_heads
+        block, first = unit // turns, unit % turns * together
         for t in range(block * at_once, min(rows, (block + 1) * at_once)):
-            for g in range(group + 1):
-                head = kv_head * group + g if g < group else heads + kv_head
-                _turn(qkv_TN, t, head, shape, head_norm_QD, plan.cos_TE, plan.sin_TE)
+            if shape.whole_norm:
+                q_scale = inverse_rms(qkv_TN, t, np.int64(0), heads * size, shape.head_eps)
+                k_scale = inverse_rms(qkv_TN, t, heads * size, kv_heads * size, shape.head_eps)
             while plan.begin_J[piece] > t:
                 piece -= 1
             while plan.begin_J[piece + 1] <= t:
                 piece += 1
             position = plan.computed_J[piece] + t - plan.begin_J[piece]
             page, at = plan.pages[plan.table_J[piece] + position // shape.page], position % shape.page
-            key, value = (heads + kv_head) * size, (heads + kv_heads + kv_head) * size
-            for d in range(size):
-                keys_XKDP[page, kv_head, d, at] = qkv_TN[t, key + d]
-            for d in range(size):
-                values_XKBPV[page, kv_head, d // NARROW, at, d % NARROW] = qkv_TN[t, value + d]
+            for kv_head in range(first, first + together):
+                for g in range(group + 1):
+                    head = kv_head * group + g if g < group else heads + kv_head
+                    scale = q_scale if g < group else k_scale
+                    _norm_and_rotate(qkv_TN, t, head, shape, head_norm_QD, scale, cos_TE, sin_TE)
+                key, value = (heads + kv_head) * size, (heads + kv_heads + kv_head) * size
+                for d in range(size):
+                    keys_XKDP[page, kv_head, d, at] = qkv_TN[t, key + d]
+                for d in range(size):
+                    values_XKBPV[page, kv_head, d // NARROW, at, d % NARROW] = qkv_TN[t, value + d]
         unit = fetch_add(counter)
 
 
 @part(fastmath=FAST)
-def _turn(qkv_TN, t, head, shape, head_norm_QD, cos_TE, sin_TE):
-    """Norm a head where the model has norms, and turn it: dimensions i and i + E are a point of a plane."""
+def _norm_and_rotate(qkv_TN, t, head, shape, head_norm_QD, scale, cos_TE, sin_TE):
+    """Rotate a head, after its norm: dimensions i and i + E are a point of a plane.
+
+    `scale` is what the norm of all heads together multiplies by; one of each head by itself has its own.
+    """
     size, half, begin = shape.head_dim, shape.head_dim // 2, head * shape.head_dim
     if len(head_norm_QD):
-        total = np.float32(0.0)
-        for d in range(size):
-            total += qkv_TN[t, begin + d] * qkv_TN[t, begin + d]
-        scale = np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(shape.head_eps))
+        if not shape.whole_norm:
+            scale = inverse_rms(qkv_TN, t, begin, size, shape.head_eps)
         for d in range(size):
             qkv_TN[t, begin + d] *= scale * head_norm_QD[head, d]
     for e in range(half):
@@ -79,7 +97,9 @@ def _turn(qkv_TN, t, head, shape, head_norm_QD, cos_TE, sin_TE):
 
 
 @part()
-def attend(counter, qkv_TN, shape, plan, window, keys_XKDP, values_XKBPV, mixed_TN, thread, space):
+def attend(
+    counter, qkv_TN, shape, plan, window, softcap, keys_XKDP, values_XKBPV, mixed_TN, thread, space
+):  # fmt: skip
     """Mix the values of each token's context, its own included."""
     group, kv_heads = shape.heads // shape.kv_heads, shape.kv_heads
     at_once, pieces = max(1, QUERIES // group), len(plan.begin_J) - 1
@@ -95,7 +115,7 @@ def attend(counter, qkv_TN, shape, plan, window, keys_XKDP, values_XKBPV, mixed_
         _block(
             qkv_TN, first, min(at_once, end - first), group, (unit - before) % kv_heads,
             plan.computed_J[piece] + first - begin, plan.pages, plan.table_J[piece], shape, window,
-            keys_XKDP, values_XKBPV, mixed_TN, space.queries_SRD[thread], space.scores_SRP[thread],
+            softcap, keys_XKDP, values_XKBPV, mixed_TN, space.queries_SRD[thread], space.scores_SRP[thread],
             space.mixed_SRD[thread], space.peaks_SR[thread], space.totals_SR[thread],
         )  # fmt: skip
         unit = fetch_add(counter)
@@ -103,8 +123,8 @@ def attend(counter, qkv_TN, shape, plan, window, keys_XKDP, values_XKBPV, mixed_
 
 @part()
 def _block(
-    qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, keys_XKDP, values_XKBPV,
-    mixed_TN, q_RD, scores_RP, mixed_RD, peak_R, total_R,
+    qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, softcap, keys_XKDP,
+    values_XKBPV, mixed_TN, q_RD, scores_RP, mixed_RD, peak_R, total_R,
 ):  # fmt: skip
     """Tokens first, first + 1, ..., at `position` and after it, with the heads of one group."""
     size, filled, rows = shape.head_dim, keys_XKDP.shape[3], count * group
@@ -134,7 +154,9 @@ def _block(
                 )  # fmt: skip
         for r in range(rows):
             own = position + r // group
-            _softmax(scores_RP, r, begin, end, filled, shape.page, own, window, peak_R, total_R, mixed_RD)
+            _softmax(
+                scores_RP, r, begin, end, filled, shape.page, own, window, softcap, peak_R, total_R, mixed_RD
+            )  # fmt: skip
         for page in range(begin, end):
             here, following = pages[table + page], pages[table + min(page + AHEAD, last)]
             ask = values + following * shape.kv_heads * page_bytes
@@ -156,18 +178,23 @@ def _block(
 
 
 @part()
-def _softmax(scores_RP, r, first, end, filled, page_size, own, window, peak_R, total_R, mixed_RD):
+def _softmax(
+    scores_RP, r, first, end, filled, page_size, own, window, softcap, peak_R, total_R, mixed_RD
+):  # fmt: skip
     """Turn a row's scores of pages first to end into weights, 0 where it does not look; keep up what came
     before."""
     dim, peak = mixed_RD.shape[1], peak_R[r]
     scores, mixed = address(scores_RP) + r * scores_RP.shape[1] * ITEM, address(mixed_RD) + r * dim * ITEM
+    size = (end - first) * filled
+    if softcap > 0:
+        for p in range(0, size, LANES):
+            soft_cap(scores + p * ITEM, softcap)
     for page in range(first, end):  # what lies beyond its own position, before its window, or behind the page
         at, hidden = (page - first) * filled, own - window + 1 - page * page_size if window else 0
         for p in range(at, at + min(max(hidden, 0), filled)):
             scores_RP[r, p] = -np.inf
         for p in range(at + max(0, min(own + 1 - page * page_size, page_size)), at + filled):
             scores_RP[r, p] = -np.inf
-    size = (end - first) * filled
     for p in range(0, size, NARROW):
         most = vector_max(scores + p * ITEM)
         peak = most if most > peak else peak

@@ -126,6 +126,15 @@ def rescale(v: _Vectors, address: ir.Value, by: ir.Value) -> None:
     v.store(v.b.fmul(v.load(address), v.spread(by)), address)
 
 
+@_written(LANES, types.void, types.int64, types.float32)
+def soft_cap(v: _Vectors, address: ir.Value, cap: ir.Value) -> None:
+    """Put cap * tanh(x / cap) in place of LANES numbers x."""
+    caps, x = v.spread(cap), v.load(address)
+    power = v.exp(v.b.fdiv(v.b.fmul(v.all(2.0), x), caps))  # tanh(y) is 1 - 2 / (1 + e^2y)
+    part = v.b.fdiv(v.all(2.0), v.b.fadd(v.all(1.0), power))
+    v.store(v.b.fmul(caps, v.b.fsub(v.all(1.0), part)), address)
+
+
 @_written(LANES, types.void, types.int64, types.int64)
 def silu(v: _Vectors, gate: ir.Value, up: ir.Value) -> None:
     """gate = gate * sigmoid(gate) * up, for LANES numbers each."""
@@ -151,10 +160,18 @@ def _gate(v: _Vectors, gate: ir.Value, up: ir.Value, of: Callable[[ir.Value], ir
 
 
 @part(fastmath=FAST)
-def inverse_rms(x_TM, begin, end, size, eps, out_T):
-    """What an RMS norm multiplies rows by, 1 / sqrt(mean(x^2) + eps), from out_T[0] on."""
+def inverse_rms(x_TN, t, begin, size, eps):
+    """Return what an RMS norm of `size` numbers of row t multiplies them by, 1 / sqrt(mean(x^2) + eps)."""
+    total = np.float32(0.0)
+    for n in range(begin, begin + size):
+        total += x_TN[t, n] * x_TN[t, n]
+    return np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(eps))
+
+
+@part(fastmath=FAST)
+def add_norm(y_TM, begin, end, size, eps, scale_M, x_TM):
+    """x += the RMS norm of y, for rows from begin to end."""
     for t in range(begin, end):
-        total = np.float32(0.0)
+        row_scale = inverse_rms(y_TM, t, np.int64(0), size, eps)
         for m in range(size):
-            total += x_TM[t, m] * x_TM[t, m]
-        out_T[t - begin] = np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(eps))
+            x_TM[t, m] += row_scale * y_TM[t, m] * scale_M[m]

@@ -1,0 +1,179 @@
+"""Parts of a decoder, read from a model's modules and understood by what they do.
+
+A norm is known by its results, RoPE by what it does to a key, an embedding's scale by looking a token up.
+
+T tokens, M width, N outputs, H query heads, D head size, E pairs of it that RoPE rotates.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.models.attention_trace import telling_token
+
+CLOSE = 1e-4  # relative to the largest: rounding, no more
+
+
+class OtherPartError(Exception):
+    """A model has a part that a DecoderSpec has no place for."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x @ weight.T + bias; rows of a fused weight are a view of it."""
+
+    weight_NM: torch.Tensor
+    bias_N: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm, or LayerNorm where `centred`, of [M]; of a head, [D] or [H, D], or of all heads, [H * D]."""
+
+    scale: torch.Tensor  # what is multiplied by in the end, be it the weight or 1 + weight
+    bias: torch.Tensor | None
+    eps: float
+    centred: bool
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotates the first 2 E dimensions of a head by pairs: i and i + E, or 2 i and 2 i + 1 if interleaved.
+
+    Args:
+        module: the model's own. arguments: what it takes besides positions.
+    """
+
+    module: nn.Module
+    arguments: tuple[str, ...]
+    interleaved: bool
+
+    def angles(self, positions_T: torch.Tensor) -> torch.Tensor:
+        """Return cosines and sines [2, T, E], a scale of the keys' included."""
+        like = torch.empty(0, device=positions_T.device)
+        cos_1TD, sin_1TD = _call(self.module, like, positions_T[None], *self.arguments)
+        both_2TD = torch.cat([cos_1TD, sin_1TD]).float()
+        first, second = both_2TD.chunk(2, -1)
+        return first if torch.equal(first, second) else both_2TD[..., ::2]
+
+    def pairs(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first and the second number of each of `count` pairs of the last dimension."""
+        size = 2 * count
+        if self.interleaved:
+            return x[..., :size:2], x[..., 1:size:2]
+        return x[..., :count], x[..., count:size]
+
+
+def check(known: bool) -> None:
+    """Raise OtherPartError unless a part is as it is known here."""
+    if not known:
+        raise OtherPartError
+
+
+def linear(module: Any) -> Linear:
+    """Return a product; a subclass or a quantized one may compute something else."""
+    check(type(module) is nn.Linear)
+    return Linear(module.weight, module.bias)
+
+
+def siblings(
+    parts: dict[str, nn.Module], names: Sequence[str], fused: str, sizes: Sequence[int]
+) -> list[Linear]:
+    """Take the products of one input out of `parts`, where they may be one: its outputs lie side by side.
+
+    Args:
+        sizes: of each product's outputs; those of -1 have an equal share of what the others leave.
+    """
+    if fused in parts:
+        whole = linear(parts.pop(fused))
+        share = (len(whole.weight_NM) - sum(size for size in sizes if size >= 0)) // sizes.count(-1)
+        sizes = [share if size < 0 else size for size in sizes]
+        check(sum(sizes) == len(whole.weight_NM))
+        biases = [None] * len(sizes) if whole.bias_N is None else whole.bias_N.split(sizes)
+        found = [Linear(w, bias) for w, bias in zip(whole.weight_NM.split(sizes), biases, strict=True)]
+    else:
+        found = [linear(parts.pop(name, None)) for name in names]
+    check(len({part.bias_N is None for part in found}) == 1)
+    return found
+
+
+def embedding_scale(embedding: Any) -> float:
+    """Return what an embedding multiplies its weight by."""
+    check(isinstance(embedding, nn.Embedding))
+    token = torch.tensor([telling_token(embedding)], device=embedding.weight.device)
+    found_M, weight_M = (x[0].double() for x in (_call(embedding, token), embedding.weight[token]))
+    scale = float(found_M @ weight_M / (weight_M @ weight_M))
+    check(_is_close(found_M, weight_M * scale))
+    return 1.0 if torch.equal(found_M, weight_M) else scale
+
+
+def norm(module: Any) -> Norm:
+    """Return what a norm computes, by its results for rows so small that epsilon shows, and for others."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, torch.Tensor) or not isinstance(eps, float):
+        raise OtherPartError
+    x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    x = (x * torch.tensor([1.0, 3.0, 0.1, 1e-3]).view(-1, *[1] * weight.dim())).to(weight)
+    found = _call(module, x)
+    for centred in (False, True):
+        y = x - x.mean(-1, keepdim=True) if centred else x
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        for scale in (weight, 1 + weight):
+            if _is_close(found, y * scale + (0 if bias is None else bias)):
+                return Norm(scale, bias, eps, centred)
+    raise OtherPartError
+
+
+def ropes(rotary: Any, config: Any, positions_T: torch.Tensor) -> dict[Rope, torch.Tensor]:
+    """Return each way in which a layer may rotate, and its angles [2, T, E].
+
+    A module may have other angles for each type of layers.
+    """
+    kinds: list[tuple[str, ...]] = [()]
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        kinds = [(kind,) for kind in sorted(set(config.layer_types)) if config.rope_parameters[kind]]
+    found = [Rope(rotary, kind, interleaved) for kind in kinds for interleaved in (False, True)]
+    return {rope: rope.angles(positions_T) for rope in found}
+
+
+def rope_of(key_TD: torch.Tensor, known: Mapping[Rope, torch.Tensor]) -> Rope | None:
+    """Return how a layer rotates, or None where it does not: found by what became of one token's key.
+
+    Args:
+        key_TD: the key at T positions, of which the first is 0.
+        known: the ways that there are, and their angles at these positions.
+    """
+    if _is_close(key_TD, key_TD[:1]):
+        return None
+    for rope, angles_2TE in known.items():
+        cos_TE, sin_TE = angles_2TE / angles_2TE[0, 0, 0]
+        size = 2 * cos_TE.shape[1]
+        if size <= key_TD.shape[1]:
+            first_TE, second_TE = rope.pairs(key_TD, size // 2)
+            a_E, b_E, rest_TD = first_TE[0], second_TE[0], key_TD[:, size:]
+            rotated_TE = [a_E * cos_TE - b_E * sin_TE, b_E * cos_TE + a_E * sin_TE]
+            expected_TD = torch.cat([*rotated_TE, rest_TD[:1].expand_as(rest_TD)], -1)
+            if _is_close(torch.cat([first_TE, second_TE, rest_TD], -1), expected_TD):
+                return rope
+    raise OtherPartError
+
+
+def _call(module: nn.Module, *inputs: Any) -> Any:
+    """Call a part as those that are known here are called; one that can't be is another."""
+    try:
+        return module(*inputs)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError) as error:
+        raise OtherPartError from error
+
+
+def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.shape != torch.broadcast_shapes(found.shape, expected.shape):
+        return False
+    return float((found - expected).abs().max()) <= CLOSE * float(expected.abs().max())
