@@ -175,7 +175,8 @@ def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
 
 def telling_token(embedding: Any) -> int:
     """Return the first token whose embedding is not zero, as padding's is: keys of zero tell nothing."""
-    return next((token for token, row_M in enumerate(embedding.weight) if row_M.any()), 0)
+    rows = range(len(embedding.weight))
+    return next((token for token in rows if embedding.weight[token].any()), 0)
 
 
 def _check_mask(model: PreTrainedModel, layer: int, function: MaskFunction, window: int | None) -> None:
