@@ -162,6 +162,8 @@ def _layer(layer: nn.Module, given: LayerAttention, index: int, known: Mapping[R
     )
     kv_size = given.kv_heads * given.key_dim
     q, k, v = siblings(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (-1, kv_size, kv_size))
+    for part, head_norm in ((q, q_norm), (k, k_norm)):
+        check(head_norm is None or head_norm.scale.numel() in (given.key_dim, len(part.weight_NM)))
     gate, up = siblings(mlp, ("gate_proj", "up_proj"), "gate_up_proj", (-1, -1))
     check(attention.keys() == {"o_proj"} and len(mlp) == 2)
     down = linear(mlp.pop("down_proj", None))

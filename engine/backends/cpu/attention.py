@@ -30,7 +30,7 @@ from engine.backends.cpu.vector_math import (
 AHEAD = 2  # pages: what is asked for while one is read
 SPAN = 64  # positions, in whole pages, that a softmax looks at together
 QUERIES = 48  # rows that go through a page together, at most, where a group has no more heads
-TURN, MANY = 8, 64  # so many tokens have their heads turned at once where there are many
+ROPE_BLOCK, MIN_ROPE_BLOCKED = 8, 64  # tokens that a thread rotates at a time, in steps of more than so many
 
 
 class Heads(NamedTuple):
@@ -47,14 +47,14 @@ class Heads(NamedTuple):
 def apply_rope(counter, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_XKDP, values_XKBPV):
     """Norm and rotate queries and keys in place, and write keys and values into their pages."""
     rows, heads, kv_heads, size = len(plan.ids_T), shape.heads, shape.kv_heads, shape.head_dim
-    group, at_once = heads // kv_heads, TURN if rows > MANY else 1
+    group, at_once = heads // kv_heads, ROPE_BLOCK if rows > MIN_ROPE_BLOCKED else 1
     together = kv_heads if shape.whole_norm else 1  # a norm of all the width is of what is not rotated yet
-    turns = kv_heads // together
-    units = (rows + at_once - 1) // at_once * turns
+    parts = kv_heads // together
+    units = (rows + at_once - 1) // at_once * parts
     unit, piece = fetch_add(counter), 0
     q_scale = k_scale = np.float32(1.0)
     while unit < units:
-        block, first = unit // turns, unit % turns * together
+        block, first = unit // parts, unit % parts * together
         for t in range(block * at_once, min(rows, (block + 1) * at_once)):
             if shape.whole_norm:
                 q_scale = inverse_rms(qkv_TN, t, np.int64(0), heads * size, shape.head_eps)

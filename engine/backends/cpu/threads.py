@@ -109,8 +109,8 @@ class Team:
     def run(self, job: Callable[[int], Any]) -> None:
         """Call job(0) here and job(1), job(2), ... in the other threads.
 
-        It has to call one compiled function, without the interpreter's lock, that begins with `lead(index,
-        team.start)` and ends with a `meet` of all threads.
+        It has to call one compiled function, without the interpreter's lock, that begins with
+        `begin_together(index, team.start)` and ends with a `barrier` of all threads.
         """
         with self._one:
             try:
