@@ -26,7 +26,7 @@ class EngineConfig:
             packed. (Deterministic and int8 engines are always packed.)
         device: "auto" (CUDA if there is one, else the CPU) or a torch device: "cpu", "cuda", "cuda:1".
         dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16; or "int8":
-            float32 with the weights of linear layers in int8, for models built like Llama (packed on a CPU):
+            float32 with the weights of linear layers in int8, for models that run compiled (packed on a CPU):
             fewer bytes to read, and not quite the same model.
         max_batch_size: requests that share a step at most.
         max_step_tokens: tokens a step computes at most; longer prompts are computed in several. None: 512

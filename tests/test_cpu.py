@@ -24,7 +24,7 @@ from engine.backends.cpu.attention import QUERIES
 from engine.backends.cpu.forward import BLOCK, DEPTH
 from engine.backends.cpu.model import CompiledDecoder
 from engine.backends.cpu.vector_math import address
-from engine.backends.fused_linear import twin
+from engine.backends.fused_linear import weight_sharing_copy
 from engine.backends.transformers.model import TransformersModel
 from engine.kv_pool import PagePool
 from engine.models import LoadedModel, load
@@ -129,7 +129,7 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):
 
 
 def lean(model, page: int = 16, pages: int = 200) -> CompiledDecoder:
-    spec = describe(model, attention_layers(twin(model)))
+    spec = describe(model, attention_layers(weight_sharing_copy(model)))
     assert spec is not None
     assert can_compile(spec)
     found = CompiledDecoder(spec, page)
@@ -187,13 +187,13 @@ def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
             for begins, ends in zip(
                 list(zip(*cuts, strict=True))[:-1], list(zip(*cuts, strict=True))[1:], strict=True
             ):
-                tokens, pieces, at = [], [], []
+                tokens, spans, at = [], [], []
                 for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
                     if begin < end:
-                        pieces.append(Span(len(tokens), len(tokens) + end - begin, begin, tables[row]))
+                        spans.append(Span(len(tokens), len(tokens) + end - begin, begin, tables[row]))
                         tokens += texts[row][begin:end]
                         at += [(row, i) for i in range(begin, end)]
-                found = packed.logits(tokens, pieces, list(range(len(tokens))))
+                found = packed.logits(tokens, spans, list(range(len(tokens))))
                 close = torch.stack([expected[row][i] for row, i in at])
                 torch.testing.assert_close(found, close, rtol=1e-3, atol=1e-4 * float(close.abs().max()))
 
@@ -211,8 +211,8 @@ def test_the_bits_are_the_same_in_any_company(lengths, cut, threads, name):
     tables = [list(range(12 * i, 12 * i + 12)) for i in range(len(texts))]
     packed.use(threads)
     ends = np.cumsum([0, *lengths]).tolist()
-    pieces = [Span(a, b, 0, table) for a, b, table in zip(ends[:-1], ends[1:], tables, strict=True)]
-    together = packed.logits(list(chain(*texts)), pieces, [end - 1 for end in ends[1:]])
+    spans = [Span(a, b, 0, table) for a, b, table in zip(ends[:-1], ends[1:], tables, strict=True)]
+    together = packed.logits(list(chain(*texts)), spans, [end - 1 for end in ends[1:]])
     packed.use(1)
     packed.allocate_kv(200)
     for i, text in enumerate(texts):
@@ -237,8 +237,8 @@ def test_a_token_that_is_no_number_spoils_its_request_alone():
     texts = [[5, 6, 7], [5, 250, 7], [5, 6, 8]]
 
     def run() -> torch.Tensor:
-        pieces = [Span(3 * i, 3 * i + 3, 0, [i]) for i in range(3)]
-        return packed.logits(list(chain(*texts)), pieces, [2, 5, 8])
+        spans = [Span(3 * i, 3 * i + 3, 0, [i]) for i in range(3)]
+        return packed.logits(list(chain(*texts)), spans, [2, 5, 8])
 
     clean = run()
     model.get_input_embeddings().weight[250] = torch.nan

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from engine import Engine, EngineConfig, LoadedModel, SamplingParams
 from engine.backends.cpu import can_compile
 from engine.backends.cpu.model import CompiledDecoder
-from engine.backends.fused_linear import twin
+from engine.backends.fused_linear import weight_sharing_copy
 from engine.backends.transformers.model import TransformersModel
 from engine.kv_pool import PagePool
 from engine.models.attention_trace import attention_layers
@@ -131,7 +131,7 @@ def oracle(name: str) -> Oracle:
 
 
 def spec_of(model: PreTrainedModel) -> DecoderSpec:
-    spec = describe(model, attention_layers(twin(model)))
+    spec = describe(model, attention_layers(weight_sharing_copy(model)))
     assert spec is not None
     return spec
 
@@ -260,7 +260,7 @@ def test_norms_of_two_kinds_are_not_compiled(where):
         model.base_model.layers[0].input_layernorm = nn.LayerNorm(64)
     else:
         model.base_model.norm = nn.LayerNorm(64)
-    spec = describe(model, attention_layers(twin(model)))
+    spec = describe(model, attention_layers(weight_sharing_copy(model)))
     assert spec is None or not can_compile(spec)
     assert isinstance(PackedRunner(model, PagePool(16, 16)).model, TransformersModel)
 
@@ -269,6 +269,6 @@ def test_a_padding_token_does_not_hide_what_positions_do():
     """Its embedding is zero, and so are all its keys: of one length, whatever a position does to them."""
     model = oracle("ministral3, temperature").model
     assert not model.get_input_embeddings().weight[0].any()
-    layers = attention_layers(twin(model))
+    layers = attention_layers(weight_sharing_copy(model))
     assert not any(layer.only_rotates for layer in layers)
     assert all(layer.key_TD.any() for layer in layers)

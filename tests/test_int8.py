@@ -8,7 +8,7 @@ import torch
 from engine import Engine, EngineConfig, InputError, SamplingParams, make_workload
 from engine.backends.cpu import model as cpu_model
 from engine.backends.cpu.model import CompiledDecoder
-from engine.backends.fused_linear import twin
+from engine.backends.fused_linear import weight_sharing_copy
 from engine.kv_pool import PagePool
 from engine.models import load
 from engine.models.attention_trace import attention_layers
@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_rounded_weights():
     """Where nothing is folded into weights, a model with rounded ones gives the same."""
     model = load("random:tiny-llama").model
     scale = model.config.head_dim**-0.5
-    spec = describe(model, attention_layers(twin(model)))
+    spec = describe(model, attention_layers(weight_sharing_copy(model)))
     assert spec is not None
     lean = CompiledDecoder(spec, 16)
     lean.quantize()

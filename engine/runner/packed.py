@@ -48,7 +48,7 @@ class PagedModel(Protocol):
     def allocate_kv(self, pages: int) -> None: ...
     def clear(self, pages: list[int]) -> None: ...
     def logits(
-        self, tokens: list[int], pieces: list[Span], rows: list[int], position_ids: list[int] | None = None
+        self, tokens: list[int], spans: list[Span], rows: list[int], position_ids: list[int] | None = None
     ) -> torch.Tensor: ...
 
 
@@ -77,7 +77,7 @@ class PackedRunner(Runner):
 
     @torch.inference_mode()
     def _build(self, model: PreTrainedModel, deterministic: bool, int8: bool) -> PagedModel:
-        """The leanest packed model that gives the same logits as `model`."""
+        """The fastest packed model that gives the same logits as `model`."""
         known = probe(model, self.pool.capacity)
 
         def prove(packed: PagedModel, cuts: Cuts = CUTS, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -87,27 +87,27 @@ class PackedRunner(Runner):
             check_equal(model, "when packed", found_RTV, known.expected_TV, dtype)
             return found_RTV
 
-        lean = self._compiled(model)
-        if lean is not None:
+        compiled = self._compiled(model)
+        if compiled is not None:
             try:
-                prove(lean)
+                prove(compiled)
             except InputError as error:
                 LOG.warning("%s: its parts do something else than they look like; it runs as it is", error)
-                lean = None
-        if lean is None and int8:
+                compiled = None
+        if compiled is None and int8:
             raise InputError(
                 f"dtype='int8' is for models that can be compiled; {type(model).__name__} is not: use float32"
             )
-        if lean is None and deterministic:
+        if compiled is None and deterministic:
             return deterministic_model(model, self.pool.page_size, prove)
-        if lean is None:
-            eager = TransformersModel(model, self.pool.page_size)
-            prove(eager)
-            return eager
+        if compiled is None:
+            unmodified = TransformersModel(model, self.pool.page_size)
+            prove(unmodified)
+            return unmodified
         if int8:
-            lean.quantize()
-            prove(lean, dtype=torch.int8)
-        return lean
+            compiled.quantize()
+            prove(compiled, dtype=torch.int8)
+        return compiled
 
     def _compiled(self, model: PreTrainedModel) -> CompiledDecoder | None:
         """The compiled model, if this one has the parts for it."""
@@ -135,8 +135,8 @@ class PackedRunner(Runner):
         self.model.allocate_kv(pages)
         for begin in range(0, len(tokens), CHUNK):
             part = tokens[begin : begin + CHUNK]
-            piece = Span(0, len(part), begin, list(range(pages)))
-            found.append(self.model.logits(part, [piece], list(range(len(part)))))
+            span = Span(0, len(part), begin, list(range(pages)))
+            found.append(self.model.logits(part, [span], list(range(len(part)))))
         self.model.allocate_kv(self.pool.pages)
         return torch.cat(found)
 
@@ -147,19 +147,19 @@ class PackedRunner(Runner):
             self.model.clear(self.pool.needs_zeroing)
             self.pool.needs_zeroing.clear()
         tokens: list[int] = []
-        pieces: list[Span] = []
+        spans: list[Span] = []
         for request, count in step:
             begin, computed = len(tokens), request.computed
             tokens += request.tokens[computed : computed + count]
-            pieces.append(Span(begin, len(tokens), computed, self.pool.tables[request]))
+            spans.append(Span(begin, len(tokens), computed, self.pool.tables[request]))
         ready = [
-            (r, piece.end - 1)
-            for (r, n), piece in zip(step, pieces, strict=True)
+            (r, span.end - 1)
+            for (r, n), span in zip(step, spans, strict=True)
             if r.computed + n == len(r.tokens)
         ]
         requests = [request for request, _ in ready]
         started = time.perf_counter()
-        logits_RV = self.model.logits(tokens, pieces, [row for _, row in ready])
+        logits_RV = self.model.logits(tokens, spans, [row for _, row in ready])
         by_request: dict[Request, Choice] = dict(zip(requests, sample(logits_RV, requests), strict=True))
         seconds = time.perf_counter() - started
         return StepResult(

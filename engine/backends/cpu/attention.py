@@ -51,7 +51,7 @@ def apply_rope(counter, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_
     together = kv_heads if shape.whole_norm else 1  # a norm of all the width is of what is not rotated yet
     parts = kv_heads // together
     units = (rows + at_once - 1) // at_once * parts
-    unit, piece = fetch_add(counter), 0
+    unit, span = fetch_add(counter), 0
     q_scale = k_scale = np.float32(1.0)
     while unit < units:
         block, first = unit // parts, unit % parts * together
@@ -59,12 +59,12 @@ def apply_rope(counter, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_
             if shape.whole_norm:
                 q_scale = inverse_rms(qkv_TN, t, np.int64(0), heads * size, shape.head_eps)
                 k_scale = inverse_rms(qkv_TN, t, heads * size, kv_heads * size, shape.head_eps)
-            while plan.begin_J[piece] > t:
-                piece -= 1
-            while plan.begin_J[piece + 1] <= t:
-                piece += 1
-            position = plan.computed_J[piece] + t - plan.begin_J[piece]
-            page, at = plan.pages[plan.table_J[piece] + position // shape.page], position % shape.page
+            while plan.begin_J[span] > t:
+                span -= 1
+            while plan.begin_J[span + 1] <= t:
+                span += 1
+            position = plan.computed_J[span] + t - plan.begin_J[span]
+            page, at = plan.pages[plan.table_J[span] + position // shape.page], position % shape.page
             for kv_head in range(first, first + together):
                 for g in range(group + 1):
                     head = kv_head * group + g if g < group else heads + kv_head
@@ -102,19 +102,19 @@ def attend(
 ):  # fmt: skip
     """Mix the values of each token's context, its own included."""
     group, kv_heads = shape.heads // shape.kv_heads, shape.kv_heads
-    at_once, pieces = max(1, QUERIES // group), len(plan.begin_J) - 1
-    unit, piece, before = fetch_add(counter), 0, 0  # units of the pieces before this one
-    while piece < pieces:
-        begin, end = plan.begin_J[piece], plan.begin_J[piece + 1]
+    at_once, spans = max(1, QUERIES // group), len(plan.begin_J) - 1
+    unit, span, before = fetch_add(counter), 0, 0  # units of the spans before this one
+    while span < spans:
+        begin, end = plan.begin_J[span], plan.begin_J[span + 1]
         units = (end - begin + at_once - 1) // at_once * kv_heads
         if unit >= before + units:
             before += units
-            piece += 1
+            span += 1
             continue
         first = begin + (unit - before) // kv_heads * at_once
         _block(
             qkv_TN, first, min(at_once, end - first), group, (unit - before) % kv_heads,
-            plan.computed_J[piece] + first - begin, plan.pages, plan.table_J[piece], shape, window,
+            plan.computed_J[span] + first - begin, plan.pages, plan.table_J[span], shape, window,
             softcap, keys_XKDP, values_XKBPV, mixed_TN, space.queries_SRD[thread], space.scores_SRP[thread],
             space.mixed_SRD[thread], space.peaks_SR[thread], space.totals_SR[thread],
         )  # fmt: skip

@@ -7,7 +7,7 @@ results are the same to the last bit, whatever shares the batch and however a pr
 
 L layers, T tokens of the step, M width, N outputs of a product, H query heads, K KV heads, D head size, E
 half of it, F intermediate size, C panels of W outputs, X pages, P positions of a page, B blocks of V
-dimensions of a value, J pieces of requests, R tokens whose logits are wanted, S threads.
+dimensions of a value, J spans of requests, R tokens whose logits are wanted, S threads.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -84,10 +84,10 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a step computes: pieces of requests, one after the other."""
+    """What a step computes: spans of requests, one after the other."""
 
     ids_T: np.ndarray
-    begin_J: np.ndarray  # first token of a piece, and one more: the number of tokens
+    begin_J: np.ndarray  # first token of a span, and one more: the number of tokens
     computed_J: np.ndarray  # tokens of the request before it
     table_J: np.ndarray  # where its pages begin in `pages`, and one more
     pages: np.ndarray

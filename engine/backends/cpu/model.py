@@ -84,24 +84,24 @@ class CompiledDecoder:
         self.keys_LXKDP[:, pages], self.values_LXKBPV[:, pages] = 0, 0
 
     def logits(
-        self, tokens: list[int], pieces: list[Span], rows: list[int], position_ids: list[int] | None = None
+        self, tokens: list[int], spans: list[Span], rows: list[int], position_ids: list[int] | None = None
     ) -> torch.Tensor:
-        """Logits [R, V] of the tokens at `rows`, rising, of a step of these pieces.
+        """Logits [R, V] of the tokens at `rows`, rising, of a step of these spans.
 
         `position_ids` are what the tokens are rotated by instead of their places in their requests.
         """
         shape, count = self.shape, len(tokens)
         if position_ids is None:
-            spans = [np.arange(piece.computed, piece.computed + piece.end - piece.begin) for piece in pieces]
-            angles_2GTE = self._rope_angles(np.concatenate(spans))
+            places = [np.arange(span.computed, span.computed + span.end - span.begin) for span in spans]
+            angles_2GTE = self._rope_angles(np.concatenate(places))
         else:
             angles_2GTE = self._angles(torch.tensor(position_ids))
         plan = Plan(
             ids_T=np.array(tokens, np.int64),
-            begin_J=np.array([*(piece.begin for piece in pieces), count], np.int64),
-            computed_J=np.array([piece.computed for piece in pieces], np.int64),
-            table_J=np.cumsum([0, *(len(piece.pages) for piece in pieces)], dtype=np.int64),
-            pages=np.concatenate([np.asarray(piece.pages, np.int64) for piece in pieces]),
+            begin_J=np.array([*(span.begin for span in spans), count], np.int64),
+            computed_J=np.array([span.computed for span in spans], np.int64),
+            table_J=np.cumsum([0, *(len(span.pages) for span in spans)], dtype=np.int64),
+            pages=np.concatenate([np.asarray(span.pages, np.int64) for span in spans]),
             cos_GTE=angles_2GTE[0],
             sin_GTE=angles_2GTE[1],
             wanted_R=np.array(rows, np.int64),
