@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
+
+from engine.machine import processors
 
 pytest_plugins = ["perf.plugin"]
 
@@ -29,8 +30,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     options = config.option
     if measuring or given or not tests_alone or options.usepdb or options.collectonly:
         return
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(processors, MAX_WORKERS)
+    workers = min(processors(), MAX_WORKERS)
     if workers > 1 and options.dist == "no" and not hasattr(config, "workerinput"):
         options.numprocesses, options.dist, options.tx = workers, "loadfile", ["popen"] * workers
 

@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from rich.text import Text
 
 from engine import InputError
+from perf.errors import sigterm_interrupts
 from perf.gate.saved_runs import load
 from perf.report import runs_table
 from perf.report.text import clean
@@ -119,7 +120,7 @@ def _run(command: Sequence[str], log: Path, seconds: float, root: Path) -> int:
 
     In any case no process of it is left: a test's worker would slow whatever is measured next.
     """
-    with log.open("wb") as file, _terminable():
+    with log.open("wb") as file, sigterm_interrupts():
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, cwd=root, start_new_session=True
         )
@@ -143,20 +144,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError):  # it left nobody
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does: the processes that were started are in groups of their own."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _show_run(path: Path, say: Say) -> None:

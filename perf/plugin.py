@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
 GATE = pytest.StashKey["SessionGate"]()
-TABLE_WIDTH = 100  # columns of the tables at the end where there is no terminal
+TABLE_WIDTH, GATE_WIDTH = 100, 160  # columns of what is shown at the end where there is no terminal
 MARKERS = (
     "gpu: needs a CUDA device",
     "perf_gate(metric, rel=None, abs=None): this test's own tolerance for one metric; the closest mark wins",
@@ -202,12 +201,10 @@ def _show_gate(terminalreporter: Any, gate: SessionGate) -> None:
     if gate.error:
         terminalreporter.write_line(f"error: {gate.error}")
     if gate.comparison is not None:
-        from rich.console import Console
-
         from perf.report import comparison_table
+        from perf.report.terminal import show
 
-        console = Console(width=None if sys.stdout.isatty() else 160, file=terminalreporter._tw._file)
-        console.print(comparison_table(gate.comparison))
+        show(comparison_table(gate.comparison), GATE_WIDTH, terminalreporter._tw._file)
 
 
 def _check_whole() -> None:

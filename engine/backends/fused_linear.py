@@ -1,9 +1,9 @@
 """Linear layers that suit packed rows, in a copy of a model that shares every weight with the original.
 
 Layers that read the same input (Q/K/V, gate/up) become one product, and a product goes whichever way is
-fastest for its number of rows (`engine.runner.ways`). The original model gives the same results as before:
-its weights become parts of the joined ones where those are used as they are, so that nothing is held twice;
-what a way packs is a copy.
+fastest for its number of rows (`engine.backends.gemm_tuner`). The original model gives the same results as
+before: its weights become parts of the joined ones where those are used as they are, so that nothing is held
+twice; what a way packs is a copy.
 """
 
 from __future__ import annotations

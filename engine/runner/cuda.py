@@ -174,7 +174,7 @@ class CudaRunner(Runner):
         for begin, end in itertools.pairwise(sorted(cuts)):
             inputs_3T = np.stack([ids_T[begin:end], np.arange(begin, end), np.zeros(end - begin, dtype=int)])
             spans_3R = np.array([[0], [end - begin], [begin]])
-            step = self._laid(inputs_3T, np.arange(end - begin), np.zeros(1, dtype=int), spans_3R)
+            step = self._layout(inputs_3T, np.arange(end - begin), np.zeros(1, dtype=int), spans_3R)
             sizes = step.sizes(greedy=False)
             with refused(self.model):
                 ints_I = upload(step.ints(sizes), self.device)
@@ -226,12 +226,12 @@ class CudaRunner(Runner):
             np.arange(len(ids)) if single else np.array([ends[request] - 1 for request in ready], dtype=int)
         )
         spans_3R = np.stack([ends_R - counts_R, ends_R, computed_R])
-        laid = self._laid(np.stack([np.array(ids), positions_T, lines_T]), keep_K, lines_R, spans_3R)
-        sizes = laid.sizes(greedy)
+        layout = self._layout(np.stack([np.array(ids), positions_T, lines_T]), keep_K, lines_R, spans_3R)
+        sizes = layout.sizes(greedy)
         if single:
-            logits_KV = self.graphs.run(self._padded(sizes), laid)
+            logits_KV = self.graphs.run(self._padded(sizes), layout)
         else:
-            logits_KV = self._compute(sizes, upload(laid.ints(sizes), self.device))
+            logits_KV = self._compute(sizes, upload(layout.ints(sizes), self.device))
         self._sources = at if greedy else {}
 
         def result(choices: list[Choice | None]) -> StepResult:
@@ -275,7 +275,7 @@ class CudaRunner(Runner):
             self._tables_RN[line_X, column_X] = page_X
         return np.array(lines)
 
-    def _laid(
+    def _layout(
         self, inputs_3T: np.ndarray, keep_K: np.ndarray, lines_R: np.ndarray, spans_3R: np.ndarray
     ) -> BatchLayout:
         """A step of tokens in the order of its requests: those of one token come first."""

@@ -117,9 +117,8 @@ class PackedRunner(Runner):
         if spec is None or not can_compile(spec):
             return None
         try:
-            from engine.backends.cpu.model import (
-                CompiledDecoder,  # Numba takes a moment to import, and a GPU can do without
-            )
+            # Numba takes a moment to import, and a GPU can do without.
+            from engine.backends.cpu.model import CompiledDecoder
         except ImportError as error:
             LOG.warning("not compiled (%s): generation will be slower", error)
             return None

@@ -3,7 +3,7 @@
 One text is compared whole, in chunks with and without a past, and token by token. Its positions come from the
 model's whole range (a position id may be any number), so that what begins late shows: a temperature by
 position, a table of angles that ends. What a mask does far away is asked of the mask itself, in
-`engine.attention.layers`.
+`engine.models.attention_trace`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Logits to tokens, on the logits' device, each row by its own request's parameters.
 
-On a CPU a row at a time (`engine.cpu.choose`), on a device all rows at once; either gives the same tokens.
+On a CPU a row at a time (`engine.sampling.host`), on a device all rows at once; either gives the same tokens.
 
 R rows (requests), V vocabulary. A row's token depends on that row and its request alone: its draw is a
 counter-based random number keyed by (seed, output position), so neither batch-mates nor preemption can change

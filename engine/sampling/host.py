@@ -1,4 +1,4 @@
-"""A row of logits to a token, in numpy: what `engine.sampler` does on a device, a row at a time.
+"""A row of logits to a token, in numpy: what `engine.sampling.device` does on a device, a row at a time.
 
 A row stays in the second cache, each pass over it is one thread's vectors, and no thread is left behind that
 spins for a while, as torch's do. V is the vocabulary, N the tokens that filters keep.

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from perf.errors import GateError
+from perf.errors import GateError, sigterm_interrupts
 from perf.gate.revisions import git, gitlinks
 
 NO_HOOKS = ("-c", "core.hooksPath=/dev/null")
@@ -34,31 +34,26 @@ def worktrees(top: Path, commits: Sequence[str]) -> Iterator[list[Path]]:
     Raises:
         GateError: code 3, for a submodule or a git-lfs file that cannot be had.
     """
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    folder = Path(tempfile.mkdtemp(prefix="perf-ab-"))
-    trees = [folder / side for side in ("base", "head")]
-    try:
-        store = top / git(top, "rev-parse", "--git-common-dir")
-        upstream = _setting(top, "remote.origin.url") or str(top)
-        for tree, commit in zip(trees, commits, strict=True):
-            git(top, *NO_HOOKS, "worktree", "add", "--quiet", "--detach", str(tree), commit)
-            try:
-                _complete(tree, top, "", [store], upstream)
-            except GateError as error:
-                raise GateError(f"{tree.name} ({commit[:9]}): {error}") from None
-        yield trees
-    finally:
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave some
-        for tree in trees:
-            if tree.exists():
-                git(top, "worktree", "remove", "--force", str(tree))
-        shutil.rmtree(folder)
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, before)
+    with sigterm_interrupts():
+        folder = Path(tempfile.mkdtemp(prefix="perf-ab-"))
+        trees = [folder / side for side in ("base", "head")]
+        try:
+            store = top / git(top, "rev-parse", "--git-common-dir")
+            upstream = _setting(top, "remote.origin.url") or str(top)
+            for tree, commit in zip(trees, commits, strict=True):
+                git(top, *NO_HOOKS, "worktree", "add", "--quiet", "--detach", str(tree), commit)
+                try:
+                    _complete(tree, top, "", [store], upstream)
+                except GateError as error:
+                    raise GateError(f"{tree.name} ({commit[:9]}): {error}") from None
+            yield trees
+        finally:
+            interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave some
+            for tree in trees:
+                if tree.exists():
+                    git(top, "worktree", "remove", "--force", str(tree))
+            shutil.rmtree(folder)
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def _complete(top: Path, checkout: Path, within: str, stores: Sequence[Path], upstream: str) -> None:

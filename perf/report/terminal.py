@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -47,9 +47,13 @@ def name_length(room: int) -> int:
     return max(NAME_LENGTH, int(room * NAME_SHARE))
 
 
-def show(what: RenderableType, width: int) -> None:
-    """Print on standard output, as wide as the terminal, or `width` columns where there is none."""
-    Console(width=None if sys.stdout.isatty() else width).print(what)
+def show(what: RenderableType, width: int, file: IO[str] | None = None) -> None:
+    """Print on standard output, as wide as the terminal, or `width` columns where there is none.
+
+    Args:
+        file: what stands for standard output, if something does.
+    """
+    Console(width=None if sys.stdout.isatty() else width, file=file).print(what)
 
 
 def drawn(what: RenderableType, width: int) -> list[str]:

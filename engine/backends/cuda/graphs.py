@@ -36,7 +36,7 @@ class BatchShape(NamedTuple):
     greedy: bool
 
     def parts(self, ints_I: Any) -> list[Any]:
-        """The parts of the array, as Laid has them, on the host or the device; each is aligned to 16
+        """The parts of the array, as BatchLayout has them, on the host or the device; each is aligned to 16
         bytes."""
         return [ints_I[begin:end].reshape(shape) for begin, end, shape in places(self)[:-1]]
 
