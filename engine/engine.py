@@ -19,7 +19,6 @@ from engine.config import EngineConfig
 from engine.detokenizer import TextStream, stop_tokens
 from engine.errors import UNBOUNDED, InputError, check, check_list, check_text, check_type, shown
 from engine.input_processor import InputProcessor, Prompt
-from engine.kv_pool import PagePool, RowPool
 from engine.loop import Loop
 from engine.machine import limit_threads, placement
 from engine.metrics import EngineMetrics
@@ -45,8 +44,6 @@ from engine.request import (
 )
 from engine.runner import make_runner
 from engine.runner.memory import kv_memory
-from engine.runner.packed import page_token_bytes
-from engine.runner.padded import PaddedRunner
 from engine.scheduler import Scheduler
 
 LOG = logging.getLogger(__name__)
@@ -109,22 +106,12 @@ class Engine(Loop):
             token_bytes: what the model's own cache takes for a token. (Pages hold what its attention is
                 given, which may be more: some models compress what they keep.)
         """
-        assert config.max_step_tokens is not None
-        self.config, tokens, rows = config, config.max_step_tokens, config.max_batch_size
-        if config.runner == "packed":
-            useful = 2 * rows * -(-self.max_positions // config.page_size)
-            page_bytes = page_token_bytes(self.model) * config.page_size
-            pages = memory // page_bytes
-            if not pages:
-                much = f"a page of page_size={config.page_size} takes {page_bytes} bytes"
-                much += ": raise the one or lower the other"
-                raise InputError(f"kv_memory={config.kv_memory} is too small: {much}")
-            pool = PagePool(min(pages, useful), config.page_size, config.prefix_caching)
-            self.runner = make_runner(self.model, pool, config.deterministic, rows, config.dtype == "int8")
-            self.scheduler = Scheduler(config.policy, rows, tokens, pool)
-        else:
-            self.runner = PaddedRunner(self.model, tokens)
-            self.scheduler = Scheduler(config.policy, rows, sys.maxsize, RowPool(memory // token_bytes))
+        self.config, tokens = config, config.max_step_tokens or sys.maxsize
+        self.runner = make_runner(self.model, config, memory, token_bytes)
+        most = (
+            tokens if config.runner == "packed" else sys.maxsize
+        )  # the padded runner cuts its passes by itself
+        self.scheduler = Scheduler(config.policy, config.max_batch_size, most, self.runner.memory)
 
     @classmethod
     def from_pretrained(

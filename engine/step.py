@@ -1,20 +1,67 @@
-"""What passes between the loop, the runners and the backends in one step: spans in, choices out. A leaf."""
+"""What passes between the loop, the runners and the backends in one step: a batch in, choices out. A leaf."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from engine.request import Request
+
+PENDING = -1  # stands for a token that a device has chosen and the host has not seen
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The next tokens of one request: where they lie in the step, how many precede them, and the request's
-    pages."""
+    """The next tokens of one request: where they lie in the batch, how many precede them, and in which pages.
+
+    `pages` has one for every page size of positions, in their order, up to the last of these tokens or
+    beyond. `request` says whose they are to a backend that keeps something of a request from one step to the
+    next.
+    """
 
     begin: int
     end: int
     computed: int
     pages: list[int]
+    request: Hashable = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens of a step, all requests' in one row and without padding.
+
+    Two requests, with pages of 4 positions. The first has a prompt of 6 tokens and computes the last 3 of
+    them; the second has computed 8 tokens and computes its ninth. Each shall get its next token then, so the
+    logits after the third and the fourth token of the batch are wanted:
+
+    >>> first, second = Span(0, 3, computed=3, pages=[5, 2]), Span(3, 4, computed=8, pages=[0, 1, 7])
+    >>> batch = Batch([40, 41, 42, 90], [first, second], wanted=[2, 3])
+    >>> batch.positions
+    [3, 4, 5, 8]
+
+    Its tokens lie in the last place of page 5, the first two of page 2, and the first of page 7.
+
+    Args:
+        tokens: T ids; PENDING for one that only the device knows.
+        spans: of the requests, one after the other.
+        wanted: of the R tokens whose logits are wanted, their places in the batch, rising.
+        requests: whose these are, R, for drawing their next tokens; not given where logits are all that is
+            asked.
+        position_ids: T numbers to rotate by instead of the tokens' places in their requests (for proofs).
+    """
+
+    tokens: list[int]
+    spans: list[Span]
+    wanted: list[int]
+    requests: list[Request] = field(default_factory=list)
+    position_ids: list[int] | None = None
+
+    @property
+    def positions(self) -> list[int]:
+        """Each token's place in its request, T."""
+        return [span.computed + at for span in self.spans for at in range(span.end - span.begin)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +109,30 @@ class StepResult:
     kv_bytes: int
 
 
-class Ticket(Protocol):
-    """A step that has been launched; if `late`, the next may be launched before `collect`, which waits for
-    this one."""
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Ticket(Protocol[T_co]):
+    """A step that has been launched; where `is_async`, the next may be launched before `collect` waits for
+    it.
+
+    A runner's gives a StepResult, a backend's the choices for the wanted tokens of its batch.
+    """
 
     @property
     def is_async(self) -> bool: ...
 
-    def collect(self) -> StepResult: ...
+    def collect(self) -> T_co: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class Done(Generic[T]):
     """The ticket of a step that is computed already."""
 
-    result: StepResult
+    result: T
     is_async: bool = False
 
-    def collect(self) -> StepResult:
-        """The result, at once."""
+    def collect(self) -> T:
+        """Return the result, at once."""
         return self.result

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ from engine.backends.cuda.kernels import (
     norm_activation as fused,
     pdl as launching,
     rope_kv_write as write,
-    split_k as thin,
+    split_k,
 )
+from engine.models.decoder_parts import Norm
 
 SHARED = 227 * 1024
 STACK = 64  # bytes: a compiler's own, not spilled registers
@@ -83,18 +85,16 @@ def compile_instead(function: JITFunction, *args, grid, warmup=False, **named) -
         problems.append(f"{line}: not by the warpgroup's matrix instructions")
 
 
-def launch(
-    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, window=None, softcap=None, sinks=False
-):
+def launch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, page=16, window=None, softcap=None):
     """Every launch over one attention shape."""
     ints, tables = torch.zeros(64, dtype=torch.int32), torch.zeros(8, 64, dtype=torch.int32)
     store = torch.empty(9, kv_heads, page, dim, dtype=dtype)
     for tokens in (32, 600):
         joined = torch.empty(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
         q, k, v = joined.split([heads, kv_heads, kv_heads], 1)
-        angles, slots = torch.empty(tokens, dim, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
-        write.write_pages(k, v, slots, store, store, (q, angles, angles))
-    options = (window, softcap, torch.zeros(heads) if sinks else None)
+        cos, sin = torch.empty(tokens, dim, dtype=dtype).chunk(2, -1)
+        write.write_pages(q, k, v, cos, sin, torch.zeros(tokens, dtype=torch.int64), store, store)
+    options = (window, softcap)
     tiles = torch.zeros(8, 2, dtype=torch.int32)
     for some, split in ((ints, 64), (ints[1:], 256)):
         kernels.attend_chunks(q, store, store, tables, some, some, some, tiles, 0.1, *options)
@@ -104,18 +104,19 @@ def launch(
 
 
 def layer(tokens: int, dtype: torch.dtype) -> None:
-    """What thin products of a layer like Qwen2.5-0.5B's launch."""
+    """What split products of a layer like Qwen2.5-0.5B's launch."""
     x, inner = torch.empty(tokens, 896, dtype=dtype), torch.empty(tokens, 4864, dtype=dtype)
-    heads = thin.split_k_product(x, torch.empty(1152, 896, dtype=dtype)).unflatten(-1, (-1, 64))
+    heads = split_k.split_k_product(x, torch.empty(1152, 896, dtype=dtype)).unflatten(-1, (-1, 64))
     (q, k, v), store = heads.split([14, 2, 2], 2), torch.empty(9, 2, 16, 64, dtype=dtype)
-    angles, slots = torch.empty(tokens, 64, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
-    write.write_pages(k, v, slots, store, store, (q, angles, angles), torch.empty(1152, dtype=dtype))
+    cos, sin = torch.empty(tokens, 64, dtype=dtype).chunk(2, -1)
+    slots, bias = torch.zeros(tokens, dtype=torch.int64), torch.empty(1152, dtype=dtype)
+    write.write_pages(q, k, v, cos, sin, slots, store, store, bias)
     for given, weight in (
         (x, torch.empty(896, 896, dtype=dtype)),
         (inner, torch.empty(896, 4864, dtype=dtype)),
     ):
-        fused.add_rms_norm(thin.split_k_product(given, weight), x, x[0], 1e-5, summed=True)
-    thin.split_k_gated(x, torch.empty(9728, 896, dtype=dtype), "silu")
+        fused.add_norm(x, split_k.split_k_product(given, weight), Norm(x[0], None, 1e-5, False))
+    split_k.split_k_gated(x, torch.empty(9728, 896, dtype=dtype), "silu")
 
 
 def main() -> None:
@@ -127,7 +128,7 @@ def main() -> None:
     launch(14, 2, 64, torch.float16)
     launch(32, 8, 128, torch.bfloat16, window=4096)
     launch(4, 1, 256, torch.bfloat16, window=512, softcap=50.0)
-    launch(12, 4, 80, torch.float16, sinks=True)
+    launch(12, 4, 80, torch.float16)
     launch(14, 2, 64, torch.float32)
     launch(4, 1, 256, torch.float32)
     for tokens in (8, 9):
@@ -135,7 +136,10 @@ def main() -> None:
         fused.step_inputs(inputs, last, torch.zeros(3, 8, dtype=torch.int32), 16)
     for dtype, size in ((torch.float16, 896), (torch.bfloat16, 4096), (torch.float32, 1152)):
         x = torch.empty(4, 2 * size, dtype=dtype)
-        fused.add_rms_norm(x[:, :size], x[:, size:], x[0], 1e-5, plus_one=size == 1152)
+        for centred in (False, True):
+            by = Norm(torch.empty(size), x[0] if centred else None, 1e-5, centred)
+            fused.add_norm(torch.empty(4, size, dtype=dtype), x[:, :size], by, 0.5)
+            fused.norm(x.view(4, 2, size), replace(by, scale=torch.empty(2, size)))
         fused.gated(x[:, :size], x[:, size:], fused.ACTIVATIONS[size == 1152])
         fused.best_tokens(torch.empty(4, 151936, dtype=dtype))
     sys.exit("\n".join(problems) or 0)

@@ -1,4 +1,4 @@
-"""The textbook's attention, and what the kernels of a device step compute, in plain torch with the same
+"""The textbook's attention, and what the kernels for a GPU compute, in plain torch with the same
 arguments: its tests run on any machine.
 
 Written to be read: each token by itself over its own past.
@@ -11,38 +11,38 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from engine.models.decoder_parts import Norm
+
 
 def write_pages(
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_TE: torch.Tensor,
+    sin_TE: torch.Tensor,
     slots_T: torch.Tensor,
-    keys_LKPD: torch.Tensor,
-    values_LKPD: torch.Tensor,
-    rope: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    keys_XKPD: torch.Tensor,
+    values_XKPD: torch.Tensor,
     bias_N: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """As write.write_pages."""
-    q_THD = None
-    if rope is not None:
-        q_THD, cos_TE, sin_TE = rope
-        if k_TKD.dim() == 4:  # partial sums
-            sizes = [x.shape[-2] for x in (q_THD, k_TKD, v_TKD)]
-            biases = [0, 0, 0] if bias_N is None else bias_N.view(-1, k_TKD.shape[-1]).split(sizes)
-            sums = [x.sum(0) + bias for x, bias in zip((q_THD, k_TKD, v_TKD), biases, strict=True)]
-            q_THD, k_TKD, v_TKD = (x.to(keys_LKPD.dtype) for x in sums)
-        q_THD, k_TKD = (_rotated(x, cos_TE[:, None], sin_TE[:, None]) for x in (q_THD, k_TKD))
+) -> torch.Tensor:
+    """As rope_kv_write.write_pages."""
+    if k.dim() == 4:  # partial sums
+        sizes = [x.shape[-2] for x in (q, k, v)]
+        biases = [0, 0, 0] if bias_N is None else bias_N.view(-1, k.shape[-1]).split(sizes)
+        sums = [x.sum(0) + bias for x, bias in zip((q, k, v), biases, strict=True)]
+        q, k, v = (x.to(keys_XKPD.dtype) for x in sums)
+    q_THD, k_TKD = (_rotated(x, cos_TE[:, None], sin_TE[:, None]) for x in (q, k))
     kept_T = (slots_T >= 0).nonzero()[:, 0]
-    page_T, place_T = slots_T[kept_T] // keys_LKPD.shape[2], slots_T[kept_T] % keys_LKPD.shape[2]
-    keys_LKPD[page_T, :, place_T] = k_TKD[kept_T]
-    values_LKPD[page_T, :, place_T] = v_TKD[kept_T]
+    page_T, place_T = slots_T[kept_T] // keys_XKPD.shape[2], slots_T[kept_T] % keys_XKPD.shape[2]
+    keys_XKPD[page_T, :, place_T] = k_TKD[kept_T]
+    values_XKPD[page_T, :, place_T] = v[kept_T]
     return q_THD
 
 
 def _rotated(x_THD: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-    """The first E elements turned by pairs that lie E / 2 apart."""
-    x, rest = x_THD[..., : cos_T1E.shape[-1]], x_THD[..., cos_T1E.shape[-1] :]
-    first, second = x.chunk(2, -1)
-    return torch.cat([x * cos_T1E + torch.cat([-second, first], -1) * sin_T1E, rest], -1)
+    """Rotate pairs that lie D / 2 apart."""
+    first, second = x_THD.chunk(2, -1)
+    return torch.cat([first * cos_T1E - second * sin_T1E, second * cos_T1E + first * sin_T1E], -1)
 
 
 def chunk_tokens(groups: int, dim: int, element_bytes: int) -> int:
@@ -52,43 +52,41 @@ def chunk_tokens(groups: int, dim: int, element_bytes: int) -> int:
 
 def attend_chunks(
     q_THD: torch.Tensor,
-    keys_LKPD: torch.Tensor,
-    values_LKPD: torch.Tensor,
+    keys_XKPD: torch.Tensor,
+    values_XKPD: torch.Tensor,
     tables_RN: torch.Tensor,
     begins_R: torch.Tensor,
     ends_R: torch.Tensor,
     computed_R: torch.Tensor,
-    tiles_X2: torch.Tensor,
+    tiles_W2: torch.Tensor,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    sink_H: torch.Tensor | None = None,
     out_THD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As kernels.attend_chunks."""
     out_THD = q_THD.new_empty(q_THD.shape) if out_THD is None else out_THD
     step = chunk_tokens(1, 1, 1)
     begins, ends, past = begins_R.tolist(), ends_R.tolist(), computed_R.tolist()
-    for request, first in tiles_X2.tolist():
+    for request, first in tiles_W2.tolist():
         for t in range(first, min(first + step, ends[request])) if request >= 0 else ():
             length = past[request] + t - begins[request] + 1
             out_THD[t] = _attend(
-                q_THD[t], keys_LKPD, values_LKPD, tables_RN[request], length, scale, window, softcap, sink_H
+                q_THD[t], keys_XKPD, values_XKPD, tables_RN[request], length, scale, window, softcap
             )
     return out_THD
 
 
 def attend_rows(
     q_BHD: torch.Tensor,
-    keys_LKPD: torch.Tensor,
-    values_LKPD: torch.Tensor,
+    keys_XKPD: torch.Tensor,
+    values_XKPD: torch.Tensor,
     tables_RN: torch.Tensor,
     lengths_B: torch.Tensor,
     max_length: int,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    sink_H: torch.Tensor | None = None,
     owners_B: torch.Tensor | None = None,
     split: int = 64,
     out_BHD: torch.Tensor | None = None,
@@ -99,15 +97,15 @@ def attend_rows(
     for row, (owner, length) in enumerate(zip(owners, lengths_B.tolist(), strict=True)):
         assert length <= max_length, "the bound of the grid is too low"
         out_BHD[row] = _attend(
-            q_BHD[row], keys_LKPD, values_LKPD, tables_RN[owner], length, scale, window, softcap, sink_H
+            q_BHD[row], keys_XKPD, values_XKPD, tables_RN[owner], length, scale, window, softcap
         )
     return out_BHD
 
 
 def _attend(
     q_HD: torch.Tensor,
-    keys_LKPD: torch.Tensor,
-    values_LKPD: torch.Tensor,
+    keys_XKPD: torch.Tensor,
+    values_XKPD: torch.Tensor,
     table_N: torch.Tensor,
     length: int,
     scale: float,
@@ -116,8 +114,8 @@ def _attend(
     """Attention of the last of `length` positions, [H, D]; zeros where there are none."""
     if length == 0:
         return torch.zeros_like(q_HD)
-    pages_N = table_N[: -(-length // keys_LKPD.shape[2])].long()
-    k_KCD, v_KCD = (x[pages_N].transpose(0, 1).flatten(1, 2)[:, :length] for x in (keys_LKPD, values_LKPD))
+    pages_N = table_N[: -(-length // keys_XKPD.shape[2])].long()
+    k_KCD, v_KCD = (x[pages_N].transpose(0, 1).flatten(1, 2)[:, :length] for x in (keys_XKPD, values_XKPD))
     return attention(q_HD, k_KCD, v_KCD, scale, *options).to(q_HD.dtype)
 
 
@@ -151,7 +149,7 @@ def attention(
 
 
 def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
-    """As fused.best_tokens."""
+    """As norm_activation.best_tokens."""
     peak_B, token_B = logits_BV.max(-1)
     return torch.where(torch.isfinite(peak_B), token_B, -1)
 
@@ -159,7 +157,7 @@ def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
 def step_inputs(
     inputs_3T: torch.Tensor, last_B: torch.Tensor, tables_RN: torch.Tensor, page: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As fused.step_inputs."""
+    """As norm_activation.step_inputs."""
     given_T, at_T, line_T = inputs_3T.long()
     ids_T = torch.where(given_T < 0, last_B[(-1 - given_T).clamp(min=0)], given_T).clamp(min=0)
     place_T = at_T.clamp(min=0)
@@ -167,31 +165,28 @@ def step_inputs(
     return ids_T, place_T, torch.where(at_T < 0, -1, slots_T), (at_T + 1).int()
 
 
-def add_rms_norm(
-    x_TC: torch.Tensor,
-    residual_TC: torch.Tensor | None,
-    weight_C: torch.Tensor,
-    eps: float,
-    plus_one: bool = False,
-    summed: bool = False,
-) -> torch.Tensor:
-    """As fused.add_rms_norm."""
-    if summed:
-        x_TC = x_TC.sum(0).to(weight_C.dtype)
-    if residual_TC is not None:
-        x_TC = residual_TC.add_(x_TC)
-    wide = x_TC.to(torch.promote_types(x_TC.dtype, torch.float32))
-    scale_C = weight_C.to(wide.dtype) + plus_one
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * scale_C).to(x_TC.dtype)
+def norm(x: torch.Tensor, by: Norm, parts_of: torch.dtype | None = None) -> torch.Tensor:
+    """As norm_activation.norm."""
+    x = x if parts_of is None else x.sum(0).to(parts_of)
+    wide = x.float() - x.float().mean(-1, keepdim=True) if by.centred else x.float()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + by.eps).rsqrt()  # in float32, as models do
+    found = normed.to(by.scale.dtype) * by.scale
+    return (found if by.bias is None else found + by.bias).to(x.dtype)
+
+
+def add_norm(residual_TC: torch.Tensor, x: torch.Tensor, by: Norm, scale: float = 1.0) -> torch.Tensor:
+    """As norm_activation.add_norm."""
+    x_TC = x.sum(0).to(residual_TC.dtype) if x.dim() == 3 else x
+    return norm(residual_TC.add_(x_TC, alpha=scale), by)
 
 
 def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
-    """As fused.gated."""
+    """As norm_activation.gated."""
     return (F.silu(gate_TI) if activation == "silu" else F.gelu(gate_TI, approximate="tanh")) * up_TI
 
 
-def few_rows(dtype: torch.dtype, layer_bytes: int) -> int:
-    """As thin.few_rows; a small number, so that tests see steps of more."""
+def max_split_rows(dtype: torch.dtype, layer_bytes: int) -> int:
+    """As split_k.max_split_rows; a small number, so that tests see steps of more."""
     return 5
 
 

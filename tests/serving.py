@@ -10,11 +10,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from engine import Engine, EngineConfig, SamplingParams
+from engine.backends.cuda.backend import CudaBackend
 from engine.kv_pool import PagePool
-from engine.models import kv_bytes_per_token
-from engine.runner.cuda import CudaRunner
+from engine.models import LoadedModel, kv_bytes_per_token
+from engine.models.decoder_spec import DecoderSpec
+from engine.runner.packed import PackedRunner
 from tests import reference
 from tests.oracle import Oracle
 
@@ -61,14 +64,26 @@ def packed(oracle: Oracle, kv_tokens: int | None = None, **config) -> Engine:
     return Engine(oracle.loaded, EngineConfig(runner="packed", kv_memory=memory, **config))
 
 
-def on_reference(model, pool, deterministic, rows, int8) -> CudaRunner:
-    return CudaRunner(model, pool, deterministic, rows, reference)
+def runner_of(model: PreTrainedModel, **config) -> PackedRunner:
+    """Build the packed runner of a model."""
+    return Engine(LoadedModel("made", model, None, "made"), EngineConfig(kv_memory=2**20, **config)).runner
 
 
-def use_device_runner(patch: pytest.MonkeyPatch) -> None:
-    """Have packed engines take the runner for a GPU, on the CPU by way of the reference functions."""
-    patch.setattr("engine.engine.make_runner", on_reference)
-    patch.setattr("engine.backends.gemm_tuner.can_pack", lambda weight: False)  # weights stay as they are
+def use_reference_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Have the backend for a GPU call plain functions of torch instead of Triton kernels."""
+    kernels = pytest.importorskip("engine.backends.cuda.kernels", reason="needs Triton")
+    for name in kernels.__all__:
+        patch.setattr(kernels, name, getattr(reference, name))
+
+
+def use_cuda_backend(patch: pytest.MonkeyPatch) -> None:
+    """Have packed engines that are built from now on take the backend for a GPU, by the reference kernels."""
+    use_reference_kernels(patch)
+    patch.setattr("engine.runner.packed.decoder_backend", cuda_backend)
+
+
+def cuda_backend(spec: DecoderSpec, config: EngineConfig) -> CudaBackend:
+    return CudaBackend(spec, config.page_size, config.max_batch_size, config.deterministic)
 
 
 def drive(engine: Engine, work, order=None, every=1) -> list:
@@ -99,14 +114,14 @@ def check_shuffled(oracle: Oracle, engine: Engine, batch: int, seed: int) -> Non
 
 
 def run_out_of_memory(oracle: Oracle, server: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drive requests through a runner that has memory for 72 tokens a step, and check what they get."""
-    logits = CudaRunner._logits
+    """Drive requests through a backend that has memory for 72 tokens a step, and check what they get."""
+    launch = CudaBackend.launch
 
-    def little_memory(self, sizes, *rest):
-        if sizes.rows + sizes.tokens > 72:
+    def little_memory(self, batch):
+        if len(batch.tokens) > 72:
             raise torch.OutOfMemoryError("planted")
-        return logits(self, sizes, *rest)
+        return launch(self, batch)
 
-    monkeypatch.setattr(CudaRunner, "_logits", little_memory)
+    monkeypatch.setattr(CudaBackend, "launch", little_memory)
     for output, (_, limit) in zip(drive(server, work_of(16), every=8), work_of(16), strict=True):
         oracle.check(output, limit)

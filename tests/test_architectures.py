@@ -12,17 +12,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import Engine, EngineConfig, InputError, LoadedModel, SamplingParams
-from engine.backends.fused_linear import weight_sharing_copy
-from engine.backends.transformers.model import TransformersModel
-from engine.kv_pool import PagePool
+from engine.backends.transformers.backend import TransformersBackend
+from engine.kv_pool import RowPool
 from engine.models import kv_bytes_per_token, kv_layers, telling_positions
 from engine.models.attention_trace import attention_layers
+from engine.models.decoder_spec import describe
 from engine.models.geometry import KVLayer
-from engine.runner.cuda import CudaRunner
 from engine.runner.padded import PaddedRunner
 from engine.runner.verify import check_equal, probe
+from engine.step import Batch, Span
 from perf.measure.costs import model_costs
-from tests import reference
 from tests.oracle import Oracle
 
 SIZES = dict(
@@ -143,12 +142,13 @@ def test_pages_are_counted_as_they_are():
     """Attention over pages takes the keys that the model's own cache keeps compressed."""
     loaded = made("deepseek v3").loaded
     engine = Engine(loaded, EngineConfig(kv_memory=2**20, page_size=4))
-    assert engine.runner.model.page_bytes == 4 * 4 * 4 * 4 * (24 + 16)
-    assert engine.scheduler.memory.pages == 2**20 // engine.runner.model.page_bytes
+    assert engine.runner.backend.page_bytes == 4 * 4 * 4 * 4 * (24 + 16)
+    assert engine.scheduler.memory.pages == 2**20 // engine.runner.backend.page_bytes
 
 
 def test_layers_that_share_keys_and_values_take_no_memory_of_their_own():
-    sharing, whole = (TransformersModel(made(name).model, 4) for name in ("gemma4 that shares", "gemma4"))
+    models = [made(name).model for name in ("gemma4 that shares", "gemma4")]
+    sharing, whole = (TransformersBackend(model, attention_layers(model), 4) for model in models)
     for model in (sharing, whole):
         model.allocate_kv(3)
     assert sharing.page_bytes == 4 * kv_bytes_per_token(made("gemma4 that shares").model)
@@ -190,16 +190,16 @@ def test_a_temperature_by_position_is_seen_and_kept(lengths):
     """Ministral 3 scales queries beyond the first 64 positions here: the compiled path does not know how
     to."""
     engine = check("ministral3", lengths, policy="continuous")
-    assert isinstance(engine.runner.model, TransformersModel)
+    assert isinstance(engine.runner.backend, TransformersBackend)
 
 
-def test_a_temperature_by_position_is_kept_on_a_device():
+def test_a_temperature_by_position_is_seen_in_what_attention_is_given():
+    """So that no decoder is made for it in vain."""
     model = made("ministral3").model
-    assert not any(layer.only_rotates for layer in attention_layers(weight_sharing_copy(model)))
-    runner = CudaRunner(model, PagePool(64, 4), rows=4, kernels=reference)
-    assert "FusedLayer" not in {type(module).__name__ for module in runner.model.modules()}
-    plain = CudaRunner(Oracle(made("mixtral").loaded).model, PagePool(64, 4), rows=4, kernels=reference)
-    assert all(layer.only_rotates for layer in plain.layers)
+    layers = attention_layers(model)
+    assert not any(layer.only_rotates for layer in layers)
+    assert describe(model, layers) is None
+    assert all(layer.only_rotates for layer in attention_layers(made("mixtral").model))
 
 
 def test_a_proof_without_the_late_positions_would_have_passed():
@@ -233,14 +233,14 @@ def test_a_mask_of_both_directions_is_refused_when_packed():
         InputError,
         match="gives attention no window in layer 0, and its mask says otherwise: position 0 sees 1",
     ):
-        attention_layers(weight_sharing_copy(made("bert").model))
+        attention_layers(made("bert").model)
 
 
 @pytest.mark.parametrize("name", ["bart", "bert"])
 def test_what_padding_or_chunks_would_change_is_refused_when_padded(name):
     """BART counts positions from the first column, BERT looks ahead."""
     with pytest.raises(InputError, match="gives other logits when padded"):
-        PaddedRunner(made(name).model)
+        PaddedRunner(made(name).model, 8192, RowPool(100))
 
 
 @pytest.mark.parametrize("name", ["gemma4 that shares", "gemma3n", "roformer", "llama", "bloom"])
@@ -257,7 +257,7 @@ def test_rows_that_leave_one_after_another_change_nothing_for_the_others(name):
 def test_a_temperature_by_column_is_refused_when_padded():
     """Llama 4 takes it from the length of the cache, in which a row's padding counts."""
     with pytest.raises(InputError, match="gives other logits when padded far"):
-        PaddedRunner(made("llama4").model)
+        PaddedRunner(made("llama4").model, 8192, RowPool(100))
 
 
 # Experts
@@ -286,16 +286,12 @@ def test_models_with_experts_run_continuously_and_equal_generate(name):
 
 def test_an_option_is_refused_for_its_value():
     model: Callable = made("mixtral").model
-    packed = TransformersModel(model, 4)
+    packed, batch = (
+        TransformersBackend(model, attention_layers(model), 4),
+        Batch([1, 2], [Span(0, 2, 0, [0])], [1]),
+    )
     packed.allocate_kv(2)
-    logits = packed.logits([1, 2], [reference_piece()], [1])
-    assert logits.shape == (1, 256)
+    assert packed.logits(batch).shape == (1, 256)
     packed.model.config.output_router_logits = True
     with pytest.raises(InputError, match="uses output_router_logits: use runner='padded'"):
-        packed.logits([1, 2], [reference_piece()], [1])
-
-
-def reference_piece():
-    from engine.step import Span
-
-    return Span(0, 2, 0, [0])
+        packed.logits(batch)

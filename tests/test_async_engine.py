@@ -77,14 +77,14 @@ def test_bad_input_reaches_its_caller_alone(tiny):
 
 def poison(engine: Engine, token: int = 255) -> None:
     """Have the model raise for every step with this token."""
-    run = engine.runner.run
+    run = engine.runner.launch
 
     def picky(step):
         if any(token in request.tokens for request, _ in step):
             raise RuntimeError("boom")
         return run(step)
 
-    engine.runner.run = picky
+    engine.runner.launch = picky
 
 
 @both
@@ -136,7 +136,7 @@ def test_a_failure_that_passes_ends_what_it_hits_and_the_engine_goes_on(tiny, co
     async def run():
         async with AsyncEngine(engine) as served:
             with monkeypatch.context() as patch:
-                patch.setattr(engine.runner, "run", fail)
+                patch.setattr(engine.runner, "launch", fail)
                 hit = await asyncio.gather(*(served.generate(prompt, exactly(9)) for prompt in CLEAN[:2]))
             return hit, await asyncio.gather(*(served.generate(prompt, exactly(9)) for prompt in CLEAN))
 
@@ -155,7 +155,7 @@ def test_an_engine_that_can_compute_nothing_says_so_and_ends(tiny, config):
 
     async def run():
         async with AsyncEngine(engine) as served:
-            engine.runner.run = fail
+            engine.runner.launch = fail
             for count in range(MAX_FAILURES):
                 output = await served.generate([5, 6], exactly(9))
                 assert (output.finish_reason, output.error) == ("error", "RuntimeError('boom')"), count
@@ -179,7 +179,7 @@ def test_what_is_no_exception_ends_the_engine_and_everybody_hears_of_it(tiny, er
 
     async def run():
         async with AsyncEngine(engine) as served:
-            engine.runner.run = end
+            engine.runner.launch = end
             waits = [served.generate([5, 6], exactly(9)) for _ in range(3)]
             outcomes = await asyncio.gather(*waits, return_exceptions=True)
             with pytest.raises(RuntimeError, match="the engine has ended"):
@@ -249,14 +249,14 @@ def test_closing_tells_whoever_still_waits(tiny):
 def test_out_of_memory_makes_steps_smaller(tiny, error):
     oracle = tiny()
     engine = Engine(oracle.loaded, EngineConfig(max_batch_size=8))
-    run = engine.runner.run
+    run = engine.runner.launch
 
     def fail(step):
         if sum(count for _, count in step) > 20:
             raise error
         return run(step)
 
-    engine.runner.run = fail
+    engine.runner.launch = fail
     for output in engine.generate(prompts_of(12), exactly(9), progress=False):
         oracle.check(output, 9)
     assert engine.scheduler.max_step_tokens <= 20

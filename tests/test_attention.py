@@ -11,23 +11,22 @@ from hypothesis import Phase, given, settings, strategies as st
 
 from engine import InputError
 from engine.backends.transformers.interface import attend
-from engine.backends.transformers.paged_attention import PackedStep, Store
+from engine.backends.transformers.paged_attention import PagedBatch, Store
 from engine.models.attention_trace import Options
-from engine.models.decoder_spec import VECTOR
-from engine.step import Span
+from engine.step import Batch, Span
 from tests.pairwise import grid
 from tests.reference import attention
 
-KV_HEADS, DIM = 2, 2 * VECTOR
+KV_HEADS, DIM, VALUE_DIM = 2, 16, 12
 
 
-def run(step, layer, q_HTD, k_KTD, v_KTD, scale, window=None, softcap=None, sink_H=None) -> torch.Tensor:
-    """What a packed step gives, [T, H, D]."""
+def run(batch, layer, q_HTD, k_KTD, v_KTD, scale, window=None, softcap=None, sink_H=None) -> torch.Tensor:
+    """What a batch gives, [T, H, E]."""
     q_THD, k_TKD, v_TKD = (x.transpose(0, 1) for x in (q_HTD * scale, k_KTD, v_KTD))
-    return step.attend(layer, q_THD, k_TKD, v_TKD, Options(scale, window, softcap, sink_H))
+    return batch.attend(layer, q_THD, k_TKD, v_TKD, Options(scale, window, softcap, sink_H))
 
 
-def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False, spread=1, share=0, **kind):
+def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False, spread=1, share=0):
     """Attend one step of `requests` (computed, new) and compare; what no request owns is huge, never NaN.
 
     spread: how many times more pages there are than needed. share: whole pages all requests have in common,
@@ -46,22 +45,22 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
     if spread == 1 and rng.integers(2):
         ids.sort()
     stores = [
-        Store.zeros((pages, KV_HEADS, size, DIM, DIM), torch.zeros((), dtype=torch.float64))
+        Store.zeros(pages + 1, size, KV_HEADS, DIM, VALUE_DIM, torch.zeros((), dtype=torch.float64))
         for _ in range(layers)
     ]
     for store in stores:
-        store.keys_LKDP.fill_(1e3)
-        store.values_LKBPE.fill_(1e3)
-    keys, blocks = stores[layer].keys_LKDP.transpose(2, 3), stores[layer].values_LKBPE
-    first_k, first_v = draw(KV_HEADS, common * size, DIM), draw(KV_HEADS, common * size, DIM)
+        store.keys_XPKD[:-1] = 1e3
+        store.values_XPKE[:-1] = 1e3
+    keys, values = stores[layer].keys_XPKD, stores[layer].values_XPKE
+    first_k, first_v = draw(KV_HEADS, common * size, DIM), draw(KV_HEADS, common * size, VALUE_DIM)
     spans, everything, at, begin = [], [], common, 0
     for (computed, new), count in zip(requests, own, strict=True):
-        k, v = (draw(KV_HEADS, computed + new, DIM) for _ in range(2))
+        k, v = (draw(KV_HEADS, computed + new, dim) for dim in (DIM, VALUE_DIM))
         k[:, : common * size], v[:, : common * size] = first_k, first_v
         table = ids[:common] + ids[at : at + count]
         for position in range(computed):
-            keys[table[position // size], :, position % size] = k[:, position]
-            blocks[table[position // size], :, :, position % size] = v[:, position].unflatten(1, (-1, VECTOR))
+            keys[table[position // size], position % size] = k[:, position]
+            values[table[position // size], position % size] = v[:, position]
         spare = [ids[0]] * int(rng.integers(2))  # a table may be longer than what is computed
         spans.append(Span(begin, begin + new, computed, table + spare))
         everything.append((k, v))
@@ -69,13 +68,13 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
     q = draw(heads, begin, DIM)
     sink_H = draw(heads) if sinks else None
     parts = [(k[:, c:], v[:, c:]) for (c, _), (k, v) in zip(requests, everything, strict=True)]
-    step = PackedStep(stores, spans, **kind)
+    batch = Batch([0] * begin, spans, [])
+    assert batch.positions == [c + i for c, n in requests for i in range(n)]
     k_new, v_new = (torch.cat([part[i] for part in parts], 1) for i in range(2))
-    out = run(step, layer, q, k_new, v_new, 0.7, window, softcap, sink_H)
-    assert step.positions_T.tolist() == [c + i for c, n in requests for i in range(n)]
-    untouched = (stores[0].keys_LKDP, stores[0].values_LKBPE)
-    assert all(bool((store == 1e3).all()) for store in untouched), "another layer's pages stay as they were"
-    values = blocks.transpose(2, 3).flatten(3)
+    out = run(PagedBatch(stores, batch, pages), layer, q, k_new, v_new, 0.7, window, softcap, sink_H)
+    untouched = (stores[0].keys_XPKD, stores[0].values_XPKE)
+    assert all(bool((x[:-1] == 1e3).all()) for x in untouched), "another layer's pages stay as they were"
+    assert not any(bool(x[-1].any()) for x in (keys, values)), "nobody's page stays zero"
     for span, (k, v) in zip(spans, everything, strict=True):
         for t in range(span.begin, span.end):
             past = span.computed + t - span.begin + 1
@@ -83,7 +82,7 @@ def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False
             torch.testing.assert_close(out[t], expected, rtol=1e-10, atol=1e-10)
         table = torch.tensor(span.pages)[torch.arange(k.shape[1]) // size]
         for half, what in ((keys, k), (values, v)):
-            found = half[table, :, torch.arange(k.shape[1]) % size].transpose(0, 1)
+            found = half[table, torch.arange(k.shape[1]) % size].transpose(0, 1)
             assert torch.equal(found, what), "keys and values lie where the table says"
     return out
 
@@ -94,30 +93,26 @@ CHUNKS = [(0, 5), (4, 3), (9, 8)]
 
 
 @pytest.mark.parametrize(
-    ("requests", "groups", "size", "spread", "one_by_one"),
-    grid((MIXED, SINGLE, CHUNKS), (1, 3, 4), (1, 4, 16), (1, 5), (False, True)),
+    ("requests", "groups", "size", "spread"), grid((MIXED, SINGLE, CHUNKS), (1, 3, 4), (1, 4, 16), (1, 5))
 )
-def test_equals_the_textbook(requests, groups, size, spread, one_by_one):
-    check(requests, size, groups, np.random.default_rng(0), spread=spread, one_by_one=one_by_one)
+def test_equals_the_textbook(requests, groups, size, spread):
+    check(requests, size, groups, np.random.default_rng(0), spread=spread)
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize("options", [
     dict(window=1), dict(window=4), dict(window=7), dict(window=100), dict(softcap=0.8), dict(sinks=True),
     dict(window=5, softcap=1.3, sinks=True),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("size", [1, 4, 16])
-def test_windows_softcaps_and_sinks_are_honoured(size, options, one_by_one):
+def test_windows_softcaps_and_sinks_are_honoured(size, options):
     for requests in (MIXED, SINGLE, CHUNKS):
-        check(requests, size, 3, np.random.default_rng(1), one_by_one=one_by_one, **options)
+        check(requests, size, 3, np.random.default_rng(1), **options)
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize("size", [1, 4])
-def test_requests_may_share_pages(size, one_by_one):
-    requests = [(8, 1), (9, 4), (12, 1), (8, 6)]
-    check(requests, size, 3, np.random.default_rng(2), share=2, one_by_one=one_by_one)
-    check([(8, 1)] * 5, size, 4, np.random.default_rng(2), share=2, spread=3, window=6, one_by_one=one_by_one)
+def test_requests_may_share_pages(size):
+    check([(8, 1), (9, 4), (12, 1), (8, 6)], size, 3, np.random.default_rng(2), share=2)
+    check([(8, 1)] * 5, size, 4, np.random.default_rng(2), share=2, spread=3, window=6)
 
 
 @settings(max_examples=4 * settings().max_examples, phases=[Phase.generate])
@@ -130,39 +125,27 @@ def test_requests_may_share_pages(size, one_by_one):
     sinks=st.booleans(),
     spread=st.integers(1, 4),
     share=st.integers(0, 3),
-    one_by_one=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_any_step_equals_the_textbook(requests, size, groups, seed, **options):
     check(requests, size, groups, np.random.default_rng(seed), **options)
 
 
-def test_one_by_one_gives_the_same_bits_in_any_company():
-    rng = np.random.default_rng(3)
-    q, k, v = (torch.from_numpy(rng.normal(size=(2, 30, DIM))).float() for _ in range(3))
-
-    def logits(cuts, company):
-        stores = [Store.zeros((40, 2, 4, DIM, DIM), q)]
-        out = []
-        for begin, end in cuts:
-            spans, rows = [Span(0, end - begin, begin, list(range(8)))], list(range(begin, end))
-            for i in range(company):
-                at = len(rows)
-                spans.append(Span(at, at + 2, 0, [10 + i]))
-                rows += [i, i + 1]
-            step = PackedStep(stores, spans, True)
-            out.append(run(step, 0, q[:, rows], k[:, rows], v[:, rows], 0.5)[: end - begin])
-        return torch.cat(out)
-
-    alone = logits([(0, 30)], 0)
-    for cuts in ([(0, 30)], [(0, 7), (7, 8), (8, 30)], [(i, i + 1) for i in range(30)]):
-        for company in (0, 1, 9):
-            assert torch.equal(logits(cuts, company), alone)
+def test_contexts_of_very_different_length_are_not_filled_up_to_the_longest():
+    """Or one long request would multiply the memory that a step takes by the number of requests."""
+    store = Store.zeros(200, 4, 1, 16, 16, torch.zeros(()))
+    lengths = [1, 3, 5, 9, 17, 33, 300]
+    spans = [Span(i, i + 1, n - 1, list(range(-(-n // 4)))) for i, n in enumerate(lengths)]
+    groups = PagedBatch([store], Batch([0] * len(spans), spans, []), 199)._groups
+    read = sum(group.pages_RX.numel() for group in groups)
+    assert read <= 2 * sum(len(span.pages) for span in spans)
+    assert sorted(int(at) for group in groups for at in group.tokens_RN.flatten()) == list(range(len(spans)))
 
 
 def call(**options):
     rows = torch.randn(1, 2, 3, DIM)
-    packed = options.pop("packed", PackedStep([Store.zeros((2, 2, 4, DIM, DIM), rows)], [Span(0, 3, 0, [0])]))
+    batch = Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2])
+    packed = options.pop("packed", PagedBatch([Store.zeros(2, 4, 2, DIM, DIM, rows)], batch, 1))
     module = SimpleNamespace(layer_idx=0)
     return attend(module, rows, rows, rows, options.pop("attention_mask", None), packed=packed, **options)
 

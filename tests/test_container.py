@@ -147,7 +147,7 @@ def test_keys_and_values_take_their_share_of_a_container(tiny, tree, monkeypatch
     monkeypatch.setattr("engine.runner.memory.free_bytes", lambda device: free_bytes(device, root))
     engine = Engine(tiny("tiny-llama").loaded, EngineConfig(kv_memory=0.5))
     memory = engine.scheduler.memory
-    assert memory.pages * engine.runner.model.page_bytes <= MIB // 2 * 1.1
+    assert memory.pages * engine.runner.backend.page_bytes <= MIB // 2 * 1.1
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system has no such limits")

@@ -24,16 +24,14 @@ from engine.backends.cpu.attention import QUERIES
 from engine.backends.cpu.forward import BLOCK, DEPTH
 from engine.backends.cpu.model import CompiledDecoder
 from engine.backends.cpu.vector_math import address
-from engine.backends.fused_linear import weight_sharing_copy
-from engine.backends.transformers.model import TransformersModel
-from engine.kv_pool import PagePool
+from engine.backends.transformers.backend import TransformersBackend
 from engine.models import LoadedModel, load
 from engine.models.attention_trace import attention_layers
 from engine.models.decoder_spec import describe
-from engine.runner.packed import PackedRunner
-from engine.step import Span
+from engine.step import Batch, Span
 from tests.oracle import Oracle
 from tests.pairwise import grid
+from tests.serving import runner_of
 
 LEAN = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral")
 
@@ -129,7 +127,7 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):
 
 
 def lean(model, page: int = 16, pages: int = 200) -> CompiledDecoder:
-    spec = describe(model, attention_layers(weight_sharing_copy(model)))
+    spec = describe(model, attention_layers(model))
     assert spec is not None
     assert can_compile(spec)
     found = CompiledDecoder(spec, page)
@@ -193,7 +191,7 @@ def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
                         spans.append(Span(len(tokens), len(tokens) + end - begin, begin, tables[row]))
                         tokens += texts[row][begin:end]
                         at += [(row, i) for i in range(begin, end)]
-                found = packed.logits(tokens, spans, list(range(len(tokens))))
+                found = packed.logits(Batch(tokens, spans, list(range(len(tokens)))))
                 close = torch.stack([expected[row][i] for row, i in at])
                 torch.testing.assert_close(found, close, rtol=1e-3, atol=1e-4 * float(close.abs().max()))
 
@@ -212,23 +210,23 @@ def test_the_bits_are_the_same_in_any_company(lengths, cut, threads, name):
     packed.use(threads)
     ends = np.cumsum([0, *lengths]).tolist()
     spans = [Span(a, b, 0, table) for a, b, table in zip(ends[:-1], ends[1:], tables, strict=True)]
-    together = packed.logits(list(chain(*texts)), spans, [end - 1 for end in ends[1:]])
+    together = packed.logits(Batch(list(chain(*texts)), spans, [end - 1 for end in ends[1:]]))
     packed.use(1)
     packed.allocate_kv(200)
     for i, text in enumerate(texts):
         for begin in range(0, len(text), cut):
             part = text[begin : begin + cut]
-            alone = packed.logits(part, [Span(0, len(part), begin, tables[i])], [len(part) - 1])
+            alone = packed.logits(Batch(part, [Span(0, len(part), begin, tables[i])], [len(part) - 1]))
         assert torch.equal(alone[0], together[i])
 
 
 def test_only_wanted_tokens_go_through_all_of_the_last_layer():
     packed = lean(made())
-    text = [(7 * k) % 259 for k in range(70)]
-    whole = packed.logits(text, [Span(0, 70, 0, list(range(5)))], list(range(70)))
+    text, spans = [(7 * k) % 259 for k in range(70)], [Span(0, 70, 0, list(range(5)))]
+    whole = packed.logits(Batch(text, spans, list(range(70))))
     for wanted in ([69], [0, 1, 30, 68], []):
         packed.allocate_kv(5)
-        assert torch.equal(packed.logits(text, [Span(0, 70, 0, list(range(5)))], wanted), whole[wanted])
+        assert torch.equal(packed.logits(Batch(text, spans, wanted)), whole[wanted])
 
 
 def test_a_token_that_is_no_number_spoils_its_request_alone():
@@ -238,7 +236,7 @@ def test_a_token_that_is_no_number_spoils_its_request_alone():
 
     def run() -> torch.Tensor:
         spans = [Span(3 * i, 3 * i + 3, 0, [i]) for i in range(3)]
-        return packed.logits(list(chain(*texts)), spans, [2, 5, 8])
+        return packed.logits(Batch(list(chain(*texts)), spans, [2, 5, 8]))
 
     clean = run()
     model.get_input_embeddings().weight[250] = torch.nan
@@ -250,16 +248,12 @@ def test_a_token_that_is_no_number_spoils_its_request_alone():
     assert run().isfinite().all()
 
 
-def runner(model) -> PackedRunner:
-    return PackedRunner(model, PagePool(8, 16))
-
-
 @pytest.mark.parametrize("name", LEAN)
 def test_models_built_like_llama_are_compiled_and_their_weights_held_once_more(name):
     model = load(f"random:{name}").model
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    packed = runner(model)
-    assert isinstance(packed.model, CompiledDecoder)
+    packed = runner_of(model)
+    assert isinstance(packed.backend, CompiledDecoder)
     linear = sum(module.weight.nbytes for module in model.modules() if type(module) is nn.Linear)
     assert linear <= packed.copied_bytes <= 1.5 * linear, "and what fills the last panels"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -267,7 +261,7 @@ def test_models_built_like_llama_are_compiled_and_their_weights_held_once_more(n
 
 def test_models_of_other_numbers_run_as_they_are():
     model = load("random:tiny-llama", dtype="float64").model
-    assert isinstance(runner(model).model, TransformersModel)
+    assert isinstance(runner_of(model).backend, TransformersBackend)
 
 
 def test_parts_that_do_something_else_than_they_look_like_run_as_they_are(caplog):
@@ -278,7 +272,7 @@ def test_parts_that_do_something_else_than_they_look_like_run_as_they_are(caplog
     model = made()
     model.model.layers[1].mlp.__class__ = Halved
     with caplog.at_level(logging.WARNING):
-        assert isinstance(runner(model).model, TransformersModel)
+        assert isinstance(runner_of(model).backend, TransformersBackend)
     assert "its parts do something else than they look like" in caplog.text
     loaded = LoadedModel("llama", model, None, "random")
     engine = Engine(loaded, EngineConfig(kv_memory=2**24))
@@ -289,8 +283,8 @@ def test_parts_that_do_something_else_than_they_look_like_run_as_they_are(caplog
 def test_without_numba_a_model_runs_as_it_is_and_says_so(tiny, monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "engine.backends.cpu.model", None)
     with caplog.at_level(logging.WARNING):
-        packed = runner(tiny("tiny-llama").model)
-    assert isinstance(packed.model, TransformersModel)
+        packed = runner_of(tiny("tiny-llama").model)
+    assert isinstance(packed.backend, TransformersBackend)
     assert "not compiled (import of engine.backends.cpu.model halted" in caplog.text
 
 

@@ -151,7 +151,8 @@ def test_nan_logits_fail_their_request_alone(tiny, config, monkeypatch):
 
     requests = [engine.add_request(prompt, exactly(5)) for prompt in prompts]
     with monkeypatch.context() as patch:
-        patch.setattr(f"engine.runner.{engine.config.runner}.sample", poisoned)
+        patch.setattr("engine.backends.sample", poisoned)
+        patch.setattr("engine.runner.padded.sample", poisoned)
         engine.step()
     while engine.has_work:
         engine.step()
@@ -171,7 +172,7 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(tiny, confi
         raise RuntimeError("boom")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "run", fail)
+        patch.setattr(engine.runner, "launch", fail)
         with pytest.raises(RuntimeError, match="boom"):
             engine.step()
     while engine.has_work:
@@ -184,7 +185,7 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(tiny, confi
 def test_interrupt_gives_back_what_there_is(tiny, capsys, config, monkeypatch):
     oracle = tiny()
     engine = Engine(oracle.loaded, EngineConfig(max_batch_size=3, **config))
-    calls, run = iter(range(100)), engine.runner.run
+    calls, run = iter(range(100)), engine.runner.launch
 
     def interrupt(step):
         if next(calls) == 8:
@@ -192,7 +193,7 @@ def test_interrupt_gives_back_what_there_is(tiny, capsys, config, monkeypatch):
         return run(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "run", interrupt)
+        patch.setattr(engine.runner, "launch", interrupt)
         outputs = engine.generate(prompts_of(7), [exactly(3)] * 3 + [exactly(9)] * 4, progress=False)
     assert [output.finish_reason for output in outputs] == ["length"] * 3 + ["abort"] * 4
     assert not engine.has_work

@@ -1,8 +1,8 @@
 """Batched output equals `model.generate`, one prompt at a time, token for token: whatever the runner, the
 policy, the model, the dtype, the batch, the chunks, the pages, the cache and the memory.
 
-Runners: padded; packed, which compiles a model built like Llama; device, the one for a GPU by way of the
-reference functions, whose steps are launched before the one before is read.
+Runners: padded; packed, which compiles a model built like Llama; device, packed with the backend for a GPU by
+way of the reference functions, whose steps are launched before the one before is read.
 """
 
 from __future__ import annotations
@@ -14,20 +14,37 @@ import pytest
 from hypothesis import Phase, given, settings, strategies as st
 
 from engine import Engine, EngineConfig, SamplingParams, WorkItem
+from engine.backends.cuda.backend import CudaBackend
 from engine.bench.workload import make_workload
 from engine.models import kv_bytes_per_token
-from engine.runner.cuda import CudaRunner
 from engine.runner.packed import PackedRunner
 from engine.runner.padded import PaddedRunner
 from tests.oracle import Oracle
 from tests.pairwise import pairwise
-from tests.serving import NAMES, WAYS, check_shuffled, drive, exactly, prompts_of, use_device_runner, work_of
+from tests.serving import (
+    NAMES,
+    WAYS,
+    check_shuffled,
+    drive,
+    exactly,
+    prompts_of,
+    use_cuda_backend,
+    use_reference_kernels,
+    work_of,
+)
 
-RUNNERS = {"padded": PaddedRunner, "packed": PackedRunner, "device": CudaRunner}
+RUNNERS = ("padded", "packed", "device")
 POLICIES = ("sequential", "dynamic", "continuous")
 HOW = [way for way in product(RUNNERS, POLICIES) if way != ("padded", "continuous")]
 DTYPES = ("float32", "float64")
 slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _reference_kernels():
+    with pytest.MonkeyPatch.context() as patch:
+        use_reference_kernels(patch)
+        yield
 
 
 def build(oracle: Oracle, runner: str, kv_tokens: int | None = None, **config) -> Engine:
@@ -36,9 +53,10 @@ def build(oracle: Oracle, runner: str, kv_tokens: int | None = None, **config) -
     own = {"runner": "padded" if runner == "padded" else "packed", "kv_memory": memory}
     with pytest.MonkeyPatch.context() as patch:
         if runner == "device":
-            use_device_runner(patch)
+            use_cuda_backend(patch)
         engine = Engine(oracle.loaded, EngineConfig(**own, **config))
-    assert type(engine.runner) is RUNNERS[runner]
+    assert type(engine.runner) is (PaddedRunner if runner == "padded" else PackedRunner)
+    assert runner == "padded" or isinstance(engine.runner.backend, CudaBackend) == (runner == "device")
     return engine
 
 

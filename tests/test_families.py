@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from engine import Engine, EngineConfig, LoadedModel, SamplingParams
 from engine.backends.cpu import can_compile
 from engine.backends.cpu.model import CompiledDecoder
-from engine.backends.fused_linear import weight_sharing_copy
-from engine.backends.transformers.model import TransformersModel
-from engine.kv_pool import PagePool
+from engine.backends.cuda import can_run
+from engine.backends.cuda.backend import CudaBackend
+from engine.backends.transformers.backend import TransformersBackend
 from engine.models.attention_trace import attention_layers
 from engine.models.decoder_spec import DecoderSpec, describe
-from engine.runner.packed import PackedRunner
 from tests.oracle import Oracle
+from tests.serving import runner_of, use_cuda_backend
 
 SIZES = dict(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, initializer_range=0.3
@@ -131,7 +131,7 @@ def oracle(name: str) -> Oracle:
 
 
 def spec_of(model: PreTrainedModel) -> DecoderSpec:
-    spec = describe(model, attention_layers(weight_sharing_copy(model)))
+    spec = describe(model, attention_layers(model))
     assert spec is not None
     return spec
 
@@ -151,13 +151,36 @@ def check(known: Oracle, **config) -> Engine:
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_family_is_compiled_and_equals_generate(name):
     engine = check(oracle(name), max_step_tokens=16)
-    assert isinstance(engine.runner.model, CompiledDecoder)
+    assert isinstance(engine.runner.backend, CompiledDecoder)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_family_runs_on_the_backend_for_a_gpu_and_equals_generate(name, monkeypatch):
+    use_cuda_backend(monkeypatch)
+    spec = spec_of(oracle(name).model)
+    assert can_run(spec)
+    engine = check(oracle(name), max_step_tokens=16)
+    assert isinstance(engine.runner.backend, CudaBackend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_family_is_known_in_16_bits_and_proven(name, dtype, monkeypatch):
+    """Parts are told apart through their rounding."""
+    use_cuda_backend(monkeypatch)
+    runner = runner_of(made(*COMPILED[name]).to(dtype))
+    assert isinstance(runner.backend, CudaBackend)
+    exact, found = spec_of(oracle(name).model), runner.backend.decoder.spec
+    for one, other in zip(exact.layers, found.layers, strict=True):
+        assert (one.rope and one.rope.arguments) == (other.rope and other.rope.arguments)
+        assert (one.q_norm and one.q_norm.centred) == (other.q_norm and other.q_norm.centred)
+    assert found.embedding_scale == pytest.approx(exact.embedding_scale, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", AS_WRITTEN)
 def test_what_has_other_parts_runs_as_it_was_written_and_equals_generate(name, caplog):
     engine = check(oracle(name), max_step_tokens=16)
-    assert isinstance(engine.runner.model, TransformersModel)
+    assert isinstance(engine.runner.backend, TransformersBackend)
     assert "its parts do something else" not in caplog.text, "none is tried in vain"
 
 
@@ -172,7 +195,7 @@ def test_the_bits_do_not_depend_on_the_batch_or_on_chunks_in_float32_and_int8(na
             params = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=3)
             outputs = engine.generate(prompts, params, progress=False)
             found.append([(output.token_ids, output.logprobs) for output in outputs])
-            assert isinstance(engine.runner.model, CompiledDecoder)
+            assert isinstance(engine.runner.backend, CompiledDecoder)
         assert found[0] == found[1]
 
 
@@ -249,7 +272,7 @@ def test_parts_are_known_by_what_they_do():
                     nn.init.normal_(norm.bias, 0.0, 0.3)
                     setattr(module, name, norm.requires_grad_(False))
     engine = check(Oracle(LoadedModel("llama with LayerNorms", model, None, "random")), max_step_tokens=16)
-    assert isinstance(engine.runner.model, CompiledDecoder)
+    assert isinstance(engine.runner.backend, CompiledDecoder)
 
 
 @pytest.mark.parametrize("where", ["last", "first"])
@@ -260,15 +283,16 @@ def test_norms_of_two_kinds_are_not_compiled(where):
         model.base_model.layers[0].input_layernorm = nn.LayerNorm(64)
     else:
         model.base_model.norm = nn.LayerNorm(64)
-    spec = describe(model, attention_layers(weight_sharing_copy(model)))
+    spec = describe(model, attention_layers(model))
     assert spec is None or not can_compile(spec)
-    assert isinstance(PackedRunner(model, PagePool(16, 16)).model, TransformersModel)
+    engine = check(Oracle(LoadedModel("norms of two kinds", model, None, "random")), max_step_tokens=16)
+    assert isinstance(engine.runner.backend, TransformersBackend)
 
 
 def test_a_padding_token_does_not_hide_what_positions_do():
     """Its embedding is zero, and so are all its keys: of one length, whatever a position does to them."""
     model = oracle("ministral3, temperature").model
     assert not model.get_input_embeddings().weight[0].any()
-    layers = attention_layers(weight_sharing_copy(model))
+    layers = attention_layers(model)
     assert not any(layer.only_rotates for layer in layers)
     assert all(layer.key_TD.any() for layer in layers)

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from engine.models.decoder_parts import Norm
 from tests.exactness import DEVICE, DTYPES, TOLERANCE, close
 from tests.pairwise import grid
 
 write = pytest.importorskip("engine.backends.cuda.kernels.rope_kv_write", reason="needs Triton")
 fused = pytest.importorskip("engine.backends.cuda.kernels.norm_activation", reason="needs Triton")
-thin = pytest.importorskip("engine.backends.cuda.kernels.split_k", reason="needs Triton")
+split = pytest.importorskip("engine.backends.cuda.kernels.split_k", reason="needs Triton")
 pytestmark = [pytest.mark.usefixtures("bfloat16_products"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
-@pytest.mark.parametrize(("tokens", "dim", "rotated", "dtype"), [
-    *itertools.product([1, 7], [16], [0, 16], DTYPES), (7, 12, 12, torch.float32), (7, 20, 8, torch.float32),
-    (515, 16, 0, torch.float32), (515, 20, 8, torch.float32),
+@pytest.mark.parametrize(("tokens", "dim", "dtype"), [
+    *itertools.product([1, 7], [16], DTYPES), (7, 12, torch.float32), (515, 20, torch.float32),
 ], ids=str)  # fmt: skip
-def test_pages_get_keys_and_values_where_the_slots_say(dim, rotated, tokens, dtype):
+def test_pages_get_keys_and_values_where_the_slots_say(dim, tokens, dtype):
     """As views of one joined product, rotated as transformers does it; a negative slot is written nowhere."""
     heads, kv_heads, page = (3, 2, 5) if tokens < 100 else (1, 1, 16)
     generator = torch.Generator().manual_seed(0)
@@ -35,25 +35,18 @@ def test_pages_get_keys_and_values_where_the_slots_say(dim, rotated, tokens, dty
     keys, values = (
         torch.full((pages, kv_heads, page, dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)
     )
-    rope, turned = None, [q, k]
-    if rotated:
-        angles = torch.randn(tokens, rotated // 2, generator=generator).to(DEVICE).repeat(1, 2)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        rope = (q, cos, sin)
+    angles = torch.randn(tokens, dim // 2, generator=generator).to(DEVICE)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
-        def turn(x):
-            x, rest = x.double().split([rotated, dim - rotated], -1)
-            first, second = x.chunk(2, -1)
-            return torch.cat([x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None], rest], -1)
+    def rotated(x):
+        first, second = x.double().chunk(2, -1)
+        both = cos[:, None].repeat(1, 1, 2), sin[:, None].repeat(1, 1, 2)
+        return x.double() * both[0] + torch.cat([-second, first], -1) * both[1]
 
-        turned = [turn(q), turn(k)]
-    out = write.write_pages(k, v, slots.to(DEVICE), keys, values, rope)
-    if rope is None:
-        assert out is None
-    else:
-        close(out, turned[0], TOLERANCE[dtype])
+    out = write.write_pages(q, k, v, cos, sin, slots.to(DEVICE), keys, values)
+    close(out, rotated(q), TOLERANCE[dtype])
     kept = slots >= 0
-    for store, new, tolerance in ((keys, turned[1], TOLERANCE[dtype]), (values, v, 1e-30)):
+    for store, new, tolerance in ((keys, rotated(k), TOLERANCE[dtype]), (values, v, 1e-30)):
         flat = store.transpose(1, 2).flatten(0, 1)
         close(flat[slots[kept]], new[kept], tolerance)
         others = torch.ones(len(flat), dtype=torch.bool)
@@ -61,43 +54,53 @@ def test_pages_get_keys_and_values_where_the_slots_say(dim, rotated, tokens, dty
         assert bool((flat[others] == 7.0).all())
 
 
+def expected_norm(x: torch.Tensor, by: Norm) -> torch.Tensor:
+    x = x.double()
+    x = x - x.mean(-1, keepdim=True) if by.centred else x
+    x = x * (x.square().mean(-1, keepdim=True) + by.eps).rsqrt() * by.scale.double().cpu()
+    return x if by.bias is None else x + by.bias.double().cpu()
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize(("size", "plus_one"), [(64, False), (896, True), (1000, False)])
-def test_norm_of_a_sum_and_the_sum(size, plus_one, add, dtype):
-    x, residual = (
-        torch.randn(5, size, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2)
-    )
-    weight = torch.randn(size, generator=torch.Generator().manual_seed(2)).to(dtype)
-    total = x + residual if add else x
-    wide = total.double()
-    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight.double() + plus_one)
-    residual = residual.to(DEVICE)
-    found = fused.add_rms_norm(x.to(DEVICE), residual if add else None, weight.to(DEVICE), 1e-5, plus_one)
+@pytest.mark.parametrize(
+    ("size", "centred", "scale"), [(64, False, 1.0), (896, True, 1.0), (1000, False, 0.25)]
+)
+def test_norm_of_a_sum_and_the_sum(size, centred, scale, add, dtype):
+    x, residual = draw(5, size, dtype=dtype), draw(5, size, seed=1, dtype=dtype)
+    bias = draw(size, seed=3, dtype=dtype).to(DEVICE) if centred else None
+    by = Norm(draw(size, seed=2, dtype=dtype).to(DEVICE), bias, 1e-5, centred)
+    total = (scale * x.float() + residual.float()).to(dtype) if add else x
+    expected, residual = expected_norm(total, by), residual.to(DEVICE)
+    found = fused.add_norm(residual, x.to(DEVICE), by, scale) if add else fused.norm(x.to(DEVICE), by)
     close(found, expected, TOLERANCE[dtype])
+    assert found.dtype == dtype
     # the interpreter cuts bfloat16 off, unrounded
     if add and (dtype is not torch.bfloat16 or DEVICE == "cuda"):
         assert torch.equal(residual.cpu(), total), "the residual is the model's own sum, bit for bit"
 
 
-@pytest.mark.parametrize(
-    ("heads", "order"), [(3, (0, 1, 2, 3)), (1, (0, 1, 2, 3)), (3, (0, 2, 1, 3))], ids=str
-)
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_norm_of_heads_in_a_joined_product(tokens, heads, order):
-    """As models hand them over: [1, T, H, D] or [1, H, T, D], strided; one head of several tokens looks like
-    rows."""
-    joined = torch.randn(1, tokens, (heads + 2) * 32, generator=torch.Generator().manual_seed(0))
-    x = joined[..., 32 : (heads + 1) * 32].unflatten(-1, (heads, 32)).permute(order)
-    found = fused.add_rms_norm(x.to(DEVICE), None, torch.ones(32, device=DEVICE), 1e-5)
-    close(found, x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+def test_norm_of_heads_in_a_joined_product(tokens, heads, each):
+    """With one weight for all heads, or one for each, that is wider than the heads' own type."""
+    x = draw(tokens, heads + 2, 32, dtype=torch.float16)[:, 1 : heads + 1]
+    by = Norm(draw(*([heads] if each else []), 32, seed=1).to(DEVICE), None, 1e-5, True)
+    found = fused.norm(x.to(DEVICE), by)
+    close(found, expected_norm(x, by), TOLERANCE[torch.float16])
     assert found.is_contiguous()
+    assert found.dtype == torch.float16
 
 
 @pytest.mark.parametrize(
     ("sizes", "rows", "dtype"), grid([(96, 64), (80, 300), (200, 1000)], [1, 7, 40, 130], DTYPES), ids=str
 )
-def test_thin_products_and_what_sums_them(sizes, rows, dtype):
+def test_split_products_and_what_sums_them(sizes, rows, dtype):
     """Parts of a product, by themselves and with the norm that reads them."""
     outputs, inputs = sizes
     generator = torch.Generator().manual_seed(rows)
@@ -105,25 +108,25 @@ def test_thin_products_and_what_sums_them(sizes, rows, dtype):
     residual, scale = (
         torch.randn(*n, outputs, generator=generator).to(dtype).to(DEVICE) for n in ((rows,), ())
     )
-    parts = thin.split_k_product(x, weight)
+    parts = split.split_k_product(x, weight)
     assert parts.dtype == torch.float32
     exact = x.double() @ weight.double().T
     close(parts.double().sum(0), exact, 5e-6)
     total = exact + residual.double()
-    found = fused.add_rms_norm(parts, residual, scale, 1e-5, summed=True)
+    by = Norm(scale, None, 1e-5, False)
+    found = fused.norm(parts, by, dtype)
     assert found.dtype == dtype
-    close(
-        found,
-        total * (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double(),
-        2 * TOLERANCE[dtype],
-    )
+    close(found, expected_norm(exact.cpu(), by), 2 * TOLERANCE[dtype])
+    found = fused.add_norm(residual, parts, by)
+    assert found.dtype == dtype
+    close(found, expected_norm(total.cpu(), by), 2 * TOLERANCE[dtype])
     close(residual, total, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
     ("activation", "rows", "dtype"), grid(list(fused.ACTIVATIONS), [1, 40, 70], DTYPES), ids=str
 )
-def test_thin_gated_product(activation, rows, dtype):
+def test_split_gated_product(activation, rows, dtype):
     generator = torch.Generator().manual_seed(rows)
     x, weight = (torch.randn(n, 300, generator=generator).to(dtype).to(DEVICE) for n in (rows, 2 * 90))
     gate, up = (x.double() @ weight.double().T / 300**0.5).chunk(2, 1)
@@ -132,7 +135,7 @@ def test_thin_gated_product(activation, rows, dtype):
         if activation == "silu"
         else torch.nn.functional.gelu(gate, approximate="tanh")
     )
-    close(thin.split_k_gated(x, weight / 300**0.5, activation), active * up, 3 * TOLERANCE[dtype])
+    close(split.split_k_gated(x, weight / 300**0.5, activation), active * up, 3 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("bias", "dtype"), grid([False, True], DTYPES), ids=str)
@@ -145,13 +148,13 @@ def test_pages_get_what_partial_sums_come_to(bias, dtype):
     bias_N = torch.randn(outputs, generator=generator).to(dtype).to(DEVICE) if bias else None
     whole = parts[0] + parts[1] + parts[2]
     whole = (whole + bias_N.float() if bias else whole).to(dtype)
-    angles = tuple(torch.randn(tokens, dim, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    angles = tuple(torch.randn(tokens, dim // 2, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
     slots = torch.tensor([17, -1, 40], device=DEVICE)
     found = []
     for joined in (parts, whole):
         q, k, v = joined.unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], -2)
         stores = [torch.full((3, kv_heads, 16, dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)]
-        out = write.write_pages(k, v, slots, *stores, (q, *angles), bias_N if joined is parts else None)
+        out = write.write_pages(q, k, v, *angles, slots, *stores, bias_N if joined is parts else None)
         assert out.dtype == dtype
         found.append((out, *stores))
     for summed, expected in zip(*found, strict=True):

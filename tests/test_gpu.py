@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
-from engine.backends.cuda.graphs import upload
-from engine.backends.cuda.model import FusedLayer
-from engine.models import load
-from engine.runner.cuda import CudaRunner
+from engine.backends.cuda.backend import CudaBackend
+from engine.backends.cuda.batch_layout import upload
+from engine.backends.transformers.backend import TransformersBackend
+from engine.models import LoadedModel, load
 from tests.oracle import Oracle
 from tests.serving import NAMES, WAYS, check_shuffled, drive, exactly, packed, run_out_of_memory, work_of
+from tests.test_families import COMPILED, made
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +36,7 @@ def on_gpu() -> Callable[..., Oracle]:
 
 def build(oracle: Oracle, kv_tokens: int = 20_000, **config) -> Engine:
     server = packed(oracle, kv_tokens, **config)
-    assert isinstance(server.runner, CudaRunner)
+    assert isinstance(server.runner.backend, CudaBackend)
     return server
 
 
@@ -94,26 +95,27 @@ def test_replaying_a_graph_equals_the_eager_step(on_gpu, name, dtype, monkeypatc
     server = build(
         on_gpu(name, dtype), max_batch_size=16, page_size=4, max_step_tokens=50, prefix_caching=False
     )
-    runner, run = server.runner, server.runner.graphs.run
-    replayed = []
+    backend, run = server.runner.backend, server.runner.backend.graphs.run
+    tables_RN, replayed = backend._block_tables.tables_RN, []
 
-    def checked(sizes, laid):
+    def checked(shape, layout):
         """The step's logits three ways, and then the step: its keys and values are written each time, the
         same."""
-        kept, half = len(laid.keep_K), dtype == "float16"
-        padded, exact = sizes._replace(greedy=False), laid.sizes(greedy=False)
-        found = run(padded, laid)[:kept].clone()
+        kept, half = len(layout.keep_K), dtype == "float16"
+        padded, exact = shape._replace(greedy=False), layout.shape(greedy=False)
+        found = run(padded, layout)[:kept].clone()
         same, other = (
-            runner._logits(size, upload(laid.ints(size), runner.device))[:kept] for size in (padded, exact)
+            backend._logits(each, upload(layout.ints(each), tables_RN.device), tables_RN)[:kept]
+            for each in (padded, exact)
         )
         torch.testing.assert_close(found, same, rtol=1e-4, atol=5e-2 if half else 1e-3)
         # Of other sizes, products go other ways: in 16 bits logits with a spread of 2.4 differ by a tenth
         # then.
         torch.testing.assert_close(found, other, rtol=1e-4, atol=0.3 if half else 1e-3)
-        replayed.append(sizes.rows - exact.rows)
-        return run(sizes, laid)
+        replayed.append(shape.rows - exact.rows)
+        return run(shape, layout)
 
-    monkeypatch.setattr(runner.graphs, "run", checked)
+    monkeypatch.setattr(backend.graphs, "run", checked)
     server.generate([prompt for prompt, _ in work_of(40)], exactly(20), progress=False)
     assert len(replayed) > 20
     assert any(replayed)
@@ -125,7 +127,7 @@ def test_contexts_that_outgrow_a_graphs_bound_get_another(on_gpu):
     prompts = [[5 + i % 200 for i in range(1000)], [7, 8, 9]]
     for output in server.generate(prompts, exactly(60), progress=False):
         oracle.check(output, 60)
-    assert len({sizes.bound for sizes in server.runner.graphs.known if not sizes.tokens}) == 2
+    assert len({shape.bound for shape in server.runner.backend.graphs.known}) == 2
 
 
 def test_launching_a_steady_decode_step_waits_for_nothing(on_gpu):
@@ -146,7 +148,7 @@ def test_launching_a_steady_decode_step_waits_for_nothing(on_gpu):
     server.runner.launch = strict
     for _ in range(20):
         server.step()
-        assert len(server._launched) == 1, "a step is under way while the host goes on"
+        assert len(server._launched) == 1, "a step is in flight while the host goes on"
 
 
 def test_a_long_run_with_joins_leaves_and_preemption(on_gpu):
@@ -184,12 +186,34 @@ def test_deterministic_means_the_same_bits_in_any_company(on_gpu, name, dtype):
 
 
 @pytest.mark.parametrize("name", [*NAMES, "qwen2.5-0.5b"])
-def test_layers_are_fused(on_gpu, name):
-    server = build(on_gpu(name, "float16"))
-    assert all(isinstance(layer, FusedLayer) for layer in server.runner.model.base_model.layers)
-    from engine.backends.cuda.kernels.split_k import FEW  # needs Triton
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_of_few_rows_are_split(on_gpu, name, dtype):
+    server = build(on_gpu(name, dtype))
+    from engine.backends.cuda.kernels.split_k import MAX_ROWS  # needs Triton
 
-    assert server.runner.model.base_model.layers[0].stream.few == FEW, "thin products are proven at load"
+    assert server.runner.backend.decoder.split_rows == MAX_ROWS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_family_is_known_and_equals_generate(name, dtype):
+    """In bfloat16 it is known by its parts and proven at load."""
+    kind, sizes = COMPILED[name]
+    model = made(kind, sizes).to("cuda", getattr(torch, dtype))
+    oracle = Oracle(LoadedModel(name, model, None, "random"))
+    server = build(oracle)
+    if dtype == "float32":
+        for output, (_, limit) in zip(drive(server, work_of(8)), work_of(8), strict=True):
+            oracle.check(output, limit)
+
+
+def test_a_model_of_other_parts_runs_as_it_was_written(on_gpu):
+    """Attention over pages with torch alone, on a GPU too."""
+    oracle = on_gpu("tiny-llama", "float64")
+    server = packed(oracle, max_batch_size=4)
+    assert isinstance(server.runner.backend, TransformersBackend)
+    for output, (_, limit) in zip(drive(server, work_of(16)), work_of(16), strict=True):
+        oracle.check(output, limit)
 
 
 def test_memory_is_asked_for_within_bounds(on_gpu):

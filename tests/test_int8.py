@@ -8,16 +8,15 @@ import torch
 from engine import Engine, EngineConfig, InputError, SamplingParams, make_workload
 from engine.backends.cpu import model as cpu_model
 from engine.backends.cpu.model import CompiledDecoder
-from engine.backends.fused_linear import weight_sharing_copy
-from engine.kv_pool import PagePool
 from engine.models import load
 from engine.models.attention_trace import attention_layers
 from engine.models.decoder_spec import describe
 from engine.runner import verify
 from engine.runner.packed import PackedRunner
-from engine.step import Span
+from engine.step import Batch, Span
 from perf.measure.accuracy import accuracy
 from tests.oracle import Oracle
+from tests.serving import runner_of
 
 
 @pytest.mark.parametrize(
@@ -41,8 +40,8 @@ def test_a_model_that_cannot_run_packed_does_not_fall_back(tiny, monkeypatch):
         Engine(oracle.loaded, EngineConfig(dtype="int8"))
 
 
-def quantized_runner(model, **options) -> PackedRunner:
-    return PackedRunner(model, PagePool(8, 16), int8=True, **options)
+def quantized_runner(model) -> PackedRunner:
+    return runner_of(model, dtype="int8")
 
 
 NAMES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3")
@@ -66,7 +65,7 @@ def test_logits_are_those_of_the_rounded_weights():
     """Where nothing is folded into weights, a model with rounded ones gives the same."""
     model = load("random:tiny-llama").model
     scale = model.config.head_dim**-0.5
-    spec = describe(model, attention_layers(weight_sharing_copy(model)))
+    spec = describe(model, attention_layers(model))
     assert spec is not None
     lean = CompiledDecoder(spec, 16)
     lean.quantize()
@@ -79,7 +78,7 @@ def test_logits_are_those_of_the_rounded_weights():
                 module.weight.copy_(rounded / scale if name.endswith("q_proj") else rounded)
         tokens = [(31 * i) % 256 for i in range(70)]
         lean.allocate_kv(5)
-        found = lean.logits(tokens, [Span(0, 70, 0, list(range(5)))], list(range(70)))
+        found = lean.logits(Batch(tokens, [Span(0, 70, 0, list(range(5)))], list(range(70))))
         expected = model(torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 

@@ -26,9 +26,7 @@ class Case:
     """Requests of (computed, new) tokens with random keys and values in random pages; every other page is
     NaN."""
 
-    def __init__(
-        self, requests, page=16, kv_heads=2, groups=3, dim=64, dtype=torch.float32, seed=0, sinks=False
-    ):
+    def __init__(self, requests, page=16, kv_heads=2, groups=3, dim=64, dtype=torch.float32, seed=0):
         rng = np.random.default_rng(seed)
 
         def draw(*shape):
@@ -54,7 +52,6 @@ class Case:
         self.tables = torch.from_numpy(tables).to(DEVICE)
         self.begins = begins
         self.q = draw(kv_heads * groups, begins[-1], dim).transpose(0, 1)  # strided, as a model hands it over
-        self.sinks = draw(kv_heads * groups).float() if sinks else None
         self.groups = groups
 
     def expected(self, scale, window, softcap) -> torch.Tensor:
@@ -63,7 +60,6 @@ class Case:
             attention(
                 self.q[self.begins[row] + i],
                 *(x[: computed + i + 1].transpose(0, 1) for x in self.past[row]), scale, window, softcap,
-                self.sinks,
             )
             for row, (computed, new) in enumerate(self.requests)
             for i in range(new)
@@ -82,7 +78,7 @@ class Case:
         return kernels.attend_chunks(
             self.q, self.keys, self.values, self.tables, self.ints(self.begins[:-1]),
             self.ints(self.begins[1:]), self.ints([computed for computed, _ in self.requests]),
-            self.ints([*tiles, (-1, 0)]), scale, window, softcap, self.sinks,
+            self.ints([*tiles, (-1, 0)]), scale, window, softcap,
             torch.full(self.q.shape, torch.nan, dtype=self.dtype, device=DEVICE),
         )  # fmt: skip
 
@@ -92,7 +88,7 @@ class Case:
         single = owners == list(range(len(owners)))
         return kernels.attend_rows(
             self.q, self.keys, self.values, self.tables, self.ints(lengths), max(lengths) + slack, scale,
-            window, softcap, self.sinks, None if single else self.ints(owners), **options,
+            window, softcap, None if single else self.ints(owners), **options,
         )  # fmt: skip
 
     def check(self, scale=0.3, window=None, softcap=None) -> None:
@@ -111,14 +107,14 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_attention_is_the_definition(options):
-    Case(CHUNKS, dim=16, sinks=options.get("window") == 33).check(**options)
+    Case(CHUNKS, dim=16).check(**options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_attention_in_half_precision(dtype):
     case = Case([(65, 3), (20, 50)], dtype=dtype, groups=4)  # 32 tokens a tile
     close(case.chunks(window=40), case.expected(0.3, 40, None), TOLERANCE[dtype])
-    Case([(65, 2), (200, 1)], dtype=dtype, groups=4, sinks=True).check()
+    Case([(65, 2), (200, 1)], dtype=dtype, groups=4).check()
 
 
 HEADS = [
@@ -142,7 +138,7 @@ def test_any_head_size_and_group(dim, groups, kv_heads, dtype):
 @pytest.mark.parametrize("page", [1, 3, 4, 64, 256])
 def test_any_page_size(page):
     Case([(0, 6), (67, 2)], page=page, kv_heads=1).check()
-    Case([(70, 1), (9, 1)], page=page, sinks=True).check(window=20)
+    Case([(70, 1), (9, 1)], page=page).check(window=20)
 
 
 @settings(max_examples=settings().max_examples // 2, phases=[Phase.generate])
@@ -152,11 +148,10 @@ def test_any_page_size(page):
     groups=st.sampled_from([1, 3, 4]),
     window=st.none() | st.integers(1, 100),
     softcap=st.none() | st.floats(0.2, 5),
-    sinks=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_any_step_is_the_definition(requests, page, groups, window, softcap, sinks, seed):
-    Case(requests, page, 2, groups, 16, seed=seed, sinks=sinks).check(0.5, window, softcap)
+def test_any_step_is_the_definition(requests, page, groups, window, softcap, seed):
+    Case(requests, page, 2, groups, 16, seed=seed).check(0.5, window, softcap)
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -181,10 +176,9 @@ def test_a_row_has_the_same_bits_in_any_company(window):
 
 def test_long_rows_have_larger_splits_not_more(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_SPLITS", 4)
-    for options in (dict(), dict(sinks=True)):
-        case = Case([(700, 1), (383, 1), (384, 1), (5, 1)], kv_heads=1, dim=16, **options)
-        close(case.rows(split=32), case.expected(0.3, None, None))
-        close(case.rows(split=1000), case.expected(0.3, None, None))
+    case = Case([(700, 1), (383, 1), (384, 1), (5, 1)], kv_heads=1, dim=16)
+    close(case.rows(split=32), case.expected(0.3, None, None))
+    close(case.rows(split=1000), case.expected(0.3, None, None))
 
 
 def test_a_row_of_no_length_is_zero_and_a_tile_of_no_request_writes_nothing():
@@ -194,18 +188,7 @@ def test_a_row_of_no_length_is_zero_and_a_tile_of_no_request_writes_nothing():
     close(out[1], case.expected(0.3, None, None)[1])
     untouched = torch.full(case.q.shape, 7.0, device=DEVICE)
     ones = case.ints([1, 1])
-    arguments = (
-        case.tables,
-        ones,
-        ones,
-        ones,
-        case.ints([(-1, 0), (-1, 3)]),
-        0.3,
-        None,
-        None,
-        None,
-        untouched,
-    )
+    arguments = (case.tables, ones, ones, ones, case.ints([(-1, 0), (-1, 3)]), 0.3, None, None, untouched)
     assert torch.equal(
         kernels.attend_chunks(case.q, case.keys, case.values, *arguments), torch.full_like(untouched, 7)
     )
@@ -239,6 +222,6 @@ def test_the_compiler_takes_every_kernel_and_none_spills(tmp_path):
         "_gated",
         "_best_of_part",
         "_best_of_row",
-        "_thin",
+        "_split_k",
     ):
         assert f"{name} " in done.stdout

@@ -8,7 +8,7 @@ import pytest
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.kv_pool import PagePool
-from tests.serving import both, exactly, prompts_of, use_device_runner
+from tests.serving import both, exactly, prompts_of, use_cuda_backend
 from tests.test_detokenizer import byte_level
 
 POISON = 255
@@ -19,7 +19,7 @@ WORK = [prompt for prompt in prompts_of(24) if POISON not in prompt][:12]
 def packed(request, monkeypatch):
     """`packed(oracle, **options)` gives a packed engine, by the runner of each kind of device."""
     if request.param == "device":
-        use_device_runner(monkeypatch)
+        use_cuda_backend(monkeypatch)
     return lambda oracle, **options: Engine(oracle.loaded, EngineConfig(page_size=4, **options))
 
 
@@ -119,14 +119,14 @@ def test_memory_that_runs_out_for_one_request_ends_it_alone(tiny):
     """Less is tried first: fewer tokens a step; then it is that request which does not fit, and no other."""
     oracle = tiny()
     engine = Engine(oracle.loaded, EngineConfig(max_batch_size=8))
-    run = engine.runner.run
+    run = engine.runner.launch
 
     def fail(step):
         if any(POISON in request.tokens for request, _ in step):
             raise MemoryError
         return run(step)
 
-    engine.runner.run = fail
+    engine.runner.launch = fail
     requests = [engine.add_request(prompt, exactly(5)) for prompt in (WORK[0], [5, POISON], *WORK[1:6])]
     for _ in range(50):
         try:

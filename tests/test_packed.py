@@ -1,8 +1,8 @@
-"""The packed runner: shared prefixes, the same bits in any company, faults that stay where they are, and the
-weights that it shares with its model."""
+"""The packed runner: shared prefixes, the same bits in any company, and faults that stay where they are."""
 
 from __future__ import annotations
 
+import doctest
 import gc
 import warnings
 
@@ -10,12 +10,17 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+import engine.step
 from engine import Engine, EngineConfig, InputError
-from engine.backends.fused_linear import fuse_linears, prepare, weight_sharing_copy
 from engine.bench.workload import make_workload
 from engine.models import load
 from tests.oracle import Oracle
-from tests.serving import NAMES, drive, exactly, packed, work_of
+from tests.serving import drive, exactly, packed, work_of
+
+
+def test_the_example_of_a_batch_is_right():
+    assert doctest.testmod(engine.step).attempted == 3
+    assert doctest.testmod(engine.step).failed == 0
 
 
 def test_a_shared_prefix_is_computed_once(tiny):
@@ -143,15 +148,15 @@ def test_nan_logits_fail_their_request_alone(tiny, name, monkeypatch):
     engine = packed(oracle, 160)
     work = work_of(4)
 
-    def poisoned(*step):
-        logits_RV = right(*step)
+    def poisoned(batch):
+        logits_RV = right(batch)
         logits_RV[2] = torch.nan
         return logits_RV
 
     requests = [engine.add_request(prompt, exactly(5)) for prompt, _ in work]
-    right = engine.runner.model.logits
+    right = engine.runner.backend.logits
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner.model, "logits", poisoned)
+        patch.setattr(engine.runner.backend, "logits", poisoned)
         engine.step()
     while engine.has_work:
         engine.step()
@@ -160,59 +165,12 @@ def test_nan_logits_fail_their_request_alone(tiny, name, monkeypatch):
         oracle.check(requests[i].result, 5)
 
 
-def joined_twin(model):
-    """A twin with products prepared, and what these hold: their weights, and the bytes of packed copies."""
-    copy = weight_sharing_copy(model)
-    products = fuse_linears(copy)
-    copied = prepare(products)
-    return copy, [weight for product in products for weight in product.weights], copied
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_twin_shares_every_weight_and_changes_nothing(name):
-    model = load(f"random:{name}", dtype="float64").model
-    ids = torch.tensor([[5, 9, 100, 7]])
-    with torch.inference_mode():
-        before = model(ids).logits
-    first, parts, copied = joined_twin(model)
-    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    second, more_parts, _ = joined_twin(model)
-    assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}, (
-        "copied again"
-    )
-    assert [part.data_ptr() for part in parts] == [part.data_ptr() for part in more_parts], (
-        "two twins, one weight"
-    )
-    assert parts
-    assert copied == 0
-    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    held = [*parts, *first.parameters(), *second.parameters()]
-    assert {tensor.untyped_storage().data_ptr() for tensor in held} <= storages
-    with torch.inference_mode():
-        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
-        torch.testing.assert_close(first(ids).logits, before, rtol=1e-9, atol=1e-9)
-    assert first.config._attn_implementation == model.config._attn_implementation
-
-
-def test_packed_weights_are_copies_that_are_counted_and_leave_the_model_as_it_was():
-    model = load("random:tiny-llama").model
-    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    copy, parts, copied = joined_twin(model)
-    linear = [module.weight for module in model.modules() if type(module) is torch.nn.Linear]
-    assert copied == sum(weight.nbytes for weight in linear)
-    assert not parts, "nothing is held a third time"
-    assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    ids = torch.tensor([[5, 9, 100, 7]])
-    with torch.inference_mode():
-        torch.testing.assert_close(copy(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
-
-
 def test_two_engines_on_one_model_leave_it_as_it_was(tiny):
     oracle: Oracle = tiny("tiny-llama")
     kept = oracle.model.config._attn_implementation
     engines = [packed(oracle), packed(oracle)]
     assert oracle.model.config._attn_implementation == kept, "the original still runs as it did"
     gc.collect()
-    for engine in engines:
-        (output,) = engine.generate([[5, 6, 7]], exactly(5), progress=False)
+    for each in engines:
+        (output,) = each.generate([[5, 6, 7]], exactly(5), progress=False)
         oracle.check(output, 5)

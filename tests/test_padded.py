@@ -11,16 +11,41 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from engine import Engine, EngineConfig, InputError, SamplingParams
+from engine.kv_pool import RowPool
 from engine.models import refuse_other_state
 from engine.request import Request
-from engine.runner.padded import PaddedRunner
+from engine.runner.padded import PaddedRunner, RowLayer
+from engine.scheduler import Scheduler
 from tests.conftest import TINY
 from tests.serving import exactly, prompts_of
 
 
+class Padding(PaddedRunner):
+    """Puts another token where a row has none, and columns of padding before them all."""
+
+    def __init__(self, model, pad_id: int = 0, columns: int = 0) -> None:
+        self.pad_id, self.columns = pad_id, 0
+        super().__init__(model, 8192, RowPool(10**6))
+        self.columns = columns
+
+    def _start(self, requests):
+        super()._start(requests)
+        self._starts += self.columns
+        width = int(self._starts.max()) + 64 + self.columns
+        self._layers = [RowLayer(len(requests), width) for _ in self._layers]
+        self._cache.layers = list(self._layers)
+
+    def _inputs(self, rows, begin, end):
+        inputs = super()._inputs(rows, begin, end)
+        for row, start in enumerate(self._starts[:rows]):
+            inputs["input_ids"][row, : max(0, start - begin)] = self.pad_id
+        return inputs
+
+
 def logprobs_with(loaded, prompts, **padding) -> tuple[list, np.ndarray]:
     engine = Engine(loaded)
-    engine.runner = PaddedRunner(loaded.model, **padding)
+    engine.runner = Padding(loaded.model, **padding)
+    engine.scheduler = Scheduler("dynamic", 32, 10**6, engine.runner.memory)
     params = SamplingParams(10, ignore_eos=True, logprobs=5)
     outputs = engine.generate(prompts, params, progress=False)
     top = [[pair[1] for step in output.logprobs for pair in step.top] for output in outputs]
@@ -32,7 +57,7 @@ def test_pad_id_and_amount_of_padding_change_nothing(tiny, name):
     loaded = tiny(name, "float64").loaded
     prompts = prompts_of(7)
     tokens, logprobs = logprobs_with(loaded, prompts)
-    for padding in (dict(pad_id=2), dict(pad_id=255), dict(pad_columns=1), dict(pad_id=9, pad_columns=33)):
+    for padding in (dict(pad_id=2), dict(pad_id=255), dict(columns=1), dict(pad_id=9, columns=33)):
         other_tokens, other_logprobs = logprobs_with(loaded, prompts, **padding)
         assert other_tokens == tokens
         np.testing.assert_allclose(other_logprobs, logprobs, atol=1e-9)
@@ -81,7 +106,7 @@ def test_rows_that_finish_are_computed_no_further(tiny):
 @cache
 def runner_of(model) -> PaddedRunner:
     """A runner that many tests may share: each starts a batch of its own, and computes nothing."""
-    return PaddedRunner(model)
+    return PaddedRunner(model, 8192, RowPool(10**6))
 
 
 def passes_of(loaded, lengths, pass_tokens, max_step_tokens=8192):

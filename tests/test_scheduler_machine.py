@@ -84,7 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(policy, batch_size, step_tokens, self.pool)
         self.runner = FakeRunner(self.pool)
         self.alive: list[Request] = []
-        self.under_way: deque[tuple[Step, list[int | None]]] = deque()
+        self.in_flight: deque[tuple[Step, list[int | None]]] = deque()
         self.count = 0
 
     @rule(
@@ -110,7 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _step(self) -> None:
         scheduler = self.scheduler
-        if scheduler.may_preempt and self.under_way:
+        if scheduler.may_preempt and self.in_flight:
             self._read()
         waiting, preemptions = list(scheduler.waiting), sum(r.preemptions for r in self.alive)
         step = scheduler.plan(1.0)
@@ -120,19 +120,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(request in scheduler.running for request, _ in step)
         assert bool(step) <= bool(self.alive)
         assert (
-            step or self.under_way or not self.alive or sum(r.preemptions for r in self.alive) > preemptions
+            step or self.in_flight or not self.alive or sum(r.preemptions for r in self.alive) > preemptions
         )
         admitted = [request for request in waiting if request in scheduler.running]
         assert admitted == waiting[: len(admitted)], "first come, first admitted"
         if step:
-            self.under_way.append((step, self.runner.run(step)))
+            self.in_flight.append((step, self.runner.run(step)))
             scheduler.advance(step)
-        while len(self.under_way) > bool(self.is_async and step):
+        while len(self.in_flight) > bool(self.is_async and step):
             self._read()
 
     def _read(self) -> None:
         scheduler = self.scheduler
-        step, tokens = self.under_way.popleft()
+        step, tokens = self.in_flight.popleft()
         scheduler.commit(step, tokens, 2.0)
         for (request, _), token in zip(step, tokens, strict=True):
             if token is not None:
@@ -171,7 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return
         for _ in range(4 * sum(request.max_len for request in self.alive) + 1):
-            if not self.scheduler.has_work and not self.under_way:
+            if not self.scheduler.has_work and not self.in_flight:
                 break
             self._step()
         assert not self.scheduler.has_work, "somebody starves"
@@ -181,7 +181,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class LateMachine(SchedulerMachine):
-    """The same, with tokens that arrive while the next step is under way."""
+    """The same, with tokens that arrive while the next step is in flight."""
 
     is_async = True
 

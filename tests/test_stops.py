@@ -65,7 +65,8 @@ def says(tiny, monkeypatch) -> Says:
                     scripted_RV[row, ids[request.output_len]] = 9.0
             return sampler.sample(scripted_RV, requests)
 
-        monkeypatch.setattr(f"engine.runner.{engine.config.runner}.sample", sample)
+        monkeypatch.setattr("engine.backends.sample", sample)
+        monkeypatch.setattr("engine.runner.padded.sample", sample)
         return engine
 
     return make
@@ -196,7 +197,7 @@ def test_a_stop_that_only_the_last_token_settles_is_a_stop(says, monkeypatch):
     tokenizer = byte_level(257)
     a, first = tokenizer.encode("a")[0], tokenizer.encode("日")[0] % 256
     engine.tokenizer = tokenizer
-    monkeypatch.setattr("engine.runner.packed.sample", lambda logits, requests: [
+    monkeypatch.setattr("engine.backends.sample", lambda logits, requests: [
         sampler.Choice(first if request.output_len else a) for request in requests
     ])  # fmt: skip
     (output,) = engine.generate([[5]], SamplingParams(2, stop="\ufffd"), progress=False)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from engine.errors import InputError
 from engine.models.geometry import config_numbers, positions, telling_positions
+from engine.models.weights import weight_sharing_copy
 
 TRACE = "dynamic_batch_trace"
 RANDOM_PAIRS = 2000
@@ -143,10 +144,7 @@ AttentionMaskInterface.register(TRACE, _mask)
 
 @torch.inference_mode()
 def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
-    """What each layer of `model` gives its attention.
-
-    Args:
-        model: a copy of the model that may be changed: it calls the attention of this module afterwards.
+    """Return what each layer of `model` gives its attention: found by one run of a copy.
 
     Raises:
         InputError: for an option that attention over pages does not have, and for a mask that its window does
@@ -156,9 +154,10 @@ def attention_layers(model: PreTrainedModel) -> list[LayerAttention]:
     at = torch.tensor([telling_positions(model.config)], device=model.device)
     ids = torch.full_like(at, telling_token(model.get_input_embeddings()))
     trace, keep = _Trace(), torch.zeros(1, dtype=torch.long, device=model.device)
-    model.set_attn_implementation(TRACE)
+    traced = weight_sharing_copy(model)
+    traced.set_attn_implementation(TRACE)
     mask = torch.ones_like(at)
-    model(ids, position_ids=at, attention_mask=mask, use_cache=False, logits_to_keep=keep, packed=trace)
+    traced(ids, position_ids=at, attention_mask=mask, use_cache=False, logits_to_keep=keep, packed=trace)
     layers = trace.layers
     if not layers or sorted(layers) != list(range(len(layers))):
         raise InputError(

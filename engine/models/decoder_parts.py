@@ -17,7 +17,8 @@ from torch import nn
 
 from engine.models.attention_trace import telling_token
 
-CLOSE = 1e-4  # relative to the largest: rounding, no more
+# How far what a part gives may lie from what it is taken for, relative to the largest: rounding, no more.
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 class OtherPartError(Exception):
@@ -36,7 +37,7 @@ class Linear:
 class Norm:
     """RMSNorm, or LayerNorm where `centred`, of [M]; of a head, [D] or [H, D], or of all heads, [H * D]."""
 
-    scale: torch.Tensor  # what is multiplied by in the end, be it the weight or 1 + weight
+    scale: torch.Tensor  # what is multiplied by in the end: the weight, or 1 + weight in float32
     bias: torch.Tensor | None
     eps: float
     centred: bool
@@ -68,6 +69,33 @@ class Rope:
         if self.interleaved:
             return x[..., :size:2], x[..., 1:size:2]
         return x[..., :count], x[..., count:size]
+
+
+def head_order(rope: Rope | None, dim: int) -> torch.Tensor:
+    """Return a head's dimensions in such an order that i and i + D / 2 are a pair; the last pairs may be
+    none.
+
+    Queries and keys may both be put into it, which changes no product of the two. Of 8 dimensions, of which
+    interleaved RoPE rotates 4: 0 2 4 5 1 3 6 7.
+    """
+    dims_D = torch.arange(dim)
+    if rope is None:
+        return dims_D
+    position_1 = torch.zeros(1, dtype=torch.long, device=next(rope.module.buffers()).device)
+    pairs = rope.angles(position_1).shape[-1]
+    first_E, second_E = rope.pairs(dims_D, pairs)
+    rest = dims_D[2 * pairs :]
+    return torch.cat([first_E, rest[: len(rest) // 2], second_E, rest[len(rest) // 2 :]])
+
+
+def head_angles(rope: Rope | None, positions_T: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return cosines and sines of all pairs of a head, [2, T, D / 2]: of 0 where the model rotates none."""
+    none_2TE = torch.tensor([1.0, 0.0], device=positions_T.device)[:, None, None]
+    none_2TE = none_2TE.expand(2, len(positions_T), dim // 2)
+    if rope is None:
+        return none_2TE
+    angles_2TE = rope.angles(positions_T)
+    return torch.cat([angles_2TE, none_2TE[..., angles_2TE.shape[-1] :]], -1)
 
 
 def check(known: bool) -> None:
@@ -107,9 +135,10 @@ def embedding_scale(embedding: Any) -> float:
     """Return what an embedding multiplies its weight by."""
     check(isinstance(embedding, nn.Embedding))
     token = torch.tensor([telling_token(embedding)], device=embedding.weight.device)
-    found_M, weight_M = (x[0].double() for x in (_call(embedding, token), embedding.weight[token]))
-    scale = float(found_M @ weight_M / (weight_M @ weight_M))
-    check(_is_close(found_M, weight_M * scale))
+    found_M, weight_M = _call(embedding, token)[0], embedding.weight[token][0]
+    wide_M = weight_M.double()
+    scale = float(found_M.double() @ wide_M / (wide_M @ wide_M))
+    check(_is_close(found_M, wide_M * scale))
     return 1.0 if torch.equal(found_M, weight_M) else scale
 
 
@@ -121,11 +150,11 @@ def norm(module: Any) -> Norm:
         raise OtherPartError
     x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)) + 0.5
     x = (x * torch.tensor([1.0, 3.0, 0.1, 1e-3]).view(-1, *[1] * weight.dim())).to(weight)
-    found = _call(module, x)
+    found, wide = _call(module, x), torch.promote_types(weight.dtype, torch.float32)
     for centred in (False, True):
-        y = x - x.mean(-1, keepdim=True) if centred else x
+        y = x.to(wide) - x.to(wide).mean(-1, keepdim=True) if centred else x.to(wide)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-        for scale in (weight, 1 + weight):
+        for scale in (weight, 1 + weight.float()):
             if _is_close(found, y * scale + (0 if bias is None else bias)):
                 return Norm(scale, bias, eps, centred)
     raise OtherPartError
@@ -176,4 +205,4 @@ def _call(module: nn.Module, *inputs: Any) -> Any:
 def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if found.shape != torch.broadcast_shapes(found.shape, expected.shape):
         return False
-    return float((found - expected).abs().max()) <= CLOSE * float(expected.abs().max())
+    return float((found - expected).abs().max()) <= ROUNDING[found.dtype] * float(expected.abs().max())

@@ -32,11 +32,7 @@ from engine.models.decoder_parts import (
 )
 from engine.models.geometry import positions, telling_positions
 
-VECTOR = 16  # float32 in the widest vector of a CPU
 BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
-LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ACTIVATIONS = {
     "SiLUActivation": "silu",
     "SiLU": "silu",

@@ -12,8 +12,8 @@ from engine.errors import InputError, check
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FIRST, LEAST = 16, 24  # telling positions: so many from the first on, and so many in all
-UNBOUNDED = 2**31  # positions of a model whose config names no bound: the last are not asked for
+FIRST, LEAST = 16, 32  # telling positions: so many from the first on, and so many in all
+MAX_TOLD = 2**31  # of a model whose config names no bound, the last positions are not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def telling_positions(config: PreTrainedConfig, capacity: int = sys.maxsize) -> 
     most = min(positions(config)[0], capacity)
     found = {*range(min(FIRST, most))}
     for bound in (*config_numbers(config), most - 1):
-        if 0 < bound < min(most, UNBOUNDED):
+        if 0 < bound < min(most, MAX_TOLD):
             found |= {bound - 1, bound}
     if len(found) > capacity:
         return list(range(capacity))

@@ -1,48 +1,53 @@
-"""From a step to next tokens. Runners differ only in how they hold keys and values."""
+"""From a step to next tokens. Runners differ in how they hold keys and values: in pages, or in a
+rectangle."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from engine.step import Done, StepResult, Ticket
+from engine.step import StepResult, Ticket
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from engine.kv_pool import PagePool
+    from engine.config import EngineConfig
+    from engine.kv_pool import PagePool, RowPool
     from engine.scheduler import Step
 
 
 class Runner(ABC):
-    """From steps to tokens; a runner that need not wait for them launches in its own way.
+    """Computes steps.
 
-    `copied_bytes` are the model's weights that it holds a second time, in another order.
+    `memory` is the accounting of its keys and values, for the scheduler; `copied_bytes` are the model's
+    weights that it holds a second time, in another order.
     """
 
+    memory: PagePool | RowPool
     copied_bytes: int = 0
 
     @abstractmethod
-    def run(self, step: Step) -> StepResult:
-        """Compute a step."""
-
-    def launch(self, step: Step) -> Ticket:
-        """Start a step."""
-        return Done(self.run(step))
+    def launch(self, step: Step) -> Ticket[StepResult]:
+        """Start a step. Where its ticket is async, the next may be launched before this one's is
+        collected."""
 
 
-def make_runner(
-    model: PreTrainedModel, pool: PagePool, deterministic: bool, rows: int, int8: bool = False
-) -> Runner:
-    """The packed runner for the model's device; `rows` requests share a step at most; int8 is for a CPU.
+def make_runner(model: PreTrainedModel, config: EngineConfig, memory: int, token_bytes: int) -> Runner:
+    """Return the runner of a resolved config, proven to give the model's own logits.
+
+    Args:
+        memory: bytes for keys and values.
+        token_bytes: of a token's keys and values in the model's own cache.
 
     Raises:
-        InputError: for a model that cannot run packed.
+        InputError: for a model that cannot run so, or memory for less than one page.
     """
-    from engine.runner.packed import PackedRunner
+    if config.runner == "padded":
+        from engine.kv_pool import RowPool
+        from engine.runner.padded import PaddedRunner
 
-    if model.device.type == "cuda" and model.dtype.itemsize <= 4:  # no kernel computes in float64
-        from engine.runner.cuda import CudaRunner
+        assert config.max_step_tokens is not None
+        return PaddedRunner(model, config.max_step_tokens, RowPool(memory // token_bytes))
+    from engine.runner.packed import make_packed_runner
 
-        return CudaRunner(model, pool, deterministic, rows)
-    return PackedRunner(model, pool, deterministic, int8)
+    return make_packed_runner(model, config, memory)

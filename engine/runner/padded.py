@@ -24,6 +24,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from engine.kv_pool import RowPool
 from engine.models import positions, refuse_other_state
 from engine.models.errors import refused
 from engine.request import Request, ResolvedParams
@@ -31,11 +32,12 @@ from engine.runner import Runner
 from engine.runner.verify import check_equal, check_finite, proof_text
 from engine.sampling.device import sample
 from engine.scheduler import Step
-from engine.step import StepResult
+from engine.step import Done, StepResult, Ticket
 
 # What one more forward pass costs, in tokens of prefill: it reads all weights again. Measured on a CPU at
 # about 20; on a GPU a pass of a small model costs as much as some hundreds of tokens.
 PASS_TOKENS = {"cpu": 32, "cuda": 1024}
+PAD = 0  # the token where a row has none: it changes nothing, but is computed
 # Of the proof at load: its text, the prompts of its requests and after how many steps each leaves, positions
 # of a pass.
 PROOF_TOKENS, PROOF_LENGTHS, PROOF_LEAVES, PROOF_STEP = 14, (10, 6, 3), (1, 2, 2), 6
@@ -119,21 +121,17 @@ class PaddedRunner(Runner):
     Args:
         model: a causal LM in eval mode whose cache layers are all full or sliding-window attention.
         max_step_tokens: positions one forward pass computes at most (but at least one column).
-        pad_id: the token put where a row has none; it changes nothing but is computed.
-        pad_columns: columns of padding beyond need; changes nothing either (both are for tests).
+        memory: the accounting of keys and values.
 
     Raises:
         InputError: for an encoder-decoder or a model with state besides keys and values.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, max_step_tokens: int = 8192, *, pad_id: int = 0, pad_columns: int = 0
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, max_step_tokens: int, memory: RowPool) -> None:
         refuse_other_state(model)
         self.model = model
         self.max_step_tokens = max_step_tokens
-        self.pad_id = pad_id
-        self.pad_columns = pad_columns
+        self.memory = memory
         self.pass_tokens = PASS_TOKENS.get(model.device.type, PASS_TOKENS["cuda"])
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
@@ -156,8 +154,8 @@ class PaddedRunner(Runner):
             InputError: if the logits differ, or for whatever the model raises.
         """
         text = proof_text(self.model, PROOF_TOKENS)
-        kept = self.max_step_tokens, self.pass_tokens, self.pad_columns
-        self.max_step_tokens, self.pass_tokens, self.pad_columns = PROOF_STEP, 1, 0
+        kept = self.max_step_tokens, self.pass_tokens
+        self.max_step_tokens, self.pass_tokens = PROOF_STEP, 1
         with refused(self.model, "be padded"):
             ids_1T = torch.tensor([text], device=self.model.device)
             expected_TV = check_finite(self.model, self.model(ids_1T, use_cache=False).logits[0])
@@ -173,7 +171,7 @@ class PaddedRunner(Runner):
                         request.tokens.append(text[len(request.tokens)])
                 requests = requests[1:]
             self._prove_far(ids_1T[:, :PROOF_FAR], expected_TV[:PROOF_FAR])
-        self.max_step_tokens, self.pass_tokens, self.pad_columns = kept
+        self.max_step_tokens, self.pass_tokens = kept
         self._rows, self._cache, self._layers = [], None, []
 
     def _prove_far(self, ids_1T: torch.Tensor, expected_TV: torch.Tensor) -> None:
@@ -196,7 +194,7 @@ class PaddedRunner(Runner):
         check_equal(self.model, "when padded far", logits_1TV[0], expected_TV)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> StepResult:
+    def launch(self, step: Step) -> Ticket[StepResult]:
         """Compute a step. Its requests are either all in the present batch, or all new: then they start the
         next.
 
@@ -213,7 +211,7 @@ class PaddedRunner(Runner):
             sum(rows * (end - begin) for rows, begin, end in passes),
         )
         by_request = dict(zip(self._rows, choices, strict=True))
-        return StepResult(
+        result = StepResult(
             choices=[by_request[request] for request in requests],
             forward_passes=len(passes),
             tokens_computed=useful,
@@ -221,6 +219,7 @@ class PaddedRunner(Runner):
             model_s=seconds,
             kv_bytes=sum(buffer.nbytes for layer in self._layers for buffer in getattr(layer, "buffers", ())),
         )
+        return Done(result)
 
     def _compute(self, requests: list[Request]) -> tuple[list[tuple[int, int, int]], torch.Tensor, float]:
         """Compute what these requests lack; gives the passes, the last logits of each row [B, V], and the
@@ -249,7 +248,7 @@ class PaddedRunner(Runner):
         """Lay out the next batch: longest row first, so that the rows of every pass are the first ones."""
         self._cache, self._layers = None, []  # the last batch's memory goes before the next one's comes
         self._rows = sorted(requests, key=lambda request: -len(request.tokens))
-        width = self.pad_columns + len(self._rows[0].tokens)
+        width = len(self._rows[0].tokens)
         columns = width + max(request.max_positions - len(request.tokens) for request in requests)
         self._starts = np.array([width - len(request.tokens) for request in self._rows])
         self._column = 0
@@ -285,7 +284,7 @@ class PaddedRunner(Runner):
         starts = self._starts[:rows, None]
         # A model that is told no positions counts them by columns: it must go on seeing all of them.
         first = min(begin, int(starts.min())) if self._takes_positions else 0
-        ids = np.full((rows, end - begin), self.pad_id, dtype=np.int64)
+        ids = np.full((rows, end - begin), PAD, dtype=np.int64)
         for row, request in enumerate(self._rows[:rows]):
             start = int(self._starts[row])
             ids[row, max(0, start - begin) :] = request.tokens[max(0, begin - start) : end - start]

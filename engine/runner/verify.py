@@ -8,7 +8,7 @@ position, a table of angles that ends. What a mask does far away is asked of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from engine.backends import Backend
 from engine.errors import InputError
 from engine.models import telling_positions
 from engine.models.errors import refused
-from engine.step import Span
+from engine.step import Batch, Span
 
 # How far logits may lie from the model's own, relative to the largest: rounding, no more. In int8 at most
 # tokens: rounding may turn one of them over.
@@ -30,10 +31,9 @@ TOLERANCE = {
     torch.bfloat16: 2e-1,
     torch.int8: 1.5e-1,
 }
-Cuts = Sequence[
-    tuple[int, ...]
-]  # of each request that shares the steps: where its text is cut, besides before its last
-CUTS: Cuts = ((8, 15), (15, 16))  # one's first chunk is short
+# Of each request that shares the steps: where its text is cut, besides before its last token. One's first
+# chunk is short; the first step together has more tokens than any backend treats otherwise for being few.
+CUTS = ((8, 15), (15, 16), ())
 
 
 @dataclass(frozen=True)
@@ -64,39 +64,59 @@ def probe(model: PreTrainedModel, capacity: int) -> Probe:
     return Probe(tokens, position_ids, check_finite(model, logits_1TV[0]))
 
 
-def probe_pages(probe: Probe, cuts: Cuts, page_size: int) -> int:
-    """How many pages `probe_logits` needs."""
-    return len(cuts) * -(-len(probe.tokens) // page_size)
-
-
-def probe_logits(
-    probe: Probe, cuts: Cuts, page_size: int, logits: Callable[..., torch.Tensor]
-) -> torch.Tensor:
-    """Logits [R, T, V] of R requests for the text of a probe, cut in different places.
-
-    Those of the first token are not asked for, but taken as expected: leaving out is part of it.
+def prove(
+    model: PreTrainedModel,
+    known: Probe,
+    backend: Backend,
+    page_size: int,
+    dtype: torch.dtype | None = None,
+    bitwise: bool = False,
+) -> None:
+    """Compute a probe's text on a backend, and raise InputError unless its logits are the model's own.
 
     Args:
-        logits: (tokens, spans, rows, position_ids) -> [R, V], as a packed model computes them.
+        dtype: in which it rounds; the model's own if None.
+        bitwise: the logits must not depend on how the text was cut and on what shared a step, to the last
+            bit.
     """
-    count = len(probe.tokens)
-    pages, found_RTV = -(-count // page_size), probe.expected_TV.repeat(len(cuts), 1, 1)
-    chunks = [pairwise(sorted({0, *(cut for cut in some if cut < count), count - 1, count})) for some in cuts]
+    tables = _tables(len(CUTS), -(-len(known.tokens) // page_size))
+    found_RTV = known.expected_TV.repeat(len(CUTS), 1, 1)
+    with refused(model):
+        backend.allocate_kv(sum(map(len, tables)))
+        for batch, places in _batches(known, tables):
+            found_RTV[tuple(torch.tensor(places).T)] = backend.logits(batch).double()
+    check_equal(model, "when packed", found_RTV, known.expected_TV, dtype)
+    if bitwise and not torch.equal(found_RTV[:, 1:], found_RTV[:1, 1:].expand_as(found_RTV[:, 1:])):
+        raise InputError(f"{type(model).__name__} gives a token other logits in other company")
+
+
+def _tables(requests: int, pages: int) -> list[list[int]]:
+    """Return pages of each request; those of one lie apart, in falling order."""
+    return [list(range(request, requests * pages, requests))[::-1] for request in range(requests)]
+
+
+def _batches(known: Probe, tables: list[list[int]]) -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
+    """Yield the batches of requests for one text that is cut in different places, and (request, place in the
+    text) of each wanted token.
+
+    The first token of all is not wanted: leaving out is part of what is proven.
+    """
+    count = len(known.tokens)
+    chunks = [pairwise(sorted({0, *(cut for cut in cuts if cut < count), count - 1, count})) for cuts in CUTS]
     for step in zip_longest(*chunks):
         spans: list[Span] = []
-        asked: list[tuple[int, int]] = []  # request and place of each token
+        places: list[tuple[int, int]] = []
         for request, chunk in enumerate(step):
             if chunk is not None:
-                table = list(range(request * pages, (request + 1) * pages))
-                spans.append(Span(len(asked), len(asked) + chunk[1] - chunk[0], chunk[0], table))
-                asked += [(request, at) for at in range(*chunk)]
+                begin = len(places)
+                places += [(request, at) for at in range(*chunk)]
+                spans.append(Span(begin, len(places), chunk[0], tables[request], request))
         tokens, position_ids = (
-            [numbers[at] for _, at in asked] for numbers in (probe.tokens, probe.position_ids)
+            [numbers[at] for _, at in places] for numbers in (known.tokens, known.position_ids)
         )
-        skipped = int(len(asked) > 1 and asked[0] == (0, 0))
-        logits_TV = logits(tokens, spans, list(range(skipped, len(tokens))), position_ids)
-        found_RTV[tuple(torch.tensor(asked[skipped:]).T)] = logits_TV.double()
-    return found_RTV
+        skipped = int(len(places) > 1 and places[0] == (0, 0))
+        wanted = list(range(skipped, len(places)))
+        yield Batch(tokens, spans, wanted, position_ids=position_ids), places[skipped:]
 
 
 def check_finite(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:

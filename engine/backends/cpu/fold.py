@@ -4,8 +4,7 @@
   the product that it multiplies.
 - LayerNorm is RMSNorm of what has a mean of 0. Where all that read the residual stream are LayerNorms, all
   that is added to it is centred: embeddings as they are looked up, the outputs of products by their weights.
-- A head is rotated by pairs i and i + D / 2. Its dimensions are put into this order, in queries and keys
-  alike, which changes no product of the two. Pairs that the model does not rotate have an angle of 0.
+- A head is rotated by pairs i and i + D / 2; its dimensions are put into this order (`head_order`).
 
 L layers, M width, N outputs, H query heads, K KV heads, D head size, C panels of W outputs.
 """
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 
 from engine.backends.cpu.forward import NO_NORM, Panels, Shape, Weights
 from engine.backends.cpu.gemm import WIDE
+from engine.models.decoder_parts import head_order
 from engine.models.decoder_spec import DecoderSpec, Layer, Linear, Norm, Rope
 
 
@@ -110,15 +110,6 @@ def weights_of(spec: DecoderSpec) -> Weights:
     )
 
 
-def angles_of(rope: Rope | None, positions_T: torch.Tensor, pairs: int) -> torch.Tensor:
-    """Return cosines and sines of all pairs of a head, [2, T, D / 2]: of 0 where the model rotates none."""
-    none_2TE = torch.tensor([1.0, 0.0])[:, None, None].expand(2, len(positions_T), pairs)
-    if rope is None:
-        return none_2TE
-    angles_2TE = rope.angles(positions_T)
-    return torch.cat([angles_2TE, none_2TE[..., angles_2TE.shape[-1] :]], -1)
-
-
 def filled(size: int) -> int:
     """Return the next multiple of a panel."""
     return -(-size // WIDE) * WIDE
@@ -145,8 +136,8 @@ def _read(norm: Norm | None, part: Linear) -> Linear:
 
 
 def _heads(part: Linear, norm: Norm | None, rope: Rope | None, dim: int) -> Linear:
-    """Return the product that gives heads in the order of `_order`, centred if their norm is."""
-    order_D = _order(rope, dim)
+    """Return the product that gives heads in the order of `head_order`, centred if their norm is."""
+    order_D = head_order(rope, dim)
 
     def change(x: torch.Tensor) -> torch.Tensor:
         heads = x.unflatten(0, (-1, dim))
@@ -155,20 +146,6 @@ def _heads(part: Linear, norm: Norm | None, rope: Rope | None, dim: int) -> Line
         return heads[:, order_D].flatten(0, 1)
 
     return _each(change, part)
-
-
-def _order(rope: Rope | None, dim: int) -> torch.Tensor:
-    """Return a head's dimensions in such an order that i and i + D / 2 are a pair.
-
-    Of 8, of which interleaved RoPE rotates 4: 0 2 4 5 1 3 6 7.
-    """
-    dims_D = torch.arange(dim)
-    if rope is None:
-        return dims_D
-    pairs = rope.angles(dims_D[:1]).shape[-1]
-    first_E, second_E = rope.pairs(dims_D, pairs)
-    rest = dims_D[2 * pairs :]
-    return torch.cat([first_E, rest[: len(rest) // 2], second_E, rest[len(rest) // 2 :]])
 
 
 def _head_norm(layer: Layer, dim: int) -> np.ndarray:
@@ -180,7 +157,7 @@ def _head_norm(layer: Layer, dim: int) -> np.ndarray:
         for norm, part in ((layer.q_norm, layer.q), (layer.k_norm, layer.k))
     )
     both_QD = torch.cat([q_HD * layer.options.scale, k_KD])
-    return _array(both_QD[:, _order(layer.rope, dim)], ())
+    return _array(both_QD[:, head_order(layer.rope, dim)], ())
 
 
 def _blocks(rows: torch.Tensor) -> torch.Tensor:

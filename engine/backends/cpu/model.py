@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.backends import Backend
 from engine.backends.cpu.attention import QUERIES, SPAN, Heads
-from engine.backends.cpu.fold import angles_of, filled, ropes_of, shape_of, weights_of
+from engine.backends.cpu.fold import filled, ropes_of, shape_of, weights_of
 from engine.backends.cpu.forward import BLOCK, PHASES, Panels, Plan, Space, step
 from engine.backends.cpu.gemm import NARROW, WIDE
 from engine.backends.cpu.threads import team
 from engine.backends.zeros import zeros
+from engine.models.decoder_parts import head_angles
 from engine.models.decoder_spec import DecoderSpec
-from engine.step import Span
+from engine.step import Batch
 
 LEVELS = 127  # of an int8 weight, on either side of 0
 
 
-class CompiledDecoder:
+class CompiledDecoder(Backend):
     """Runs steps of a decoder that `can_compile`.
 
     Args:
@@ -83,31 +85,26 @@ class CompiledDecoder:
         """Make pages zero again."""
         self.keys_LXKDP[:, pages], self.values_LXKBPV[:, pages] = 0, 0
 
-    def logits(
-        self, tokens: list[int], spans: list[Span], rows: list[int], position_ids: list[int] | None = None
-    ) -> torch.Tensor:
-        """Logits [R, V] of the tokens at `rows`, rising, of a step of these spans.
-
-        `position_ids` are what the tokens are rotated by instead of their places in their requests.
-        """
-        shape, count = self.shape, len(tokens)
-        if position_ids is None:
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return logits [R, V] of a batch's wanted tokens."""
+        shape, spans, count = self.shape, batch.spans, len(batch.tokens)
+        if batch.position_ids is None:
             places = [np.arange(span.computed, span.computed + span.end - span.begin) for span in spans]
             angles_2GTE = self._rope_angles(np.concatenate(places))
         else:
-            angles_2GTE = self._angles(torch.tensor(position_ids))
+            angles_2GTE = self._angles(torch.tensor(batch.position_ids))
         plan = Plan(
-            ids_T=np.array(tokens, np.int64),
+            ids_T=np.array(batch.tokens, np.int64),
             begin_J=np.array([*(span.begin for span in spans), count], np.int64),
             computed_J=np.array([span.computed for span in spans], np.int64),
             table_J=np.cumsum([0, *(len(span.pages) for span in spans)], dtype=np.int64),
             pages=np.concatenate([np.asarray(span.pages, np.int64) for span in spans]),
             cos_GTE=angles_2GTE[0],
             sin_GTE=angles_2GTE[1],
-            wanted_R=np.array(rows, np.int64),
+            wanted_R=np.array(batch.wanted, np.int64),
         )
         size, start = self._team.size, self._team.start
-        logits_RV = torch.empty(len(rows), filled(self.vocabulary))
+        logits_RV = torch.empty(len(batch.wanted), filled(self.vocabulary))
         space = Space(
             x_TM=_room(count, filled(shape.width)),
             qkv_TN=_room(count, filled((shape.heads + 2 * shape.kv_heads) * shape.head_dim)),
@@ -134,8 +131,8 @@ class CompiledDecoder:
 
     def _angles(self, positions_T: torch.Tensor) -> np.ndarray:
         """Return them as the model's own modules compute them."""
-        pairs = self.shape.head_dim // 2
-        return torch.stack([angles_of(rope, positions_T, pairs) for rope in self._ropes], 1).numpy()
+        dim = self.shape.head_dim
+        return torch.stack([head_angles(rope, positions_T, dim) for rope in self._ropes], 1).numpy()
 
 
 def _room(*sizes: int) -> np.ndarray:

@@ -1,1 +1,21 @@
-"""Steps on a GPU: fused layers, attention over pages, CUDA graphs."""
+"""Decoders on a GPU: a loop over layers of Triton kernels, over pages, a step ahead of the host."""
+
+from __future__ import annotations
+
+from engine.models.decoder_spec import DecoderSpec
+
+
+def can_run(spec: DecoderSpec) -> bool:
+    """Return whether a decoder is one that CudaBackend computes.
+
+    It is in 32 or 16 bits (no kernel here computes in float64), and of the norms after attention and after
+    the MLP, as of those of queries and keys, both are there or neither.
+    """
+    layer = spec.layers[0]
+    return (
+        all(weight.dtype.itemsize <= 4 for weight in spec.weights)
+        and spec.head_dim % 2 == 0
+        and (layer.after_attention is None) == (layer.after_mlp is None)
+        and (layer.q_norm is None) == (layer.k_norm is None)
+        and (layer.before_attention is not None or layer.after_attention is not None)
+    )

@@ -1,264 +1,278 @@
-"""Decoder layers in nine kernels: modules of a packed model replaced where they compute what a fused kernel
-does.
+"""A decoder from its spec, as a loop over layers of Triton kernels and products: nine launches a layer.
 
-A norm is known by its results, not by its name: it is replaced where the kernel gives the same on random
-rows. A layer built like Llama's (a norm before attention and one before a gated MLP) or Gemma's (one after
-each as well) is replaced as a whole, so that each sum of the residual stream is part of the norm that reads
-it; whether the model still computes the same is for the runner to prove.
+The residual stream is carried through the loop as x, and as what is still to be added to it: the sum is part
+of the norm that reads it. Nothing in here may wait for the device or look at a value on it, for a CUDA graph
+may be captured.
 
-T tokens of the step, M hidden size, H query heads, K KV heads, D head size, I intermediate size.
+T tokens of the batch, B rows of one token (they come first), R requests with chunks, K tokens whose logits
+are wanted, M width, N outputs of a product, F intermediate size, H query heads, D head size, S parts of a
+sum, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import PreTrainedModel
 
-from engine.backends.fused_linear import FusedLinear, FusedOutput
-from engine.models.attention_trace import LayerAttention, Options
-from engine.models.decoder_spec import ACTIVATIONS, ATTENTION, LAYER, MLP
+from engine.backends.cuda import kernels
+from engine.models.decoder_parts import Linear, Norm, Rope, head_angles, head_order
+from engine.models.decoder_spec import DecoderSpec, Layer
 
-AFTER = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}  # then the one post attention is no MLP's
-POSITIONS = 2**18  # of so many at most, cosines and sines are kept: 128 MB with heads of 128
-CLOSE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+MAX_ROWS = (
+    512  # attended at a time, for each takes up to MAX_SPLITS partial results: prefill by rows has thousands
+)
+MAX_ANGLES = 2**18  # positions, cosines and sines of which are kept: 128 MB with heads of 128
+TILE = 16  # rows of every product when results may not depend on how many rows there are
 
 
-class FusedNorm(nn.Module):
-    """RMSNorm of the last dimension in one kernel; `plus_one` scales by 1 + weight."""
+class Chunks(NamedTuple):
+    """The requests that compute several tokens, as `attend_chunks` takes them."""
 
-    def __init__(self, weight: torch.Tensor, eps: float, plus_one: bool, kernels: Any) -> None:
-        super().__init__()
-        self.weight, self.eps, self.plus_one, self.kernels = weight, eps, plus_one, kernels
+    tables_RN: torch.Tensor
+    begins_R: torch.Tensor
+    ends_R: torch.Tensor
+    computed_R: torch.Tensor
+    tiles_W2: torch.Tensor
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, summed: bool = False
-    ) -> torch.Tensor:
-        """[..., M] -> [..., M], of residual + x if there is a residual, which then becomes that sum.
 
-        `summed`: x is [S, T, M], partial sums of a product.
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """A batch on the device, as the kernels take it.
+
+    Args:
+        slots_T: where each token's key and value go (`write_pages`).
+        tables_RN: block tables, of which row b reads line lines_B[b], its first lengths_B[b] positions.
+        max_length: bounds lengths_B. split: how finely a row is cut (`attend_rows`).
+        chunks: of the requests that compute several tokens, as `attend_chunks` takes them: tables_RN,
+            begins_R, ends_R, computed_R, tiles_W2.
+        keep_K: the tokens whose logits are wanted, rising; all if None.
+    """
+
+    ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    tables_RN: torch.Tensor
+    lengths_B: torch.Tensor
+    lines_B: torch.Tensor
+    max_length: int
+    split: int
+    chunks: Chunks | None
+    keep_K: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """A layer with its products of one input made one, and which of the model's ropes rotates its heads."""
+
+    parts: Layer
+    qkv: Linear
+    gate_up: Linear
+    rope: int
+
+
+class CudaDecoder:
+    """Computes logits of a batch.
+
+    Args:
+        spec: what the model computes; its weights are shared.
+        deterministic: multiply exactly TILE rows at a time, so that a row's result does not depend on others.
+    """
+
+    def __init__(self, spec: DecoderSpec, deterministic: bool) -> None:
+        self.spec, self._deterministic, self.copied_bytes = spec, deterministic, 0
+        self._ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
+        self.layers = [self._fused(layer) for layer in spec.layers]
+        first, dtype = self.layers[0], spec.embedding_VM.dtype
+        self._heads = [
+            len(part.weight_NM) // spec.head_dim for part in (first.parts.q, first.parts.k, first.parts.v)
+        ]
+        products = first.qkv, first.parts.out, first.gate_up, first.parts.down
+        # Of products whose sums are split only that of queries, keys and values may have a bias:
+        # `write_pages` adds it.
+        can_split = all(part.bias_N is None for part in products[1:]) and not (deterministic or spec.parallel)
+        layer_bytes = sum(part.weight_NM.nbytes for part in products)
+        self.split_rows = kernels.max_split_rows(dtype, layer_bytes) if can_split else 0
+        self._tables_GPD: list[torch.Tensor] | None = None
+        if spec.positions <= MAX_ANGLES:
+            positions_P = torch.arange(spec.positions, device=spec.embedding_VM.device)
+            self._tables_GPD = [self._rotate(rope, positions_P) for rope in self._ropes]
+
+    def logits(self, inputs: StepInputs, kv_L2XKPD: torch.Tensor) -> torch.Tensor:
+        """Write a batch's keys and values into their pages; return logits [K, V]."""
+        spec, scale = self.spec, self.spec.residual_scale
+        x_TM = F.embedding(inputs.ids_T, spec.embedding_VM)
+        x_TM = x_TM if spec.embedding_scale == 1 else x_TM * spec.embedding_scale
+        split = len(x_TM) <= self.split_rows
+        added: torch.Tensor | None = None  # to x, where it is not yet
+        angles_G2TE = self._angles(inputs.positions_T)
+        for layer, store_2XKPD in zip(self.layers, kv_L2XKPD, strict=True):
+            normed_TM = self._norm(layer.parts.before_attention, x_TM, added)
+            mixed_TN = self._attend(layer, normed_TM, angles_G2TE[layer.rope], inputs, store_2XKPD, split)
+            added = self._after(layer.parts.after_attention, self._product(mixed_TN, layer.parts.out, split))
+            if spec.parallel:
+                x_TM.add_(added, alpha=scale)
+            else:
+                normed_TM = self._norm(layer.parts.before_mlp, x_TM, added)
+            active_TF = self._gated(layer, normed_TM, split)
+            added = self._after(layer.parts.after_mlp, self._product(active_TF, layer.parts.down, split))
+        if inputs.keep_K is not None:
+            x_TM = x_TM[inputs.keep_K]
+            added = None if added is None else added.index_select(-2, inputs.keep_K)
+        if not len(x_TM):
+            return x_TM.new_empty(0, len(spec.head.weight_NM))
+        logits_KV = self._product(self._norm(spec.norm, x_TM, added), spec.head)
+        if spec.logits_scale != 1:
+            logits_KV = logits_KV * spec.logits_scale
+        if spec.logits_softcap is not None:
+            logits_KV = torch.tanh(logits_KV / spec.logits_softcap) * spec.logits_softcap
+        return logits_KV
+
+    def _norm(self, norm: Norm | None, x_TM: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+        """Add to the residual stream x, in place, what it lacks; return the norm of it, or itself if there is
+        none.
+
+        `added` is [T, M], or [S, T, M] in parts of a sum.
         """
-        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps, self.plus_one, summed)
+        if norm is not None and added is not None:
+            return kernels.add_norm(x_TM, added, norm, self.spec.residual_scale)
+        if added is not None:  # a whole, for it comes of a norm
+            x_TM.add_(added, alpha=self.spec.residual_scale)
+        return x_TM if norm is None else kernels.norm(x_TM, norm)
 
+    def _after(self, norm: Norm | None, added: torch.Tensor) -> torch.Tensor:
+        """Return the norm after a part of a layer of what that gave, [T, M]; or that, where the model has
+        none."""
+        if norm is None:
+            return added
+        return kernels.norm(added, norm, self.spec.embedding_VM.dtype if added.dim() == 3 else None)
 
-class Stream:
-    """The residual stream between layers, which Transformers' own loop over layers does not carry.
+    def _product(self, x_TM: torch.Tensor, part: Linear, split: bool = False) -> torch.Tensor:
+        """Return x @ weight.T + bias, [T, N]; if split, [S, T, N] in parts of the sum, without the bias."""
+        if split:
+            return kernels.split_k_product(x_TM, part.weight_NM)
+        if not self._deterministic:
+            return F.linear(x_TM, part.weight_NM, part.bias_N)
+        tiles = F.pad(x_TM, (0, 0, 0, -len(x_TM) % TILE)).split(TILE)
+        return torch.cat([F.linear(tile, part.weight_NM, part.bias_N) for tile in tiles])[: len(x_TM)]
 
-    `added` is what the last layer adds to x_TM, partial sums of it where `summed`. Steps of up to `few` rows
-    take products whose sums are split.
-    """
+    def _gated(self, layer: FusedLayer, x_TM: torch.Tensor, split: bool) -> torch.Tensor:
+        """Return activation(x by gates) * (x by values), [T, F]."""
+        if split:
+            return kernels.split_k_gated(x_TM, layer.gate_up.weight_NM, layer.parts.activation)
+        gate_TF, up_TF = self._product(x_TM, layer.gate_up).chunk(2, -1)
+        return kernels.gated(gate_TF, up_TF, layer.parts.activation)
 
-    x_TM: torch.Tensor
-    added: torch.Tensor
-    summed = False
-    few = 0
-
-    def normed(self, norm: nn.Module) -> torch.Tensor:
-        """The norm of the stream, [T, M], which then holds what was to be added."""
-        return norm(self.added, self.x_TM, self.summed)
-
-
-class Angles(nn.Module):
-    """Cosines and sines of every position, looked up; takes the place of a model's rotary embedding.
-
-    Args:
-        rotary: the module. positions: how many. like: of the kind its results shall be.
-    """
-
-    def __init__(self, rotary: nn.Module, positions: int, like: torch.Tensor) -> None:
-        super().__init__()
-        self.rotary, self.like = rotary, like
-        self.positions_1P = torch.arange(positions, device=like.device)[None]
-        self.tables: dict[str | None, torch.Tensor] = {}
-
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
-    ) -> tuple[torch.Tensor, ...]:
-        """Two [1, T, E] for positions [1, T], of a kind of layers where a model has several."""
-        if layer_type not in self.tables:
-            kind = () if layer_type is None else (layer_type,)
-            self.tables[layer_type] = torch.cat(self.rotary(self.like, self.positions_1P, *kind), -1)[0]
-        return F.embedding(position_ids, self.tables[layer_type]).chunk(2, -1)
-
-
-class FusedLayer(nn.Module):
-    """Takes the place of a decoder layer; leaves in `stream` what is to be added to it, instead of giving the
-    sum.
-
-    Args:
-        layer: a layer that `is_plain`, its norms FusedNorms and its linear layers Parts of joined products.
-        index: which one it is. options: of its attention.
-    """
-
-    def __init__(self, layer: Any, index: int, options: Options, stream: Stream, kernels: Any) -> None:
-        super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
-        self.index, self.options, self.stream, self.kernels = index, options, stream, kernels
-        self.head_dim = attention.head_dim
-        before, after = (
-            [layer.input_layernorm, layer.post_attention_layernorm],
-            [nn.Identity(), nn.Identity()],
-        )
-        if hasattr(layer, "pre_feedforward_layernorm"):
-            before[1], after = layer.pre_feedforward_layernorm, [before[1], layer.post_feedforward_layernorm]
-        self.before, self.after = nn.ModuleList(before), nn.ModuleList(after)  # attention, the MLP
-        self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-        self.qkv, self.out = attention.q_proj.shared.product, attention.o_proj.shared.product
-        self.gate_up, self.down = mlp.gate_proj.shared.product, mlp.down_proj.shared.product
-        self.products: tuple[FusedLinear, ...] = self.qkv, self.out, self.gate_up, self.down
-        self.heads = [size // self.head_dim for size in self.qkv.sizes]
-        self.activation = ACTIVATIONS[type(mlp.act_fn).__name__]
-
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, position_embeddings: tuple, packed: Any, **kwargs: Any
+    def _attend(
+        self,
+        layer: FusedLayer,
+        x_TM: torch.Tensor,
+        angles_2TE: tuple[torch.Tensor, torch.Tensor],
+        inputs: StepInputs,
+        store_2XKPD: torch.Tensor,
+        split: bool,
     ) -> torch.Tensor:
-        """[1, T, M], of which the first layer alone reads more than the shape: what a layer adds is in the
-        stream."""
-        stream, kernels = self.stream, self.kernels
-        split_k = hidden_states.shape[1] <= stream.few
-        if self.index == 0:
-            stream.x_TM = hidden_states[0]
-            normed_TM = self.before[0](stream.x_TM)
+        """Write a layer's keys and values into their pages; return what its heads mix, [T, H * D]."""
+        parts, options = layer.parts, layer.parts.options
+        split = split and parts.q_norm is None  # a norm is of whole sums
+        heads = self._product(x_TM, layer.qkv, split).unflatten(-1, (-1, self.spec.head_dim))
+        q, k, v = heads.split(self._heads, -2)
+        if parts.q_norm is not None and parts.k_norm is not None:
+            q, k = _head_norm(q, parts.q_norm), _head_norm(k, parts.k_norm)
+        keys, values = store_2XKPD
+        bias_N = layer.qkv.bias_N if split else None
+        cos_TE, sin_TE = angles_2TE
+        q_THD = kernels.write_pages(q, k, v, cos_TE, sin_TE, inputs.slots_T, keys, values, bias_N)
+        how = options.scale, options.window, options.softcap
+        out_THD = q_THD.new_empty(q_THD.shape)
+        for at in range(0, len(inputs.lengths_B), MAX_ROWS):
+            some = slice(at, min(at + MAX_ROWS, len(inputs.lengths_B)))
+            kernels.attend_rows(
+                q_THD[some], keys, values, inputs.tables_RN, inputs.lengths_B[some], inputs.max_length, *how,
+                inputs.lines_B[some], inputs.split, out_THD[some],
+            )  # fmt: skip
+        if inputs.chunks is not None:
+            kernels.attend_chunks(q_THD, keys, values, *inputs.chunks, *how, out_THD)
+        return out_THD.flatten(1)
+
+    def _angles(self, positions_T: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return cosines and sines [T, D / 2] of each rope."""
+        if self._tables_GPD is None:
+            rows = [self._rotate(rope, positions_T) for rope in self._ropes]
         else:
-            normed_TM = stream.normed(self.before[0])
-        bias_N = None
-        if split_k and not self.head_norms:
-            heads, bias_N = kernels.split_k_product(normed_TM, self.qkv.weights[0]), self.qkv.bias
-        else:
-            heads = self.qkv(normed_TM)
-        q, k, v = heads.unflatten(-1, (-1, self.head_dim)).split(self.heads, -2)
-        if self.head_norms:
-            q, k = (norm(x) for norm, x in zip(self.head_norms, (q, k), strict=True))
-        cos_1TE, sin_1TE = position_embeddings
-        mixed_THD = packed.attend(self.index, q, k, v, self.options, (cos_1TE[0], sin_1TE[0]), bias_N)
-        self._add(mixed_THD.flatten(1), self.out, self.after[0], split_k)
-        normed_TM = stream.normed(self.before[1])
-        if split_k:
-            active_TI = kernels.split_k_gated(normed_TM, self.gate_up.weights[0], self.activation)
-        else:
-            active_TI = kernels.gated(*self.gate_up(normed_TM).chunk(2, -1), self.activation)
-        self._add(active_TI, self.down, self.after[1], split_k)
-        return hidden_states
+            rows = [F.embedding(positions_T, table_PD) for table_PD in self._tables_GPD]
+        half = self.spec.head_dim // 2
+        return [(angles_TD[:, :half], angles_TD[:, half:]) for angles_TD in rows]
 
-    def _add(self, x_TM: torch.Tensor, product: FusedLinear, norm: nn.Module, split_k: bool) -> None:
-        """Leave a product in the stream, by way of a norm where the model has one there."""
-        stream = self.stream
-        stream.summed = split_k
-        stream.added = self.kernels.split_k_product(x_TM, product.weights[0]) if split_k else product(x_TM)
-        if isinstance(norm, FusedNorm):
-            stream.added, stream.summed = norm(stream.added, summed=stream.summed), False
+    def _rotate(self, rope: Rope | None, positions_T: torch.Tensor) -> torch.Tensor:
+        """Return the angles of positions as the model has them, [T, D]: cosines, then sines."""
+        angles_2TE = head_angles(rope, positions_T, self.spec.head_dim)
+        return torch.cat(list(angles_2TE), -1).to(self.spec.embedding_VM.dtype)
 
-    @property
-    def can_split_k(self) -> bool:
-        """Whether its products may be split: plain weights, none cut into tiles, a bias at attention's inputs
-        alone."""
-        plain = all(product.weights and not product.tiled for product in self.products)
-        return plain and all(product.bias is None for product in self.products[1:])
+    def _fused(self, layer: Layer) -> FusedLayer:
+        order_D = head_order(layer.rope, self.spec.head_dim)
+        rope = self._ropes.index(layer.rope)
+        if not torch.equal(order_D, torch.arange(len(order_D))):
+            layer = reordered(layer, order_D)
+            self.copied_bytes += sum(part.weight_NM.nbytes for part in (layer.q, layer.k, layer.v))
+        qkv, gate_up = fuse_linears([layer.q, layer.k, layer.v]), fuse_linears([layer.gate, layer.up])
+        return FusedLayer(layer, qkv, gate_up, rope)
 
 
-class LastNorm(nn.Module):
-    """The model's last norm, which ends the residual stream."""
-
-    def __init__(self, norm: FusedNorm, stream: Stream) -> None:
-        super().__init__()
-        self.norm, self.stream = norm, stream
-
-    def forward(self, x_1TM: torch.Tensor) -> torch.Tensor:
-        """[1, T, M] -> [1, T, M]."""
-        return self.stream.normed(self.norm)[None]
+def _head_norm(x_THD: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Return the norm of each head, or of all heads together."""
+    if norm.scale.dim() == 1 and len(norm.scale) > x_THD.shape[-1]:
+        return kernels.norm(x_THD.flatten(-2), norm).view(x_THD.shape)
+    return kernels.norm(x_THD, norm)
 
 
-def fuse(
-    model: PreTrainedModel, given: Sequence[LayerAttention], kernels: Any, positions: int
-) -> tuple[Stream, Callable[[], None]]:
-    """Replace each norm of `model` that the kernel equals, and its layers if all are plain; gives what undoes
-    it.
+def reordered(layer: Layer, order_D: torch.Tensor) -> Layer:
+    """Return a layer with copies of queries' and keys' weights, and of values', their heads' dimensions in
+    another order."""
 
-    Args:
-        given: what each layer's attention takes, as the model's own code passes it.
-        kernels: where `add_rms_norm`, `gated` and split products come from.
-        positions: that a request may take.
-    """
-    stream = Stream()
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    def change(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (-1, len(order_D)))[:, order_D].flatten(0, 1)
 
-    def replace(module: nn.Module, name: str, by: nn.Module) -> None:
-        replaced.append((module, name, getattr(module, name)))
-        setattr(module, name, by)
+    def linear(part: Linear) -> Linear:
+        return Linear(change(part.weight_NM), None if part.bias_N is None else change(part.bias_N))
 
-    def undo() -> None:
-        for module, name, child in reversed(replaced):
-            setattr(module, name, child)
+    def norm(part: Norm | None) -> Norm | None:
+        if part is None:
+            return None
+        bias = None if part.bias is None else change(part.bias.flatten()).view_as(part.bias)
+        return replace(part, scale=change(part.scale.flatten()).view_as(part.scale), bias=bias)
 
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            norm = _fused_norm(child, kernels)
-            if norm is not None:
-                replace(module, name, norm)
-    layers, last = getattr(model.base_model, "layers", None), getattr(model.base_model, "norm", None)
-    rotated = all(layer.only_rotates and layer.source == index for index, layer in enumerate(given))
-    if (
-        isinstance(layers, nn.ModuleList)
-        and isinstance(last, FusedNorm)
-        and rotated
-        and all(map(is_plain, layers))
-    ):
-        fused = [FusedLayer(layer, i, given[i].options, stream, kernels) for i, layer in enumerate(layers)]
-        for layer in fused:
-            replace(layers, str(layer.index), layer)
-        replace(model.base_model, "norm", LastNorm(last, stream))
-        if all(layer.can_split_k for layer in fused):
-            stream.few = kernels.few_rows(
-                model.dtype, sum(w.nbytes for p in fused[0].products for w in p.weights)
-            )
-        rotary = getattr(model.base_model, "rotary_emb", None)
-        if rotary is not None and positions <= POSITIONS:
-            replace(model.base_model, "rotary_emb", Angles(rotary, positions, last.weight))
-    return stream, undo
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer has the parts of Llama's, or Gemma's, and no others, each of a kind that can be
-    fused."""
-    children = {name: dict(module.named_children()) for name, module in layer.named_children()}
-    if set(children) not in (LAYER, LAYER | AFTER) or set(children["mlp"]) != MLP:
-        return False
-    attention, mlp = children["self_attn"], children["mlp"]
-    norms = [getattr(layer, name) for name in children if "norm" in name]
-    norms += [attention[name] for name in attention.keys() - ATTENTION]
-    parts = [module for name, module in (*attention.items(), *mlp.items()) if name.endswith("_proj")]
-    return (
-        set(attention) in (ATTENTION, ATTENTION | {"q_norm", "k_norm"})
-        and all(isinstance(norm, FusedNorm) for norm in norms)
-        and all(isinstance(part, FusedOutput) for part in parts)
-        and len({attention[f"{name}_proj"].shared for name in "qkv"}) == 1
-        and mlp["gate_proj"].shared is mlp["up_proj"].shared
-        and type(mlp["act_fn"]).__name__ in ACTIVATIONS
+    v = Linear(layer.v.weight_NM.clone(), layer.v.bias_N)
+    return replace(
+        layer, q=linear(layer.q), k=linear(layer.k), v=v, q_norm=norm(layer.q_norm), k_norm=norm(layer.k_norm)
     )
 
 
-def _fused_norm(module: nn.Module, kernels: Any) -> FusedNorm | None:
-    """A module's fused equal: one weight vector, one epsilon, and the same results on random rows."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if (
-        not isinstance(weight, torch.Tensor)
-        or weight.dim() != 1
-        or not isinstance(eps, float)
-        or weight.is_meta
-    ):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    x_TM = (3 * torch.randn(5, len(weight), generator=generator)).to(weight)
-    expected = module(x_TM).double()
-    for plus_one in (False, True):
-        fused = FusedNorm(weight, eps, plus_one, kernels)
-        if float((fused(x_TM).double() - expected).abs().max()) <= CLOSE[weight.dtype] * float(
-            expected.abs().max()
-        ):
-            return fused
-    return None
+def fuse_linears(parts: Sequence[Linear]) -> Linear:
+    """Return the product of all outputs of several that read the same input, side by side.
+
+    Parameters become views of the joined weight, so that nothing is held twice and the model gives what it
+    gave.
+    """
+    whole_NM = _adjacent([part.weight_NM for part in parts])
+    if whole_NM is None:
+        whole_NM = torch.cat([part.weight_NM.detach() for part in parts])
+        for part, view in zip(parts, whole_NM.split([len(part.weight_NM) for part in parts]), strict=True):
+            part.weight_NM.data = view
+    biases = [part.bias_N for part in parts if part.bias_N is not None]
+    return Linear(whole_NM, torch.cat(biases) if biases else None)
+
+
+def _adjacent(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return the tensor that these are consecutive rows of, or None if there is none."""
+    first = tensors[0].detach()
+    at, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != at or tensor.untyped_storage().data_ptr() != storage:
+            return None
+        at += tensor.nbytes
+    rows = sum(map(len, tensors))
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())

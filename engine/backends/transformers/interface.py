@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from engine.backends.transformers.paged_attention import PackedStep
+from engine.backends.transformers.paged_attention import PagedBatch
 from engine.errors import InputError
 from engine.models.attention_trace import Options, refuse_options
 
@@ -24,7 +24,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    packed: PackedStep | None = None,
+    packed: PagedBatch | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer over a packed step.

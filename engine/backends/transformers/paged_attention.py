@@ -1,181 +1,147 @@
-"""Attention over pages with torch alone: only the useful products, and no mask over everybody.
+"""Attention over pages with torch alone: written to be read, and right for whatever a layer's options are.
 
-T tokens of the step, H query heads, K KV heads, D head size, L pages, P page size, C context of a chunk.
-
-Tokens that are alone in a step are computed together (`row_attention`); chunks go through torch's
-fused kernel one by one.
+T tokens of the batch, H query heads, K KV heads, D head size, E that of values, X pages, P positions of a
+page. In a group of R requests: N tokens of each, C positions of the longest context.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
-from itertools import compress
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.backends.transformers.row_attention import Rows, attend_rows, by_sum, in_order, rows_of
 from engine.backends.zeros import zeros
 from engine.models.attention_trace import Options
-from engine.models.decoder_spec import VECTOR
-from engine.step import Span
+from engine.step import Batch, Span
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Keys and values of one layer: keys [L, K, D, P], dimension by dimension, and values [L, K, B, P, E].
+    """Keys and values of one layer."""
 
-    A value's D dimensions are B blocks of E, which fill a vector: whatever is added up then lies side by
-    side.
-    """
-
-    keys_LKDP: torch.Tensor
-    values_LKBPE: torch.Tensor
+    keys_XPKD: torch.Tensor
+    values_XPKE: torch.Tensor
 
     @classmethod
-    def zeros(cls, sizes: tuple[int, int, int, int, int], like: torch.Tensor) -> Store:
-        """For L pages, K heads, P positions, and the D of keys and of values.
-
-        Zeros, since what a mask hides is multiplied too, and 0 hides no NaN.
-        """
-        pages, heads, size, key_dim, value_dim = sizes
-        blocks = value_dim // VECTOR if value_dim % VECTOR == 0 else 1
-        values = (pages, heads, blocks, size, value_dim // blocks)
-        return cls(zeros((pages, heads, key_dim, size), like), zeros(values, like))
+    def zeros(
+        cls, pages: int, page_size: int, kv_heads: int, key_dim: int, value_dim: int, like: torch.Tensor
+    ) -> Store:
+        """Make room for so many pages: zeros, since what a mask hides is multiplied too, and 0 hides no
+        NaN."""
+        shape = pages, page_size, kv_heads
+        return cls(zeros((*shape, key_dim), like), zeros((*shape, value_dim), like))
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self.keys_LKDP[0].nbytes + self.values_LKBPE[0].nbytes
+        return self.keys_XPKD[0].nbytes + self.values_XPKE[0].nbytes
 
     def clear(self, pages: list[int]) -> None:
         """Make pages zero again."""
-        self.keys_LKDP[pages], self.values_LKBPE[pages] = 0, 0
-
-    def write(
-        self, pages_T: torch.Tensor, offsets_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
-    ) -> None:
-        """Put a key and a value a token where it belongs."""
-        self.keys_LKDP[pages_T, :, :, offsets_T] = k_TKD
-        self.values_LKBPE[pages_T, :, :, offsets_T] = v_TKD.unflatten(2, (self.values_LKBPE.shape[2], -1))
-
-    def context(self, pages_C: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first `length` positions of these pages, [K, C, D] each."""
-        keys_KCD = self.keys_LKDP[pages_C].permute(1, 0, 3, 2).flatten(1, 2)
-        values_KCD = self.values_LKBPE[pages_C].permute(1, 0, 3, 2, 4).flatten(3, 4).flatten(1, 2)
-        return keys_KCD[:, :length], values_KCD[:, :length]
+        self.keys_XPKD[pages], self.values_XPKE[pages] = 0, 0
 
 
-class PackedStep:
-    """One step's tokens and the pages they read and write.
+class Group(NamedTuple):
+    """Requests that compute equally many tokens, over contexts of similar length: one product for all of
+    them."""
+
+    tokens_RN: torch.Tensor  # places in the batch
+    positions_RN: torch.Tensor
+    pages_RX: torch.Tensor  # of each context, filled up with the page of nobody
+
+
+class PagedBatch:
+    """A batch's tokens, and the pages that they read and write.
 
     Args:
-        stores: keys and values, one a layer.
-        spans: the requests of the step, in the order of their tokens.
-        one_by_one: treat every token as a row of its own, so that a token's result does not depend on how a
-            prompt was cut into chunks or on what else runs.
+        stores: keys and values, one a layer; layers may share one.
+        nobody: a page that stays zero.
     """
 
-    def __init__(self, stores: list[Store], spans: list[Span], one_by_one: bool = False) -> None:
-        self.stores, self.one_by_one = stores, one_by_one
-        keys_LKDP = stores[0].keys_LKDP
-        self.page_size, self.device = keys_LKDP.shape[3], keys_LKDP.device
-        self._wide = torch.promote_types(keys_LKDP.dtype, torch.float32)
-        apart = [one_by_one or p.end - p.begin == 1 for p in spans]
-        single = list(compress(spans, apart))
-        self.chunks = [span for span, alone in zip(spans, apart, strict=True) if not alone]
-        self._tables = [(p.pages, p.computed + i) for p in single for i in range(p.end - p.begin)]
-        where = [np.arange(p.computed, p.computed + p.end - p.begin) for p in spans]
-        pages = [np.asarray(p.pages)[at // self.page_size] for p, at in zip(spans, where, strict=True)]
-        self.positions_T = torch.from_numpy(np.concatenate(where)).to(self.device)
-        self.pages_T = torch.from_numpy(np.concatenate(pages)).to(self.device)
-        self.offsets_T = self.positions_T % self.page_size
-        alone = [t for p in single for t in range(p.begin, p.end)]
-        self.tokens_R = torch.tensor(alone, dtype=torch.long, device=self.device)
-        self.page_R, self.offset_R = self.pages_T[self.tokens_R], self.offsets_T[self.tokens_R]
-        self._contexts = [self._context(span) if span.computed else None for span in self.chunks]
-        self._rows: dict[int | None, Rows] = {}
+    def __init__(self, stores: list[Store], batch: Batch, nobody: int) -> None:
+        self._stores = stores
+        self._page_size, device = stores[0].keys_XPKD.shape[1], stores[0].keys_XPKD.device
+        alike: dict[tuple[int, int], list[Span]] = defaultdict(list)
+        slots: list[int] = []
+        for span in batch.spans:
+            positions = range(span.computed, span.computed + span.end - span.begin)
+            slots += [
+                span.pages[at // self._page_size] * self._page_size + at % self._page_size for at in positions
+            ]
+            # Contexts of a group differ by less than two times, so most of what is read is of use.
+            alike[len(positions), self._pages(span).bit_length()].append(span)
+        self._slots_T = torch.tensor(slots, device=device)
+        self._groups = [self._group(spans, nobody, device) for spans in alike.values()]
+        self._seen: dict[int | None, list[torch.Tensor]] = {}
 
     def attend(
-        self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, options: Options
+        self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKE: torch.Tensor, options: Options
     ) -> torch.Tensor:
-        """Write the step's keys and values into their pages and attend; gives [T, H, D].
+        """Write the batch's keys and values into their pages and attend; return [T, H, E].
 
         The queries come scaled already: `options.scale` is not applied.
         """
-        if not self.chunks:
-            return self._attend_rows(layer, q_THD, k_TKD, v_TKD, options)
-        out_THD = q_THD.new_empty(*q_THD.shape[:2], v_TKD.shape[2])
-        out_RHD = out_THD[:0]
-        if self._tables:
-            q_RHD, k_RKD, v_RKD = (x_TD[self.tokens_R] for x_TD in (q_THD, k_TKD, v_TKD))
-            out_RHD = self._attend_rows(layer, q_RHD, k_RKD, v_RKD, options)
-        store = self.stores[layer]
-        out_THD[self.tokens_R] = out_RHD
-        # rows have done it already, but it is one call
-        store.write(self.pages_T, self.offsets_T, k_TKD, v_TKD)
-        for span, pages in zip(self.chunks, self._contexts, strict=True):
-            rows, length = slice(span.begin, span.end), span.computed + span.end - span.begin
-            if pages is None:
-                k_KCD, v_KCD = k_TKD[rows].transpose(0, 1), v_TKD[rows].transpose(0, 1)
-            else:
-                k_KCD, v_KCD = store.context(pages, length)
-            out_THD[rows] = _attend_chunk(q_THD[rows].transpose(0, 1), k_KCD, v_KCD, options).transpose(0, 1)
-        return out_THD
+        store = self._stores[layer]
+        store.keys_XPKD.flatten(0, 1)[self._slots_T] = k_TKD
+        store.values_XPKE.flatten(0, 1)[self._slots_T] = v_TKE
+        out_THE = q_THD.new_empty(*q_THD.shape[:2], v_TKE.shape[2])
+        for group, seen_RNC in zip(self._groups, self._seen_by(options.window), strict=True):
+            k_RKCD, v_RKCE = (
+                pages_XPKD[group.pages_RX].flatten(1, 2).transpose(1, 2)
+                for pages_XPKD in (store.keys_XPKD, store.values_XPKE)
+            )
+            q_RHND = q_THD[group.tokens_RN].transpose(1, 2)
+            out_THE[group.tokens_RN] = _attend(q_RHND, k_RKCD, v_RKCE, seen_RNC, options).transpose(1, 2)
+        return out_THE
 
-    def pages(self, layer: int, window: int | None) -> tuple[torch.Tensor, ...]:
-        """What `attend_rows` takes of a layer after the rows' own queries, keys and values."""
-        if window not in self._rows:
-            self._rows[window] = rows_of(self._tables, self.page_size, window, self._wide, self.device)
-        store, rows = self.stores[layer], self._rows[window]
-        where = (self.page_R, self.offset_R, rows.page_N, rows.owner_N, rows.bias_NP, rows.place_XR)
-        return store.keys_LKDP, store.values_LKBPE, *where
+    def _pages(self, span: Span) -> int:
+        """Return how many pages hold a span's request up to its last token."""
+        return -(-(span.computed + span.end - span.begin) // self._page_size)
 
-    def _context(self, span: Span) -> torch.Tensor:
-        """The ids of the pages that hold a span's request up to its last token."""
-        length = span.computed + span.end - span.begin
-        return torch.tensor(span.pages[: -(-length // self.page_size)], device=self.device)
+    def _group(self, spans: list[Span], nobody: int, device: torch.device) -> Group:
+        count, pages = spans[0].end - spans[0].begin, max(map(self._pages, spans))
+        own = [span.pages[: self._pages(span)] for span in spans]
+        begin_R1, computed_R1 = (
+            torch.tensor(numbers, device=device)[:, None]
+            for numbers in ([span.begin for span in spans], [span.computed for span in spans])
+        )
+        steps_N = torch.arange(count, device=device)
+        pages_RX = torch.tensor([table + [nobody] * (pages - len(table)) for table in own], device=device)
+        return Group(begin_R1 + steps_N, computed_R1 + steps_N, pages_RX)
 
-    def _attend_rows(
-        self, layer: int, q_RHD: torch.Tensor, k_RKD: torch.Tensor, v_RKD: torch.Tensor, options: Options
-    ) -> torch.Tensor:
-        tensors = (q_RHD, k_RKD, v_RKD, *self.pages(layer, options.window))
-        add_up = in_order if self.one_by_one else by_sum
-        return attend_rows(*tensors, softcap=options.softcap, sink_H=options.sink_H, add_up=add_up)
+    def _seen_by(self, window: int | None) -> list[torch.Tensor]:
+        """Return which positions of its context each token of each group sees, [R, N, C], in a layer of a
+        window."""
+        if window not in self._seen:
+            self._seen[window] = []
+            for group in self._groups:
+                at_C = torch.arange(group.pages_RX.shape[1] * self._page_size, device=self._slots_T.device)
+                own_RN1 = group.positions_RN[..., None]
+                seen_RNC = at_C <= own_RN1
+                self._seen[window].append(seen_RNC & (at_C > own_RN1 - window) if window else seen_RNC)
+        return self._seen[window]
 
 
-def _attend_chunk(
-    q_HTD: torch.Tensor, k_KCD: torch.Tensor, v_KCD: torch.Tensor, options: Options
+def _attend(
+    q_RHND: torch.Tensor, k_RKCD: torch.Tensor, v_RKCE: torch.Tensor, seen_RNC: torch.Tensor, options: Options
 ) -> torch.Tensor:
-    """Causal attention of the last T of C positions by scaled queries, [H, T, D]."""
-    tokens, context, kv_heads = q_HTD.shape[1], k_KCD.shape[1], k_KCD.shape[0]
-    window, sink_H = options.window, options.sink_H
-    groups = q_HTD.shape[0] // kv_heads
-    plain = options.softcap is None and sink_H is None
-    fused = partial(
-        F.scaled_dot_product_attention, q_HTD[None], k_KCD[None], v_KCD[None], scale=1.0, enable_gqa=True
-    )
-    if plain and tokens == context and (window is None or window >= context):
-        return fused(is_causal=True)[0]
-    query_at = torch.arange(context - tokens, context, device=q_HTD.device)[:, None]
-    key_at = torch.arange(context, device=q_HTD.device)
-    seen_TC = (key_at <= query_at) & (key_at > (query_at - window if window else -1))
-    if plain:
-        return fused(attn_mask=seen_TC)[0]
-    q_KGTD = q_HTD.unflatten(0, (kv_heads, groups))
-    k_KGCD, v_KGCD = (x[:, None].expand(-1, groups, -1, -1) for x in (k_KCD, v_KCD))
-    wide = torch.promote_types(q_HTD.dtype, torch.float32)
-    scores_KGTC = _capped((q_KGTD @ k_KGCD.transpose(2, 3)).to(wide), options.softcap)
-    scores_KGTC = scores_KGTC.masked_fill(~seen_TC, -torch.inf)
-    if sink_H is not None:
-        sink_KGT1 = sink_H.to(wide).view(-1, groups, 1, 1).expand(-1, -1, tokens, 1)
-        scores_KGTC = torch.cat([scores_KGTC, sink_KGT1], -1)
-    weights_KGTC = scores_KGTC.softmax(-1)[..., :context].to(q_HTD.dtype)
-    return (weights_KGTC @ v_KGCD).flatten(0, 1)
-
-
-def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Scores squashed to within +-softcap (Gemma 2)."""
-    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    """Return the attention of scaled queries, [R, H, N, E]."""
+    if options.softcap is None and options.sink_H is None:
+        return F.scaled_dot_product_attention(
+            q_RHND, k_RKCD, v_RKCE, attn_mask=seen_RNC[:, None], scale=1.0, enable_gqa=True
+        )
+    wide = torch.promote_types(q_RHND.dtype, torch.float32)
+    q_RKGND = q_RHND.unflatten(1, (k_RKCD.shape[1], -1))
+    scores_RKGNC = (q_RKGND @ k_RKCD[:, :, None].transpose(-2, -1)).to(wide)
+    if options.softcap is not None:
+        scores_RKGNC = options.softcap * torch.tanh(scores_RKGNC / options.softcap)
+    scores_RKGNC = scores_RKGNC.masked_fill(~seen_RNC[:, None, None], -torch.inf)
+    if options.sink_H is not None:  # a score that takes its share of the weight and has no value
+        sink_KG11 = options.sink_H.to(wide).view(*q_RKGND.shape[1:3], 1, 1)
+        sink_RKGN1 = sink_KG11.expand(*scores_RKGNC.shape[:-1], 1)
+        scores_RKGNC = torch.cat([scores_RKGNC, sink_RKGN1], -1)
+    weights_RKGNC = scores_RKGNC.softmax(-1)[..., : seen_RNC.shape[-1]].to(q_RHND.dtype)
+    return (weights_RKGNC @ v_RKCE[:, :, None]).flatten(1, 2)

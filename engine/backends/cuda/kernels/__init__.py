@@ -1,15 +1,11 @@
-"""Triton kernels; each also runs on CPU tensors in Triton's interpreter."""
+"""The Triton kernels that a decoder launches; each also runs on CPU tensors in Triton's interpreter."""
 
-from __future__ import annotations
+from engine.backends.cuda.kernels.attention import attend_chunks, attend_rows, chunk_tokens
+from engine.backends.cuda.kernels.norm_activation import add_norm, best_tokens, gated, norm, step_inputs
+from engine.backends.cuda.kernels.rope_kv_write import write_pages
+from engine.backends.cuda.kernels.split_k import max_split_rows, split_k_gated, split_k_product
 
-from types import SimpleNamespace
-from typing import Any
-
-
-def triton_kernels() -> Any:
-    """What a device step calls, as Triton kernels; imported when needed, since a CPU can do without
-    Triton."""
-    from engine.backends.cuda.kernels import attention, norm_activation, rope_kv_write, split_k
-
-    rooms = attention, norm_activation, rope_kv_write, split_k
-    return SimpleNamespace(**{name: value for room in rooms for name, value in vars(room).items()})
+__all__ = [
+    "add_norm", "attend_chunks", "attend_rows", "best_tokens", "chunk_tokens", "gated", "max_split_rows",
+    "norm", "split_k_gated", "split_k_product", "step_inputs", "write_pages",
+]  # fmt: skip

@@ -7,7 +7,7 @@ programs end at once. Block sizes are chosen by shape, ahead of time, and what d
 Every kernel also runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), which is how it is tested
 where there is no GPU.
 
-T tokens of the step, R requests, B rows of one token, H query heads, K KV heads, G = H / K, D head size, L
+T tokens of the step, R requests, B rows of one token, H query heads, K KV heads, G = H / K, D head size, X
 pages, P page size, N page ids of a block table, S splits of a row. In kernels: M query rows and C positions
 of a block.
 """
@@ -67,17 +67,16 @@ def _fold(
 
 def attend_chunks(
     q_THD: torch.Tensor,
-    keys_LKPD: torch.Tensor,
-    values_LKPD: torch.Tensor,
+    keys_XKPD: torch.Tensor,
+    values_XKPD: torch.Tensor,
     tables_RN: torch.Tensor,
     begins_R: torch.Tensor,
     ends_R: torch.Tensor,
     computed_R: torch.Tensor,
-    tiles_X2: torch.Tensor,
+    tiles_W2: torch.Tensor,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    sink_H: torch.Tensor | None = None,
     out_THD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of chunks of several requests over their pages (FlashAttention; Dao et al., 2022).
@@ -90,23 +89,22 @@ def attend_chunks(
         tables_RN: each request's pages, int32.
         begins_R, ends_R: where in the step each request's tokens lie, int32. computed_R: how many precede
             them, int32.
-        tiles_X2: the work, int32: (request, first of its tokens in the step) for every `chunk_tokens` tokens
+        tiles_W2: the work, int32: (request, first of its tokens in the step) for every `chunk_tokens` tokens
             of it; a request of -1 is no work. Longest first keeps the GPU busy to the end.
-        sink_H: a logit per head that takes weight and has no value (as in gpt-oss).
         out_THD: where to write, contiguous; rows of no tile stay as they are. Made if None.
 
     Returns:
         out_THD.
     """
-    kv_heads, page, dim = keys_LKPD.shape[1:]
+    kv_heads, page, dim = keys_XKPD.shape[1:]
     groups = q_THD.shape[1] // kv_heads
     out_THD = q_THD.new_empty(q_THD.shape) if out_THD is None else out_THD
     rows, block, warps, stages = _chunk_blocks(groups, dim, q_THD.element_size())
-    _chunks[tiles_X2.shape[0], kv_heads](
-        q_THD, out_THD, keys_LKPD, values_LKPD, tables_RN, begins_R, ends_R, computed_R, tiles_X2,
-        q_THD if sink_H is None else sink_H, scale, softcap or 0.0, *q_THD.stride()[:2], tables_RN.stride(0),
+    _chunks[tiles_W2.shape[0], kv_heads](
+        q_THD, out_THD, keys_XKPD, values_XKPD, tables_RN, begins_R, ends_R, computed_R, tiles_W2,
+        scale, softcap or 0.0, *q_THD.stride()[:2], tables_RN.stride(0),
         KV_HEADS=kv_heads, GROUPS=groups, DIM=dim, PAGE=page, WINDOW=window or 0, SOFTCAP=softcap is not None,
-        SINKS=sink_H is not None, TOKENS=rows // groups, BLOCK_M=rows, BLOCK_C=block,
+        TOKENS=rows // groups, BLOCK_M=rows, BLOCK_C=block,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), num_warps=warps, num_stages=stages, **DEPENDENT,
     )  # fmt: skip
     return out_THD
@@ -132,9 +130,9 @@ def _chunk_blocks(groups: int, dim: int, element_bytes: int) -> tuple[int, int, 
 # rows of a tensor: any number lies before
 @triton.jit(do_not_specialize_on_alignment=["begins", "ends", "computed"])
 def _chunks(
-    q, out, keys, values, tables, begins, ends, computed, tiles, sinks, scale, softcap, q_token, q_head,
+    q, out, keys, values, tables, begins, ends, computed, tiles, scale, softcap, q_token, q_head,
     table_row, KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one request and the query heads of one KV head."""
@@ -158,9 +156,6 @@ def _chunks(
     acc_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     peak_M = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total_M = tl.zeros((BLOCK_M,), tl.float32)
-    if SINKS:
-        peak_M = tl.load(sinks + head_M, mask=here_M, other=0.0).to(tl.float32) * LOG2E
-        total_M = tl.full((BLOCK_M,), 1.0, tl.float32)
     offset = kv_head * (PAGE * DIM)
     table = tables + request.to(tl.int64) * table_row
     # Positions before `clear` are seen by every row of the tile and need no mask; a window hides some from
@@ -186,15 +181,14 @@ def _chunks(
 
 def attend_rows(
     q_BHD: torch.Tensor,
-    keys_LKPD: torch.Tensor,
-    values_LKPD: torch.Tensor,
+    keys_XKPD: torch.Tensor,
+    values_XKPD: torch.Tensor,
     tables_RN: torch.Tensor,
     lengths_B: torch.Tensor,
     max_length: int,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    sink_H: torch.Tensor | None = None,
     owners_B: torch.Tensor | None = None,
     split: int = 64,
     out_BHD: torch.Tensor | None = None,
@@ -219,7 +213,7 @@ def attend_rows(
         out_BHD.
     """
     rows, heads, dim = q_BHD.shape
-    kv_heads, page = keys_LKPD.shape[1:3]
+    kv_heads, page = keys_XKPD.shape[1:3]
     half = q_BHD.element_size() == 2
     block, stages = (64, 3) if dim <= 128 and half else (32, 2) if dim <= 128 or half else (16, 2)
     split = triton.cdiv(split, block) * block
@@ -233,15 +227,14 @@ def attend_rows(
         MAX_SPLITS=MAX_SPLITS, **DEPENDENT,
     )  # fmt: skip
     _rows[rows, kv_heads, splits](
-        q_BHD, keys_LKPD, values_LKPD, tables_RN, lengths_B, lengths_B if owners_B is None else owners_B,
+        q_BHD, keys_XKPD, values_XKPD, tables_RN, lengths_B, lengths_B if owners_B is None else owners_B,
         parts_BHSD, peaks_BHS, scale, softcap or 0.0, *q_BHD.stride()[:2], tables_RN.stride(0), splits, split,
         OWNERS=owners_B is not None, KV_HEADS=kv_heads, GROUPS=heads // kv_heads, PAGE=page,
         SOFTCAP=softcap is not None, BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)), **shape,
         num_warps=4 if half else 8, num_stages=stages,
     )  # fmt: skip
     _combine[rows, heads](
-        parts_BHSD, peaks_BHS, lengths_B, q_BHD if sink_H is None else sink_H, out_BHD, splits, split,
-        HEADS=heads, SINKS=sink_H is not None, **shape, num_warps=2,
+        parts_BHSD, peaks_BHS, lengths_B, out_BHD, splits, split, HEADS=heads, **shape, num_warps=2,
     )  # fmt: skip
     return out_BHD
 
@@ -298,8 +291,7 @@ def _rows(
 
 @triton.jit(do_not_specialize=["splits", "least"], do_not_specialize_on_alignment=["lengths"])
 def _combine(
-    parts, peaks, lengths, sinks, out, splits, least,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    parts, peaks, lengths, out, splits, least, HEADS: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr,
     MAX_SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Put together the splits of one row and head, COMBINED at a time, always from the first."""
@@ -312,8 +304,6 @@ def _combine(
     d_D = tl.arange(0, BLOCK_D)
     at_row = (row * HEADS + head) * splits
     peak, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
-    if SINKS:
-        peak, total = tl.load(sinks + head).to(tl.float32) * LOG2E, tl.full((), 1.0, tl.float32)
     acc_D = tl.zeros((BLOCK_D,), tl.float32)
     for at in range(0, used, COMBINED):
         s_S = at + tl.arange(0, COMBINED)

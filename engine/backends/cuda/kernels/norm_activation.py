@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from engine.backends.cuda.kernels.pdl import DEPENDENT, launch_dependents, wait_for_previous
+from engine.models.decoder_parts import Norm
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 PART = 4096  # logits that one program looks at: 38 programs a row for a vocabulary of 152k
@@ -65,52 +66,59 @@ def _inputs(
     tl.store(lengths + t_T, at_T + 1, mask=here_T)
 
 
-def add_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight_C: torch.Tensor,
-    eps: float,
-    plus_one: bool = False,
-    summed: bool = False,
-) -> torch.Tensor:
-    """RMSNorm of x, or of residual + x, which then becomes the new residual, in place.
+def norm(x: torch.Tensor, by: Norm, parts_of: torch.dtype | None = None) -> torch.Tensor:
+    """Return the norm of the last dimension of x, contiguous.
 
     Args:
-        x: [..., C], such as heads that lie in a joined product.
-        summed: x is [S, T, C], partial sums of a product [T, C] in the dtype of the weight
-            (`split_k_product`).
-        residual: as many rows, contiguous; the sum is rounded to their dtype before it is normed, as a model
-            does.
-        plus_one: scale by 1 + weight (Gemma).
-
-    Returns:
-        Contiguous, in the shape and dtype of x (of the product, where it is summed); computed in float32
-            (Zhang and
-        Sennrich, 2019).
+        x: [..., C], such as heads that lie in a joined product; a norm of several heads has a weight for
+            each.
+        parts_of: x is [S, T, C], partial sums of a product in this dtype (`split_k_product`).
     """
-    parts, part, one = (x.shape[0], x.stride(0), x[0]) if summed else (0, 0, x)
+    return _launch_norm(x, None, by, 1.0, parts_of)
+
+
+def add_norm(residual_TC: torch.Tensor, x: torch.Tensor, by: Norm, scale: float = 1.0) -> torch.Tensor:
+    """Add scale * x to the residual stream, in place, and return the norm of that, [T, C].
+
+    Args:
+        residual_TC: contiguous; the sum is rounded to its dtype before it is normed, as a model does.
+        x: [T, C]; or [S, T, C], partial sums of a product (`split_k_product`).
+    """
+    return _launch_norm(x, residual_TC, by, scale, residual_TC.dtype if x.dim() == 3 else None)
+
+
+def _launch_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, by: Norm, scale: float, parts_of: torch.dtype | None
+) -> torch.Tensor:
+    """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm (Ba et al., 2016), computed in float32."""
+    parts, part, one = (0, 0, x) if parts_of is None else (x.shape[0], x.stride(0), x[0])
     x_XYC = one.reshape(-1, *one.shape[-2:])
     (outer, inner, size), block = x_XYC.shape, triton.next_power_of_2(one.shape[-1])
-    out = torch.empty(one.shape, dtype=weight_C.dtype if summed else x.dtype, device=x.device)
+    out = torch.empty(one.shape, dtype=parts_of or x.dtype, device=x.device)
     block_s = triton.next_power_of_2(max(1, parts))
     _norm[(outer * inner,)](
-        x_XYC, out if residual is None else residual, weight_C, out, eps, inner, *x_XYC.stride()[:2], part,
-        SIZE=size, ADD=residual is not None, PLUS_ONE=plus_one, PARTS=parts, BLOCK=block, BLOCK_S=block_s,
-        num_warps=min(16, max(4, block * block_s // 1024 if summed else block // 512)), **DEPENDENT,
+        x_XYC, out if residual is None else residual, by.scale, by.scale if by.bias is None else by.bias, out,
+        by.eps, scale, inner, *x_XYC.stride()[:2], part, SIZE=size, ADD=residual is not None,
+        CENTRED=by.centred, BIAS=by.bias is not None, EACH=by.scale.dim() > 1, PARTS=parts, BLOCK=block,
+        BLOCK_S=block_s,
+        num_warps=min(16, max(4, block * block_s // 1024 if parts else block // 512)), **DEPENDENT,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["inner", "part"])
 def _norm(
-    x, residual, weight, out, eps, inner, x_outer, x_inner, part,
-    SIZE: tl.constexpr, ADD: tl.constexpr, PLUS_ONE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    x, residual, weight, bias, out, eps, scale, inner, x_outer, x_inner, part,
+    SIZE: tl.constexpr, ADD: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, EACH: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if ADD:  # the first norm of a model has nothing to add
         launch_dependents(PDL)
     row, c_C = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    weight_C = tl.load(weight + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+    weight_C = c_C
+    if EACH:  # row `inner` of a token has a weight of its own
+        weight_C += (row % inner).to(tl.int32) * SIZE
+    scale_C = tl.load(weight + weight_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
     at_C = row * SIZE + c_C
     x += row // inner * x_outer + row % inner * x_inner
@@ -121,13 +129,15 @@ def _norm(
     else:
         x_C = tl.load(x + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
     if ADD:
-        x_C += tl.load(residual + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+        x_C = scale * x_C + tl.load(residual + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
         x_C = x_C.to(residual.dtype.element_ty)
         tl.store(residual + at_C, x_C, mask=c_C < SIZE)
         x_C = x_C.to(tl.float32)
-    if PLUS_ONE:
-        weight_C += 1.0
-    out_C = x_C * (1.0 / tl.sqrt(tl.sum(x_C * x_C, 0) / SIZE + eps)) * weight_C
+    if CENTRED:
+        x_C = tl.where(c_C < SIZE, x_C - tl.sum(x_C, 0) / SIZE, 0.0)
+    out_C = x_C * (1.0 / tl.sqrt(tl.sum(x_C * x_C, 0) / SIZE + eps)) * scale_C
+    if BIAS:
+        out_C += tl.load(bias + weight_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
     tl.store(out + at_C, out_C.to(out.dtype.element_ty), mask=c_C < SIZE)
 
 

@@ -2,7 +2,7 @@
 
 engine/backends/cuda/kernels/attention.py says how kernels are written here.
 
-T tokens of the step, H query heads, K KV heads, D head size, E rotated part of it, L pages, P page size, S
+T tokens of the batch, H query heads, K KV heads, D head size, E half of it, X pages, P positions of a page, S
 parts of a sum, N outputs of a product.
 """
 
@@ -17,51 +17,51 @@ from engine.backends.cuda.kernels.pdl import DEPENDENT, launch_dependents, wait_
 
 
 def write_pages(
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_TE: torch.Tensor,
+    sin_TE: torch.Tensor,
     slots_T: torch.Tensor,
-    keys_LKPD: torch.Tensor,
-    values_LKPD: torch.Tensor,
-    rope: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    keys_XKPD: torch.Tensor,
+    values_XKPD: torch.Tensor,
     bias_N: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """Write the step's keys and values into their pages, in one launch with the rotation of queries and keys.
+) -> torch.Tensor:
+    """Rotate queries and keys, and write keys and values into their pages, in one launch.
+
+    A head is rotated by pairs i and i + E (RoPE; Su et al., 2021), in float32.
 
     Args:
-        k_TKD, v_TKD: any strides between tokens and heads (views of a joined product will do). Or [S, T, K,
-            D], as queries are then: partial sums of a product of queries, keys and values side by side
-            (`split_k_product`).
+        q, k, v: [T, H or K, D], any strides between tokens and heads (views of a joined product will do). Or
+            [S, T, H or K, D], partial sums of a product of all three side by side (`split_k_product`).
+        cos_TE, sin_TE: of each pair of a head, E = D / 2.
         slots_T: where each token goes: page * P + place in the page. A negative slot is written nowhere.
-        rope: (q_THD, cos_TE, sin_TE) to rotate the first E of D elements of queries and keys as Llama does
-            (RoPE; Su et al., 2021), in float32; None where the model has done so.
         bias_N: what partial sums still lack, for queries, keys and values.
 
     Returns:
-        The rotated queries [T, H, D], contiguous; None without `rope`.
+        The rotated queries [T, H, D], contiguous.
     """
-    parts, stride = (k_TKD.shape[0], k_TKD.stride(0)) if k_TKD.dim() == 4 else (0, 0)
-    tokens, kv_heads, dim = k_TKD.shape[-3:]
-    q_THD, cos_TE, sin_TE = (k_TKD, k_TKD, k_TKD) if rope is None else rope
-    heads, rotated = (0, 0) if rope is None else (q_THD.shape[-2], cos_TE.shape[-1])
-    out_THD = keys_LKPD if rope is None else keys_LKPD.new_empty(q_THD.shape[-3:])
+    parts, stride = (k.shape[0], k.stride(0)) if k.dim() == 4 else (0, 0)
+    tokens, kv_heads, dim = k.shape[-3:]
+    heads, page = q.shape[-2], keys_XKPD.shape[2]
+    out_THD = keys_XKPD.new_empty(tokens, heads, dim)
     block = 16 if tokens >= 512 else 1  # few tokens: many programs; many tokens: more work in each
     _write[triton.cdiv(tokens, block), heads + 2 * kv_heads](
-        q_THD, k_TKD, v_TKD, cos_TE, sin_TE, slots_T, out_THD, keys_LKPD, values_LKPD,
-        keys_LKPD if bias_N is None else bias_N, tokens, stride, *q_THD.stride()[-3:-1],
-        *k_TKD.stride()[-3:-1], *v_TKD.stride()[-3:-1], cos_TE.stride(0), sin_TE.stride(0), HEADS=heads,
-        KV_HEADS=kv_heads, DIM=dim, ROTATED=rotated, PAGE=keys_LKPD.shape[2], PARTS=parts,
-        BIAS=bias_N is not None, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim),
+        q, k, v, cos_TE, sin_TE, slots_T, out_THD, keys_XKPD, values_XKPD,
+        keys_XKPD if bias_N is None else bias_N, tokens, stride, *q.stride()[-3:-1], *k.stride()[-3:-1],
+        *v.stride()[-3:-1], cos_TE.stride(0), sin_TE.stride(0), HEADS=heads, KV_HEADS=kv_heads, DIM=dim,
+        PAGE=page, PARTS=parts, BIAS=bias_N is not None, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim),
         num_warps=4 if block > 1 else 1, **DEPENDENT,
     )  # fmt: skip
-    return None if rope is None else out_THD
+    return out_THD
 
 
 @triton.jit(do_not_specialize=["tokens", "part"])
 def _write(
     q, k, v, cos, sin, slots, out, keys, values, bias, tokens, part,
     q_token, q_head, k_token, k_head, v_token, v_head, cos_token, sin_token,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, PAGE: tl.constexpr,
-    PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of a few tokens: of the queries, then of the keys, then of the values."""
     launch_dependents(PDL)
@@ -72,7 +72,7 @@ def _write(
     if head < HEADS:
         row_T1 = (q + t_T * q_token + head * q_head)[:, None]
         x_TD = _rotated(
-            row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED,
+            row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, DIM,
             PARTS, BIAS, out.dtype.element_ty, PDL,
         )  # fmt: skip
         at_TD = (t_T * HEADS + head)[:, None] * DIM + d_D[None, :]
@@ -86,7 +86,7 @@ def _write(
         if head < HEADS + KV_HEADS:
             row_T1 = (k + t_T * k_token + kv_head * k_head)[:, None]
             x_TD = _rotated(
-                row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, ROTATED,
+                row_T1, bias + head * DIM, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD, DIM,
                 PARTS, BIAS, keys.dtype.element_ty, PDL,
             )  # fmt: skip
             tl.store(keys + at_TD, x_TD.to(keys.dtype.element_ty), mask=kept_TD)
@@ -116,20 +116,21 @@ def _whole(row_T1, bias, part, d_D, here_TD, PARTS: tl.constexpr, BIAS: tl.const
 @triton.jit
 def _rotated(
     row_T1, bias, part, cos, sin, cos_token, sin_token, t_T, d_D, here_TD,
-    ROTATED: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+    DIM: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A head of some tokens in float32, its first ROTATED elements turned by pairs that lie ROTATED / 2
-    apart."""
-    half: tl.constexpr = ROTATED // 2
-    turned_TD = here_TD & (d_D < ROTATED)[None, :]
+    """A head of some tokens in float32, rotated by pairs that lie DIM / 2 apart."""
+    half: tl.constexpr = DIM // 2
     pair_D = tl.where(d_D < half, d_D + half, d_D - half)
-    c_TD = tl.load(cos + (t_T * cos_token)[:, None] + d_D[None, :], mask=turned_TD, other=1.0).to(tl.float32)
-    s_TD = tl.load(sin + (t_T * sin_token)[:, None] + d_D[None, :], mask=turned_TD, other=0.0).to(tl.float32)
+    angle_D = tl.where(d_D < half, d_D, d_D - half)
+    c_TD = tl.load(cos + (t_T * cos_token)[:, None] + angle_D[None, :], mask=here_TD, other=1.0).to(
+        tl.float32
+    )
+    s_TD = tl.load(sin + (t_T * sin_token)[:, None] + angle_D[None, :], mask=here_TD, other=0.0).to(
+        tl.float32
+    )
     wait_for_previous(PDL)
     x_TD = _whole(row_T1, bias, part, d_D, here_TD, PARTS, BIAS, KIND)
-    if ROTATED:
-        y_TD = _whole(row_T1, bias, part, pair_D, turned_TD, PARTS, BIAS, KIND)
-        # Fused by hand: the compiler may fuse one way here and another for blocks of other sizes, with other
-        # bits.
-        x_TD = tl.fma(tl.where((d_D < half)[None, :], -y_TD, y_TD), s_TD, x_TD * c_TD)
-    return x_TD
+    y_TD = _whole(row_T1, bias, part, pair_D, here_TD, PARTS, BIAS, KIND)
+    # Fused by hand: the compiler may fuse one way here and another for blocks of other sizes, with other
+    # bits.
+    return tl.fma(tl.where((d_D < half)[None, :], -y_TD, y_TD), s_TD, x_TD * c_TD)

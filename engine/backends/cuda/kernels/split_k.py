@@ -23,16 +23,16 @@ import triton.language as tl
 from engine.backends.cuda.kernels.norm_activation import activated
 from engine.backends.cuda.kernels.pdl import DEPENDENT, launch_dependents, wait_for_previous
 
-FEW = 48  # rows up to which these are faster than cuBLAS's: at 64 they are equal
-SMALL = 2**26  # bytes of a layer's weights beyond which a kernel's beginning and end do not matter
+MAX_ROWS = 48  # up to which these are faster than cuBLAS's: at 64 they are equal
+MAX_LAYER_BYTES = 2**26  # of weights, beyond which a kernel's beginning and end do not matter
 TILE = 64  # outputs of a program, at most
 BLOCK = 256  # inputs that are read before the kernel before has ended
 
 
-def few_rows(dtype: torch.dtype, layer_bytes: int) -> int:
+def max_split_rows(dtype: torch.dtype, layer_bytes: int) -> int:
     """Rows up to which the products of a layer are split: none in float32, whose exact products have no
     matrix units."""
-    return FEW if dtype.itemsize == 2 and layer_bytes <= SMALL else 0
+    return MAX_ROWS if dtype.itemsize == 2 and layer_bytes <= MAX_LAYER_BYTES else 0
 
 
 def split_k_product(x_TM: torch.Tensor, weight_NM: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ def _processors() -> int:
 def _launch(x_TM, weight_NM, out, outputs, shape, activation=None):
     rows, inputs = x_TM.shape
     block_t = min(64, max(16, triton.next_power_of_2(rows)))
-    _thin[triton.cdiv(outputs, shape.each), triton.cdiv(inputs, shape.part), triton.cdiv(rows, block_t)](
+    _split_k[triton.cdiv(outputs, shape.each), triton.cdiv(inputs, shape.part), triton.cdiv(rows, block_t)](
         x_TM, weight_NM, out, rows, x_TM.stride(0), weight_NM.stride(0), OUTPUTS=outputs, INPUTS=inputs,
         EACH=shape.each, PART=min(shape.part, inputs), GATED=activation is not None,
         GELU=activation == "gelu_tanh", BLOCK_T=block_t, BLOCK_N=max(16, triton.next_power_of_2(shape.each)),
@@ -95,7 +95,7 @@ def _launch(x_TM, weight_NM, out, outputs, shape, activation=None):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _thin(
+def _split_k(
     x, weight, out, rows, x_row, weight_row, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EACH: tl.constexpr,
     PART: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, PDL: tl.constexpr,

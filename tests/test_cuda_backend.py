@@ -3,38 +3,52 @@ same."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-import engine.backends.cuda.attention
-import engine.engine
 import engine.runner.memory
 from engine import Engine, EngineConfig, InputError, SamplingParams
-from engine.backends.cuda.graphs import upload
-from engine.backends.cuda.model import ACTIVATIONS, Angles, FusedLayer, FusedNorm, LastNorm
-from engine.models import PRESETS, LoadedModel, kv_bytes_per_token
-from engine.runner.cuda import CudaRunner, bucket
-from engine.runner.packed import PackedRunner
+from engine.backends.cuda import can_run
+from engine.backends.cuda.backend import CudaBackend
+from engine.backends.cuda.batch_layout import bucket, upload
+from engine.backends.cuda.block_tables import BlockTables
+from engine.backends.transformers.backend import TransformersBackend
+from engine.models import PRESETS, LoadedModel, kv_bytes_per_token, load
+from engine.models.attention_trace import attention_layers
+from engine.models.decoder_spec import describe
+from engine.step import Span
 from tests import reference
 from tests.oracle import Oracle
 from tests.serving import (
     NAMES,
+    cuda_backend,
     drive,
     exactly,
     packed as build,
     run_out_of_memory,
-    use_device_runner,
+    use_cuda_backend,
     work_of,
-)
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def _device_runner(monkeypatch):
-    use_device_runner(monkeypatch)
+def _cuda_backend(monkeypatch, request):
+    if "triton_kernels" not in request.fixturenames:
+        use_cuda_backend(monkeypatch)
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch) -> None:
+    """The real ones, in the interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("tests/test_gpu.py serves whole models with the real kernels")
+    monkeypatch.setattr("engine.runner.packed.decoder_backend", cuda_backend)
 
 
 def test_steps_are_launched_before_the_one_before_is_read(tiny, monkeypatch):
@@ -66,7 +80,7 @@ def test_steps_are_launched_before_the_one_before_is_read(tiny, monkeypatch):
 
 
 def test_sampled_requests_wait_for_their_tokens_and_keep_them(tiny):
-    """Among greedy ones, in any mix, each draws what it draws alone on the runner of the CPU."""
+    """Among greedy ones, in any mix, each draws what it draws alone from the unmodified model."""
     oracle: Oracle = tiny("tiny-llama", "float64")
     work = work_of(12)
     params = [
@@ -84,7 +98,7 @@ def test_sampled_requests_wait_for_their_tokens_and_keep_them(tiny):
     prompts = [prompt for prompt, _ in work]
     found = build(oracle, max_batch_size=5).generate(prompts, params, progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.engine, "make_runner", lambda model, pool, *rest: PackedRunner(model, pool))
+        patch.setattr("engine.runner.packed.decoder_backend", lambda spec, config: None)
         expected = build(oracle, max_batch_size=1).generate(prompts, params, progress=False)
     for one, other in zip(found, expected, strict=True):
         assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
@@ -93,22 +107,25 @@ def test_sampled_requests_wait_for_their_tokens_and_keep_them(tiny):
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
-def test_nan_fails_its_request_alone_while_the_next_step_is_under_way(tiny, name):
+def test_nan_fails_its_request_alone_while_the_next_step_is_in_flight(tiny, name, monkeypatch):
     oracle: Oracle = tiny(name)
     server = build(oracle, 200, max_batch_size=3, page_size=4)
     work = work_of(3)
     requests = [server.add_request(prompt, exactly(8)) for prompt, _ in work]
     server.step()
     server.step()
-    poisoned = []
+    poisoned, embedding = [], torch.nn.functional.embedding
 
-    def poison(module, inputs, output):
-        output = output.clone()
-        output[:, 1] = torch.nan
-        poisoned.append(1)
+    def poison(ids, weight):
+        output = embedding(ids, weight)
+        if weight is server.runner.backend.decoder.spec.embedding_VM:
+            poisoned.append(1)
+            output = output.clone()
+            output[1] = torch.nan
         return output
 
-    with server.runner.model.get_input_embeddings().register_forward_hook(poison):
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.backends.cuda.model.F.embedding", poison)
         server.step()
     while server.has_work:
         server.step()
@@ -129,7 +146,7 @@ def test_a_step_that_fails_takes_its_requests_alone_and_loses_no_token_read_late
     for _ in range(3):
         server.step()
     with monkeypatch.context() as patch:
-        patch.setattr(server.runner, "_logits", lambda *args: (_ for _ in ()).throw(RuntimeError("boom")))
+        patch.setattr(server.runner.backend, "_logits", raising(RuntimeError("boom")))
         with pytest.raises(RuntimeError, match="boom"):
             server.step()
     for request in requests[:2]:
@@ -160,13 +177,20 @@ def test_deterministic_means_the_same_bits_in_any_company(tiny, name, monkeypatc
         return {i: (o.token_ids, o.logprobs) for i, o in zip(chosen, outputs, strict=True)}
 
     alone = {i: run([i])[i] for i in range(len(work))}
-    monkeypatch.setattr(engine.backends.cuda.attention, "ROWS", 3)
+    monkeypatch.setattr("engine.backends.cuda.model.MAX_ROWS", 3)
     for options in (
         dict(max_batch_size=8),
         dict(max_batch_size=3, max_step_tokens=5),
         dict(max_batch_size=2),
     ):
         assert run(list(range(len(work))), **options) == alone
+
+
+def raising(error: Exception) -> Callable:
+    def raise_it(*args):
+        raise error
+
+    return raise_it
 
 
 def small(name: str) -> Oracle:
@@ -185,27 +209,24 @@ def small(name: str) -> Oracle:
 
 def serve_by_kernels(oracle: Oracle, work: list[tuple[list[int], int]], **config) -> None:
     """Serve a model through the Triton kernels, in the interpreter where there is no GPU."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("tests/test_gpu.py serves whole models with the real kernels")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.engine, "make_runner", lambda *args: CudaRunner(*args[:4]))
-        patch.setattr("engine.backends.cuda.kernels.split_k.few_rows", lambda dtype, layer_bytes: 4)
+        patch.setattr("engine.backends.cuda.kernels.max_split_rows", lambda dtype, layer_bytes: 4)
         server = build(oracle, page_size=4, max_batch_size=2, **config)
-    layer = server.runner.model.base_model.layers[0]
-    assert isinstance(layer, FusedLayer), "its fused kernels are proven at load"
-    assert layer.stream.few == 4
+    assert isinstance(server.runner.backend, CudaBackend), "its kernels are proven at load"
+    assert server.runner.backend.decoder.split_rows == 4
     for output, (_, limit) in zip(drive(server, work), work, strict=True):
         oracle.check(output, limit)
 
 
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
 def test_the_kernels_serve_a_small_model(name):
-    """A chunk with a past, a decode beside a chunk, rows few enough for thin products and not."""
+    """A chunk with a past, a decode beside a chunk, rows few enough for split products and not."""
     serve_by_kernels(small(name), [([7, 8, 9], 3), ([*range(20, 31)], 2)], kv_tokens=24, max_step_tokens=7)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
 def test_the_kernels_serve_a_model(tiny, name):
     serve_by_kernels(tiny(name), work_of(3), max_step_tokens=30)
@@ -215,25 +236,26 @@ def test_decode_steps_alone_are_captured_and_padded(tiny, monkeypatch):
     """And give what they give as they are, padding and all."""
     oracle: Oracle = tiny("tiny-qwen2")
     server = build(oracle, max_batch_size=8, max_step_tokens=50, page_size=4)
-    runner, run = server.runner, server.runner.graphs.run
+    backend, run = server.runner.backend, server.runner.backend.graphs.run
     padded = []
 
-    def checked(sizes, laid):
-        exact = laid.sizes(greedy=False)
-        assert all(size <= bound for size, bound in zip(exact[:6], sizes[:6], strict=True))
-        found = run(sizes._replace(greedy=False), laid)[: len(laid.keep_K)].clone()
-        plain = runner._logits(exact, upload(laid.ints(exact), runner.device))
+    def checked(shape, layout):
+        exact = layout.shape(greedy=False)
+        assert all(size <= bound for size, bound in zip(exact[:6], shape[:6], strict=True))
+        found = run(shape._replace(greedy=False), layout)[: len(layout.keep_K)].clone()
+        ints_I = upload(layout.ints(exact), torch.device("cpu"))
+        plain = backend._logits(exact, ints_I, backend._block_tables.tables_RN)
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
-        padded.append(sizes.rows - exact.rows)
-        return run(sizes, laid)
+        padded.append(shape.rows - exact.rows)
+        return run(shape, layout)
 
-    monkeypatch.setattr(runner.graphs, "run", checked)
+    monkeypatch.setattr(backend.graphs, "run", checked)
     for output, (_, limit) in zip(drive(server, work_of(40)), work_of(40), strict=True):
         oracle.check(output, limit)
     assert len(padded) > 5
     assert any(padded), "no step had more rows than requests"
     assert not all(padded), "no step had as many rows as requests"
-    assert {(sizes.tokens, sizes.requests) for sizes in runner.graphs.known} == {(0, 0)}
+    assert {(shape.tokens, shape.requests) for shape in backend.graphs.known} == {(0, 0)}
 
 
 def test_buckets_waste_little():
@@ -245,69 +267,83 @@ def test_buckets_waste_little():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layers_like_llamas_or_gemmas_are_fused(tiny, name):
-    model = build(tiny(name)).runner.model.base_model
-    assert all(isinstance(layer, FusedLayer) and layer.stream.few == 5 for layer in model.layers)
-    assert isinstance(model.norm, LastNorm)
-    assert isinstance(model.rotary_emb, Angles)
-    assert not any("RMSNorm" in type(module).__name__ for module in model.modules())
+def test_joined_weights_are_the_models_own(name):
+    """Nothing is held twice, two engines share what is joined, and the model gives what it gave."""
+    model = load(f"random:{name}").model
+    ids = torch.tensor([[5, 9, 100, 7]])
+    with torch.inference_mode():
+        before = model(ids).logits
+    spec = describe(model, attention_layers(model))
+    assert spec is not None
+    assert can_run(spec)
+    first = CudaBackend(spec, 4, 2)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    second = CudaBackend(spec, 4, 2)
+    assert addresses == [parameter.data_ptr() for parameter in model.parameters()], "joined again"
+    assert first.copied_bytes == second.copied_bytes == 0
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    for one, other in zip(first.decoder.layers, second.decoder.layers, strict=True):
+        for a, b in ((one.qkv, other.qkv), (one.gate_up, other.gate_up)):
+            assert a.weight_NM.data_ptr() == b.weight_NM.data_ptr()
+            assert a.weight_NM.untyped_storage().data_ptr() in storages
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+    factor = torch.nn.Parameter(torch.ones(()))
+    (factor * model(ids).logits.sum()).backward()  # its weights are no tensors of inference alone
 
 
-def test_other_layers_keep_their_own_code_and_get_fused_norms(tiny, monkeypatch):
-    monkeypatch.delitem(ACTIVATIONS, "SiLUActivation")
-    oracle = tiny("tiny-llama")
-    server = build(oracle)
-    model = server.runner.model.base_model
-    assert not any(isinstance(layer, FusedLayer) for layer in model.layers)
-    assert isinstance(model.norm, FusedNorm)
-    for output, (_, limit) in zip(drive(server, work_of(5)), work_of(5), strict=True):
-        oracle.check(output, limit)
+def test_heads_in_another_order_are_copies_that_leave_the_model_as_it_was():
+    sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, pad_token_id=0)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = AutoConfig.for_model("glm", **sizes, **heads)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    server = build(Oracle(LoadedModel("glm", model, None, "random")))
+    attention = model.base_model.layers[0].self_attn
+    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    assert server.runner.copied_bytes == 2 * sum(weight.nbytes for weight in weights)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
 
 
-def test_layers_that_only_look_like_llamas_run_as_they_are(tiny, monkeypatch, caplog):
+@pytest.mark.parametrize("kernel", ["split_k_product", "gated", "attend_rows", "attend_chunks", "add_norm"])
+def test_a_kernel_that_is_wrong_is_seen_at_load(tiny, monkeypatch, caplog, kernel):
+    """Both of steps of few rows and of many; the model then runs as it was written."""
     oracle: Oracle = tiny("tiny-llama")
-    add = FusedLayer._add
-
-    def louder(self, *args):
-        add(self, *args)
-        self.stream.added = 1.2 * self.stream.added
-
-    monkeypatch.setattr(FusedLayer, "_add", louder)
+    right = getattr(reference, kernel)
+    monkeypatch.setattr(f"engine.backends.cuda.kernels.{kernel}", lambda *args: right(*args).mul_(1.2))
     server = build(oracle)
-    assert "gives other logits on the device" in caplog.text
-    assert not any(isinstance(module, FusedLayer | FusedNorm) for module in server.runner.model.modules())
-    for output, (_, limit) in zip(drive(server, work_of(5)), work_of(5), strict=True):
-        oracle.check(output, limit)
-
-
-def test_thin_products_that_are_wrong_are_left_out(tiny, monkeypatch, caplog):
-    oracle: Oracle = tiny("tiny-llama")
-    right = reference.split_k_product
-    monkeypatch.setattr(reference, "split_k_product", lambda *args: 1.2 * right(*args))
-    server = build(oracle)
-    assert "steps of few rows take the same products as others" in caplog.text
-    assert {layer.stream.few for layer in server.runner.model.base_model.layers} == {0}
+    assert "gives other logits when packed" in caplog.text
+    assert isinstance(server.runner.backend, TransformersBackend)
     for output, (_, limit) in zip(drive(server, work_of(5)), work_of(5), strict=True):
         oracle.check(output, limit)
 
 
 @pytest.mark.parametrize("error", [TypeError("unexpected argument"), RuntimeError("out of shared memory")])
-def test_what_fails_in_the_proof_makes_the_engine_fall_back_to_padded(tiny, monkeypatch, error):
+def test_what_fails_in_the_proof_makes_the_model_run_as_it_was_written(tiny, monkeypatch, caplog, error):
     oracle: Oracle = tiny("tiny-llama")
-    monkeypatch.setattr(reference, "write_pages", lambda *args: (_ for _ in ()).throw(error))
-    with pytest.raises(InputError, match=f"cannot run packed: {error}"):
-        build(oracle)
-    with pytest.warns(UserWarning, match=f"cannot run packed: {error}; using runner='padded'"):
-        server = Engine(oracle.loaded, EngineConfig(kv_memory=10**6))
+    monkeypatch.setattr("engine.backends.cuda.kernels.write_pages", raising(error))
+    server = build(oracle)
+    assert f"cannot run packed: {error}: its parts do something else" in caplog.text
     (prompt, limit), *_ = work_of(1)
     oracle.check(server.generate([prompt], exactly(limit), progress=False)[0], limit)
 
 
-def test_rope_that_reads_positions_on_the_host_makes_the_engine_fall_back_to_padded(roped):
-    oracle: Oracle = roped("dynamic")
-    with pytest.warns(UserWarning, match="has dynamic RoPE, which reads .*; using runner='padded'"):
-        server = Engine(oracle.loaded)
-    oracle.check(server.generate([[5, 6, 7]], exactly(6), progress=False)[0], 6)
+def test_requests_keep_their_line_of_the_block_tables_and_the_oldest_gives_its_own_up():
+    tables = BlockTables(3, 4, torch.device("cpu"))
+    pages = {name: [10 * i + 1, 10 * i + 2] for i, name in enumerate("abcd")}
+    spans = {name: Span(0, 1, 0, table, name) for name, table in pages.items()}
+    first = tables.update([spans["a"], spans["b"], spans["c"]]).tolist()
+    assert sorted(first) == [0, 1, 2]
+    pages["b"].append(99)
+    assert tables.update([spans["c"], spans["b"]]).tolist() == [first[2], first[1]]
+    assert tables.tables_RN[first[1]].tolist() == [11, 12, 99, 0]
+    assert tables.update([spans["d"]]).tolist() == [first[0]], "that of the request which was away longest"
+    assert tables.tables_RN[first[0], :2].tolist() == pages["d"]
+    again = Span(0, 1, 0, [7, 8], "b")  # preempted, and admitted again
+    assert tables.update([again]).tolist() == [first[1]]
+    assert tables.tables_RN[first[1], :2].tolist() == [7, 8]
 
 
 def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
