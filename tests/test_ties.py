@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings, strategies as st
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.request import Request
-from engine.sampling import device as sampler, host as choose
+from engine.sampling import device as sampler, host as choose, rules
 from engine.step import Choice
 from tests.test_sampler import DTYPES, drawn, request, tokens_of
 
@@ -28,7 +28,7 @@ def chosen(sample: Any, logits_V: torch.Tensor, asked: list[Request], chances: S
     """What requests get of one row of logits, with these numbers for chance if there are any."""
     given_out = iter(chances)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sampler, choose) if chances else ():
+        for module in (rules,) if chances else ():
             patch.setattr(module, "uniform", lambda seed, position: next(given_out))
         return sample(logits_V.expand(len(asked), -1), asked)
 
@@ -105,7 +105,7 @@ def test_alternatives_at_a_tie_are_the_lower_ids(sample, dtype, count):
     assert [token for token, _ in choice.logprob.top] == [1, 3, 0, 2, 4, 5][:count]
 
 
-@pytest.mark.parametrize("best", [choose.first_of, None])
+@pytest.mark.parametrize("best", [choose._first_of, None])
 @pytest.mark.parametrize("size", [5, 300, 5000])
 def test_the_first_of_many_equals_in_a_vocabulary_of_any_size(best, size):
     logits_V = np.random.default_rng(size).integers(0, 4, size).astype(np.float32)
@@ -126,7 +126,7 @@ def ranked(logits: list[float]) -> list[int]:
 def weights_of(logits: list[float], asked: SamplingParams) -> list[float]:
     """What each token weighs, 0 where a filter drops it: by the definitions, one after the other."""
     peak = max(logits)
-    slack = 1 - choose.ROUNDING
+    slack = rules.ENOUGH
     weights = [math.exp(max(-1e4, (x - peak) / asked.temperature)) if x > -math.inf else 0.0 for x in logits]
     weights = [0.0 if weight < asked.min_p * slack else weight for weight in weights]
     order = ranked(logits)

@@ -1,1 +1,28 @@
-"""From logits to tokens: what a request asks of them, on the host and on the device."""
+"""Logits to tokens by the `rules`: on the CPU in numpy, a row at a time (`host`); on a device in torch, all
+rows at once (`device`), which is imported when it is first used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from engine.request import Request
+from engine.sampling.host import sample_each
+from engine.step import Choice
+
+if TYPE_CHECKING:
+    import torch
+
+
+def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]:
+    """Choose the next token of each of R requests from the model's logits at its last one, over V tokens.
+
+    Logits may have any float dtype and are not modified. Returns a choice a row, in order; one that can't
+    have a token says why, and its neighbours are not affected.
+    """
+    if logits_RV.device.type == "cpu":
+        wide_RV = logits_RV.float() if logits_RV.itemsize == 2 else logits_RV  # numpy knows no bfloat16
+        return sample_each(wide_RV.numpy(), requests)
+    from engine.sampling.device import sample_together
+
+    return sample_together(logits_RV, requests)
