@@ -12,7 +12,7 @@ import torch
 
 from engine import Engine, EngineConfig, FinishReason, InputError, LoadedModel, SamplingParams, WorkItem
 from engine.request import StreamChunk
-from engine.sampling.device import sample
+from engine.sampling import sample
 from tests.serving import both, exactly, prompts_of
 from tests.test_detokenizer import byte_level
 

@@ -12,11 +12,11 @@ from hypothesis import given, strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParams
+from engine import Engine, EngineConfig, FinishReason, InputError, SamplingParams, sampling
 from engine.detokenizer import TextStream, stop_tokens
 from engine.models import LoadedModel
 from engine.request import RequestOutput, StreamChunk
-from engine.sampling import device as sampler
+from engine.step import Choice
 from tests.test_detokenizer import byte_level, decoded, letters, many, metaspace, settled_texts, spell, stops
 
 both = pytest.mark.parametrize("config", [
@@ -63,7 +63,7 @@ def says(tiny, monkeypatch) -> Says:
             for row, request in enumerate(requests):
                 if request.output_len < len(ids):
                     scripted_RV[row, ids[request.output_len]] = 9.0
-            return sampler.sample(scripted_RV, requests)
+            return sampling.sample(scripted_RV, requests)
 
         monkeypatch.setattr("engine.backends.sample", sample)
         monkeypatch.setattr("engine.runner.padded.sample", sample)
@@ -198,7 +198,7 @@ def test_a_stop_that_only_the_last_token_settles_is_a_stop(says, monkeypatch):
     a, first = tokenizer.encode("a")[0], tokenizer.encode("日")[0] % 256
     engine.tokenizer = tokenizer
     monkeypatch.setattr("engine.backends.sample", lambda logits, requests: [
-        sampler.Choice(first if request.output_len else a) for request in requests
+        Choice(first if request.output_len else a) for request in requests
     ])  # fmt: skip
     (output,) = engine.generate([[5]], SamplingParams(2, stop="\ufffd"), progress=False)
     assert (output.text, output.finish_reason, output.stop_reason) == ("a", FinishReason.STOP, "\ufffd")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from engine.sampling.device import sample
+from engine.sampling import sample
 from engine.step import Batch, Choice, Done, Ticket
 
 

@@ -30,7 +30,7 @@ from engine.models.errors import refused
 from engine.request import Request, ResolvedParams
 from engine.runner import Runner
 from engine.runner.verify import check_equal, check_finite, proof_text
-from engine.sampling.device import sample
+from engine.sampling import sample
 from engine.scheduler import Step
 from engine.step import Done, StepResult, Ticket
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.request import Request, ResolvedParams
-from engine.sampling import rules, sample as sample
+from engine.sampling import rules
 from engine.step import ALL_BANNED, NON_FINITE, Choice, TokenLogprob
 
 

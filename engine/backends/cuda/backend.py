@@ -23,7 +23,7 @@ from engine.backends.cuda.in_flight import InFlight
 from engine.backends.cuda.model import Chunks, CudaDecoder, StepInputs
 from engine.models.decoder_spec import DecoderSpec
 from engine.request import Request
-from engine.sampling.device import sample
+from engine.sampling import sample
 from engine.step import Batch, Choice, Done, Ticket
 
 FEW_ROWS = 32  # up to so many rows, short splits are needed to fill a GPU
