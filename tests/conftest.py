@@ -18,7 +18,9 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from engine import sampling
 from engine.models import PRESETS, LoadedModel, load
+from engine.sampling.device import sample_together
 from tests.oracle import Oracle
 
 # The same examples at every run; pytest's --hypothesis-profile=full asks for more of them than a plain run.
@@ -36,6 +38,12 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(threads if any("smollm2" in name for name in request.fixturenames) else 1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=[sampling.sample, sample_together], ids=["host", "device"])
+def sample(request: pytest.FixtureRequest) -> Callable:
+    """Both implementations of the sampler: the CPU's, and the one for a device, which runs anywhere."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
