@@ -1,17 +1,19 @@
-"""The sampler: every draw is legal, as likely as it should be, and nobody's business but its own request's.
+"""The sampler's draws: legal, as likely as they should be, and nobody's business but their own request's.
 
 R rows (requests), V vocabulary. Transformers' own warpers say which tokens may be drawn and how likely each
-one is.
+one is. A test of `sample` holds both implementations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, strategies as st
+from hypothesis import given, strategies as st
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -21,25 +23,24 @@ from transformers import (
 )
 
 from engine.request import Request, SamplingParams
-from engine.sampling import device as sampler
+from engine.sampling import rules
 from engine.step import Choice
 
 V = 24
 DRAWS = 2000
-sample = sampler.sample
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+Sample = Callable[[torch.Tensor, Sequence[Request]], list[Choice]]
 
 
-@pytest.fixture(scope="module", autouse=True, params=["sample", "sample_together"])
-def either_way(request):
-    """All of these hold a row at a time, as on a CPU, and all rows at once, as on a device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{__name__}.sample", getattr(sampler, request.param))
-        yield
-
-
-def request(*, seed: int = 5, tokens: tuple[int, ...] = (1, 2), prompt_len: int = 2, **params) -> Request:
-    return Request("a", prompt_len, SamplingParams(**params), list(tokens), frozenset({3}), seed)
+def request(
+    *,
+    seed: int = 5,
+    tokens: Sequence[int] = (1, 2),
+    prompt_len: int = 2,
+    stop_ids: frozenset[int] = frozenset({3}),
+    **params,
+) -> Request:
+    return Request("a", prompt_len, SamplingParams(**params), list(tokens), stop_ids, seed)
 
 
 def random_logits(
@@ -54,8 +55,22 @@ def tokens_of(choices: list[Choice]) -> list[int]:
     return [choice.token for choice in choices if choice.token is not None]
 
 
-def drawn(logits_V: torch.Tensor, count: int = DRAWS, **params) -> torch.Tensor:
-    """How often each token comes up in `count` draws that differ in their seed alone."""
+def draws_at(sample: Sample, logits_V: torch.Tensor, chances: Sequence[float], asked: Request) -> list[int]:
+    """The tokens that a request gets of these logits by these numbers for chance."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "uniform", lambda seed, position: chances[seed])
+        requests = [replace(asked, seed=place) for place in range(len(chances))]
+        return tokens_of(sample(logits_V.expand(len(requests), -1), requests))
+
+
+def even_draws(sample: Sample, logits_V: torch.Tensor, count: int = 64, **params) -> list[int]:
+    """The tokens that come up in `count` even steps of chance: all that are likelier than one step."""
+    chances = [(step + 0.5) / count for step in range(count)]
+    return draws_at(sample, logits_V, chances, request(**{"temperature": 1.0, **params}))
+
+
+def drawn(sample: Sample, logits_V: torch.Tensor, count: int = DRAWS, **params) -> torch.Tensor:
+    """How often each token comes up in `count` draws that differ in their seed alone [V]."""
     requests = [request(seed=seed, **params) for seed in range(count)]
     tokens = tokens_of(sample(logits_V.expand(count, -1), requests))
     return torch.tensor(tokens).bincount(minlength=len(logits_V))
@@ -93,39 +108,31 @@ def assert_drawn_from(probabilities_V: torch.Tensor, counts_V: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_greedy_takes_the_most_likely_token(dtype):
-    logits_RV = random_logits(50, 1000, dtype=dtype)
-    assert tokens_of(sample(logits_RV, [request()] * 50)) == logits_RV.argmax(-1).tolist()
+@pytest.mark.parametrize("vocab", [64, 512, 49_152, 50_257, 151_936])
+def test_greedy_takes_the_first_of_the_largest(sample, vocab, dtype):
+    """Wherever it is; so are a NaN and an infinite logit found."""
+    logits_RV = random_logits(9, vocab, seed=vocab, dtype=dtype)
+    for row, first in enumerate([0, 63, vocab - 1]):
+        logits_RV[row, [first, -1]] = 100.0
+    logits_RV[3, 40], logits_RV[4, 40], logits_RV[5] = torch.nan, torch.inf, 7.0
+    tokens = [choice.token for choice in sample(logits_RV, [request() for _ in range(9)])]
+    assert tokens == [0, 63, vocab - 1, None, None, 0, *logits_RV[6:].argmax(-1).tolist()]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("row", "first"), [([0, 1, 2, 2, 2], 2), ([7, 7, 7, 7, 7], 0), ([0, -1, 0, -1, -1], 0)]
-)
-def test_greedy_takes_the_first_of_equals(dtype, row, first):
-    logits_RV = torch.tensor([row, row], dtype=dtype).repeat(1, 20)
-    assert tokens_of(sample(logits_RV, [request(), request()])) == [first, first]
-
-
-@pytest.mark.parametrize("vocab", [50_257, 49_152, 151_936, 512, 64])
-def test_the_largest_of_any_vocabulary_is_found_and_so_is_nan(vocab):
-    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab))
-    for row, at in enumerate([0, 63, vocab - 1]):
-        logits[row, [at, -1]] = 100.0
-    logits[3, 40], logits[4, 40] = torch.nan, torch.inf
-    choices = sample(logits, [request() for _ in range(9)])
-    assert [choices[3].token, choices[4].token] == [None, None]
-    assert [choice.token for choice in choices[:3]] == [0, 63, vocab - 1]
-    assert [choice.token for choice in choices[5:]] == logits[5:].argmax(-1).tolist()
-
-
-def test_greedy_ignores_filters_and_seed():
+def test_greedy_ignores_filters_and_seed(sample):
     logits_RV = random_logits(2)
     requests = [request(top_k=2, top_p=0.3, min_p=0.5, seed=seed) for seed in (1, 2)]
     assert tokens_of(sample(logits_RV, requests)) == logits_RV.argmax(-1).tolist()
 
 
-def test_no_requests_give_no_choices():
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300, 1e-308, 5e-324])
+def test_the_smallest_temperatures_are_greedy(sample, temperature):
+    logits_RV = random_logits(20)
+    requests = [request(temperature=temperature, seed=seed) for seed in range(20)]
+    assert tokens_of(sample(logits_RV, requests)) == logits_RV.argmax(-1).tolist()
+
+
+def test_no_requests_give_no_choices(sample):
     assert sample(torch.empty(0, V), []) == []
 
 
@@ -151,17 +158,17 @@ def test_no_requests_give_no_choices():
     ],
     ids=str,
 )
-def test_draws_follow_transformers(params):
+def test_draws_follow_transformers(sample, params):
     logits_V = random_logits(1, seed=3)[0]
-    assert_drawn_from(oracle(logits_V, **params), drawn(logits_V, **params))
+    assert_drawn_from(oracle(logits_V, **params), drawn(sample, logits_V, **params))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_draws_follow_logits_of_every_dtype(dtype):
+def test_draws_follow_logits_of_every_dtype(sample, dtype):
     generator = torch.Generator().manual_seed(0)
     logits_V = torch.randperm(V, generator=generator).to(dtype) / 4  # exact in every dtype, and no ties
     params: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}
-    assert_drawn_from(oracle(logits_V, **params), drawn(logits_V, **params))
+    assert_drawn_from(oracle(logits_V, **params), drawn(sample, logits_V, **params))
 
 
 @pytest.mark.parametrize(
@@ -174,50 +181,15 @@ def test_draws_follow_logits_of_every_dtype(dtype):
     ],
     ids=str,
 )
-def test_filters_apply_in_the_stated_order(params, other):
+def test_filters_apply_in_the_stated_order(sample, params, other):
     """Temperature, min_p, top_k, top_p; `other` is an order that would keep other tokens of these logits."""
     logits_V = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.06, 0.05, 0.04], dtype=torch.float64).log()
-    right_V = oracle(logits_V, **params)
-    assert ((right_V > 0) != (oracle(logits_V, other, **params) > 0)).any()
-    counts_V = drawn(logits_V, **params)
-    assert ((counts_V > 0) == (right_V > 0)).all()
+    kept_V = oracle(logits_V, **params) > 0
+    assert (kept_V != (oracle(logits_V, other, **params) > 0)).any()
+    assert sorted(set(even_draws(sample, logits_V, **params))) == kept_V.nonzero().flatten().tolist()
 
 
-@given(
-    st.integers(0, 1000),
-    st.floats(0.1, 5.0),
-    st.integers(0, 30),
-    st.floats(1e-3, 1.0),
-    st.floats(0.0, 1.0),
-    st.floats(0.5, 2.0),
-)
-def test_any_draw_is_among_the_tokens_transformers_keeps(seed, temperature, top_k, top_p, min_p, penalty):
-    logits_V = random_logits(1, seed=seed)[0]
-    params: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": penalty,
-    }
-    params |= {"top_k": top_k} if top_k else {}
-    counts_V = drawn(logits_V, 40, **params)
-    assert counts_V[oracle(logits_V, **params) == 0].sum() == 0
-
-
-def test_tokens_of_probability_zero_are_never_drawn():
-    logits_V = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
-    counts_V = drawn(logits_V, 500, temperature=2.0, top_p=0.99, min_p=0.01, top_k=4)
-    assert (counts_V > 0).tolist() == [False, True, False, True, False]
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300, 1e-308, 5e-324])
-def test_the_smallest_temperatures_are_greedy(temperature):
-    logits_RV = random_logits(20)
-    requests = [request(temperature=temperature, seed=seed) for seed in range(20)]
-    assert tokens_of(sample(logits_RV, requests)) == logits_RV.argmax(-1).tolist()
-
-
-def test_penalty_is_that_of_transformers_for_every_token_seen():
+def test_penalty_is_that_of_transformers_for_every_token_seen(sample):
     """Prompt and output alike, each once however often it came, of either sign."""
     logits_V = torch.tensor([2.0, 1.9, -0.1, -0.15, -3.0], dtype=torch.float64)
     for tokens in ((0, 0, 0), (0, 1, 2), (2, 2, 3), (4, 0, 1)):
@@ -236,38 +208,54 @@ def test_penalty_is_that_of_transformers_for_every_token_seen():
     ],
     ids=str,
 )
-def test_penalty_is_not_rounded_to_the_precision_of_the_logits(dtype, row, penalty, wanted):
+def test_penalty_is_not_rounded_to_the_precision_of_the_logits(sample, dtype, row, penalty, wanted):
     """As in Transformers, which penalises in float32: only the model's own logits are rounded."""
     asked = request(tokens=(0,), prompt_len=1, repetition_penalty=penalty)
-    assert sample(torch.tensor([row], dtype=dtype), [asked])[0] == Choice(wanted)
+    assert sample(torch.tensor([row], dtype=dtype), [asked]) == [Choice(wanted)]
 
 
-any_params = st.fixed_dictionaries(
-    {
-        "temperature": st.sampled_from([0.0, 0.2, 1.0, 3.0]),
-        "top_k": st.sampled_from([0, 1, 3, 100]),
-        "top_p": st.sampled_from([0.2, 0.9, 1.0]),
-        "min_p": st.sampled_from([0.0, 0.1, 1.0]),
-        "repetition_penalty": st.sampled_from([0.7, 1.0, 1.4]),
-        "min_new_tokens": st.sampled_from([0, 9]),
-        "logprobs": st.sampled_from([None, 0, 2]),
-    }
-)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_penalty_makes_a_token_impossible(sample, temperature):
+    asked = request(tokens=(0, 1, 2, 3), repetition_penalty=1e300, temperature=temperature)
+    assert draws_at(sample, torch.full((4,), -3e38), [0.6], asked) == [2 if temperature else 0]
+
+
+@pytest.mark.parametrize("output", range(5))
+def test_stop_ids_and_no_others_are_banned_before_min_new_tokens(sample, output):
+    logits_V = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    params: dict[str, Any] = dict(tokens=(1, 2) + (4,) * output, min_new_tokens=3)
+    banned = output < 3
+    assert set(even_draws(sample, logits_V, temperature=0.0, **params)) == ({0} if banned else {3})
+    assert set(even_draws(sample, logits_V, **params)) == set(range(6)) - ({3} if banned else set())
+
+
+def test_tokens_beyond_the_logits_change_nothing(sample):
+    """A config may name stop ids, and have room for tokens, that the output layer does not know."""
+    stops = frozenset({1, 9, -1})
+    asked = request(tokens=(1, 9), stop_ids=stops, min_new_tokens=2, repetition_penalty=2.0)
+    assert sample(torch.tensor([[1.0, 5.0, 3.0, 2.0]]), [asked]) == [Choice(2)]
+
+
 any_request = st.builds(
-    lambda params, seed, tokens, prompt_len: request(
-        seed=seed, tokens=tokens, prompt_len=prompt_len, **params
-    ),
-    any_params,
-    st.integers(0, 2**63 - 1),
-    st.lists(st.integers(0, V - 1), min_size=2, max_size=6).map(tuple),
-    st.integers(1, 2),
+    request,
+    temperature=st.sampled_from([0.0, 1e-300, 1.0, 1e38, 1e300]) | st.floats(0.1, 5.0),
+    top_k=st.just(0) | st.integers(0, 30),
+    top_p=st.sampled_from([1e-9, 1 / 3, 0.5, 0.999, 1.0]) | st.floats(1e-3, 1.0),
+    min_p=st.sampled_from([0.0, 0.0, 1e-300, 0.5, 1.0]) | st.floats(0.0, 1.0),
+    repetition_penalty=st.sampled_from([1e-9, 1.0, 1.0, 1e300]) | st.floats(0.5, 2.0),
+    min_new_tokens=st.sampled_from([0, 9]),
+    logprobs=st.sampled_from([None, 0, 2, 100]),
+    seed=st.sampled_from([0, 2**63 - 1]) | st.integers(0, 2**63 - 1),
+    tokens=st.lists(st.integers(0, V - 1), min_size=2, max_size=6),
+    prompt_len=st.integers(1, 2),
+    stop_ids=st.sampled_from([frozenset({3}), frozenset({0, 5, V, -1}), frozenset(range(1, V))]),
 )
 
 
 @given(
     st.lists(any_request, min_size=2, max_size=6), st.integers(0, 100), st.sampled_from(DTYPES), st.randoms()
 )
-def test_a_row_gets_alone_what_it_gets_in_any_batch(requests, seed, dtype, shuffler):
+def test_a_row_gets_alone_what_it_gets_in_any_batch(sample, requests, seed, dtype, shuffler):
     logits_RV = random_logits(len(requests), seed=seed, dtype=dtype)
     alone = [sample(logits_RV[row : row + 1], [asked])[0] for row, asked in enumerate(requests)]
     order = list(range(len(requests)))
@@ -275,7 +263,7 @@ def test_a_row_gets_alone_what_it_gets_in_any_batch(requests, seed, dtype, shuff
     assert sample(logits_RV[order], [requests[row] for row in order]) == [alone[row] for row in order]
 
 
-def test_a_draw_does_not_depend_on_the_width_of_the_batch():
+def test_a_draw_does_not_depend_on_the_width_of_the_batch(sample):
     """A vocabulary of real size, where a kernel may split its work otherwise for many rows than for one."""
     logits_RV = random_logits(24, 5003, dtype=torch.float32)
     requests = [request(temperature=1.0, seed=seed, top_p=0.95 if seed % 3 else 1.0) for seed in range(24)]
@@ -283,7 +271,7 @@ def test_a_draw_does_not_depend_on_the_width_of_the_batch():
     assert sample(logits_RV, requests) == alone
 
 
-def test_a_draw_is_keyed_by_seed_and_output_position_alone():
+def test_a_draw_is_keyed_by_seed_and_output_position_alone(sample):
     logits_RV = random_logits(1, 1000)
     one = request(tokens=(1, 2, 8, 8), temperature=2.0)
     other = request(tokens=(7, 7, 7, 7, 7, 9, 4), prompt_len=5, temperature=2.0)
@@ -291,7 +279,7 @@ def test_a_draw_is_keyed_by_seed_and_output_position_alone():
 
 
 @pytest.mark.parametrize("vary", ["position", "seed"])
-def test_other_positions_and_other_seeds_give_other_draws(vary):
+def test_other_positions_and_other_seeds_give_other_draws(sample, vary):
     rows = range(64)
     if vary == "position":
         requests = [request(tokens=(1, 2) + (4,) * row, temperature=1.0) for row in rows]
@@ -302,7 +290,7 @@ def test_other_positions_and_other_seeds_give_other_draws(vary):
     assert np.corrcoef(tokens[1:], tokens[:-1])[0, 1] == pytest.approx(0.0, abs=0.4)
 
 
-def test_neighbouring_seeds_do_not_draw_each_others_sequences():
+def test_neighbouring_seeds_do_not_draw_each_others_sequences(sample):
     """Seed and position are two keys, not one sum."""
     one = [request(seed=8, tokens=(1, 2) + (4,) * position, temperature=1.0) for position in range(1, 9)]
     other = [request(seed=9, tokens=(1, 2) + (4,) * position, temperature=1.0) for position in range(8)]
@@ -310,34 +298,8 @@ def test_neighbouring_seeds_do_not_draw_each_others_sequences():
     assert not set(tokens[0]) & set(tokens[1])
 
 
-def test_draws_along_a_sequence_follow_the_distribution():
+def test_draws_along_a_sequence_follow_the_distribution(sample):
     logits_V = random_logits(1, seed=6)[0]
     requests = [request(tokens=(1, 2) + (4,) * position, temperature=1.0) for position in range(DRAWS // 2)]
     tokens = tokens_of(sample(logits_V.expand(len(requests), -1), requests))
     assert_drawn_from(oracle(logits_V, temperature=1.0), torch.tensor(tokens).bincount(minlength=V))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(("output", "banned"), [(0, True), (2, True), (3, False), (4, False)])
-def test_stop_ids_cannot_be_drawn_before_min_new_tokens(temperature, output, banned):
-    logits_V = torch.zeros(V)
-    logits_V[3] = 30.0
-    asked: dict[str, Any] = {
-        "tokens": (1, 2) + (4,) * output,
-        "min_new_tokens": 3,
-        "temperature": temperature,
-    }
-    assert drawn(logits_V, 50, **asked)[3] == (0 if banned else 50)
-
-
-def test_only_stop_ids_are_banned():
-    counts_V = drawn(torch.zeros(6), 400, min_new_tokens=1, temperature=1.0)
-    assert (counts_V > 0).tolist() == [True, True, True, False, True, True]
-
-
-@example(2**63 - 1)
-@given(st.integers(0, 2**63 - 1))
-def test_every_legal_seed_draws_the_same_twice(seed):
-    logits_RV = random_logits(1)
-    asked = request(seed=seed, temperature=1.0)
-    assert tokens_of(sample(logits_RV, [asked])) == tokens_of(sample(logits_RV, [asked]))
