@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def sample(logits_RV: torch.Tensor, requests: Sequence[Request]) -> list[Choice]:
-    """Choose the next token of each of R requests from the model's logits at its last one, over V tokens.
+    """Choose the next token of each of R requests.
 
-    Logits may have any float dtype and are not modified. Returns a choice a row, in order; one that can't
-    have a token says why, and its neighbours are not affected.
+    `logits_RV` are the model's own at each request's last token [R, V], of any float dtype, and are not
+    modified. Returns a choice a row. One without a token says why, and its neighbours are not affected.
     """
     if logits_RV.device.type == "cpu":
         wide_RV = logits_RV.float() if logits_RV.itemsize == 2 else logits_RV  # numpy knows no bfloat16

@@ -83,7 +83,7 @@ def _keep_first(scores_V: torch.Tensor, weights_V: torch.Tensor, params: Resolve
     ranked_V[top_k:] = 0.0
     if params.top_p < 1.0:
         ends_V = ranked_V.cumsum(-1)
-        ranked_V[1:][ends_V[:-1] >= params.top_p * rules.ENOUGH * ends_V[-1]] = 0.0
+        ranked_V[1:][ends_V[:-1] >= params.top_p * (1.0 - rules.ROUNDING) * ends_V[-1]] = 0.0
     weights_V[order_V] = ranked_V
 
 

@@ -86,7 +86,7 @@ def _draw(scores_V: np.ndarray, params: ResolvedParams, chance: float) -> int:
 
 
 def _first_of(scores_V: np.ndarray, count: int) -> np.ndarray:
-    """The ids of the `count` first in rank, rising; all where there are no more."""
+    """Return the ids of the `count` first in rank, rising; all where there are no more."""
     size = len(scores_V)
     if not 0 < count < size:
         return np.arange(min(count, size))
@@ -97,17 +97,17 @@ def _first_of(scores_V: np.ndarray, count: int) -> np.ndarray:
 
 
 def _nucleus(scores_N: np.ndarray, weights_N: np.ndarray, top_p: float) -> np.ndarray:
-    """Positions of the tokens that top_p keeps, rising."""
+    """Return the positions of the tokens that top_p keeps, rising."""
     total = weights_N.sum()
     # Those below this weight have together less than what top_p leaves out: only the others need sorting.
     likely = np.flatnonzero(weights_N >= 0.99 * (1.0 - top_p) * total / len(weights_N))
     ranked = likely[np.argsort(-scores_N[likely], kind="stable")]
     ends = weights_N[ranked].cumsum()
-    return np.sort(ranked[: int(ends.searchsorted(top_p * rules.ENOUGH * total)) + 1])
+    return np.sort(ranked[: int(ends.searchsorted(top_p * (1.0 - rules.ROUNDING) * total)) + 1])
 
 
 def _reached(weights_N: np.ndarray, target: float) -> tuple[int, float]:
-    """The first position by which weights sum to more than `target`, or the last of any; what is left."""
+    """Return the first place where weights sum to more than `target`, or the last of any; and the rest."""
     ends_N = weights_N.cumsum()
     at = min(int(ends_N.searchsorted(target, "right")), int(np.flatnonzero(weights_N)[-1]))
     return at, target - (ends_N[at - 1] if at else 0.0)

@@ -25,25 +25,25 @@ from typing import Any
 
 import numpy as np
 
-ENOUGH = 1.0 - 1e-6  # of min_p and of top_p: logits in float32 know no better
+ROUNDING = 1e-6  # the share of min_p and of top_p that may be missing: logits in float32 know no better
 
 
 def known(tokens: Iterable[int], size: int) -> list[int]:
-    """Those of some tokens that have a logit, each once: a config may name others as stops, or embed more."""
+    """Return the tokens below `size`, the number of logits, each once: a config may name or embed others."""
     return [token for token in set(tokens) if 0 <= token < size]
 
 
 def penalised(logits: Any, penalty: float, where: Callable[..., Any]) -> Any:
-    """Penalise float64 logits, an array whose library has `where`. No penalty makes a token impossible."""
+    """Return float64 logits after the penalty, which makes none impossible; `where` is numpy's or torch's."""
     changed = where(logits > 0, logits / penalty, logits * penalty)
     return where(logits == -math.inf, logits, changed.clip(-sys.float_info.max, sys.float_info.max))
 
 
 def below_peak(min_p: float) -> float:
-    """How far below the largest logit, divided by the temperature, a token may lie that min_p keeps."""
-    return -math.log(min_p * ENOUGH) if min_p > 0 else math.inf
+    """Return how far below the largest logit min_p lets a token lie, at a temperature of 1."""
+    return -math.log(min_p * (1.0 - ROUNDING)) if min_p > 0 else math.inf
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that is a pure function of its arguments (Philox; Salmon et al., 2011)."""
+    """Return a number in [0, 1) that is a pure function of its arguments (Philox; Salmon et al., 2011)."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
