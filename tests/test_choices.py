@@ -52,9 +52,11 @@ def test_a_nan_is_an_error_even_at_a_token_that_is_banned_or_penalised(sample, t
     assert sample(logits_RV, [request(**params)]) == [NON_FINITE]
 
 
-def test_no_token_left_is_an_error_of_its_request_alone(sample):
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"repetition_penalty": 2.0}], ids=str)
+def test_no_token_left_is_an_error_of_its_request_alone(sample, params):
+    """No penalty brings a token back that the model rules out."""
     logits_RV = torch.tensor([[-torch.inf, 2.0, -torch.inf, 1.0]]).repeat(2, 1)
-    barred = request(min_new_tokens=1, stop_ids=frozenset({1, 3}))
+    barred = request(min_new_tokens=1, stop_ids=frozenset({1, 3}), **params)
     assert sample(logits_RV, [barred, request()]) == [ALL_BANNED, Choice(1)]
     assert "min_new_tokens bars every token" in ALL_BANNED.error
 

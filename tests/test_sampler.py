@@ -6,6 +6,7 @@ one is. A test of `sample` holds both implementations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -67,6 +68,17 @@ def even_draws(sample: Sample, logits_V: torch.Tensor, count: int = 64, **params
     """The tokens that come up in `count` even steps of chance: all that are likelier than one step."""
     chances = [(step + 0.5) / count for step in range(count)]
     return draws_at(sample, logits_V, chances, request(**{"temperature": 1.0, **params}))
+
+
+def assert_shares(sample: Sample, logits_V: torch.Tensor, asked: Request, weights: Sequence[float]) -> None:
+    """Of the range of chance each token has the share that its weight is of all, in vocabulary order."""
+    likely = [token for token, weight in enumerate(weights) if weight > 1e-6]
+    before, total = [math.fsum(weights[:token]) for token in likely], math.fsum(weights)
+    for place in (0.001, 0.999):  # near both ends of each token's share
+        chances = [
+            (sums + place * weights[token]) / total for sums, token in zip(before, likely, strict=True)
+        ]
+        assert draws_at(sample, logits_V, chances, asked) == likely
 
 
 def drawn(sample: Sample, logits_V: torch.Tensor, count: int = DRAWS, **params) -> torch.Tensor:
@@ -194,9 +206,10 @@ def test_penalty_is_that_of_transformers_for_every_token_seen(sample):
     logits_V = torch.tensor([2.0, 1.9, -0.1, -0.15, -3.0], dtype=torch.float64)
     for tokens in ((0, 0, 0), (0, 1, 2), (2, 2, 3), (4, 0, 1)):
         for penalty in (0.5, 1.2, 3.0, 40.0):
-            wanted = oracle(logits_V, seen=tokens, repetition_penalty=penalty).argmax()
-            asked = request(tokens=tokens, prompt_len=1, repetition_penalty=penalty)
-            assert tokens_of(sample(logits_V[None], [asked])) == [wanted]
+            wanted_V = oracle(logits_V, seen=tokens, repetition_penalty=penalty)
+            params = dict(tokens=tokens, prompt_len=1, repetition_penalty=penalty)
+            assert tokens_of(sample(logits_V[None], [request(**params)])) == [wanted_V.argmax()]
+            assert_shares(sample, logits_V, request(temperature=1.0, **params), wanted_V.tolist())
 
 
 @pytest.mark.parametrize(

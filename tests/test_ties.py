@@ -16,8 +16,17 @@ from engine.request import Request
 from engine.sampling import rules
 from engine.sampling.device import sample_together
 from engine.step import ALL_BANNED, NON_FINITE
-from tests.test_sampler import DTYPES, any_request, draws_at, even_draws, request
+from tests.test_sampler import (
+    DTYPES,
+    any_request,
+    assert_shares,
+    draws_at,
+    even_draws,
+    random_logits,
+    request,
+)
 
+LAST = math.nextafter(1.0, 0.0)  # the largest number that chance may give
 LARGEST = torch.finfo(torch.float64).max
 many_examples = settings(max_examples=5 * settings().max_examples)
 
@@ -51,11 +60,11 @@ def test_top_p_keeps_the_fewest_of_equals(sample, equals):
     ("params", "kept"),
     [
         ({"top_p": 0.4}, [1]),
-        ({"top_p": 0.41}, [0, 1]),
+        ({"top_p": 0.40001}, [0, 1]),
         ({"top_p": 0.6}, [0, 1]),
         ({"top_p": 0.8}, [0, 1, 2]),
         ({"min_p": 0.5}, [0, 1, 2, 3]),
-        ({"min_p": 0.51}, [1]),
+        ({"min_p": 0.50001}, [1]),
         ({"min_p": 1.0}, [1]),
         ({"top_k": 3, "top_p": 0.75}, [0, 1]),  # 0.6 of the 0.8 that are left
         ({"top_k": 2, "min_p": 0.5}, [0, 1]),
@@ -113,18 +122,30 @@ def penalised(logits: list[float], asked: Request) -> list[float]:
 
 def weights_of(scores: list[float], params: SamplingParams) -> list[float]:
     """What each token weighs, 0 where a filter drops it: by the definitions, one after the other."""
-    peak = max(scores)
+    peak, slack = max(scores), 1 - rules.ROUNDING
     weights = [math.exp(max(-1e4, (x - peak) / params.temperature)) if x > -math.inf else 0.0 for x in scores]
-    weights = [0.0 if weight < params.min_p * rules.ENOUGH else weight for weight in weights]
+    weights = [0.0 if weight < params.min_p * slack else weight for weight in weights]
     order = ranked(scores)
     for token in order[params.top_k or len(scores) :]:
         weights[token] = 0.0
     if params.top_p < 1:
         total = math.fsum(weights)
         for place, token in reversed(list(enumerate(order))):
-            if math.fsum(weights[other] for other in order[:place]) >= params.top_p * rules.ENOUGH * total:
+            if math.fsum(weights[other] for other in order[:place]) >= params.top_p * slack * total:
                 weights[token] = 0.0
     return weights
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 200}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
+def test_the_largest_chance_draws_the_last_token_that_is_kept(sample, params):
+    """However the sums of weights round."""
+    asked = request(temperature=1.0, **params)
+    for seed in range(20):
+        logits_V = random_logits(1, 300, seed=seed)[0]
+        logits_V[290:] = -torch.inf
+        weights = weights_of(logits_V.tolist(), asked.params)
+        last = max(token for token, weight in enumerate(weights) if weight > 0)
+        assert draws_at(sample, logits_V, [LAST], asked) == [last]
 
 
 TIES_AND_EXTREMES = [0.0, -0.0, 1.0, 1.0, 2.5, -1.0, 1e-30, 88.0, 700.0, -6e4, 6e4, -math.inf, -math.inf]
@@ -185,9 +206,5 @@ def test_choices_are_those_of_the_definitions(sample, logits_RV, asked, chances)
         assert choice.token == ranked(scores)[0]
         return
     weights = weights_of(scores, params)
-    likely = [token for token, weight in enumerate(weights) if weight > 1e-6]
-    total = math.fsum(weights)
-    middles = [(math.fsum(weights[:token]) + weights[token] / 2) / total for token in likely]
-    draws = draws_at(sample, logits_RV[0], [*middles, 0.0, math.nextafter(1.0, 0.0), *chances], asked)
-    assert draws[: len(likely)] == likely
-    assert all(weights[token] > 0 for token in draws)
+    assert all(weights[token] > 0 for token in draws_at(sample, logits_RV[0], [0.0, LAST, *chances], asked))
+    assert_shares(sample, logits_RV[0], asked, weights)
