@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.backends.cpu.gemm import ITEM, LANES, NARROW, multiply_narrow
+from engine.backends.cpu.gemm import NARROW, multiply_narrow
 from engine.backends.cpu.jit import part
+from engine.backends.cpu.simd import ITEM, LANES
 from engine.backends.cpu.threads import fetch_add
 from engine.backends.cpu.vector_math import (
     FAST,

@@ -1,0 +1,106 @@
+"""This processor's vector registers, and float32 vectors as LLVM instructions.
+
+Loops over rows and tokens are Python that Numba compiles. What lies inside them is written here as LLVM's
+vectors, so that registers are used as meant on any processor.
+"""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import extending
+from numba.core.registry import cpu_target
+
+intrinsic: Any = extending.intrinsic  # its type does not say that what it makes lacks the first argument
+
+
+class Registers(NamedTuple):
+    """A processor's vector registers."""
+
+    lanes: int  # float32 numbers in one of them
+    total: int
+
+
+AVX2, AVX512, NEON = Registers(8, 16), Registers(16, 32), Registers(4, 32)
+X86 = platform.machine() in ("x86_64", "AMD64")
+FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # of what Numba compiles for
+if X86 and "+fma" not in FEATURES:
+    raise ImportError("this processor has no fused multiply-add")
+REGISTERS = AVX512 if "+avx512f" in FEATURES else AVX2 if X86 else NEON
+LANES = REGISTERS.lanes
+ITEM = 4  # bytes of a float32
+CACHE_LINE = 64  # bytes that the memory gives at once
+
+F32, I8, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+def declared(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:
+    """Return a module's function of this name, declared where it is not there yet."""
+    return module.globals[name] if name in module.globals else ir.Function(module, kind, name)
+
+
+class Vectors:
+    """Writes instructions on vectors of `count` float32 with a builder. Addresses are integers."""
+
+    def __init__(self, builder: ir.IRBuilder, count: int) -> None:
+        self.b, self.kind, self.count = builder, ir.VectorType(F32, count), count
+
+    def pointer(self, address: ir.Value, kind: ir.Type) -> ir.Value:
+        return self.b.inttoptr(address, kind.as_pointer())
+
+    def load(self, address: ir.Value, kind: ir.Type | None = None, align: int = ITEM) -> ir.Value:
+        """Load a vector, or a value of another kind."""
+        value = self.b.load(self.pointer(address, kind or self.kind))
+        value.align = align
+        return value
+
+    def store(self, value: ir.Value, address: ir.Value) -> None:
+        self.b.store(value, self.pointer(address, self.kind)).align = ITEM
+
+    def constant(self, number: float) -> ir.Constant:
+        """Return a vector of one number, rounded to float32."""
+        return ir.Constant(self.kind, [float(np.float32(number))] * self.count)
+
+    def broadcast(self, number: ir.Value) -> ir.Value:
+        first = self.b.insert_element(ir.Constant(self.kind, ir.Undefined), number, I32(0))
+        zeros = ir.Constant(ir.VectorType(I32, self.count), [0] * self.count)
+        return self.b.shuffle_vector(first, first, zeros)
+
+    def call(self, name: str, *values: ir.Value) -> ir.Value:
+        """Call LLVM's intrinsic of vectors alone, such as "fma"."""
+        kind = ir.FunctionType(self.kind, [self.kind] * len(values))
+        return self.b.call(declared(self.b.module, f"llvm.{name}.v{self.count}f32", kind), values)
+
+    def reduce(self, name: str, *values: ir.Value, fast: tuple[str, ...] = ()) -> ir.Value:
+        """Call LLVM's intrinsic that makes one number of a vector, such as "fmax"."""
+        kind = ir.FunctionType(F32, [value.type for value in values])
+        function = declared(self.b.module, f"llvm.vector.reduce.{name}.v{self.count}f32", kind)
+        return self.b.call(function, values, fastmath=fast)
+
+
+class Loop:
+    """A loop that runs at least once, and the values that it carries from one iteration to the next."""
+
+    def __init__(self, b: ir.IRBuilder) -> None:
+        self._b, self._before = b, b.block
+        self._body, self._after = b.append_basic_block("loop"), b.append_basic_block("done")
+        b.branch(self._body)
+        b.position_at_end(self._body)
+
+    def carry(self, start: ir.Value) -> ir.PhiInstr:
+        """Return a value that is `start` in the first iteration."""
+        value = self._b.phi(start.type)
+        value.add_incoming(start, self._before)
+        return value
+
+    def end(self, following: Iterable[tuple[ir.PhiInstr, ir.Value]], again: ir.Value) -> None:
+        """Give each carried value the one that follows it, and go on behind the loop unless `again`."""
+        for value, after in following:
+            value.add_incoming(after, self._body)
+        self._b.cbranch(again, self._body, self._after)
+        self._b.position_at_end(self._after)
