@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.backends.cpu import can_compile, gemm as tile, jit as compiled, vector_math as fast
+from engine.backends.cpu import can_compile, gemm, jit, simd, vector_math
 from engine.backends.cpu.attention import QUERIES
 from engine.backends.cpu.forward import BLOCK, DEPTH
 from engine.backends.cpu.model import CompiledDecoder
@@ -33,13 +33,13 @@ from tests.oracle import Oracle
 from tests.pairwise import grid
 from tests.serving import runner_of
 
-LEAN = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral")
+COMPILED = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral")
 
 
 @njit
 def wide(x_RM, w_MW, out_RW, scales_R, scaled, add):
     rows, size = x_RM.shape
-    tile.multiply_wide(
+    gemm.multiply_wide(
         rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW),
         4 * out_RW.shape[1], address(scales_R) if scaled else 0, 0, add, address(w_MW), address(w_MW),
     )  # fmt: skip
@@ -48,7 +48,7 @@ def wide(x_RM, w_MW, out_RW, scales_R, scaled, add):
 @njit
 def narrow(x_RM, w_MW, out_RW, scales_R, scaled, add):
     rows, size = x_RM.shape
-    tile.multiply_narrow(
+    gemm.multiply_narrow(
         rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW),
         4 * out_RW.shape[1], address(scales_R) if scaled else 0, 0, add, 0, 0,
     )  # fmt: skip
@@ -56,7 +56,7 @@ def narrow(x_RM, w_MW, out_RW, scales_R, scaled, add):
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("add", [0, 1])
-@pytest.mark.parametrize(("multiply", "width"), [(wide, tile.WIDE), (narrow, tile.NARROW)])
+@pytest.mark.parametrize(("multiply", "width"), [(wide, gemm.WIDE), (narrow, gemm.NARROW)])
 def test_tiles_multiply_and_a_row_knows_no_neighbours(multiply, width, add, scaled):
     rng = np.random.default_rng(0)
     w, scales = rng.normal(size=(38, width)).astype(np.float32), rng.normal(size=20).astype(np.float32)
@@ -75,16 +75,16 @@ def test_tiles_multiply_and_a_row_knows_no_neighbours(multiply, width, add, scal
 
 @njit
 def of_vectors(x_N, out_N, up_N):
-    for n in range(0, len(x_N), tile.NARROW):
-        fast.exp_minus_max_sum(address(x_N) + 4 * n, np.float32(0.0))
-    for n in range(0, len(out_N), tile.LANES):
-        fast.silu(address(out_N) + 4 * n, address(up_N) + 4 * n)
+    for n in range(0, len(x_N), gemm.NARROW):
+        vector_math.exp_minus_max_sum(address(x_N) + 4 * n, np.float32(0.0))
+    for n in range(0, len(out_N), simd.LANES):
+        vector_math.silu(address(out_N) + 4 * n, address(up_N) + 4 * n)
 
 
 @njit
 def gelu(x_N, up_N):
-    for n in range(0, len(x_N), tile.LANES):
-        fast.gelu(address(x_N) + 4 * n, address(up_N) + 4 * n)
+    for n in range(0, len(x_N), simd.LANES):
+        vector_math.gelu(address(x_N) + 4 * n, address(up_N) + 4 * n)
 
 
 def test_functions_of_vectors_are_right_to_the_last_places():
@@ -114,19 +114,19 @@ def test_functions_of_vectors_are_right_to_the_last_places():
 
 
 def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):
-    right = compiled.numba.njit
+    right = jit.numba.njit
 
     def refuse(function, cache=False, **options):
         if cache:
             raise RuntimeError("no locator available")
         return right(function, **options)
 
-    monkeypatch.setattr(compiled.numba, "njit", refuse)
-    assert compiled.whole(lambda x: x + 1)(2) == 3
+    monkeypatch.setattr(jit.numba, "njit", refuse)
+    assert jit.whole(lambda x: x + 1)(2) == 3
     assert "not kept (no locator available)" in caplog.text
 
 
-def lean(model, page: int = 16, pages: int = 200) -> CompiledDecoder:
+def compiled_decoder(model, page: int = 16, pages: int = 200) -> CompiledDecoder:
     spec = describe(model, attention_layers(model))
     assert spec is not None
     assert can_compile(spec)
@@ -135,7 +135,7 @@ def lean(model, page: int = 16, pages: int = 200) -> CompiledDecoder:
     return found
 
 
-def made(seed: int = 0, **changes) -> torch.nn.Module:
+def random_model(seed: int = 0, **changes) -> torch.nn.Module:
     """A model built like Llama in a shape of its own."""
     sizes = dict(
         vocab_size=259, hidden_size=96, intermediate_size=136, num_hidden_layers=2, num_attention_heads=6
@@ -171,8 +171,8 @@ SHAPES = {
 @pytest.mark.parametrize(("shape", "page"), grid(list(SHAPES), [16, 5, 40]))
 def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
     """In chunks that share steps with others, whose sizes fill no block, and one by one."""
-    model = made(**SHAPES[shape])
-    packed, rng = lean(model, page), np.random.default_rng(0)
+    model = random_model(**SHAPES[shape])
+    packed, rng = compiled_decoder(model, page), np.random.default_rng(0)
     texts = [rng.integers(0, 259, size).tolist() for size in (BLOCK + 37, 1, 30)]
     with torch.inference_mode():
         expected = [model(torch.tensor([text])).logits[0] for text in texts]
@@ -204,7 +204,7 @@ def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
 )
 def test_the_bits_are_the_same_in_any_company(lengths, cut, threads, name):
     """All prompts at once by several threads, and each alone by one, in chunks of some size."""
-    packed = lean(made(**SHAPES[name]), 8)
+    packed = compiled_decoder(random_model(**SHAPES[name]), 8)
     texts = [[(31 * i + 7 * k) % 259 for k in range(length)] for i, length in enumerate(lengths)]
     tables = [list(range(12 * i, 12 * i + 12)) for i in range(len(texts))]
     packed.use(threads)
@@ -221,7 +221,7 @@ def test_the_bits_are_the_same_in_any_company(lengths, cut, threads, name):
 
 
 def test_only_wanted_tokens_go_through_all_of_the_last_layer():
-    packed = lean(made())
+    packed = compiled_decoder(random_model())
     text, spans = [(7 * k) % 259 for k in range(70)], [Span(0, 70, 0, list(range(5)))]
     whole = packed.logits(Batch(text, spans, list(range(70))))
     for wanted in ([69], [0, 1, 30, 68], []):
@@ -230,8 +230,8 @@ def test_only_wanted_tokens_go_through_all_of_the_last_layer():
 
 
 def test_a_token_that_is_no_number_spoils_its_request_alone():
-    model = made()
-    packed = lean(model)
+    model = random_model()
+    packed = compiled_decoder(model)
     texts = [[5, 6, 7], [5, 250, 7], [5, 6, 8]]
 
     def run() -> torch.Tensor:
@@ -248,7 +248,7 @@ def test_a_token_that_is_no_number_spoils_its_request_alone():
     assert run().isfinite().all()
 
 
-@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("name", COMPILED)
 def test_models_built_like_llama_are_compiled_and_their_weights_held_once_more(name):
     model = load(f"random:{name}").model
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -269,7 +269,7 @@ def test_parts_that_do_something_else_than_they_look_like_run_as_they_are(caplog
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) / 2
 
-    model = made()
+    model = random_model()
     model.model.layers[1].mlp.__class__ = Halved
     with caplog.at_level(logging.WARNING):
         assert isinstance(runner_of(model).backend, TransformersBackend)

@@ -14,22 +14,13 @@ import pytest
 from llvmlite import ir
 from numba import njit
 
-from engine.backends.cpu import gemm as tile, model
+from engine.backends.cpu import gemm, model, simd
 from engine.backends.cpu.forward import step
-from engine.backends.cpu.gemm import (
-    AT_ONCE,
-    AVX2,
-    AVX512,
-    NARROW_TILES,
-    NEON,
-    REGISTERS,
-    WIDE_TILES,
-    Registers,
-    Tile,
-)
+from engine.backends.cpu.gemm import K_STREAMS, NARROW_TILES, WIDE_TILES, Tile
+from engine.backends.cpu.simd import AVX2, AVX512, NEON, REGISTERS, Registers
 from engine.backends.cpu.vector_math import address
 from engine.step import Span
-from tests.test_cpu import lean, made
+from tests.test_cpu import compiled_decoder, random_model
 
 F32, I8 = ir.FloatType(), ir.IntType(8)
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
@@ -55,7 +46,7 @@ def compiled(triple: str, processor: str, shapes: list[tuple[Tile, ir.Type]]) ->
     module = ir.Module()
     module.triple = triple
     for shape, number in shapes:
-        tile.write(ir.Function(module, tile.SIGNATURE, shape.name(number)), shape, number)
+        gemm.emit_tile(ir.Function(module, gemm.SIGNATURE, shape.name(number)), shape, number)
     parsed = llvm.parse_assembly(str(module))
     for level in (0, 3):
         passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=level))
@@ -122,16 +113,16 @@ def check(lines: list[str], registers: Registers, shape: Tile) -> None:
     assert stack_traffic(lines) == []
     sums = [line for line in loop(lines) if re.match(FMA, line)]
     assert all(re.search(VECTOR[registers], line) for line in sums)
-    turn = AT_ONCE * shape.rows * shape.vectors
+    turn = K_STREAMS * shape.rows * shape.vectors
     assert len(sums) in (turn, 2 * turn), "of one turn, or of two where LLVM unrolls the loop"
 
 
 def every(registers: Registers, number: ir.Type) -> list[Tile]:
     """The tiles of weights of this type, and of keys and values."""
-    vector_max = [WIDE_TILES[registers]]
+    tallest = [WIDE_TILES[registers]]
     if number == F32:
-        vector_max.append(NARROW_TILES[registers])
-    return [shape._replace(rows=rows) for shape in vector_max for rows in range(1, shape.rows + 1)]
+        tallest.append(NARROW_TILES[registers])
+    return [shape._replace(rows=rows) for shape in tallest for rows in range(1, shape.rows + 1)]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +151,7 @@ def test_no_tile_of_a_step_touches_the_stack(monkeypatch):
     """As Numba compiles it for this processor, with all that it knows of a step."""
     fresh = njit(step.py_func, error_model="numpy")
     monkeypatch.setattr(model, "step", fresh)
-    packed = lean(made())
+    packed = compiled_decoder(random_model())
     for quantize in (lambda: None, packed.quantize):
         quantize()
         packed.logits([5, 6, 7], [Span(0, 3, 0, [0])], [2])
@@ -175,7 +166,7 @@ def wide(x_RM, panels_CMW, scales_CW, row_scales_R, out_RN):
     """out += row_scales * scales * x by panels; returns how many bytes are prefetched meanwhile."""
     (rows, size), width, prefetched = x_RM.shape, panels_CMW.shape[2], 0
     for panel in range(len(panels_CMW)):
-        prefetched += tile.multiply_wide(
+        prefetched += gemm.multiply_wide(
             rows, panels_CMW.dtype, address(x_RM), 4 * size, address(panels_CMW[panel]),
             width * panels_CMW.itemsize, size, address(out_RN) + 4 * panel * width, 4 * out_RN.shape[1],
             address(row_scales_R), address(scales_CW[panel]), 1, 0, panels_CMW.nbytes,
@@ -186,7 +177,7 @@ def wide(x_RM, panels_CMW, scales_CW, row_scales_R, out_RN):
 @njit
 def narrow(x_RM, w_MW, out_RW):
     (rows, size), width = x_RM.shape, w_MW.shape[1]
-    return tile.multiply_narrow(
+    return gemm.multiply_narrow(
         rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * width, size, address(out_RW), 4 * width,
         0, 0, 0, 0, w_MW.nbytes,
     )  # fmt: skip
@@ -208,9 +199,9 @@ class Product:
     def of(self, rows: slice) -> tuple[np.ndarray, int]:
         """1 + the product of these rows, and how many bytes were prefetched."""
         x_RM, row_scales_R = self.x_RM[rows], self.row_scales_R[rows]
-        panels_CMW = np.ascontiguousarray(self.w_MN.reshape(SIZE, -1, tile.WIDE).swapaxes(0, 1))
+        panels_CMW = np.ascontiguousarray(self.w_MN.reshape(SIZE, -1, gemm.WIDE).swapaxes(0, 1))
         out_RN = np.ones((len(x_RM), OUTPUTS), np.float32)
-        return out_RN, wide(x_RM, panels_CMW, self.scales_N.reshape(-1, tile.WIDE), row_scales_R, out_RN)
+        return out_RN, wide(x_RM, panels_CMW, self.scales_N.reshape(-1, gemm.WIDE), row_scales_R, out_RN)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int8])
@@ -226,13 +217,13 @@ def test_products_are_right_and_a_row_knows_no_neighbours(dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.int8])
 def test_tiles_prefetch_what_is_read_next_in_even_shares(dtype):
     """But for tiles of so few rows that they wait for memory."""
-    product, most = Product(dtype), tile.WIDE_TILE.rows
-    few = tile.FEW[tile.LANES] if dtype is np.float32 else 0
+    product, most = Product(dtype), gemm.WIDE_TILE.rows
+    few = gemm.MAX_MEMORY_BOUND_ROWS[simd.LANES] if dtype is np.float32 else 0
     for rows in range(1, ROWS + 1):
         tiles = -(-rows // most)
         if rows // tiles > few:
             lost = product.w_MN.nbytes - product.of(slice(rows))[1]
-            assert 0 <= lost < tiles * SIZE // AT_ONCE * OUTPUTS // tile.WIDE, "less than a byte a turn"
+            assert 0 <= lost < tiles * SIZE // K_STREAMS * OUTPUTS // gemm.WIDE, "less than a byte a turn"
 
 
 def digest() -> str:
@@ -241,20 +232,20 @@ def digest() -> str:
     for dtype in (np.float32, np.int8):
         product = Product(dtype)
         found.update(product.of(slice(ROWS))[0])
-    out_RW = np.empty((ROWS, tile.NARROW), np.float32)
-    narrow(product.x_RM, product.w_MN[:, : tile.NARROW].astype(np.float32), out_RW)
+    out_RW = np.empty((ROWS, gemm.NARROW), np.float32)
+    narrow(product.x_RM, product.w_MN[:, : gemm.NARROW].astype(np.float32), out_RW)
     found.update(out_RW)
     return found.hexdigest()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not tile.INTEL, reason="this processor has one kind of registers")
+@pytest.mark.skipif(not simd.X86, reason="this processor has one kind of registers")
 def test_the_bits_are_those_of_smaller_registers():
     """As Numba compiles for them when it is told to."""
     code = """
-from engine.backends.cpu import gemm as tile
+from engine.backends.cpu.simd import REGISTERS
 from tests.test_gemm import digest
-print(*tile.REGISTERS, digest())
+print(*REGISTERS, digest())
 """
     env = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

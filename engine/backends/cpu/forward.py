@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.backends.cpu.attention import Heads, apply_rope, attend
-from engine.backends.cpu.gemm import ITEM, LANES, LINE, WIDE, multiply_wide
+from engine.backends.cpu.gemm import WIDE, multiply_wide
 from engine.backends.cpu.jit import part, whole
+from engine.backends.cpu.simd import CACHE_LINE, ITEM, LANES
 from engine.backends.cpu.threads import barrier, begin_together, fetch_add
 from engine.backends.cpu.vector_math import add_norm, address, gelu, inverse_rms, silu, soft_cap
 
@@ -263,7 +264,7 @@ def step(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXKBPV
     norms_T, both_2TW = space.norms_ST[thread], space.both_S2TW[thread]
     no_cap = np.float32(0.0)
     arrivals = address(space.counts)
-    counter = arrivals + LINE
+    counter = arrivals + CACHE_LINE
     _embed(plan, weights, shape, rows * thread // threads, rows * (thread + 1) // threads, x_TM)
     met = barrier(arrivals, threads)
     for layer in range(shape.layers):

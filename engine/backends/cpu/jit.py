@@ -1,4 +1,8 @@
-"""How functions are compiled: the whole of them once, and a later start loads it from the cache folder."""
+"""Compilation by Numba: a whole is one program made of parts, and a later start loads it from the cache.
+
+Here alone methods of Numba's compiler are overridden. They are no public interface: tests/test_jit.py finds
+each of them called by the Numba that is installed, and pyproject.toml bounds its version.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ LOG = logging.getLogger(__name__)
 CONFIG: Any = numba.config
 
 
-class _Code(codegen.JITCodeLibrary):
+class _PartLibrary(codegen.JITCodeLibrary):
     """LLVM's code of a part: neither optimised nor turned into a program, for whoever calls it takes it in.
 
     A program of it would not only cost time. It would be there first under its name, and the whole, whose own
@@ -39,31 +43,39 @@ class _Code(codegen.JITCodeLibrary):
         return self
 
     def set_env(self, env_name: str, env: Any) -> None:
-        """What a program would need to raise."""
+        """Do without the environment: a program would need it to raise."""
 
 
-class _Plainly(compiler.Compiler):
+class _PartCompiler(compiler.Compiler):
     """Numba's compiler, as far as to LLVM's code of the function itself."""
 
     def compile_extra(self, func: Any) -> Any:
         self.state.flags.no_cpython_wrapper = self.state.flags.no_cfunc_wrapper = True
-        self.state.library = _Code(self.state.targetctx.codegen(), func.__qualname__)
+        self.state.library = _PartLibrary(self.state.targetctx.codegen(), func.__qualname__)
         return super().compile_extra(func)
 
 
 def part(**options: Any) -> Any:
-    """Decorates a function that only compiled ones call."""
-    return numba.njit(error_model="numpy", pipeline_class=_Plainly, **options)
+    """Return a decorator of functions that only compiled ones call.
+
+    A part is compiled for each set of argument types that it is called with. A literal is one of its own: 0
+    is `Literal[int](0)` and not int64, for which the part would be compiled once more; 0.0 is float64, and
+    makes a float32 that it is added to one. So literals that are passed to a part, or that a sum begins with,
+    are written np.int64(0) and np.float32(0.0).
+    """
+    return numba.njit(error_model="numpy", pipeline_class=_PartCompiler, **options)
 
 
 def whole(function: Callable[..., Any]) -> Any:
-    """The function compiled when it is called, without the interpreter's lock; kept for its source and
-    processor."""
+    """Return the function compiled when it is first called, without the interpreter's lock.
+
+    The compiled code is kept for its source and processor.
+    """
     before, CONFIG.CACHE_DIR = CONFIG.CACHE_DIR, str(_folder())
-    try:  # where a function is kept is settled when it is decorated
+    try:  # Numba settles where a function is kept when it is decorated
         return numba.njit(function, nogil=True, cache=True, error_model="numpy")
     except RuntimeError as error:
-        LOG.warning("what is compiled is not kept (%s)", error)
+        LOG.warning("compiled code is not kept (%s)", error)
         return numba.njit(function, nogil=True, error_model="numpy")
     finally:
         CONFIG.CACHE_DIR = before
@@ -71,10 +83,10 @@ def whole(function: Callable[..., Any]) -> Any:
 
 @cache
 def _folder() -> Path:
-    """Where compiled functions are kept; says so if there are none yet, for that takes a moment.
+    """Return where compiled functions are kept; log that they are compiled if there are none yet.
 
-    Numba tells by a function's own file whether what it has kept is still right, so the folder is named after
-    all of the files that go into it.
+    Numba compares a function's own file alone with the one that it has kept it for, so the folder is named
+    after all of the files that go into it.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]

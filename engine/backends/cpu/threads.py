@@ -1,8 +1,9 @@
-"""Threads that run one compiled function side by side, and meet in it.
+"""Threads that run one compiled function side by side, with barriers between its phases.
 
-A step of a model is one call that all threads make. Between its phases they wait for each other, spinning,
-for a phase takes microseconds; what there is to do in a phase is numbered, and each thread takes the next
-number. Between steps they spin on for some milliseconds: to wake a thread that sleeps takes a tenth of one.
+A step of a model is one call that all threads make. At a barrier they wait for each other, spinning, for a
+phase takes microseconds. A phase's units of work are numbered, and each thread takes the next number from an
+atomic counter. Between steps threads spin on for some milliseconds: to wake one that sleeps takes a tenth of
+one.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -20,69 +21,67 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from engine.backends.cpu.gemm import INTEL, declared, intrinsic
 from engine.backends.cpu.jit import part, whole
+from engine.backends.cpu.simd import I64, X86, declared, intrinsic
 
-PATIENCE = 4000  # looks at what others do before the processor is offered to whoever else wants it
-AWAKE = 10_000  # looks at whether there is something to do before a thread goes to sleep
-PAUSE = "llvm.x86.sse2.pause" if INTEL else ""
-_I64 = ir.IntType(64)
-_give_way = types.ExternalFunction(
+SPINS_BEFORE_YIELD = 4000  # then each spin offers the processor to whoever else wants it
+SPINS_BEFORE_SLEEP = 10_000  # of a thread that waits for its next job
+PAUSE_INTRINSIC = "llvm.x86.sse2.pause" if X86 else ""
+_yield_processor = types.ExternalFunction(
     "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
 )
 
 
 @intrinsic
 def fetch_add(typing, address):
-    """Add one to the number at an address; gives what it was."""
+    """Add one to the number at an address; return the number before."""
 
     def call(context, builder, signature, args):
-        at = builder.inttoptr(args[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", at, _I64(1), "acq_rel")
+        at = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", at, I64(1), "acq_rel")
 
     return types.int64(types.int64), call
 
 
 @intrinsic
 def atomic_load(typing, address):
-    """The number at an address, which others may change meanwhile; pauses a moment."""
+    """Pause a moment, then return the number at an address that other threads may change."""
 
     def call(context, builder, signature, args):
-        if PAUSE:
-            builder.call(declared(builder.module, PAUSE, ir.FunctionType(ir.VoidType(), [])), [])
-        return builder.load_atomic(builder.inttoptr(args[0], _I64.as_pointer()), "acquire", 8, typ=_I64)
+        if PAUSE_INTRINSIC:
+            builder.call(declared(builder.module, PAUSE_INTRINSIC, ir.FunctionType(ir.VoidType(), [])), [])
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "acquire", 8, typ=I64)
 
     return types.int64(types.int64), call
 
 
 @part()
 def barrier(address, arrivals):
-    """Come back when the number at `address` has been taken so often, this once included; gives that."""
+    """Arrive, and wait until so many arrivals are counted at an address, this one included; return them."""
     fetch_add(address)
-    looked = 0
+    spins = 0
     while atomic_load(address) < arrivals:
-        looked += 1
-        if looked > PATIENCE:
-            _give_way()
+        spins += 1
+        if spins > SPINS_BEFORE_YIELD:
+            _yield_processor()
     return arrivals
 
 
 @part()
 def begin_together(thread, start):
-    """What a job does first: the first thread tells the others, by the number at `start`, that they may begin
-    too."""
+    """Begin a job: the first thread, by the number at `start`, tells the others that they may begin too."""
     if thread == 0:
         fetch_add(start)
 
 
 @whole
-def _changed(address, before, looks):
-    """The number at an address, when it is not what it was before or has been looked at so often."""
-    looked = 0
-    while atomic_load(address) == before and looked < looks:
-        looked += 1
-        if looked > PATIENCE:
-            _give_way()
+def _wait_for_change(address, before, max_spins):
+    """Return the number at an address when it isn't `before` any more, or after so many spins."""
+    spins = 0
+    while atomic_load(address) == before and spins < max_spins:
+        spins += 1
+        if spins > SPINS_BEFORE_YIELD:
+            _yield_processor()
     return atomic_load(address)
 
 
@@ -95,11 +94,11 @@ class Team:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._one = threading.Lock()
-        self._started = np.zeros(1, np.int64)  # jobs
-        self.start = self._started.ctypes.data
-        self._job: Callable[[int], Any] = int
-        self._wanted = False
+        self._lock = threading.Lock()
+        self._jobs_begun = np.zeros(1, np.int64)
+        self.start = self._jobs_begun.ctypes.data
+        self._job: Callable[[int], Any] = int  # in place of none
+        self._running = False
         self._awake = [threading.Event() for _ in range(1, size)]
         for index, awake in enumerate(self._awake, 1):
             threading.Thread(
@@ -109,37 +108,37 @@ class Team:
     def run(self, job: Callable[[int], Any]) -> None:
         """Call job(0) here and job(1), job(2), ... in the other threads.
 
-        It has to call one compiled function, without the interpreter's lock, that begins with
+        A job has to call one compiled function, without the interpreter's lock, that begins with
         `begin_together(index, team.start)` and ends with a `barrier` of all threads.
         """
-        with self._one:
+        with self._lock:
             try:
-                self._job, self._wanted = job, True
+                self._job, self._running = job, True
                 for awake in self._awake:
                     awake.set()
                 job(0)
             finally:
-                self._job, self._wanted = int, False
+                self._job, self._running = int, False  # a job may hold a model's weights
 
     def _work(self, index: int, awake: threading.Event) -> None:
         seen = 0
         while True:
-            started = _changed(self.start, seen, AWAKE)
-            if started != seen:
-                seen = started
+            begun = _wait_for_change(self.start, seen, SPINS_BEFORE_SLEEP)
+            if begun != seen:
+                seen = begun
                 try:
                     self._job(index)
                 except BaseException:  # the others wait for this thread forever
                     traceback.print_exc()
                     os.abort()
-            elif not self._wanted:
+            elif not self._running:
                 awake.wait()
                 awake.clear()
 
 
 @cache
 def team(size: int) -> Team:
-    """The one of this size in this process."""
+    """Return this process's one team of a size."""
     return Team(size)
 
 
