@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from engine import Engine, EngineConfig, SamplingParams
 from engine.backends.cpu import can_compile, gemm, jit, simd, vector_math
 from engine.backends.cpu.attention import QUERIES
-from engine.backends.cpu.forward import BLOCK, DEPTH
+from engine.backends.cpu.linear import BLOCK_DEPTH, BLOCK_ROWS
 from engine.backends.cpu.model import CompiledDecoder
 from engine.backends.cpu.vector_math import address
 from engine.backends.transformers.backend import TransformersBackend
@@ -164,7 +164,7 @@ SHAPES = {
     "glm4": dict(kind="glm4", pad_token_id=0),
     "alone": dict(num_attention_heads=1, num_key_value_heads=1),
     "group": dict(hidden_size=98, num_attention_heads=QUERIES + 1, num_key_value_heads=1, head_dim=16),
-    "deep": dict(hidden_size=DEPTH + 36, intermediate_size=2 * DEPTH + 6),
+    "deep": dict(hidden_size=BLOCK_DEPTH + 36, intermediate_size=2 * BLOCK_DEPTH + 6),
 }
 
 
@@ -173,7 +173,7 @@ def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
     """In chunks that share steps with others, whose sizes fill no block, and one by one."""
     model = random_model(**SHAPES[shape])
     packed, rng = compiled_decoder(model, page), np.random.default_rng(0)
-    texts = [rng.integers(0, 259, size).tolist() for size in (BLOCK + 37, 1, 30)]
+    texts = [rng.integers(0, 259, size).tolist() for size in (BLOCK_ROWS + 37, 1, 30)]
     with torch.inference_mode():
         expected = [model(torch.tensor([text])).logits[0] for text in texts]
         pages = -(-len(texts[0]) // page)
@@ -296,8 +296,8 @@ from engine import Engine, EngineConfig, SamplingParams, load
 engine = Engine(load("random:tiny-llama"), EngineConfig(kv_memory=2**22))
 [output] = engine.generate([list(range(3, 40))], SamplingParams(max_new_tokens=8, logprobs=5))
 print(*[x.hex() for token in output.logprobs for _, x in token.top])
-from engine.backends.cpu.forward import step
-print(len(step.stats.cache_hits), len(step.stats.cache_misses))
+from engine.backends.cpu.forward import forward
+print(len(forward.stats.cache_hits), len(forward.stats.cache_misses))
 """
     env = {**os.environ, "DYNAMIC_BATCH_CACHE": str(tmp_path)}
     runs = [
@@ -307,4 +307,4 @@ print(len(step.stats.cache_hits), len(step.stats.cache_misses))
     (first, first_stats), (second, second_stats) = (run.stdout.splitlines() for run in runs)
     assert (first_stats, second_stats) == ("0 1", "1 0")
     assert first == second
-    assert len(list(tmp_path.glob("numba-*/*/forward.step*.nbc"))) == 1
+    assert len(list(tmp_path.glob("numba-*/*/forward.forward*.nbc"))) == 1

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import njit
 
 from engine.backends.cpu import gemm, model, simd
-from engine.backends.cpu.forward import step
+from engine.backends.cpu.forward import forward
 from engine.backends.cpu.gemm import K_STREAMS, NARROW_TILES, WIDE_TILES, Tile
 from engine.backends.cpu.simd import AVX2, AVX512, NEON, REGISTERS, Registers
 from engine.backends.cpu.vector_math import address
@@ -149,8 +149,8 @@ def test_sums_on_the_stack_are_seen(triple, registers, processor):
 @pytest.mark.slow
 def test_no_tile_of_a_step_touches_the_stack(monkeypatch):
     """As Numba compiles it for this processor, with all that it knows of a step."""
-    fresh = njit(step.py_func, error_model="numpy")
-    monkeypatch.setattr(model, "step", fresh)
+    fresh = njit(forward.py_func, error_model="numpy")
+    monkeypatch.setattr(model, "forward", fresh)
     packed = compiled_decoder(random_model())
     for quantize in (lambda: None, packed.quantize):
         quantize()

@@ -1,6 +1,6 @@
 """Products of matrices: a few rows by a few vectors of outputs at a time, their sums in registers.
 
-                                           a slice of a panel: DEPTH inner steps
+                                           a slice of a panel: BLOCK_DEPTH inner steps
                                            <-- W outputs: `vectors` x `lanes` -->
                                            +-----------+-----------+-----------+
                                     k = 0  |                                   |  stream 0 reads w[k, :]
@@ -19,10 +19,10 @@
   the next  | x[8, k]     |             |  |           |           |           |
             |   ...       |             |  |           |           |           |
             +-------------+-------------+  +-----------+-----------+-----------+
-            a block: BLOCK rows of x   what it adds to: a panel's outputs of the block's rows
+            a block: BLOCK_ROWS rows of x   what it adds to: a panel's outputs of the block's rows
 
 A weight lies in memory panel by panel, and in a panel inner step by inner step. A thread takes a block and a
-panel (`engine.backends.cpu.forward`); the block goes through the panel slice by slice, tile by tile.
+panel (`engine.backends.cpu.linear`); the block goes through the panel slice by slice, tile by tile.
 
 In a tile, an inner step loads the vectors of w[k, :]; for each row it broadcasts x[r, k], and multiplies and
 adds that to the row's sums. With AVX-512, 8 rows x 3 vectors of sums, 3 vectors of weights and a broadcast

@@ -13,8 +13,9 @@ import torch
 from engine.backends import Backend
 from engine.backends.cpu.attention import QUERIES, SPAN, Heads
 from engine.backends.cpu.fold import filled, ropes_of, shape_of, weights_of
-from engine.backends.cpu.forward import BLOCK, PHASES, Panels, Plan, Space, step
+from engine.backends.cpu.forward import PHASES_PER_LAYER, Panels, Plan, Space, forward
 from engine.backends.cpu.gemm import NARROW, WIDE
+from engine.backends.cpu.linear import BLOCK_ROWS
 from engine.backends.cpu.threads import team
 from engine.backends.zeros import zeros
 from engine.models.decoder_parts import head_angles
@@ -112,13 +113,13 @@ class CompiledDecoder(Backend):
             inner_TF=_room(count, filled(shape.inner)),
             added_TM=_room(count if self.weights.after_attention_LM.size else 0, filled(shape.width)),
             logits_RV=logits_RV.numpy(),
-            counts=np.zeros(16 + PHASES * shape.layers, np.int64),
-            norms_ST=_room(size, BLOCK),
-            both_S2TW=_room(size, 2, BLOCK, WIDE),
+            counts=np.zeros(16 + PHASES_PER_LAYER * shape.layers, np.int64),
+            norms_ST=_room(size, BLOCK_ROWS),
+            both_S2TW=_room(size, 2, BLOCK_ROWS, WIDE),
             heads=self._heads,
         )
         keys, values = self.keys_LXKDP, self.values_LXKBPV
-        self._team.run(lambda i: step(i, size, start, self.weights, shape, plan, keys, values, space))
+        self._team.run(lambda i: forward(i, size, start, self.weights, shape, plan, keys, values, space))
         return logits_RV[:, : self.vocabulary]
 
     def _rope_angles(self, positions_T: np.ndarray) -> np.ndarray:
