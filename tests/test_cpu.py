@@ -4,9 +4,6 @@ threads."""
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from itertools import chain
 
 import numpy as np
@@ -19,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.backends.cpu import can_compile, gemm, jit, simd, vector_math
+from engine.backends.cpu import can_compile, gemm, simd, vector_math
 from engine.backends.cpu.attention import QUERIES
 from engine.backends.cpu.linear import BLOCK_DEPTH, BLOCK_ROWS
 from engine.backends.cpu.model import CompiledDecoder
@@ -111,19 +108,6 @@ def test_functions_of_vectors_are_right_to_the_last_places():
     numbers = np.array([np.nan, *range(15)], np.float32)
     of_vectors(numbers, gated[:0], up[:0])
     assert np.isnan(numbers).tolist() == [True] + [False] * 15
-
-
-def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):
-    right = jit.numba.njit
-
-    def refuse(function, cache=False, **options):
-        if cache:
-            raise RuntimeError("no locator available")
-        return right(function, **options)
-
-    monkeypatch.setattr(jit.numba, "njit", refuse)
-    assert jit.whole(lambda x: x + 1)(2) == 3
-    assert "not kept (no locator available)" in caplog.text
 
 
 def compiled_decoder(model, page: int = 16, pages: int = 200) -> CompiledDecoder:
@@ -286,25 +270,3 @@ def test_without_numba_a_model_runs_as_it_is_and_says_so(tiny, monkeypatch, capl
         packed = runner_of(tiny("tiny-llama").model)
     assert isinstance(packed.backend, TransformersBackend)
     assert "not compiled (import of engine.backends.cpu.model halted" in caplog.text
-
-
-@pytest.mark.slow
-def test_a_step_is_compiled_once_a_machine_and_is_the_same_from_then_on(tmp_path):
-    """Processes of their own, for what is compiled here stays in this one."""
-    code = """
-from engine import Engine, EngineConfig, SamplingParams, load
-engine = Engine(load("random:tiny-llama"), EngineConfig(kv_memory=2**22))
-[output] = engine.generate([list(range(3, 40))], SamplingParams(max_new_tokens=8, logprobs=5))
-print(*[x.hex() for token in output.logprobs for _, x in token.top])
-from engine.backends.cpu.forward import forward
-print(len(forward.stats.cache_hits), len(forward.stats.cache_misses))
-"""
-    env = {**os.environ, "DYNAMIC_BATCH_CACHE": str(tmp_path)}
-    runs = [
-        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        for _ in range(2)
-    ]
-    (first, first_stats), (second, second_stats) = (run.stdout.splitlines() for run in runs)
-    assert (first_stats, second_stats) == ("0 1", "1 0")
-    assert first == second
-    assert len(list(tmp_path.glob("numba-*/*/forward.forward*.nbc"))) == 1
