@@ -18,7 +18,7 @@ from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import ITEM, LANES
 from engine.backends.cpu.threads import fetch_add
 from engine.backends.cpu.vector_math import (
-    FAST,
+    FAST_MATH,
     address,
     exp,
     exp_minus_max_sum,
@@ -28,7 +28,7 @@ from engine.backends.cpu.vector_math import (
     vector_max,
 )
 
-AHEAD = 2  # pages: what is asked for while one is read
+PREFETCH_PAGES = 2  # beyond the one that is read
 SPAN = 64  # positions, in whole pages, that a softmax looks at together
 QUERIES = 48  # rows that go through a page together, at most, where a group has no more heads
 ROPE_BLOCK, MIN_ROPE_BLOCKED = 8, 64  # tokens that a thread rotates at a time, in steps of more than so many
@@ -79,7 +79,7 @@ def apply_rope(counter, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_
         unit = fetch_add(counter)
 
 
-@part(fastmath=FAST)
+@part(fastmath=FAST_MATH)
 def _norm_and_rotate(qkv_TN, t, head, shape, head_norm_QD, scale, cos_TE, sin_TE):
     """Rotate a head, after its norm: dimensions i and i + E are a point of a plane.
 
@@ -144,7 +144,7 @@ def _block(
     while begin <= last:
         end = min(begin + at_once, last + 1)
         for page in range(begin, end):
-            here, following = pages[table + page], pages[table + min(page + AHEAD, last)]
+            here, following = pages[table + page], pages[table + min(page + PREFETCH_PAGES, last)]
             ask = keys + following * shape.kv_heads * page_bytes
             to = address(scores_RP) + (page - begin) * filled * ITEM
             for p in range(0, filled * ITEM, NARROW * ITEM):
@@ -159,7 +159,7 @@ def _block(
                 scores_RP, r, begin, end, filled, shape.page, own, window, softcap, peak_R, total_R, mixed_RD
             )  # fmt: skip
         for page in range(begin, end):
-            here, following = pages[table + page], pages[table + min(page + AHEAD, last)]
+            here, following = pages[table + page], pages[table + min(page + PREFETCH_PAGES, last)]
             ask = values + following * shape.kv_heads * page_bytes
             weights = address(scores_RP) + (page - begin) * filled * ITEM
             for b in range(size // NARROW):

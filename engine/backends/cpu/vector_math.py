@@ -15,7 +15,7 @@ from engine.backends.cpu.gemm import NARROW
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import F32, I32, I64, LANES, Vectors, intrinsic
 
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order, but no promise that there are no NaNs
+FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order, but no promise that there are no NaNs
 MIN_EXPONENT, MAX_EXPONENT = -87.0, 88.0  # of e: float32 holds the powers between them
 LOG2_E = math.log2(math.e)
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts: multiples of the first are exact
@@ -129,7 +129,7 @@ def _gate(v: Vectors, gate: ir.Value, up: ir.Value, argument: Callable[[ir.Value
     v.store(v.b.fmul(v.b.fdiv(x, below), v.load(up)), gate)
 
 
-@part(fastmath=FAST)
+@part(fastmath=FAST_MATH)
 def inverse_rms(x_TN, t, begin, size, eps):
     """Return the factor of an RMS norm of `size` numbers of row t: 1 / sqrt(mean(x^2) + eps)."""
     total = np.float32(0.0)
@@ -138,7 +138,7 @@ def inverse_rms(x_TN, t, begin, size, eps):
     return np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(eps))
 
 
-@part(fastmath=FAST)
+@part(fastmath=FAST_MATH)
 def add_norm(y_TM, begin, end, size, eps, scale_M, x_TM):
     """Add the RMS norm of y to x, for rows from begin to end."""
     for t in range(begin, end):
