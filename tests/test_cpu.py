@@ -110,6 +110,22 @@ def test_functions_of_vectors_are_right_to_the_last_places():
     assert np.isnan(numbers).tolist() == [True] + [False] * 15
 
 
+@njit
+def inverse_rms(x_TN, t, begin, size):
+    return vector_math.inverse_rms(x_TN, t, begin, size, 1e-5)
+
+
+def test_a_norm_loads_its_numbers_as_vectors_wherever_they_begin():
+    """An index that might count from the end has LLVM gather numbers that lie side by side."""
+    x_TN = np.random.default_rng(0).normal(size=(3, 100)).astype(np.float32)
+    for begin in (0, 7):
+        exact = (x_TN[1, begin : begin + 90].astype(float) ** 2).mean() + 1e-5
+        assert inverse_rms(x_TN, 1, begin, 90) == pytest.approx(exact**-0.5, rel=1e-6)
+    [code] = inverse_rms.inspect_llvm().values()
+    assert f"load <{simd.LANES} x float>" in code
+    assert "masked.gather" not in code
+
+
 def compiled_decoder(model, page: int = 16, pages: int = 200) -> CompiledDecoder:
     spec = describe(model, attention_layers(model))
     assert spec is not None

@@ -109,12 +109,12 @@ def stack_traffic(lines: list[str]) -> list[str]:
 
 
 def check(lines: list[str], registers: Registers, shape: Tile) -> None:
-    """A tile's loop touches no stack, and its sums are whole vectors, each at its turn."""
+    """A tile's loop touches no stack, and its sums are whole vectors, each once an iteration."""
     assert stack_traffic(lines) == []
     sums = [line for line in loop(lines) if re.match(FMA, line)]
     assert all(re.search(VECTOR[registers], line) for line in sums)
-    turn = K_STREAMS * shape.rows * shape.vectors
-    assert len(sums) in (turn, 2 * turn), "of one turn, or of two where LLVM unrolls the loop"
+    iteration = K_STREAMS * shape.rows * shape.vectors
+    assert len(sums) in (iteration, 2 * iteration), "of one iteration, or of two where LLVM unrolls the loop"
 
 
 def every(registers: Registers, number: ir.Type) -> list[Tile]:
@@ -147,7 +147,7 @@ def test_sums_on_the_stack_are_seen(triple, registers, processor):
 
 
 @pytest.mark.slow
-def test_no_tile_of_a_step_touches_the_stack(monkeypatch):
+def test_no_tile_of_a_step_touches_the_stack_and_no_product_gathers(monkeypatch):
     """As Numba compiles it for this processor, with all that it knows of a step."""
     fresh = njit(forward.py_func, error_model="numpy")
     monkeypatch.setattr(model, "forward", fresh)
@@ -159,6 +159,10 @@ def test_no_tile_of_a_step_touches_the_stack(monkeypatch):
         found = functions(assembly)
         for shape in every(REGISTERS, number):
             check(found[shape.name(number)], REGISTERS, shape)
+    for code in fresh.inspect_llvm().values():
+        parts = re.findall(r"^define [^\n]*3cpu(?:6linear|11vector_math).*?^}", code, re.M | re.S)
+        assert len(parts) >= 4
+        assert [part.splitlines()[0] for part in parts if re.search(r"masked\.(gather|scatter)", part)] == []
 
 
 @njit
@@ -223,7 +227,7 @@ def test_tiles_prefetch_what_is_read_next_in_even_shares(dtype):
         tiles = -(-rows // most)
         if rows // tiles > few:
             lost = product.w_MN.nbytes - product.of(slice(rows))[1]
-            assert 0 <= lost < tiles * SIZE // K_STREAMS * OUTPUTS // gemm.WIDE, "less than a byte a turn"
+            assert 0 <= lost < tiles * SIZE // K_STREAMS * OUTPUTS // gemm.WIDE, "under a byte an iteration"
 
 
 def digest() -> str:

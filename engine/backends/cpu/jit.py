@@ -62,6 +62,9 @@ def part(**options: Any) -> Any:
     is `Literal[int](0)` and not int64, for which the part would be compiled once more; 0.0 is float64, and
     makes a float32 that it is added to one. So literals that are passed to a part, or that a sum begins with,
     are written np.int64(0) and np.float32(0.0).
+
+    A negative index counts from the end. Where one may be negative, as in x[begin + n], LLVM gathers numbers
+    that it could load as a vector: so it is written x[np.uintp(begin + n)].
     """
     return numba.njit(error_model="numpy", pipeline_class=_PartCompiler, **options)
 

@@ -144,8 +144,9 @@ def _write_sums(block, linear, panel, next_panel, target):
     _multiply_panel(block, linear, panel, next_panel, out, out_row, target.accumulate)
     if len(bias_N):
         for t in range(block.begin, block.end):
-            for n in range(panel * WIDE, (panel + 1) * WIDE):
-                out_TN[t, n] += bias_N[n]
+            for w in range(WIDE):
+                column = np.uintp(panel * WIDE + w)
+                out_TN[t, column] += bias_N[column]
     if target.softcap > 0:
         for t in range(block.end - block.begin):
             for n in range(0, WIDE, LANES):
@@ -162,8 +163,8 @@ def _write_gated(block, linear, panel, next_panel, target):
     if len(bias_N):
         for half in range(2):
             for t in range(rows):
-                for n in range(WIDE):
-                    both_2TW[half, t, n] += bias_N[(panel + half) * WIDE + n]
+                for w in range(WIDE):
+                    both_2TW[half, t, w] += bias_N[np.uintp((panel + half) * WIDE + w)]
     for at in range(0, rows * row, LANES * ITEM):
         if target.gelu:
             gelu(gate + at, up + at)
@@ -171,7 +172,7 @@ def _write_gated(block, linear, panel, next_panel, target):
             silu(gate + at, up + at)
     for t in range(rows):
         for w in range(WIDE):
-            target.out_TF[block.begin + t, panel // 2 * WIDE + w] = both_2TW[0, t, w]
+            target.out_TF[block.begin + t, np.uintp(panel // 2 * WIDE + w)] = both_2TW[0, t, w]
 
 
 linear_product = _product(1, _write_sums)

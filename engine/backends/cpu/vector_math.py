@@ -133,8 +133,9 @@ def _gate(v: Vectors, gate: ir.Value, up: ir.Value, argument: Callable[[ir.Value
 def inverse_rms(x_TN, t, begin, size, eps):
     """Return the factor of an RMS norm of `size` numbers of row t: 1 / sqrt(mean(x^2) + eps)."""
     total = np.float32(0.0)
-    for n in range(begin, begin + size):
-        total += x_TN[t, n] * x_TN[t, n]
+    for n in range(size):
+        x = x_TN[t, np.uintp(begin + n)]
+        total += x * x
     return np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(eps))
 
 
