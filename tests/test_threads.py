@@ -1,4 +1,4 @@
-"""The threads of the compiled step: they meet, take each number once, and end as their caller does."""
+"""The threads of the compiled step: barriers, counters of work, and an end with their caller."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def count_up(index, size, start, counts, taken, rounds):
     """Threads that meet after each round find all that the others have done."""
     begin_together(index, start)
     found = True
-    for turn in range(rounds):
+    for done in range(rounds):
         taken[index, fetch_add(address(counts) + 8)] += 1
-        barrier(address(counts), size * (2 * turn + 1))
-        found = found and taken[:, : size * (turn + 1)].sum() == size * (turn + 1)
-        barrier(address(counts), size * (2 * turn + 2))
+        barrier(address(counts), size * (2 * done + 1))
+        found = found and taken[:, : size * (done + 1)].sum() == size * (done + 1)
+        barrier(address(counts), size * (2 * done + 2))
     return found
 
 
 def counted(team: Team, rounds: int = 200, before=lambda index: None) -> list[bool]:
-    """What each thread of a job says, which takes each number once."""
+    """Run a job whose threads take each number once; return the finding of each."""
     counts, taken, found = np.zeros(2, np.int64), np.zeros((team.size, team.size * rounds), np.int64), []
 
     def job(index: int) -> None:

@@ -158,7 +158,7 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXK
     """Compute a step, as thread `thread` of a team with its `start`.
 
     It writes the step's keys and values into their pages, and the logits of the wanted tokens. The threads
-    share the work of each phase and wait for each other behind it.
+    share the work of a phase, and wait for each other before the next.
     """
     begin_together(thread, start)
     x_TM, qkv_TN, mixed_TN, inner_TF = space.x_TM, space.qkv_TN, space.mixed_TN, space.inner_TF
@@ -191,8 +191,8 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXK
                 _keep_wanted(wanted_R, mixed_TN)
                 _keep_wanted(wanted_R, x_TM)
             arrived = barrier(arrivals, arrived + threads)
-        for place in range(2):  # the MLP reads the stream when attention is added, or if parallel before
-            if place == shape.parallel:
+        for order in range(2):  # attention is added, then the MLP reads the stream; if parallel, after it
+            if order == shape.parallel:
                 out = layer_of(weights.out, weights.out_bias_LM, layer)
                 arrived = _add_product(
                     work + OUT, arrivals, arrived, thread, threads, rows, mixed_TN,

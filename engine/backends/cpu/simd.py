@@ -1,6 +1,6 @@
 """This processor's vector registers, and float32 vectors as LLVM instructions.
 
-Loops over rows and tokens are Python that Numba compiles. What lies inside them is written here as LLVM's
+Loops over rows and tokens are Python that Numba compiles. The arithmetic inside them is written as LLVM's
 vectors, so that registers are used as meant on any processor.
 """
 
