@@ -171,11 +171,11 @@ def test_loading_is_silent_in_a_log_and_says_on_a_terminal_what_it_is_at(colourf
 def test_the_hubs_own_bars_are_for_terminals(monkeypatch, colourful, terminal, progress):
     found = []
 
-    def look(source):
+    def look(spec):
         found.append((switches.is_progress_bar_enabled(), not are_progress_bars_disabled()))
         raise ModelError("seen enough")
 
-    monkeypatch.setattr("engine.models.loader.refuse_adapter", look)
+    monkeypatch.setattr("engine.models.loader.reach", look)
     monkeypatch.setattr("sys.stderr", Terminal() if terminal else io.StringIO())
     before = switches.is_progress_bar_enabled()
     with pytest.raises(ModelError, match="seen enough"):

@@ -117,14 +117,6 @@ def test_a_config_that_is_missing_is_not_the_tokenizers_fault(tmp_path: Path) ->
     assert "has a tokenizer" not in str(caught.value)
 
 
-def test_a_hub_id_out_of_reach_keeps_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"'nobody/no-such-model' did not load"):
-        load("nobody/no-such-model")
-
-
 # Ids that the model does not have
 
 

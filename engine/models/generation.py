@@ -81,7 +81,7 @@ def check_stated(source: str, stated: dict[str, Any]) -> None:
         raise ModelError(f"{source}: in its generation_config, {error}; {WAY_OUT}") from error
 
 
-def read_stated(source: str) -> dict[str, Any]:
+def read_stated(source: str, **where: Any) -> dict[str, Any]:
     """What generation_config.json says, of a folder or a hub id; nothing if there is none.
 
     Raises:
@@ -91,7 +91,7 @@ def read_stated(source: str) -> dict[str, Any]:
 
     quiet = dict.fromkeys(("missing_entries", "connection_errors"), False)
     options: Any = {f"_raise_exceptions_for_{what}": raises for what, raises in quiet.items()}
-    if (path := cached_file(source, "generation_config.json", **options)) is None:
+    if (path := cached_file(source, "generation_config.json", **options, **where)) is None:
         return {}
     try:
         with open(path, encoding="utf-8") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from engine.machine import cache_dir
 from engine.models.errors import WAYS_OUT, ModelError, in_one_line
 from engine.models.gguf_file import from_gguf
 from engine.models.gguf_tokenizer import split_as
+from engine.models.hub import reach
 from engine.models.presets import PRESETS, SPECS
 from engine.models.smollm2 import SMOLLM2_PRE, SMOLLM2_SHA256, sha256, smollm2_folder
 from engine.models.stored import read, refuse_adapter
@@ -27,6 +29,9 @@ from engine.progress import Progress, on_terminal
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,10 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
             model, tokenizer, revision = read(folder, name), find_tokenizer(folder), SMOLLM2_SHA256
             split_as(SMOLLM2_PRE, tokenizer)  # a folder that an earlier version converted lacks it
         else:
-            refuse_adapter(source)
-            tokenizer, model = find_tokenizer(source), read(source, name)
-            revision = "local" if kind == "folder" else model.config._commit_hash
+            where = reach(source) if kind == "hub" else {}
+            refuse_adapter(source, **where)
+            tokenizer, model = find_tokenizer(source, **where), read(source, name, **where)
+            revision = where.get("revision", "local")
         model = model.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
     return LoadedModel(spec, model, tokenizer, revision)
 
@@ -119,9 +125,10 @@ def _guarded(spec: str, progress: bool, own_bars: bool) -> Iterator[Callable[[st
         words = stack.enter_context(Progress("Starting", shown=progress and not own_bars))
         try:
             yield words.tell
-        except ModelError:
-            raise
         except Exception as error:  # a broken file makes the libraries raise anything, OSError to KeyError
+            LOG.debug("model %r did not load", spec, exc_info=True)
+            if isinstance(error, ModelError):
+                raise error from None  # the line has it all; a library's frames would only bury it
             line = in_one_line(error)
             hint = f"set DYNAMIC_BATCH_CACHE if {cache_dir()} can't hold 1 GB; " if spec == "smollm2" else ""
-            raise ModelError(f"model {spec!r} did not load: {line}; {hint}{WAYS_OUT}") from error
+            raise ModelError(f"model {spec!r} did not load: {line}; {hint}{WAYS_OUT}") from None

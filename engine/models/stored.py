@@ -14,16 +14,19 @@ if TYPE_CHECKING:
 UNPACKED = "mxfp4"  # quantized weights that Transformers unpacks where no kernel takes them as they are
 
 
-def read(source: str, dtype: str) -> PreTrainedModel:
-    """The model in a folder or under a hub id; ModelError unless it is a whole causal LM and nothing else."""
+def read(source: str, dtype: str, **where: Any) -> PreTrainedModel:
+    """Return the model in a folder or under a hub id; ModelError unless it is a whole causal LM.
+
+    `where` are options of `from_pretrained` that say which files of a hub id are meant.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     _refuse_quantized(source, config)
-    stated = read_stated(source)
+    stated = read_stated(source, **where)
     mended = {"config": config} if drop_foreign_pad(source, config) else {}
     try:
-        return causal_lm(source, dtype, source, **mended)
+        return causal_lm(source, dtype, source, **mended, **where)
     except (TypeError, ValueError):  # of a field that is no number, Transformers names neither file nor field
         check_stated(source, stated)
         raise
@@ -75,11 +78,11 @@ def _is_mask(model: PreTrainedModel, key: str) -> bool:
     return False
 
 
-def refuse_adapter(source: str) -> None:
+def refuse_adapter(source: str, **where: Any) -> None:
     """Raise ModelError for weights that are to be added to a model's, which depends on what is installed."""
     from transformers.utils import find_adapter_config_file
 
-    if find_adapter_config_file(source) is not None:
+    if find_adapter_config_file(source, **where) is not None:
         raise ModelError(
             f"{source} has an adapter_config.json: merge the adapter into its model (merge_and_unload) "
             "and give what that saves, or remove the file"

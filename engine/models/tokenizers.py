@@ -27,7 +27,7 @@ FILES = (
 WITHOUT = "or remove its files to use token ids alone"
 
 
-def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(source: str, **where: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder or a hub id; None if it has none.
 
     Raises:
@@ -36,18 +36,16 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
     except Exception as error:  # a broken file makes the libraries raise anything, down to a bare Exception
-        AutoConfig.from_pretrained(source, trust_remote_code=False)  # raises if that is the trouble
-        if (files := _files(source)) is None:
-            raise
-        if not files:
+        AutoConfig.from_pretrained(source, trust_remote_code=False, **where)  # raises if that is the trouble
+        if not (files := _files(source, **where)):
             return None
         said = "no class reads that" if "backend tokenizer" in str(error) else in_one_line(error)
         raise ModelError(_why(source, files, said)) from error
     if _speaks(tokenizer):
         return tokenizer
-    if files := _files(source):
+    if files := _files(source, **where):
         raise ModelError(_why(source, files, f"{type(tokenizer).__name__} finds no vocabulary there"))
     return None
 
@@ -59,17 +57,13 @@ def _speaks(tokenizer: Any) -> bool:
     return any(token not in special for token in tokenizer.get_vocab())
 
 
-def _files(source: str) -> list[str] | None:
-    """Which of FILES there are; None where that can't be known: of a hub id, out of reach of the hub."""
-    if os.path.isdir(source):
-        names = os.listdir(source)
-    else:
-        from huggingface_hub import list_repo_files
+def _files(source: str, **where: Any) -> list[str]:
+    """Return which of FILES there are in a folder, or under a hub id."""
+    from huggingface_hub import list_repo_files, snapshot_download
 
-        try:
-            names = list_repo_files(source)
-        except Exception:  # whatever keeps it from answering has been said by what was tried before
-            return None
+    if where.get("local_files_only"):
+        source = snapshot_download(source, **where)
+    names = os.listdir(source) if os.path.isdir(source) else list_repo_files(source, **where)
     return sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in FILES))
 
 
