@@ -1,5 +1,4 @@
-"""`python -m engine bench | generate | models`: arguments, progress and one-line errors; torch is imported on
-use."""
+"""`python -m engine bench | generate | models`: arguments and one-line errors; torch is imported on use."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import typer
 from engine import __version__
 from engine.config import POLICIES, EngineConfig
 from engine.errors import InputError, check_text
-from engine.output import INTERRUPTED, Output, ending, fail
+from engine.output import INTERRUPTED, Column, Output, ending, fail
 from engine.progress import Progress
 from engine.request import SamplingParams
 
@@ -82,21 +81,8 @@ def bench(
     """
     from engine.bench.options import BenchOptions
 
-    options = BenchOptions(
-        model=model,
-        policies=policies,
-        batch_sizes=batch_sizes,
-        workload=workload,
-        arrivals=arrivals,
-        rounds=rounds,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        csv=csv,
-        json=json,
-        plot=plot,
-        wide=wide,
-    )
+    asked = model, policies, batch_sizes, workload, arrivals, rounds, device, dtype, seed
+    options = BenchOptions(*asked, csv, json, plot, wide)
     with Progress(IMPORTING):
         from engine.bench import command
     if not command.run(options):
@@ -128,17 +114,8 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Stream a model's answer to a prompt, through its chat template where it has one."""
-    params = SamplingParams(
-        max_new_tokens,
-        0,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
+    drawn = temperature, top_k, top_p, min_p, repetition_penalty
+    params = SamplingParams(max_new_tokens, 0, *drawn, stop=tuple(stop or ()), seed=seed)
     text = check_text("prompt", _standard_input() if prompt == "-" else prompt)
     if not text.strip():
         raise InputError("prompt is empty: give at least one word")
@@ -164,14 +141,15 @@ def generate(
 
 
 def _standard_input() -> str:
-    """All text on standard input."""
-    if sys.stdin is None:
-        raise InputError("prompt='-' reads standard input, which is closed: give the text itself")
+    problem = "which is closed"
     try:
-        return sys.stdin.read()
+        if sys.stdin is not None:
+            return sys.stdin.read()
     except UnicodeDecodeError as error:
-        problem = f"has byte {error.object[error.start]:#x} at {error.start}, which is no {error.encoding}"
-        raise InputError(f"prompt='-' reads standard input, which {problem}: give it text") from None
+        problem = (
+            f"which has byte {error.object[error.start]:#x} at {error.start}, which is no {error.encoding}"
+        )
+    raise InputError(f"prompt='-' reads standard input, {problem}: give the text itself")
 
 
 @app.command()
@@ -179,21 +157,18 @@ def _standard_input() -> str:
 def models() -> None:
     """List the named models: parameters, bytes of weights, bytes of keys and values a token."""
     from engine.models import catalogue
-    from engine.table import Column
 
     rows = catalogue()
 
-    def sizes(name: str) -> list[str]:
-        return [
-            f"{row[name] / 1e9:.2f} GB" if row[name] > 1e8 else f"{row[name] / 1e3:,.0f} kB" for row in rows
-        ]
+    def size(n: int) -> str:
+        return f"{n / 1e9:.2f} GB" if n > 1e8 else f"{n / 1e3:,.0f} kB"
 
     columns = [
         Column("spec", [row["spec"] for row in rows], is_text=True),
         Column("architecture", [row["architecture"] for row in rows], rank=2, is_text=True),
         Column("parameters", [f"{row['parameters']:,}" for row in rows], rank=1),
-        Column("weights\n32-bit", sizes("bytes_32bit"), rank=6),
-        Column("weights\n16-bit", sizes("bytes_16bit"), rank=4),
+        Column("weights\n32-bit", [size(row["bytes_32bit"]) for row in rows], rank=6),
+        Column("weights\n16-bit", [size(row["bytes_16bit"]) for row in rows], rank=4),
         Column("KV/token\n32-bit", [f"{row['kv_bytes_per_token_32bit']:,} B" for row in rows], rank=7),
         Column("KV/token\n16-bit", [f"{row['kv_bytes_per_token_16bit']:,} B" for row in rows], rank=5),
         Column("positions", [f"{row['positions']:,}" for row in rows], rank=3),

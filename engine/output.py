@@ -1,4 +1,4 @@
-"""What commands write and how they end: standard output that takes no more or not every character, Ctrl-C.
+"""Standard output and how a command ends: tables that fit, characters it lacks, a closed pipe, Ctrl-C.
 
 Exit codes: 0 done, 1 a fault of the program itself (with a traceback), 2 what the user can mend (one line
 says how), 130 interrupted, 141 nobody reads the output any more (as a shell says of what SIGPIPE ended).
@@ -11,20 +11,60 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import typer
-from rich.console import Console
-
-from engine.table import Column, drawn, fitting, total_width
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
+from rich.table import Table
 
 USAGE, INTERRUPTED, NO_READER = 2, 130, 141
-COLUMNS = 100  # where there is no terminal that says
+COLUMNS = 100  # of what is no terminal
+GAP = 2  # between two columns of a table
 ERRORS = Console(stderr=True)
 
 
-def columns_of_terminal() -> int:
-    """Return how many columns there are: $COLUMNS, else the terminal's own, else 100."""
-    return shutil.get_terminal_size((COLUMNS, 24)).columns
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table, which is shown whole or not at all: its heading, and a cell for each row.
+
+    Args:
+        heading: of one line or two.
+        unit: of its numbers, shown at the end of the heading.
+        rank: 0 is always shown; of the others, the highest rank goes first.
+        is_text: begins at the left, as words do; numbers end at the right.
+    """
+
+    heading: str
+    cells: Sequence[str]
+    unit: str = ""
+    rank: int = 0
+    is_text: bool = False
+
+    @property
+    def name(self) -> str:
+        """The heading on one line, without the unit."""
+        return " ".join(self.heading.split())
+
+    @property
+    def head(self) -> str:
+        """The heading with the unit."""
+        return f"{self.heading} {self.unit}".rstrip()
+
+
+def total_width(columns: Sequence[Column]) -> int:
+    """Return how many cells of a terminal a table of these columns takes."""
+    widths = [max(map(cell_len, [*column.head.split("\n"), *column.cells])) for column in columns]
+    return sum(widths) + GAP * (len(columns) - 1)
+
+
+def fitting(columns: Sequence[Column], width: int) -> list[Column]:
+    """Return the columns that a table `width` wide has room for, in their order; those of rank 0 anyway."""
+    shown = list(columns)
+    while total_width(shown) > width and (last := max(shown, key=lambda column: column.rank)).rank:
+        shown.remove(last)
+    return shown
 
 
 class Output:
@@ -34,11 +74,7 @@ class Output:
         self._escaped = False
 
     def write(self, text: str, end: str = "\n") -> None:
-        """Write text at once.
-
-        Raises:
-            BrokenPipeError: if nobody reads it any more.
-        """
+        """Write text at once; raise BrokenPipeError if nobody reads it any more."""
         if sys.stdout is None:  # closed from the beginning
             return
         try:
@@ -51,24 +87,30 @@ class Output:
     def show(
         self, columns: Sequence[Column], title: str, below: Sequence[str], way_out: str, whole: bool = False
     ) -> None:
-        """Write a table, of the columns that there is room for.
+        """Write a table of the columns that there is room for: $COLUMNS, else the terminal's, else 100.
 
         Args:
-            title: the line above it, if it has one.
+            title: the line above it; none if empty.
             below: sentences for below it.
             way_out: how to see the columns that had no room, said with their names if there are any.
             whole: every column, whatever room there is.
         """
-        room = columns_of_terminal()
+        room = shutil.get_terminal_size((COLUMNS, 24)).columns
         shown = list(columns) if whole else fitting(columns, room)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+        for column in shown:
+            side: JustifyMethod = "left" if column.is_text else "right"
+            table.add_column(column.head, justify=side, vertical="bottom", no_wrap=True)
+        for row in zip(*(column.cells for column in shown), strict=True):
+            table.add_row(*row)
+        missing = ", ".join(column.name for column in columns if column not in shown)
+        hint = [f"no room for {missing}: {way_out}"] if missing else []
         width = total_width(shown)
         console = Console(width=max(room, width))
-        missing = ", ".join(column.name for column in columns if column not in shown)
         with console.capture() as lines:
             if title:
                 console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
-            console.print(drawn(shown), width=width)
-            hint = [f"no room for {missing}: {way_out}"] if missing else []
+            console.print(table, width=width)
             for line in (*hint, *below):
                 console.print(line, markup=False, highlight=False, width=room)
         self.write("\n".join(line.rstrip() for line in lines.get().splitlines()))
@@ -96,6 +138,6 @@ def ending() -> Iterator[None]:
 
 
 def fail(error: Exception) -> None:
-    """End the program with an error that the user can mend, in one line."""
+    """End the program with what the user can mend, in one line."""
     ERRORS.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(USAGE)

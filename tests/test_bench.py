@@ -18,10 +18,10 @@ from engine.bench.report import requests_frame, summarise
 from engine.bench.workload import Workload
 from engine.config import POLICIES
 from engine.metrics import Counters, EngineMetrics, RequestMetrics
+from engine.output import fitting, total_width
 from engine.progress import Progress
 from engine.request import Request
 from engine.step import NON_FINITE
-from engine.table import fitting, total_width
 
 BOTH = [("generate", 1), ("sequential", 1)]
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.cli import main
-from engine.output import INTERRUPTED, NO_READER, USAGE, Output
-from engine.table import Column
+from engine.output import INTERRUPTED, NO_READER, USAGE, Column, Output
 from tests.test_detokenizer import byte_level
 
 ROOT = str(Path(__file__).parents[1])

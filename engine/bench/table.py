@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from engine.bench.options import GENERATE
-from engine.table import Column
+from engine.output import Column
 
 # In the order shown. Of a lower rank is what a narrow terminal keeps longer.
 COLUMNS: Sequence[tuple[str, str, str, int]] = (  # heading, name in the summary, format or "time", rank
