@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -62,24 +61,15 @@ class Progress:
             self._draw()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._shown = False
-        if self._bar is not None:
-            self._bar.stop()
+        self._erase()
 
     def begin(self, what: str, total: int | None = None, unit: str = "") -> None:
         """Go on to other work, which counts its own parts from 0; a log has no more lines for it."""
         self._what, self._total, self._unit, self._done = what, total, unit, 0
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-        if self._shown and self._has_bar and not self._delay_s:
-            self._last = self._clock()
-            self._draw()
-        else:
-            self._show()
+        self._erase()
+        self._show(at_once=not self._delay_s)
 
     def advance(self, parts: int = 1) -> None:
         """Count parts that are done."""
@@ -89,27 +79,24 @@ class Progress:
     def tell(self, what: str) -> None:
         """Say what is done from now on."""
         self._what = what
-        self._show()
+        self._show(at_once=self._total is None)
 
     def write(self, line: str) -> None:
         """Write a line, whether or not anything else is shown, in place of the bar."""
-        if self._bar is not None:
-            self._bar.stop()
+        self._erase()
         if self._stream is not None:
             print(line, file=self._stream, flush=True)
 
-    def _show(self) -> None:
-        if not self._shown:
-            return
+    def _show(self, at_once: bool = False) -> None:
+        """Draw the bar, `at_once` or when it is due; in a log, write a line when one is due."""
         now = self._clock()
-        wait = self._redraw_s if self._has_bar else LINE_EVERY_S
-        new_words = self._has_bar and self._total is None
-        if now - self._began < self._delay_s or (now - self._last < wait and not new_words):
+        if not self._shown or now - self._began < self._delay_s:
             return
-        self._last = now
-        if self._has_bar:
+        if self._has_bar and (at_once or now - self._last >= self._redraw_s):
+            self._last = now
             self._draw()
-        else:
+        elif not self._has_bar and now - self._last >= LINE_EVERY_S:
+            self._last = now
             count = "" if self._total is None else f": {self._done:,}/{self._total:,} {self._unit}".rstrip()
             print(f"{self._what}{count}, {now - self._began:,.0f} s", file=self._stream, flush=True)
 
@@ -117,8 +104,13 @@ class Progress:
         """Draw the bar as it is now."""
         if self._bar is None:
             self._bar = self._new_bar()
-        for task in self._bar.task_ids:
-            self._bar.update(task, description=self._what, completed=self._done, refresh=True)
+        self._bar.update(self._bar.task_ids[0], description=self._what, completed=self._done, refresh=True)
+
+    def _erase(self) -> None:
+        """Take the bar from the terminal; the next to be drawn is a new one."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def _new_bar(self) -> Bar:
         from rich import progress
