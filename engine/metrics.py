@@ -1,4 +1,4 @@
-"""What happened and when: a record a request, exact counters, and their summaries as pandas frames.
+"""A record of each request, exact counters, and their summaries as pandas frames.
 
 Times come from `time.perf_counter`, read when a token is on the host. A leaf: it knows no model and no
 scheduler.
@@ -25,8 +25,7 @@ LATENCIES = ["queue_ms", "ttft_ms", "prefill_ms", "decode_ms", "latency_ms", "tp
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """One request's timeline, in milliseconds; None where an event never happened (aborted, or a single
-    token).
+    """One request's timeline, in milliseconds; None where an event never happened (aborted, a single token).
 
     queue_ms: due to first scheduled. ttft_ms: due to first token. prefill_ms: scheduled to first token.
     decode_ms: first token to finished. latency_ms: due to finished. tpot_ms: decode_ms / (output_tokens - 1).
@@ -69,7 +68,9 @@ class RequestMetrics:
             arrival_s, scheduled_s, token_times_s, finished_s: seconds of one clock; `scheduled_s` is None for
                 a request that never ran, and there is a time for each output token.
         """
-        first, gaps = token_times_s[0] if token_times_s else None, len(token_times_s) - 1
+        first = token_times_s[0] if token_times_s else None
+        decode_ms = _ms(first, finished_s)
+        gaps = tuple((later - earlier) * 1e3 for earlier, later in pairwise(token_times_s))
         return cls(
             request_id=request_id,
             finish_reason=finish_reason,
@@ -79,14 +80,19 @@ class RequestMetrics:
             preemptions=preemptions,
             arrival_s=arrival_s,
             finished_s=finished_s,
-            queue_ms=None if scheduled_s is None else (scheduled_s - arrival_s) * 1e3,
-            ttft_ms=None if first is None else (first - arrival_s) * 1e3,
-            prefill_ms=None if first is None or scheduled_s is None else (first - scheduled_s) * 1e3,
-            decode_ms=None if first is None else (finished_s - first) * 1e3,
+            queue_ms=_ms(arrival_s, scheduled_s),
+            ttft_ms=_ms(arrival_s, first),
+            prefill_ms=_ms(scheduled_s, first),
+            decode_ms=decode_ms,
             latency_ms=(finished_s - arrival_s) * 1e3,
-            tpot_ms=None if first is None or gaps < 1 else (finished_s - first) * 1e3 / gaps,
-            itl_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(token_times_s)),
+            tpot_ms=decode_ms / len(gaps) if decode_ms is not None and gaps else None,
+            itl_ms=gaps,
         )
+
+
+def _ms(begin_s: float | None, end_s: float | None) -> float | None:
+    """Return the milliseconds between two times; None if one of them never came."""
+    return None if begin_s is None or end_s is None else (end_s - begin_s) * 1e3
 
 
 @dataclass(slots=True)
@@ -111,8 +117,7 @@ class Counters:
 
     @property
     def kv_unused_mean(self) -> float:
-        """Positions of KV memory that a running request held without need, on average over steps and
-        requests."""
+        """Positions of KV memory held without need, on average over the running requests of all steps."""
         return self.kv_unused_tokens / max(1, self.requests_advanced)
 
     @property
@@ -145,15 +150,14 @@ class EngineMetrics:
         self._last_finished_s = -math.inf
 
     def count_step(self, requests: int, result: StepResult, step_s: float, unused: int = 0) -> None:
-        """Add a step of `requests` requests that took `step_s` seconds; they held `unused` positions without
-        need."""
+        """Add a step of so many requests: its seconds, and the positions that they held without need."""
         counters = self.counters
         counters.steps += 1
         counters.forward_passes += result.forward_passes
         counters.tokens_computed += result.tokens_computed
         counters.padded_tokens += result.padded_tokens
-        counters.output_tokens += sum(
-            choice is not None and choice.token is not None for choice in result.choices
+        counters.output_tokens += len(
+            [choice for choice in result.choices if choice and choice.token is not None]
         )
         counters.kv_bytes_peak = max(counters.kv_bytes_peak, result.kv_bytes)
         counters.batch_sizes[requests] += 1
@@ -188,8 +192,7 @@ class EngineMetrics:
         return 100.0 * (1.0 - self.model_s / self.step_s) if self.step_s else 0.0
 
     def goodput(self, ttft_ms: float, tpot_ms: float) -> float:
-        """Requests per second that ended by themselves within both limits, among the last ones and in their
-        time.
+        """Return requests per second that ended by themselves within both limits, of those kept.
 
         Args:
             ttft_ms, tpot_ms: milliseconds; `math.inf` is no limit.
@@ -206,18 +209,15 @@ class EngineMetrics:
         return good / wall_s if wall_s else 0.0
 
     def frame(self) -> pd.DataFrame:
-        """One row a request of those kept, in the order they ended; columns are the fields of
-        RequestMetrics."""
+        """Return a row for each request kept, in the order they ended, of the fields of RequestMetrics."""
         import pandas as pd
 
-        frame = pd.DataFrame(
-            [asdict(r) for r in self.records], columns=[f.name for f in fields(RequestMetrics)]
-        )
+        columns = [field.name for field in fields(RequestMetrics)]
+        frame = pd.DataFrame([asdict(record) for record in self.records], columns=columns)
         return frame.astype(dict.fromkeys(LATENCIES[:-1], float))
 
     def summary(self) -> pd.DataFrame:
-        """Statistics (rows count, mean, std, min, 50%, 95%, 99%, max) of each latency (columns),
-        milliseconds.
+        """Return statistics (rows count, mean, std, min, 50%, 95%, 99%, max) of each latency, in ms.
 
         They are of the requests kept, and `count` says how many; itl_ms is over every gap of each.
         Percentiles are numpy's default (linear).
@@ -227,21 +227,18 @@ class EngineMetrics:
         return type(frame)({name: c.describe(percentiles=[0.5, 0.95, 0.99]) for name, c in columns.items()})
 
     def flat(self) -> dict[str, float | int | None]:
-        """The run as plain numbers by flat names (`ttft_p95_ms`, `tokens_per_s`, `forward_passes`, ...), for
-        JSON.
+        """Return the run as plain numbers by flat names (`ttft_p95_ms`, `forward_passes`, ...), for JSON.
 
-        No numpy scalars, and None where nothing was measured.
+        There are no numpy scalars, and None stands where nothing was measured.
         """
-        counters = {
-            f.name: getattr(self.counters, f.name) for f in fields(Counters) if f.name != "batch_sizes"
-        }
-        own = ("wall_s", "tokens_per_s", "host_pct")
-        flat = {"requests": self.requests, **{name: getattr(self, name) for name in own}, **counters}
-        flat["padding_ratio"] = self.counters.padding_ratio
-        flat["kv_unused_mean"] = self.counters.kv_unused_mean
+        flat: dict[str, float | int | None] = {"requests": self.requests}
+        flat |= {name: getattr(self, name) for name in ("wall_s", "tokens_per_s", "host_pct")}
+        flat |= asdict(self.counters)
+        del flat["batch_sizes"]
+        flat |= {name: getattr(self.counters, name) for name in ("padding_ratio", "kv_unused_mean")}
         flat["batch_size_mean"] = self.counters.requests_advanced / max(1, self.counters.steps)
         for name, column in self.summary().items():
             short = str(name).removesuffix("_ms")
             for row, label in (("mean", "mean"), ("50%", "p50"), ("95%", "p95"), ("99%", "p99")):
-                flat[f"{short}_{label}_ms"] = None if column.isna()[row] else float(column[row])
+                flat[f"{short}_{label}_ms"] = None if math.isnan(column[row]) else float(column[row])
         return flat
