@@ -1,5 +1,4 @@
-"""What Linux's control groups leave this process: a container's memory and processors, which the system's own
-counts do not show. Pure Python, and nothing where there are none.
+"""The memory and processors that Linux's control groups leave this process, as in a container.
 
 A process is in one group of each hierarchy (version 1 has one a controller, version 2 one for all, and a
 system may have both), and whatever limits a group limits all groups in it: so every ancestor that can be seen
@@ -16,7 +15,7 @@ ROOT = Path("/")
 
 
 def memory_left(root: Path = ROOT) -> int | None:
-    """Bytes that the tightest group leaves; None if no group has a limit that can be read.
+    """Return the bytes that the tightest group leaves; None if no group has a limit that can be read.
 
     Pages of files that are not in use count as left, as Docker and Kubernetes count them: they go when memory
     is wanted.
@@ -39,7 +38,7 @@ def memory_left(root: Path = ROOT) -> int | None:
 
 
 def processors(root: Path = ROOT) -> float | None:
-    """Processors' time that the tightest group may take; None if no group has a limit that can be read."""
+    """Return how many processors the tightest group may fill; None if no limit can be read."""
     shares = []
     for group in _groups("cpu", root):
         words = _text(group / "cpu.max").split()
@@ -52,7 +51,7 @@ def processors(root: Path = ROOT) -> float | None:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of the groups that this process is in for a controller: its own, then their ancestors."""
+    """Yield the folders of this process's groups for a controller, each followed by its ancestors."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         parts = line.split(":", 2)
         if len(parts) < 3:  # not a line of that file
@@ -62,19 +61,13 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
             continue
         for shown, mount in _mounts("" if not controllers else controller, root):
             inside = Path(path).relative_to(shown) if Path(path).is_relative_to(shown) else Path()
-            group = mount / inside
             if ".." in inside.parts:  # the mount shows our own group, by another name
-                group = mount
-            while not group.is_dir() and group != mount:  # gone, or not shown: its ancestors' limits hold
-                group = group.parent
-            yield group
-            while group != mount:
-                group = group.parent
-                yield group
+                inside = Path()
+            yield from (mount / part for part in (inside, *inside.parents) if (mount / part).is_dir())
 
 
 def _mounts(controller: str, root: Path) -> Iterator[tuple[str, Path]]:
-    """Where a controller's hierarchy is mounted, version 2's if "": the group shown there, and the folder."""
+    """Yield each mount of a controller's hierarchy, version 2's if "": the group shown there, the folder."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         words, rest = before.split(" "), after.split(" ")
@@ -82,17 +75,15 @@ def _mounts(controller: str, root: Path) -> Iterator[tuple[str, Path]]:
             continue
         kind, options = rest[0], rest[-1]
         if kind == ("cgroup" if controller else "cgroup2") and controller in ("", *options.split(",")):
-            shown, folder = map(_unescaped, words[3:5])
+            # a space is written as backslash 040
+            shown, folder = (
+                re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), word) for word in words[3:5]
+            )
             yield shown, root / folder.lstrip("/")
 
 
-def _unescaped(word: str) -> str:
-    """A path as `mountinfo` writes it, where a space is backslash 040."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
-
-
 def _text(file: Path) -> str:
-    """What a file says, without its last newline; nothing if it cannot be read."""
+    """Return a file's text without its last newline; nothing if it cannot be read."""
     try:
         return file.read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -105,6 +96,6 @@ def _number(file: Path) -> int | None:
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """Numbers by their names, a line each."""
+    """Return numbers by their names, of a file with a line for each."""
     pairs = (line.split() for line in _text(file).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}

@@ -58,7 +58,7 @@ class EngineConfig:
     deterministic: bool = bounded(False, bool)
     kv_memory: int | float = 0.6
     seed: int = bounded(0, int, 0, 2**63 - 1)
-    metrics_window: int | None = 1000
+    metrics_window: int | None = bounded(1000, int, 1, 2**31, optional=True)
     generation_config: str = "auto"
 
     def __post_init__(self) -> None:
@@ -71,26 +71,23 @@ class EngineConfig:
         check_text("device", self.device)
         bytes_or_share: Any = (int, 1) if isinstance(plain(self.kv_memory), int) else (float, 1e-9, 1)
         object.__setattr__(self, "kv_memory", check("kv_memory", self.kv_memory, *bytes_or_share))
-        if self.metrics_window is not None:
-            window = check("metrics_window", self.metrics_window, int, 1, 2**31)
-            object.__setattr__(self, "metrics_window", window)
         if self.runner == "padded" and (self.policy == "continuous" or self.deterministic):
             raise InputError(
                 "runner='padded' can be neither continuous nor deterministic: use runner='packed'"
             )
-        if self.dtype == "int8" and (
-            self.runner == "padded" or self.device.split(":")[0] not in ("auto", "cpu")
-        ):
-            bad = f"runner={self.runner!r}" if self.runner == "padded" else f"device={self.device!r}"
-            raise InputError(f"dtype='int8' runs packed on a CPU, not with {bad}: change one of the two")
+        if self.dtype == "int8":
+            bad = "runner" if self.runner == "padded" else "device"
+            if bad == "runner" or self.device.split(":")[0] not in ("auto", "cpu"):
+                problem = f"{bad}={getattr(self, bad)!r}: change one of the two"
+                raise InputError(f"dtype='int8' runs packed on a CPU, not with {problem}")
 
     @property
     def must_pack(self) -> bool:
-        """Whether no runner but the packed one will do."""
+        """True if no runner but the packed one will do."""
         return self.runner == "packed" or self.deterministic or self.dtype == "int8"
 
     def resolve(self, device: str, dtype: str) -> EngineConfig:
-        """For a model on this device and in this dtype, with the runner and the tokens of a step chosen too.
+        """Return this for a model's device and dtype, with the runner and a step's tokens chosen too.
 
         Raises:
             InputError: for a model that cannot be quantized, where it should be.

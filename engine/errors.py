@@ -20,7 +20,7 @@ SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 100
 
 
 class InputError(ValueError):
-    """What the caller gave cannot be done: the message names the field, the bound and the way out."""
+    """A request that cannot be met as given: the message names the field, the bound and the way out."""
 
 
 def shown(value: Any) -> str:
@@ -52,8 +52,7 @@ def check(name: str, value: Any, kind: type, low: float = 0, high: float = UNBOU
     if isinstance(number, good) and isinstance(number, bool) == (kind is bool):
         try:
             number = kind(number)
-        # an int that no float is as large as; a class of the caller's that can't be converted
-        except Exception:
+        except Exception:  # an int beyond all floats; a class of the caller's that can't be converted
             number = math.nan
         if low <= number <= high:
             return number
@@ -93,14 +92,13 @@ def check_list(name: str, value: Any, what: str = "a list", *, ordered: bool = T
 
     `ordered=False` takes sets too. Text, bytes and mappings are no lists, nor is what raises when read.
     """
-    unfit = str | bytes | bytearray | memoryview | Mapping
-    if not isinstance(value, unfit | Set if ordered else unfit):
-        try:
+    unfit, problem = str | bytes | bytearray | memoryview | Mapping, ""
+    try:
+        if not isinstance(value, unfit | Set if ordered else unfit):
             return tuple(value)
-        except Exception as error:
-            problem = "" if isinstance(error, TypeError) else f", and reading it raised {shown(error)}"
-            raise InputError(f"{name}={shown(value)} must be {what}{problem}") from error
-    raise InputError(f"{name}={shown(value)} must be {what}")
+    except Exception as error:
+        problem = "" if isinstance(error, TypeError) else f", and reading it raised {shown(error)}"
+    raise InputError(f"{name}={shown(value)} must be {what}{problem}")
 
 
 def check_type(name: str, value: Any, kind: type, way_out: str) -> None:
@@ -109,14 +107,15 @@ def check_type(name: str, value: Any, kind: type, way_out: str) -> None:
         raise InputError(f"{name}={shown(value)} must be of class {kind.__name__}: {way_out}")
 
 
-def bounded(default: Any, kind: type, low: float = 0, high: float = UNBOUNDED) -> Any:
-    """A dataclass field and what `check_fields` shall hold it to; None is good where it is the default."""
-    return field(default=default, metadata={"bounds": (kind, low, high)})
+def bounded(default: Any, kind: type, low: float = 0, high: float = UNBOUNDED, optional: bool = False) -> Any:
+    """Return a dataclass field for `check_fields` to check; None is good if `optional` or the default."""
+    metadata = {"bounds": (kind, low, high), "optional": optional or default is None}
+    return field(default=default, metadata=metadata)
 
 
 def check_fields(made: Any) -> None:
     """Check every field of a dataclass instance that is `bounded`, and keep it as the Python number it is."""
     for known in fields(made):
         value = getattr(made, known.name)
-        if known.metadata and not (value is None and known.default is None):
+        if known.metadata and not (value is None and known.metadata["optional"]):
             object.__setattr__(made, known.name, check(known.name, value, *known.metadata["bounds"]))

@@ -17,16 +17,15 @@ CPU_FIELDS = ("model name", "cpu family", "model", "stepping")
 
 
 def cache_dir() -> Path:
-    """$DYNAMIC_BATCH_CACHE, else $XDG_CACHE_HOME/dynamic-batch, else ~/.cache/dynamic-batch."""
+    """Return $DYNAMIC_BATCH_CACHE, else $XDG_CACHE_HOME/dynamic-batch, else ~/.cache/dynamic-batch."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dynamic-batch")
     return Path(os.environ.get("DYNAMIC_BATCH_CACHE") or default).expanduser()
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What tells one CPU model from another: its name and, since clouds give many the same, family and
-    stepping.
+    """Return the CPU's name, family, model and stepping, as clouds give many the same name.
 
-    Where the kernel does not tell, what Python calls it.
+    Where the kernel does not tell, Python's name for it.
     """
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     found = (re.search(rf"^{field}\s*: (.*)", text, re.MULTILINE) for field in CPU_FIELDS)
@@ -34,7 +33,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def processors(root: Path = cgroup.ROOT) -> int:
-    """How many processors this process may use: those it is bound to, and no more than its quota fills.
+    """Return how many processors this process may use: those it is bound to, at most what its quota fills.
 
     Args:
         root: where the file tree begins that says what a container may take.
@@ -58,11 +57,10 @@ def limit_threads() -> None:
 
 
 def placement(device: str, dtype: str) -> tuple[str, str]:
-    """The device and dtype to load a model on and in: what "auto" means here, float32 for int8, or those
-    given.
+    """Return the device and dtype to load a model on and in: these, or what "auto" means and int8 needs.
 
     Raises:
-        InputError: for a device that is not here: better learnt before a download than after it.
+        InputError: for a device that is not here, which is better learnt before a download than after it.
     """
     import torch
 
@@ -73,7 +71,6 @@ def placement(device: str, dtype: str) -> tuple[str, str]:
     except Exception as error:  # whatever torch raises for a word that names no device
         reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"device={device!r} is not here ({reason}): give auto or cpu") from None
-    return device, ("float16" if device.startswith("cuda") else "float32") if dtype in (
-        "auto",
-        "int8",
-    ) else dtype
+    if dtype in ("auto", "int8"):
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    return device, dtype
