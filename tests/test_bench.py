@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine import EngineConfig, FinishReason, InputError, SamplingParams, WorkItem
-from engine.bench import table
+from engine.bench import report
 from engine.bench.compare import Run, compare, environment
 from engine.bench.options import combinations
 from engine.bench.report import requests_frame, summarise
@@ -117,18 +117,18 @@ def test_without_sequential_the_first_run_is_the_base():
 
 def test_every_column_of_the_table_is_in_the_summary_and_what_was_not_measured_is_a_dash():
     summary = summarise([made_up("sequential", 1, 1.0, ((5,), (7,)))])
-    assert {name for _, name, _, _ in table.COLUMNS} <= set(summary.columns)
-    cells = {column.name: column.cells for column in table.columns(summary)}
-    assert len(cells) == len(table.COLUMNS) == 16
+    assert {name for _, name, _, _ in report.COLUMNS} <= set(summary.columns)
+    cells = {column.name: column.cells for column in report.columns(summary)}
+    assert len(cells) == len(report.COLUMNS) == 16
     shown = [cells[name] for name in ("policy", "speed-up", "TPOT P50", "same tokens")]
     assert shown == [["sequential"], ["1.00x"], ["-"], ["2/2"]]
-    assert table.caption(summary).startswith("2 requests a row. speed-up: tok/s over that of sequential.")
-    assert "over that of the first row." in table.caption(summarise([made_up("dynamic", 4, 1.0)]))
+    assert report.caption(summary).startswith("2 requests a row. speed-up: tok/s over that of sequential.")
+    assert "over that of the first row." in report.caption(summarise([made_up("dynamic", 4, 1.0)]))
 
 
 def test_the_times_of_a_metric_have_one_unit_that_suits_them():
     summary = summarise([made_up("sequential", 1, 20.0), made_up("dynamic", 4, 0.25)])
-    columns = {column.head: column.cells for column in table.columns(summary)}
+    columns = {column.head: column.cells for column in report.columns(summary)}
     assert columns["TTFT\nP50 s"] == columns["latency\nP95 s"] == ["20.00", "0.25"]
     assert columns["decode\nmean ms"] == ["0", "0"]
 
@@ -140,7 +140,7 @@ def test_the_times_of_a_metric_have_one_unit_that_suits_them():
     ([0.0], ("ms", 1.0, 0)), ([], ("ms", 1.0, 0)),
 ])  # fmt: skip
 def test_the_unit_and_the_decimals_of_times(times, shown):
-    assert table.unit_of(times) == shown
+    assert report.unit_of(times) == shown
 
 
 def test_requests_frame_has_a_row_a_request_a_run():
@@ -155,7 +155,7 @@ def test_requests_frame_has_a_row_a_request_a_run():
 
 def test_the_table_of_a_run_fits_and_its_most_telling_columns_go_last():
     summary = summarise([made_up("sequential", 1, 50.0), made_up("continuous", 16, 1.0)])
-    columns = table.columns(summary)
+    columns = report.columns(summary)
     kept = {width: [column.name for column in fitting(columns, width)] for width in range(20, 150)}
     assert all(total_width(fitting(columns, width)) <= width for width in kept if width >= 25)
     assert kept[149] == [column.name for column in columns]

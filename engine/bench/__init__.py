@@ -1,5 +1,5 @@
 """The main job: one workload through every policy at every batch size, measured alike, in one table.
 
 `options` says what is asked and `workload` which requests there are: no torch may enter those two. `compare`
-runs them, `table` and `report` show the runs, `command` is all of it for `python -m engine bench`.
+runs them, `report` shows the runs, `command` is all of it for `python -m engine bench`.
 """

@@ -1,4 +1,4 @@
-"""What a comparison is asked to be, checked before any work: no torch may enter."""
+"""The options of a comparison, checked before any work: no torch may enter."""
 
 from __future__ import annotations
 
@@ -61,15 +61,14 @@ class BenchOptions:
     config: EngineConfig = field(init=False)
 
     def __post_init__(self) -> None:
+        names = [policy.strip() for policy in self.policies.split(",")]
         try:
             sizes = [int(size) for size in self.batch_sizes.split(",")]
         except ValueError:
             problem = "must be whole numbers, comma-separated: 1,4,16"
             raise InputError(f"batch-sizes={shown(self.batch_sizes)} {problem}") from None
-        names = [policy.strip() for policy in self.policies.split(",")]
         object.__setattr__(self, "combinations", combinations(names, sizes))
-        for option in ("csv", "json", "plot"):
-            path = getattr(self, option)
+        for option, path in (("csv", self.csv), ("json", self.json), ("plot", self.plot)):
             if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
                 problem = "cannot be written: name a file in a folder that is there"
                 raise InputError(f"{option}={str(path)!r} {problem}")
@@ -79,8 +78,7 @@ class BenchOptions:
             raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
         make_workload(self.workload, vocab_size=2, seed=self.seed, arrivals=self.arrivals)
         if self.dtype == "int8" and GENERATE in names:
-            raise InputError(
-                "policies has 'generate', which is Transformers' own: leave it out of dtype='int8'"
-            )
+            problem = "which is Transformers' own: leave it out of dtype='int8'"
+            raise InputError(f"policies has {GENERATE!r}, {problem}")
         config = EngineConfig(device=self.device, dtype=self.dtype, seed=self.seed, generation_config="none")
         object.__setattr__(self, "config", config)
