@@ -2,7 +2,7 @@
 
 Transformers maps some keys and tensors of each architecture and passes over the rest. Here each key is held
 against what the config that comes of the file means by it (`engine.models.gguf_keys`), and each tensor must
-land in a parameter, or be one that RoPE takes (`engine.models.gguf_rope`).
+become a parameter, or belong to RoPE (`engine.models.gguf_rope`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.models.errors import ModelError
-from engine.models.gguf_keys import check_values, take_keys
-from engine.models.gguf_rope import ROPE_TENSORS, take_rope
+from engine.models.gguf_keys import apply_keys, check_values
+from engine.models.gguf_rope import ROPE_TENSORS, set_rope
 from engine.models.gguf_tokenizer import ENDS, gguf_tokenizer
 from engine.models.stored import causal_lm
-from engine.models.vocabulary import drop_foreign_pad
+from engine.models.vocabulary import drop_foreign_pad, flat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,14 +49,14 @@ class GgufFile:
         return {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
 
     def refusal(self, name: str, why: str = NOT_HONOURED) -> ModelError:
-        """The error that names a key, as it is or without its architecture, or a tensor."""
+        """Return the error that names a key, as it is or without its architecture, or a tensor."""
         key = name if name in self.fields else f"{self.architecture}.{name}"
         what = f"{key}={textwrap.shorten(repr(self.fields[key]), 60)}" if key in self.fields else name
         return ModelError(f"{self.path} has {what}, {why}: {WAY_OUT}")
 
 
 def from_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The weights of a GGUF file unpacked to `dtype`, and its tokenizer if it has one.
+    """Return the model of a GGUF file, unpacked to `dtype`, and its tokenizer if it has one.
 
     Raises:
         ModelError: for a file that is cut short, or that says what can't be honoured.
@@ -75,19 +75,19 @@ def from_gguf(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
             for key in (key for key, value in file.own.items() if isinstance(value, list)):
                 raise file.refusal(key, "one value a layer") from error
             raise
-        take_keys(file, config)
-        take_rope(file, config)
+        apply_keys(file, config)
+        set_rope(file, config)
         drop_foreign_pad(str(path), config)
         _refuse_left_over(file, config)
         unpacked = GgufConfig(dequantize=True)  # packed, it can't be saved
         options = {"config": config, "quantization_config": unpacked, **where}
         model = causal_lm(str(path.parent), dtype, str(path), **options)
-    _take_ends(file, model)
+    _add_ends(file, model)
     return model, tokenizer
 
 
 def _opened(path: Path) -> GgufFile:
-    """The file as the gguf package reads it; ModelError if that is not here, or the file is cut short."""
+    """Return the file as the gguf package reads it; ModelError if that is not here, or it is cut short."""
     try:
         import accelerate  # noqa: F401  (Transformers needs it for this)
         from gguf import GGUFReader
@@ -139,11 +139,9 @@ def _refuse_left_over(file: GgufFile, config: PreTrainedConfig) -> None:
             raise file.refusal(name, f"a tensor that {type(model).__name__} has no place for by its config")
 
 
-def _take_ends(file: GgufFile, model: PreTrainedModel) -> None:
-    """Let what the file calls the end of a turn or of a message end an output, as its EOS does."""
+def _add_ends(file: GgufFile, model: PreTrainedModel) -> None:
+    """End an output also where the file has a chat's turn or message end (EOT, EOM)."""
     more = [file.fields[key] for key in ENDS if key in file.fields]
     settings = model.generation_config
     if more and settings is not None:
-        eos = settings.eos_token_id
-        known = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        settings.eos_token_id = list(dict.fromkeys([*known, *more]))
+        settings.eos_token_id = list(dict.fromkeys([*flat(settings.eos_token_id), *more]))

@@ -1,6 +1,6 @@
-"""What each key of a GGUF file's architecture means in a config: sizes, norms, attention, experts.
+"""The meaning in a config of each key of a GGUF file's architecture: sizes, norms, attention, experts.
 
-A key is taken into the config where that has a place for it which Transformers leaves alone, and must agree
+A key is copied into the config where that has a place for it which Transformers leaves alone, and must agree
 with it elsewhere. Where the config has no such thing, the value must be one that changes nothing. The rest is
 refused.
 """
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """Of a key: the config's attribute, the first of `names` that it has, or else values that change nothing.
+    """A key's attribute in the config, the first of `names` that it has, or else values that change nothing.
 
-    `taken` keys are put into that attribute, others must agree with it. Any value does if `neutral` is ().
+    `copied` keys are put into that attribute, others must agree with it. Any value does if `neutral` is ().
     """
 
     names: tuple[str, ...] = ()
     neutral: tuple[Any, ...] = (0,)
-    taken: bool = False
+    copied: bool = False
 
 
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 MEANINGS = {
-    "context_length": Meaning(("max_position_embeddings",), (), taken=True),
-    "vocab_size": Meaning(("vocab_size",), taken=True),
+    "context_length": Meaning(("max_position_embeddings",), (), copied=True),
+    "vocab_size": Meaning(("vocab_size",), copied=True),
     "embedding_length": Meaning(("hidden_size",)),
     "embedding_length_out": Meaning(("hidden_size",)),
     "embedding_length_per_layer_input": Meaning(("hidden_size_per_layer_input",)),
     "attention.head_count": Meaning(("num_attention_heads",)),
-    "attention.layer_norm_rms_epsilon": Meaning(EPSILONS, taken=True),
-    "attention.layer_norm_epsilon": Meaning(EPSILONS, taken=True),
+    "attention.layer_norm_rms_epsilon": Meaning(EPSILONS, copied=True),
+    "attention.layer_norm_epsilon": Meaning(EPSILONS, copied=True),
     "attention.causal": Meaning(neutral=(True,)),
     "attention.shared_kv_layers": Meaning(("num_kv_shared_layers",)),
-    "attn_logit_softcapping": Meaning(("attn_logit_softcapping",), taken=True),
-    "final_logit_softcapping": Meaning(("final_logit_softcapping",), taken=True),
+    "attn_logit_softcapping": Meaning(("attn_logit_softcapping",), copied=True),
+    "final_logit_softcapping": Meaning(("final_logit_softcapping",), copied=True),
     "logit_scale": Meaning(neutral=(0, 1)),
     "residual_scale": Meaning(neutral=(0, 1)),
     "embedding_scale": Meaning(neutral=(0, 1)),
@@ -51,9 +51,9 @@ MEANINGS = {
     "tensor_data_layout": Meaning(neutral=("Meta AI original pth",)),
     "expert_count": Meaning(("num_experts", "num_local_experts")),
     "expert_used_count": Meaning(("num_experts_per_tok",)),
-    "expert_feed_forward_length": Meaning(("moe_intermediate_size", "intermediate_size"), taken=True),
-    "expert_shared_feed_forward_length": Meaning(("shared_expert_intermediate_size",), taken=True),
-    "expert_weights_norm": Meaning(("norm_topk_prob",), taken=True),
+    "expert_feed_forward_length": Meaning(("moe_intermediate_size", "intermediate_size"), copied=True),
+    "expert_shared_feed_forward_length": Meaning(("shared_expert_intermediate_size",), copied=True),
+    "expert_weights_norm": Meaning(("norm_topk_prob",), copied=True),
     "expert_weights_scale": Meaning(neutral=(0, 1)),
     "expert_group_count": Meaning(neutral=(0, 1)),
     "expert_group_used_count": Meaning(neutral=(0, 1)),
@@ -79,8 +79,6 @@ MEANINGS = {
     "pooling_type": Meaning(neutral=()),  # of embeddings
     "decoder_start_token_id": Meaning(neutral=()),
 }
-
-
 TEXTS = {"rope.scaling.type", "tensor_data_layout", "pooling_type"}
 POSITIVE = {
     "block_count", "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv",
@@ -109,27 +107,25 @@ def check_values(file: GgufFile) -> None:
             raise file.refusal(key, "which must be above 0")
 
 
-def take_keys(file: GgufFile, config: PreTrainedConfig) -> None:
-    """Put into the config what the file says and Transformers leaves out; rope.* keys are `gguf_rope`'s.
+def apply_keys(file: GgufFile, config: PreTrainedConfig) -> None:
+    """Copy into the config what the file says and Transformers leaves out; rope.* keys are `gguf_rope`'s.
 
     Raises:
         ModelError: naming a key of the file's architecture that is not honoured.
     """
     own = file.own
-    _take_head_dim(file, config)
+    _apply_head_dim(file, config)
     for key, value in sorted(own.items()):
-        if key.startswith("rope."):
-            continue
         if key in COMPUTED:
             agrees = COMPUTED[key](config, value, own)
         else:
-            agrees = key in MEANINGS and _takes(config, MEANINGS[key], value)
-        if not agrees:
+            agrees = key in MEANINGS and _apply(config, MEANINGS[key], value)
+        if not agrees and not key.startswith("rope."):
             raise file.refusal(key)
 
 
-def _take_head_dim(file: GgufFile, config: PreTrainedConfig) -> None:
-    """The size of a head is the weights', or else what the file says: a config may have its own default."""
+def _apply_head_dim(file: GgufFile, config: PreTrainedConfig) -> None:
+    """Set the size of a head by the weights, or else by the file: a config may have its own default."""
     size, first = file.own.get("attention.key_length"), file.tensors.get("blk.0.attn_q.weight")
     if first is not None:
         size = int(first.shape[1]) // config.num_attention_heads  # GGUF has the inputs first
@@ -138,12 +134,12 @@ def _take_head_dim(file: GgufFile, config: PreTrainedConfig) -> None:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """The size of a query's head, by a config that may leave it to be derived."""
+    """Return the size of a query's head, by a config that may leave it to be derived."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def same(value: Any, own: Any) -> bool:
-    """Whether a file's value is the config's, but for the rounding of floats."""
+    """Return whether a file's value is the config's, but for the rounding of floats."""
     if isinstance(value, list):
         return bool(value) and all(same(each, own) for each in value)
     if isinstance(value, int | float) and isinstance(own, int | float):
@@ -151,23 +147,18 @@ def same(value: Any, own: Any) -> bool:
     return bool(value == own) or (not value and own is None)
 
 
-def _takes(config: PreTrainedConfig, meaning: Meaning, value: Any) -> bool:
-    """Whether the config means the same, after it has taken the value where it should."""
+def _apply(config: PreTrainedConfig, meaning: Meaning, value: Any) -> bool:
+    """Return whether the config says the same, once the value is copied where it should be."""
     names = [name for name in meaning.names if hasattr(config, name)]
     if not names:
         return not meaning.neutral or value in meaning.neutral
     name = next((name for name in names if getattr(config, name) is not None), names[0])
-    if meaning.taken and not same(value, getattr(config, name)):
+    if meaning.copied and not same(value, getattr(config, name)):
         setattr(config, name, value or None)
     return same(value, getattr(config, name))
 
 
 Own = dict[str, Any]  # all keys of the architecture, for those that mean something together
-
-
-def _blocks(config: PreTrainedConfig, value: Any, own: Own) -> bool:
-    """A file counts the layers that guess ahead, a config does not."""
-    return same(value, config.num_hidden_layers + own.get("nextn_predict_layers", 0))
 
 
 def _kv_heads(config: PreTrainedConfig, value: Any, own: Own) -> bool:
@@ -192,15 +183,6 @@ def _feed_forward(config: PreTrainedConfig, value: Any, own: Own) -> bool:
 def _key_length(config: PreTrainedConfig, value: Any, own: Own) -> bool:
     """The head size; in Gemma 4, that of layers with full attention."""
     return same(value, getattr(config, "global_head_dim", None) or head_dim(config))
-
-
-def _value_length(config: PreTrainedConfig, value: Any, own: Own) -> bool:
-    return same(value, own.get("attention.key_length", head_dim(config)))
-
-
-def _window_length(config: PreTrainedConfig, value: Any, own: Own) -> bool:
-    """The head size of layers with a window."""
-    return same(value, head_dim(config))
 
 
 def _scale(config: PreTrainedConfig, value: Any, own: Own) -> bool:
@@ -237,13 +219,19 @@ def _gating(config: PreTrainedConfig, value: Any, own: Own) -> bool:
 
 
 COMPUTED: dict[str, Callable[[PreTrainedConfig, Any, Own], bool]] = {
-    "block_count": _blocks,
+    # A file counts the layers that guess ahead, a config does not.
+    "block_count": lambda config, value, own: same(
+        value, config.num_hidden_layers + own.get("nextn_predict_layers", 0)
+    ),
     "attention.head_count_kv": _kv_heads,
     "feed_forward_length": _feed_forward,
     "attention.key_length": _key_length,
-    "attention.value_length": _value_length,
-    "attention.key_length_swa": _window_length,
-    "attention.value_length_swa": _window_length,
+    "attention.value_length": lambda config, value, own: same(
+        value, own.get("attention.key_length", head_dim(config))
+    ),
+    # of layers with a window
+    "attention.key_length_swa": lambda config, value, own: same(value, head_dim(config)),
+    "attention.value_length_swa": lambda config, value, own: same(value, head_dim(config)),
     "attention.scale": _scale,
     "attention.sliding_window": _window,
     "attention.sliding_window_pattern": _window_pattern,

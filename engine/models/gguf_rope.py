@@ -1,4 +1,4 @@
-"""What a GGUF file says of its rotary embedding (RoPE), as `rope_parameters` of a Transformers config."""
+"""A GGUF file's rotary embedding (RoPE), as `rope_parameters` of a Transformers config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (FREQS, LONG, SHORT)
 ORIGINAL = "rope.scaling.original_context_length"
-# What `_scaled` reads, or what says only how a model was made.
+# Read by `_scaling`, or saying only how a model was made.
 READ = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", ORIGINAL, "rope.scaling.attn_factor",
         "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.finetuned",
         "rope.dimension_sections"}  # fmt: skip
@@ -26,7 +26,7 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-def take_rope(file: GgufFile, config: PreTrainedConfig) -> None:
+def set_rope(file: GgufFile, config: PreTrainedConfig) -> None:
     """Put the file's rope.* keys and tensors into the config.
 
     Raises:
@@ -45,20 +45,20 @@ def take_rope(file: GgufFile, config: PreTrainedConfig) -> None:
         elif key == "rope.freq_base_swa" and "sliding_attention" in given:
             given["sliding_attention"]["rope_theta"] = value
         elif key == "rope.dimension_count":
-            _take_width(file, config, full, value)
+            _set_width(file, config, full, value)
         elif key == "rope.dimension_count_swa":
             if value != head_dim(config):
                 raise file.refusal(key)
         elif key.startswith("rope.") and key not in READ and value not in NEUTRAL.get(key, ()):
             raise file.refusal(key)
-    full.update(_scaled(file, config, own, nested=full is not given))
+    full.update(_scaling(file, config, own, nested=full is not given))
     original = full.get("original_max_position_embeddings")
     if original is not None and hasattr(config, "original_max_position_embeddings"):  # Phi-3 has it twice
         config.original_max_position_embeddings = original
 
 
-def _take_width(file: GgufFile, config: PreTrainedConfig, full: dict[str, Any], value: int) -> None:
-    """How many of a head's dimensions are rotated; a config says which part of them."""
+def _set_width(file: GgufFile, config: PreTrainedConfig, full: dict[str, Any], value: int) -> None:
+    """Set how many of a head's dimensions are rotated; a config says which part of them."""
     size = getattr(config, "global_head_dim", None) or head_dim(config)
     part = full.get("partial_rotary_factor", 1.0)
     if value not in (getattr(config, "rotary_dim", None), int(size * part)):
@@ -68,8 +68,8 @@ def _take_width(file: GgufFile, config: PreTrainedConfig, full: dict[str, Any], 
         full["partial_rotary_factor"] = value / size
 
 
-def _scaled(file: GgufFile, config: PreTrainedConfig, own: dict[str, Any], nested: bool) -> dict[str, Any]:
-    """The scaling as a config has it: nothing where the file has none."""
+def _scaling(file: GgufFile, config: PreTrainedConfig, own: dict[str, Any], nested: bool) -> dict[str, Any]:
+    """Return the scaling as a config has it: nothing where the file has none."""
     kind, attention = own.get("rope.scaling.type"), own.get("rope.scaling.attn_factor", 1.0)
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or 1.0
     original = own.get(ORIGINAL, config.max_position_embeddings)
@@ -97,7 +97,7 @@ def _scaled(file: GgufFile, config: PreTrainedConfig, own: dict[str, Any], neste
 def _longrope(
     file: GgufFile, config: PreTrainedConfig, long: str, short: str, original: int, attention: float
 ) -> dict[str, Any]:
-    """Each frequency divided by a number of the tensor `short`, or of `long` beyond `original` positions."""
+    """Return a scaling that divides by the numbers of `short`, or of `long` beyond `original` positions."""
     width = int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
     factors = {name: [float(factor) for factor in file.tensors[name].data] for name in (long, short)}
     for name, values in factors.items():

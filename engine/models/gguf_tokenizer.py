@@ -37,7 +37,7 @@ WHOLE_PIECES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixt
 
 
 def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a file; None if it has no vocabulary.
+    """Return the tokenizer of a file; None if it has no vocabulary.
 
     Raises:
         ModelError: for a key that can't be honoured, or a tokenizer that does not load.
@@ -74,19 +74,12 @@ def split_as(pre: str | None, tokenizer: PreTrainedTokenizerBase | None) -> None
         backend.model.ignore_merges = True
 
 
-def _splits() -> set[str]:
-    """The ways of cutting text that Transformers itself reads from a file."""
-    from transformers.integrations.gguf import gguf_tokenizer_mapping
-
-    return set(getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", ()))
-
-
 def _prefix_space(file: GgufFile, wanted: bool, backend: Any) -> None:
     """Have a SentencePiece vocabulary put a space before a text, or not; ModelError where that can't be."""
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     by_cutting = isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace)
-    given = by_cutting or isinstance(backend.normalizer, normalizers.Sequence)  # Phi-3's way
+    given = by_cutting or isinstance(backend.normalizer, normalizers.Sequence)  # as of Phi-3
     if given == wanted:
         return
     if wanted:
@@ -101,12 +94,15 @@ def _prefix_space(file: GgufFile, wanted: bool, backend: Any) -> None:
 
 def _refuse_unread(file: GgufFile) -> None:
     """Raise ModelError for a key that changes how text is cut and that nothing reads."""
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
     for key, value in file.fields.items():
         space, _, name = key.partition(".")
         if space != "tokenizer" or name in READ | NOTES or name.startswith("chat_template."):
             continue
         if name not in NEUTRAL or value != NEUTRAL[name]:
             raise file.refusal(key, "which changes how text is cut and is not honoured here")
-    pre, known = file.fields.get("tokenizer.ggml.pre"), AS_GPT2 | DIGITS_FIRST | _splits()
+    pre = file.fields.get("tokenizer.ggml.pre")
+    known = {*AS_GPT2, *DIGITS_FIRST, *getattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS", ())}
     if file.fields.get("tokenizer.ggml.model") == "gpt2" and pre is not None and pre not in known:
-        raise file.refusal("tokenizer.ggml.pre", "a way of cutting text that is not known here")
+        raise file.refusal("tokenizer.ggml.pre", "a split of text that is not known here")

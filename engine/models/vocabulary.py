@@ -1,4 +1,4 @@
-"""Which token ids a model has, by its weights: what a config says of them, and of EOS, need not be so."""
+"""The token ids that a model has, by its weights: what a config says of them, and of EOS, may be wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def vocabulary(loaded: LoadedModel) -> tuple[int, int]:
-    """How many ids may go in, and how many may come out: rows of the embedding and of the output layer.
+    """Return how many ids may go in and how many may come out: rows of the embedding and the output layer.
 
     Raises:
         InputError: if the model could give a token that it can't read.
@@ -31,10 +31,10 @@ def vocabulary(loaded: LoadedModel) -> tuple[int, int]:
 
 
 def eos_ids(loaded: LoadedModel, outputs: int) -> frozenset[int]:
-    """The ids of `outputs` that end an output, as `generate` takes them; a warning names what is none."""
+    """Return the ids of `outputs` that end an output, as with `generate`; a warning names what is none."""
     config = loaded.model.generation_config
     stated = config.eos_token_id if config is not None else None
-    given = [(token, _is_id(token) and token < outputs) for token in _flat(stated)]
+    given = [(token, _is_id(token) and token < outputs) for token in flat(stated)]
     known = frozenset(int(token) for token, good in given if good)
     if bad := [repr(token) for token, good in given if not good]:
         warnings.warn(
@@ -46,7 +46,7 @@ def eos_ids(loaded: LoadedModel, outputs: int) -> frozenset[int]:
 
 
 def drop_foreign_pad(spec: str, config: PreTrainedConfig) -> bool:
-    """Take a padding id that is no token out of a config: no model is built with it. Warns; True if so."""
+    """Remove a padding id that is no token: no model is built with it. Warn and return True if there was."""
     text = config.get_text_config(decoder=True)
     pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if pad is None or size is None or (_is_id(pad) and pad < size):
@@ -58,23 +58,23 @@ def drop_foreign_pad(spec: str, config: PreTrainedConfig) -> bool:
 
 
 def _rows(layer: Any, otherwise: int) -> int:
-    """Rows of a layer's weight; `otherwise` for a layer that a model does without."""
+    """Return the rows of a layer's weight; `otherwise` for a layer that a model does without."""
     weight = getattr(layer, "weight", None)
     return otherwise if weight is None else int(weight.shape[0])
 
 
-def _flat(stated: Any) -> Iterator[Any]:
-    """The values in a list of lists, or the one that is none; nothing for None."""
+def flat(stated: Any) -> Iterator[Any]:
+    """Yield the values in a list of lists, or the one that is none; nothing for None."""
     if hasattr(stated, "tolist"):
         stated = stated.tolist()
     if isinstance(stated, list | tuple | set | frozenset):
         for value in stated:
-            yield from _flat(value)
+            yield from flat(value)
     elif stated is not None:
         yield stated
 
 
 def _is_id(token: Any) -> bool:
-    """Whether this is a whole number, if only as JSON writes one (2.0), and not below 0."""
+    """Return whether this is a whole number, if only as JSON writes one (2.0), and not below 0."""
     number = isinstance(token, int | float) and not isinstance(token, bool)
     return number and token >= 0 and token == token // 1
