@@ -194,6 +194,13 @@ def test_what_no_hub_id_looks_like_is_never_asked_for(hub, spec: str) -> None:
     assert hub.asked == 0
 
 
+def test_a_broken_tokenizer_is_named_by_its_hub_id(hub) -> None:
+    (hub.folder / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
+    (hub.folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"^some/model has a tokenizer of class NoSuchTokenizer \(.*did not"):
+        load(SPEC)
+
+
 def test_a_model_without_weights_is_one_line(hub) -> None:
     (hub.folder / "model.safetensors").unlink()
     assert "did not load" in error_of(SPEC)

@@ -19,7 +19,7 @@ class ModelError(InputError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an exception of a library says, in one line that is not too long."""
+    """Return an exception's message in one line that is not too long."""
     lines = (str(error).strip() or repr(error)).splitlines()
     text = f"{type(error).__name__} {lines[0]}" if isinstance(error, KeyError) else lines[0]
     return text.rstrip(".;: ")[:300]
@@ -27,7 +27,7 @@ def in_one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refused(model: PreTrainedModel, how: str = "run packed") -> Iterator[None]:
-    """Turn whatever a model's code raises into the InputError that it cannot run so."""
+    """Raise an InputError, that the model cannot run so, for whatever its code raises."""
     try:
         yield
     except InputError:

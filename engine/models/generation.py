@@ -1,9 +1,10 @@
-"""What a model's generation_config says of requests: defaults, which are taken, and more, which is named."""
+"""A model's generation_config: its defaults of requests are used, what else changes tokens is named."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InputError, check
@@ -13,10 +14,10 @@ from engine.request import ResolvedParams, SamplingParams
 if TYPE_CHECKING:
     from engine.models.loader import LoadedModel
 
-TAKEN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DEFAULTS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 WAY_OUT = "mend the file, or set generation_config='none'"
 # What else changes the tokens that `model.generate` gives, and the value by which it changes nothing.
-# (max_length gives way to max_new_tokens there, of which every request has one.)
+# (max_length yields to max_new_tokens there, of which every request has one.)
 IGNORED: dict[str, Any] = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0.0,
     "penalty_alpha": 0.0, "dola_layers": None, "constraints": None, "force_words_ids": None,
@@ -30,7 +31,7 @@ IGNORED: dict[str, Any] = {
 
 
 def sampling_defaults(loaded: LoadedModel) -> dict[str, Any]:
-    """The SamplingParams that the model's generation_config states; a warning names what else it asks for.
+    """Return the SamplingParams that the model's generation_config states; warn of what else it asks for.
 
     As with `generate`, its temperature counts only where it says `do_sample`, and is 1 there if none is
     stated; without, decoding is greedy. Its filters count for whoever draws.
@@ -39,7 +40,7 @@ def sampling_defaults(loaded: LoadedModel) -> dict[str, Any]:
         InputError: for a value that can't be, naming the field.
     """
     config = loaded.model.generation_config
-    found = {name: getattr(config, name, None) for name in ("do_sample", *TAKEN, *IGNORED)}
+    found = {name: getattr(config, name, None) for name in ("do_sample", *DEFAULTS, *IGNORED)}
     stated = {name: value for name, value in found.items() if value is not None}
     check_stated(loaded.spec, stated)
     others = [name for name in stated if name in IGNORED and stated[name] not in (IGNORED[name], [], {}, "")]
@@ -50,7 +51,7 @@ def sampling_defaults(loaded: LoadedModel) -> dict[str, Any]:
             "not: tokens may differ (generation_config='none' leaves the file aside)",
             stacklevel=3,
         )
-    defaults = {name: stated[name] for name in TAKEN if name in stated}
+    defaults = {name: stated[name] for name in DEFAULTS if name in stated}
     if not stated.get("do_sample"):
         defaults.pop("temperature", None)
     else:
@@ -59,10 +60,9 @@ def sampling_defaults(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def with_defaults(params: SamplingParams, defaults: dict[str, Any], room: int) -> ResolvedParams:
-    """What a request asks for, filled up with a model's defaults, for a prompt that leaves `room` for so many
-    tokens.
+    """Return a request's parameters, filled up with a model's defaults.
 
-    The model's max_new_tokens, which nobody asked for, gives way where that is less.
+    The model's max_new_tokens, which nobody asked for, is lowered to the `room` for tokens after the prompt.
     """
     if 0 < room < defaults.get("max_new_tokens", 0):
         defaults = {**defaults, "max_new_tokens": max(room, params.min_new_tokens)}
@@ -74,7 +74,7 @@ def check_stated(source: str, stated: dict[str, Any]) -> None:
     try:
         if stated.get("do_sample") is not None:
             check("do_sample", stated["do_sample"], bool)
-        ResolvedParams(**{name: stated[name] for name in TAKEN if stated.get(name) is not None})
+        ResolvedParams(**{name: stated[name] for name in DEFAULTS if stated.get(name) is not None})
         if isinstance(pad := stated.get("pad_token_id"), str | list | dict):
             raise InputError(f"pad_token_id={pad!r} must be a token id")
     except InputError as error:
@@ -82,7 +82,7 @@ def check_stated(source: str, stated: dict[str, Any]) -> None:
 
 
 def read_stated(source: str, **where: Any) -> dict[str, Any]:
-    """What generation_config.json says, of a folder or a hub id; nothing if there is none.
+    """Return what the generation_config.json of a folder or a hub id says; nothing if there is none.
 
     Raises:
         ModelError: for a file that holds no JSON object, which Transformers would pass over in silence.
@@ -94,10 +94,10 @@ def read_stated(source: str, **where: Any) -> dict[str, Any]:
     if (path := cached_file(source, "generation_config.json", **options, **where)) is None:
         return {}
     try:
-        with open(path, encoding="utf-8") as file:
-            stated = json.load(file)
+        stated = json.loads(Path(path).read_text(encoding="utf-8"))
+        problem = "" if isinstance(stated, dict) else " object"
     except ValueError as error:
-        raise ModelError(f"{source}: its generation_config.json is no JSON ({error}): mend it") from error
-    if not isinstance(stated, dict):
-        raise ModelError(f"{source}: its generation_config.json is no JSON object: mend it")
+        problem = f" ({error})"
+    if problem:
+        raise ModelError(f"{source}: its generation_config.json is no JSON{problem}: mend it")
     return stated

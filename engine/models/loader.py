@@ -1,5 +1,4 @@
-"""From a model spec to a model and its tokenizer: `random:NAME`, `smollm2`, a GGUF file, a folder, a hub
-id."""
+"""From a spec to a model and its tokenizer: `random:NAME`, `smollm2`, a GGUF file, a folder, a hub id."""
 
 from __future__ import annotations
 
@@ -36,8 +35,10 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, in eval mode, without gradients; `revision` names the weights: a commit (hub), a
-    sha256 (`smollm2`, GGUF), "random-seed-N" or "local". Build no mask from the pad id: it may be EOS."""
+    """A model on its device, in eval mode, without gradients. Build no mask from the pad id: it may be EOS.
+
+    `revision` names the weights: a commit (hub), a sha256 (`smollm2`, GGUF), "random-seed-N" or "local".
+    """
 
     spec: str
     model: PreTrainedModel
@@ -47,10 +48,14 @@ class LoadedModel:
 
 def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32", seed: int = 0,
          progress: bool = False) -> LoadedModel:  # fmt: skip
-    """Give the causal LM that `spec` names, on `device`, its weights in `dtype`; ModelError if that can't be.
+    """Return the causal LM that `spec` names, on `device`, its weights in `dtype`.
 
     For `random:NAME` equal seed, dtype and kind of device give equal weights; the caller's RNG state stays.
-    Stored weights are mapped, not copied, where dtype and device allow; no repository's code is ever run."""
+    Stored weights are mapped, not copied, where dtype and device allow; no repository's code is ever run.
+
+    Raises:
+        ModelError: if that can't be, in one line with the way out; logging at DEBUG has the traceback.
+    """
     spec = check_text("model", os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
     kind, source = _kind(spec)
     import torch
@@ -78,7 +83,7 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
 
 
 def _kind(spec: str) -> tuple[str, str]:
-    """random, smollm2, gguf, folder or hub, and the preset's name, the path or the id; ModelError if none."""
+    """Return random, smollm2, gguf, folder or hub, and the preset's name, the path or the id."""
     path = Path(os.path.expanduser(spec))  # leaves the home of an unknown user as it is
     if spec in SPECS:
         return spec.partition(":")[0], spec.partition(":")[2]
@@ -91,7 +96,7 @@ def _kind(spec: str) -> tuple[str, str]:
 
 
 def _random(name: str, place: torch.device, dtype: str, seed: int) -> PreTrainedModel:
-    """Seeded weights drawn in `dtype` on `place`, never twice in memory: 7B in 16 bits takes 13.5 GB."""
+    """Return seeded weights, drawn in `dtype` on `place`, never twice in memory: 7B in 16 bits is 13.5 GB."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -110,7 +115,7 @@ def _random(name: str, place: torch.device, dtype: str, seed: int) -> PreTrained
 
 @contextlib.contextmanager
 def _guarded(spec: str, progress: bool, own_bars: bool) -> Iterator[Callable[[str], object]]:
-    """Quiet libraries, any failure in one line, progress in our words or, on a terminal, libraries' bars."""
+    """Quiet the libraries, say any failure in one line, show progress in our words or by their bars."""
     from huggingface_hub.utils import logging as hub_switches
     from transformers.utils import logging as switches
 

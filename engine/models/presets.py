@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """An architecture without weights: Transformers' name for it, its sizes and what else is special to
-    it."""
+    """An architecture without weights: Transformers' name for it, its sizes and what else is special."""
 
     model_type: str
     sizes: tuple[int, ...]  # vocabulary, hidden, MLP, layers, query heads, KV heads, positions
     rest: dict[str, Any]
 
     def config(self) -> PreTrainedConfig:
-        """A fresh Transformers config: building a model writes into it, so it is never shared."""
+        """Return a fresh Transformers config: building a model writes into it, so it is never shared."""
         from transformers import AutoConfig
 
         names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
@@ -55,7 +54,7 @@ SPECS = {"smollm2": PRESETS["smollm2-135m"], **{f"random:{name}": row for name, 
 
 
 def catalogue() -> list[dict]:
-    """Every named spec, a row each. Counted on the meta device: nothing is allocated, nothing fetched."""
+    """Return a row for each named spec, counted on the meta device: nothing is allocated or fetched."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -63,8 +62,9 @@ def catalogue() -> list[dict]:
     for spec, preset in SPECS.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(preset.config())
-        row = {"spec": spec, "architecture": type(model).__name__, "parameters": model.num_parameters()}
-        row |= {f"bytes_{8 * n}bit": n * model.num_parameters() for n in (4, 2)}
-        row |= {f"kv_bytes_per_token_{8 * n}bit": kv_bytes_per_token(model, n) for n in (4, 2)}
+        parameters = model.num_parameters()
+        row = {"spec": spec, "architecture": type(model).__name__, "parameters": parameters}
+        row |= {f"bytes_{bits}bit": parameters * bits // 8 for bits in (32, 16)}
+        row |= {f"kv_bytes_per_token_{bits}bit": kv_bytes_per_token(model, bits // 8) for bits in (32, 16)}
         rows.append({**row, "positions": preset.sizes[-1]})
     return rows

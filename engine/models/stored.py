@@ -33,7 +33,7 @@ def read(source: str, dtype: str, **where: Any) -> PreTrainedModel:
 
 
 def causal_lm(folder: str, dtype: str, source: str, **options: Any) -> PreTrainedModel:
-    """A causal LM by Transformers' own reading of a folder or hub id; errors call it `source`.
+    """Return a causal LM by Transformers' own reading of a folder or hub id; errors call it `source`.
 
     Raises:
         ModelError: if it is none, or if weights are missing, left over, or not of the sizes its config says.
@@ -45,9 +45,8 @@ def causal_lm(folder: str, dtype: str, source: str, **options: Any) -> PreTraine
     how["ignore_mismatched_sizes"] = True  # only so that what is found says which
     loaded = AutoModelForCausalLM.from_pretrained(folder, **how, **options)
     model, found = cast("tuple[PreTrainedModel, Any]", loaded)
-    # Without a word, Transformers would give BERT a causal head, and random numbers to a weight that is
-    # missing. One that has no place in the model, such as a bias that its config does not have, it would pass
-    # over.
+    # Without a word, Transformers would give BERT a causal head, random numbers to a weight that is missing,
+    # and no place to one that the config does not have, such as a bias.
     declared = model.config.architectures or []
     if declared and not any(name in CAUSAL.values() or name.endswith("ForCausalLM") for name in declared):
         raise ModelError(f"{source} is not a causal LM but {', '.join(declared)}; {WAYS_OUT}")
@@ -62,13 +61,13 @@ def causal_lm(folder: str, dtype: str, source: str, **options: Any) -> PreTraine
     if left := sorted(key for key in found["unexpected_keys"] if not _is_mask(model, key)):
         raise ModelError(
             f"{source} has {len(left)} weights that {type(model).__name__} has no place for by its config, "
-            f"such as {left[0]}: without them it is another model; mend its config.json, or take them out"
+            f"such as {left[0]}: without them it is another model; mend its config.json, or remove them"
         )
     return model
 
 
 def _is_mask(model: PreTrainedModel, key: str) -> bool:
-    """Whether a stored tensor is no weight but a buffer that older versions saved, such as a causal mask."""
+    """Return whether a stored tensor is no weight but a buffer of older versions, such as a causal mask."""
     buffers, modules = dict(model.named_buffers()), dict(model.named_modules())
     for name in (key, f"{model.base_model_prefix}.{key}"):
         owner, _, leaf = name.rpartition(".")
@@ -90,7 +89,7 @@ def refuse_adapter(source: str, **where: Any) -> None:
 
 
 def _refuse_quantized(source: str, config: PreTrainedConfig) -> None:
-    """Raise ModelError for packed weights, which are no matrices that a product takes."""
+    """Raise ModelError for packed weights, which are no matrices to multiply by."""
     stated = getattr(config, "quantization_config", None)
     method = stated.get("quant_method") if isinstance(stated, dict) else stated
     if stated and method != UNPACKED:
