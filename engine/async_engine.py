@@ -26,7 +26,7 @@ class Waiter:
         self.request: Request | None = None
 
     def give(self, item: StreamChunk | BaseException) -> bool:
-        """Hand something over, from any thread; False if its event loop is closed, and so nobody waits."""
+        """Hand something over, from any thread; return False if the event loop is closed: nobody waits."""
         try:
             self.loop.call_soon_threadsafe(self.items.put_nowait, item)
         except RuntimeError:
@@ -37,7 +37,7 @@ class Waiter:
 
 
 class AsyncEngine:
-    """Lets coroutines share an engine, which must not be used in any other way meanwhile.
+    """An engine that coroutines share; nothing else may use it meanwhile.
 
     A coroutine that is cancelled, or leaves its stream, aborts its request. The requests of a step that
     raises end with reason "error", and the engine goes on for all others. Only when several steps in a row
@@ -60,7 +60,7 @@ class AsyncEngine:
         self._worker.start()
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
-        """The output for one prompt.
+        """Return the output for one prompt.
 
         Raises:
             InputError: as `Engine.add_request` does, to this caller alone.
@@ -73,7 +73,7 @@ class AsyncEngine:
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> AsyncIterator[StreamChunk]:
-        """The chunks for one prompt as they come. Raises as `generate` does."""
+        """Yield the chunks for one prompt as they come. Raises as `generate` does."""
         waiter = Waiter()
         with self._lock:
             if self._ended is not None:
@@ -103,7 +103,7 @@ class AsyncEngine:
         await asyncio.to_thread(self.close)
 
     def _add(self, waiter: Waiter, prompt: Prompt, params: SamplingParams | None) -> None:
-        """Queue a request; whatever is wrong with it is its caller's to hear."""
+        """Queue a request; its caller hears what is wrong with it."""
 
         def give(chunk: StreamChunk) -> None:
             if not waiter.give(chunk):
@@ -137,17 +137,16 @@ class AsyncEngine:
             self._leave(waiter)
 
     def _next(self) -> Callable[[], object] | None:
-        """What to do now: a command, else a step, else wait for a command; None is the command to end."""
+        """Return a command, else a step, else wait for a command; None is the command to end."""
         try:
             return self._commands.get(block=not self._engine.has_work)
         except queue.Empty:
             return self._step
 
     def _step(self) -> None:
-        """Step the engine. What a step raises has ended that step's requests, and is of no concern to others.
+        """Step the engine; raise RuntimeError if nothing can be computed any more.
 
-        Raises:
-            RuntimeError: if nothing can be computed any more.
+        What a step raises has ended that step's requests, and is of no concern to others.
         """
         try:
             if self._engine.step():

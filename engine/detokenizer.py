@@ -11,7 +11,8 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CONTEXT = 6
+CONTEXT = 6  # tokens
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
@@ -36,7 +37,7 @@ class TextStream:
         self._stop = stop
         self._ids: list[int] = []
         self._start = 0  # first token of the context
-        self._read = 0  # tokens whose text is settled
+        self._read = 0  # tokens whose text has been decoded
         self._held = ""  # in it no stop string counts any more: whatever is complete came too early
         self._looks = True
         self._given: list[str] = []
@@ -48,30 +49,28 @@ class TextStream:
         return "".join(self._given)
 
     def push(self, token_id: int, look: bool = True) -> str:
-        """Add a token; returns the text that is certain now. Sets `stopped` if this completes a stop string.
+        """Add a token and return the text that is certain now; set `stopped` if it completes a stop string.
 
         `look=False` passes over a stop string that this token completes.
         """
         self._ids.append(token_id)
         self._looks = look
-        return self._give(self._settle(final=False), final=False)
+        return self._give(self._decoded(final=False), final=False)
 
     def flush(self) -> str:
-        """The rest, when no more tokens come; looked at if the last token was."""
-        return self._give(self._settle(final=True), final=True)
+        """Return the rest, when no more tokens come; stop strings count if they did for the last token."""
+        return self._give(self._decoded(final=True), final=True)
 
-    def _settle(self, final: bool) -> str:
+    def _decoded(self, final: bool) -> str:
+        """Return the text of the tokens since the last call; nothing while it ends inside a character."""
         known = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])
-        if not final and (len(text) <= len(known) or text.endswith("\N{REPLACEMENT CHARACTER}")):
+        if not final and (len(text) <= len(known) or text.endswith(UNFINISHED)):
             return ""
         self._read = len(self._ids)
-        self._start = max(self._start, self._read - _CONTEXT)
-        # A context that begins inside a character would decode it differently with and without its first
-        # byte.
-        while self._start and self._decode(self._ids[self._start : self._read]).startswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):
+        self._start = max(self._start, self._read - CONTEXT)
+        # A context that begins inside a character decodes it differently with its first byte and without.
+        while self._start and self._decode(self._ids[self._start : self._read]).startswith(UNFINISHED):
             self._start -= 1
         return text[len(known) :]
 
@@ -92,17 +91,20 @@ class TextStream:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of these tokens, without special ones."""
+    """Return the text of these tokens, without special ones."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> dict[int, str]:
-    """The stop strings that are one special token, by its id: text does not show it, so the token must stop.
+    """Return the stop strings that are one special token, by its id: text does not show such a token.
 
     Raises:
         InputError: for a string that has a special token in it and more: no text is ever like that.
     """
-    special, found = _special_tokens(tokenizer), {}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {str(token): number for number, token in added.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    found = {}
     for string in stop:
         inside = {text: token for text, token in special.items() if text and text in string}
         hidden = {text: token for text, token in inside.items() if not decode(tokenizer, [token])}
@@ -110,21 +112,14 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> dict
             found[hidden[string]] = string
         elif hidden:
             longest = max(hidden, key=len)
-            raise InputError(
-                f"stop={string!r} has the special token {longest!r} in it, which text does not show: "
-                "give that token alone, or its id in stop_token_ids"
-            )
+            problem = f"has the special token {longest!r} in it, which text does not show"
+            way_out = "give that token alone, or its id in stop_token_ids"
+            raise InputError(f"stop={string!r} {problem}: {way_out}")
     return found
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {str(token): number for number, token in added.items() if token.special}
-    return special | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-
-
 def _unfinished(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that is the beginning of a stop string, and not all of it."""
+    """Return the length of the longest end of `text` that begins a stop string, and is not all of it."""
     longest = min(len(text), max(map(len, stop), default=1) - 1)
     ends = (n for n in range(longest, 0, -1) if any(len(s) > n and s.startswith(text[-n:]) for s in stop))
     return next(ends, 0)

@@ -1,4 +1,4 @@
-"""From what a caller gives as a prompt, text or token ids, to token ids that the model can take.
+"""From a caller's prompt, text or token ids, to token ids that the model has.
 
 Whatever is wrong with a prompt is an InputError that names it, and so is what the tokenizer raises on it.
 """
@@ -16,14 +16,14 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class InputProcessor:
-    """What a model's prompts are held to.
+    """The checks of a model's prompts, and their encoding.
 
     Args:
         spec: how errors call the model.
         tokenizer: a Transformers tokenizer, or None.
         vocab_size: token ids of prompts are below it.
         output_size: and those of outputs below this.
-        max_positions: positions that a request may take; `why_no_more` says why not all that the model has.
+        max_positions: positions of a request; `why_no_more` says why not all that the model has.
     """
 
     spec: str
@@ -44,20 +44,17 @@ class InputProcessor:
         """Return the token ids of a user's message in the model's chat template, up to its answer."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise InputError(f"{self.spec} has no chat template: give the message as a plain prompt")
-        turns = [{"role": "user", "content": check_text("message", message)}]
+        messages = [{"role": "user", "content": check_text("message", message)}]
         options = {"add_generation_prompt": True, "return_dict": False}
-        return self._tokens("message", lambda: self.tokenizer.apply_chat_template(turns, **options))
+        return self._tokens("message", lambda: self.tokenizer.apply_chat_template(messages, **options))
 
     def check_positions(self, name: str, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Raise InputError unless the model has a position for each token but the last, which is not fed
-        back."""
+        """Raise InputError unless there is a position for each token but the last, which is not fed back."""
         needed = prompt_tokens + max_new_tokens - 1
         if needed > self.max_positions:
             asked = f"{name} of {prompt_tokens} tokens with max_new_tokens={max_new_tokens}"
-            raise InputError(
-                f"{asked} needs {needed} positions; {self.spec} has {self.max_positions}{self.why_no_more}: "
-                "shorten one of the two"
-            )
+            has = f"{self.spec} has {self.max_positions}{self.why_no_more}"
+            raise InputError(f"{asked} needs {needed} positions; {has}: shorten one of the two")
 
     def check_stop_ids(self, ids: Sequence[int]) -> None:
         """Raise InputError for an id that no output has."""
@@ -75,7 +72,7 @@ class InputProcessor:
         return self._tokens(name, lambda: self.tokenizer(text).input_ids) if check_text(name, text) else []
 
     def _tokens(self, name: str, encode: Callable[[], Any]) -> list[int]:
-        """Have the tokenizer encode; what it raises is the fault of the text that it was given."""
+        """Have the tokenizer encode; InputError for whatever it raises, which is the fault of the text."""
         try:
             ids = [int(token) for token in encode()]
         except (KeyboardInterrupt, SystemExit):
@@ -91,11 +88,8 @@ class InputProcessor:
         return ids
 
     def _check_ids(self, name: str, ids: Sequence[int], size: int) -> None:
-        for token in ids:
-            if not 0 <= token < size:
-                raise InputError(
-                    f"{name} has token id {shown(token)}; the ids of {self.spec} are 0 to {size - 1}"
-                )
+        if (bad := next((token for token in ids if not 0 <= token < size), None)) is not None:
+            raise InputError(f"{name} has token id {shown(bad)}; the ids of {self.spec} are 0 to {size - 1}")
 
     def _listed(self, name: str, prompt: Any) -> list[int]:
         """Return the ids of a list, a NumPy array or a tensor of whole numbers; the first bad one ends it."""

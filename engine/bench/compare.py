@@ -97,11 +97,11 @@ def transformers_generate(
     size: int,
     on_tokens: Callable[[int], object] = lambda count: None,
 ) -> tuple[list[RequestOutput], EngineMetrics]:
-    """Transformers' own greedy `generate` on left-padded batches of up to `size` requests that are due, to
-    their ends.
+    """Run Transformers' own greedy `generate` on left-padded batches of up to `size` requests that are due.
 
-    The engine checks the prompts and knows the model; it runs nothing. Outputs are in the order of `items`.
-    `on_tokens` is called with how many tokens each forward pass gave.
+    A batch runs until its last request has ended. The engine checks the prompts and knows the model; it runs
+    nothing. Outputs are in the order of `items`. `on_tokens` is called with how many tokens each forward pass
+    gave.
     """
     metrics, start = EngineMetrics(), time.perf_counter()
     requests = []
@@ -125,8 +125,7 @@ def transformers_generate(
 def _generate_batch(
     model: PreTrainedModel, batch: list[Request], metrics: EngineMetrics, on_tokens: Callable[[int], object]
 ) -> None:
-    """Generate for one batch, each forward pass a step: a rectangle of which not every request needs its
-    part."""
+    """Generate for one batch, each forward pass a step that computes a rectangle of positions."""
     width, now = max(request.prompt_len for request in batch), time.perf_counter()
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -135,24 +134,24 @@ def _generate_batch(
         ids[row, width - request.prompt_len :] = torch.tensor(request.tokens)
         mask[row, width - request.prompt_len :] = 1
 
-    def take(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """As a stopping criterion: Transformers calls it with each new token, and asks which rows are
-        done."""
+    def on_step(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Count a step. Transformers calls this with each new token, and asks which rows have ended."""
         tokens, now = input_ids[:, -1].tolist(), time.perf_counter()
+        running = [request.finish_reason is None for request in batch]
         needed = [
-            len(request.tokens) - request.computed if request.finish_reason is None else 0
-            for request in batch
+            len(request.tokens) - request.computed
+            for request, runs in zip(batch, running, strict=True)
+            if runs
         ]
-        choices = [Choice(token) if count else None for token, count in zip(tokens, needed, strict=True)]
         padded = len(batch) * max(needed) - sum(needed)
-        metrics.count_step(
-            len(batch), StepResult(choices, 1, sum(needed), padded, model_s=0.0, kv_bytes=0), 0.0
-        )
-        for request, token, count in zip(batch, tokens, needed, strict=True):
-            if count:
-                request.computed += count
+        choices = [Choice(token) if runs else None for token, runs in zip(tokens, running, strict=True)]
+        result = StepResult(choices, 1, sum(needed), padded, model_s=0.0, kv_bytes=0)
+        metrics.count_step(len(batch), result, step_s=0.0)
+        for request, token, runs in zip(batch, tokens, running, strict=True):
+            if runs:
+                request.computed = len(request.tokens)
                 request.append(token, now)
-        on_tokens(sum(count > 0 for count in needed))
+        on_tokens(sum(running))
         return torch.tensor([request.finish_reason is not None for request in batch], device=input_ids.device)
 
     model.generate(  # type: ignore[operator]
@@ -164,12 +163,12 @@ def _generate_batch(
         repetition_penalty=1.0,
         eos_token_id=None,
         pad_token_id=0,
-        stopping_criteria=[take],
+        stopping_criteria=[on_step],
     )
 
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:
-    """What the numbers depend on besides the code, and the most memory this process held, in bytes."""
+    """Return what the numbers depend on besides the code, and the most memory this process held, in bytes."""
     device = loaded.model.device
     cuda = device.type == "cuda"
     return {

@@ -115,8 +115,11 @@ def _encode(text: str, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _chat_texts(n: int, rng: np.random.Generator) -> list[str]:
-    """n distinct texts, taking turns between the kinds. A slot is drawn once a text, so {name} is one person
-    throughout; of a story or survey the first sentence is kept and any of the others, in order."""
+    """Return n distinct texts, of each kind one after the other, in drawn orders.
+
+    A slot is drawn once a text, so {name} is one person throughout; of a story or survey the first sentence
+    is kept and any of the others, in order.
+    """
     texts: dict[str, None] = {}
     while len(texts) < n:
         for kind in rng.permutation(["ask", "code", "task", "story", "survey"]):
