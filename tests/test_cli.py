@@ -1,18 +1,13 @@
-"""The command line as its user meets it: help without torch, one line for what can be mended, tables, files,
-Ctrl-C."""
+"""The command line as its users see it: help without torch, one line for what they can mend, tables."""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import itertools
 import json
 import math
 import re
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from engine import Engine, FinishReason, __version__, models
+from engine import __version__, models
 from engine.cli import app, main
 from engine.config import POLICIES
 from engine.models import SPECS
@@ -55,7 +50,7 @@ def run(capfd):
 
 @pytest.fixture
 def speaking(tiny, monkeypatch):
-    """What the commands load, whatever they ask for: a tiny model with a tokenizer."""
+    """A tiny model with a tokenizer, which the commands load whatever they ask for."""
     loaded = replace(tiny().loaded, tokenizer=byte_level(257))
     monkeypatch.setattr("engine.engine.load", lambda *_, **__: loaded)
     return loaded
@@ -138,18 +133,14 @@ WRONG = {
     "seed": (["generate", "hi", "--seed", "-1"], "seed=-1 must .* 0"),
     "dtype": (["generate", "hi", "--dtype", "float8"], "dtype='float8' must be one of auto, float64, "),
     "device": (["generate", "hi", "--device", "gpu"], r"device='gpu' is not here \(.*\): give auto or cpu"),
-    "far device": (
-        ["generate", "hi", "--device", "cuda:99"],
-        r"device='cuda:99' is not here \(.*\): give auto or cpu",
-    ),
+    "far device": (["generate", "hi", "--device", "cuda:99"],
+     r"device='cuda:99' is not here \(.*\): give auto or cpu"),
     "model": (["generate", "hi", "--model", "smolm2"], "model 'smolm2' is no folder, .* near: .*smollm2"),
     "preset": (["bench", "--model", "random:nope"], "model 'random:nope' is no folder"),
     "file": (["generate", "hi", "--model", "./nope.gguf"], "model './nope.gguf' is no folder, .gguf file"),
     "no tokenizer": (["generate", "hi", "--model", TINY], f"{TINY} has no tokenizer"),
-    "policy": (
-        [*BENCH, "--policies", "dynamic,nope"],
-        "policies has 'nope': choose from generate, sequential, ",
-    ),
+    "policy": ([*BENCH, "--policies", "dynamic,nope"],
+     "policies has 'nope': choose from generate, sequential, "),
     "no policy": ([*BENCH, "--policies", ""], "policies has '': choose from"),
     "size 0": ([*BENCH, "--batch-sizes", "4,0"], "batch-sizes=0 must .* at least 1"),
     "size word": ([*BENCH, "--batch-sizes", "4,many"], "batch-sizes='4,many' must be whole numbers"),
@@ -157,27 +148,21 @@ WRONG = {
     "nothing": ([*BENCH, "--policies", "dynamic", "--batch-sizes", "1"], "nothing to run: .* above 1"),
     "workload": (["bench", "--workload", "chats-32"], "workload='chats-32' must be one of chat-N, "),
     "workload N": (["bench", "--workload", "chat-0"], "workload='chat-0' must .* N from 1 to "),
-    "arrivals": (
-        ["bench", "--arrivals", "poisson:0"],
-        "arrivals='poisson:0' must be all, poisson:RATE or burst:",
-    ),
+    "arrivals": (["bench", "--arrivals", "poisson:0"],
+     "arrivals='poisson:0' must be all, poisson:RATE or burst:"),
     "defaults": (["generate", "hi", "--generation-config", "x"], "generation_config='x' must be one of auto"),
     "bench seed": (["bench", "--seed", "-1"], "seed=-1 must .* 0"),
-    "int8 by another": (
-        [*BENCH, "--dtype", "int8", "--policies", "generate"],
-        "policies has 'generate', which is ",
-    ),
+    "int8 by another": ([*BENCH, "--dtype", "int8", "--policies", "generate"],
+     "policies has 'generate', which is "),
     "bench dtype": ([*BENCH, "--dtype", "int4"], "dtype='int4' must be one of "),
     "bench device": ([*BENCH, "--device", "gpu"], "device='gpu' is not here"),
-    "csv": (
-        [*BENCH, "--csv", "no/folder.csv"],
-        "csv='no/folder.csv' cannot be written: name a file in a folder",
-    ),
+    "csv": ([*BENCH, "--csv", "no/folder.csv"],
+     "csv='no/folder.csv' cannot be written: name a file in a folder"),
     "csv is a folder": ([*BENCH, "--csv", "."], "csv='.' cannot be written"),
     "json": ([*BENCH, "--csv", "fine.csv", "--json", "no/f.json"], "json='no/f.json' cannot be written"),
     "plot": ([*BENCH, "--json", "fine.json", "--plot", "no/f.png"], "plot='no/f.png' cannot be written"),
     "plot ending": ([*BENCH, "--plot", "plot.txt"], "plot='plot.txt' must end in one of .png, .svg, .pdf"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("args", "message"), WRONG.values(), ids=WRONG)
@@ -330,12 +315,10 @@ def test_bench_prints_a_table_and_writes_the_files(run, elsewhere):
 
     data = strict(elsewhere / "out.json")
     assert set(data) == {"environment", "summary", "requests"}
-    assert {"workload": "mixed-6", "arrivals": "all", "seed": 0, "model": TINY}.items() <= data[
-        "environment"
-    ].items()
-    assert [(row["policy"], row["batch_size"], row["rounds"]) for row in data["summary"]] == [
-        (*pair, 2) for pair in ran
-    ]
+    asked = {"workload": "mixed-6", "arrivals": "all", "seed": 0, "model": TINY}
+    assert asked.items() <= data["environment"].items()
+    shown = [(row["policy"], row["batch_size"], row["rounds"]) for row in data["summary"]]
+    assert shown == [(*pair, 2) for pair in ran]
     assert [row["same_tokens"] for row in data["summary"]] == [6] * len(ran)
     assert len(data["requests"]) == len(rows)
     assert matplotlib.imread("out.png").shape[2] == 4
@@ -354,99 +337,12 @@ def test_bench_needs_room_for_the_longest_request(run):
     assert err == "error: max_positions=300 is too small: the longest request of paper-2 needs 383\n"
 
 
-@pytest.mark.parametrize("finished", [2, 0])
-def test_an_interrupt_shows_what_finished(run, elsewhere, monkeypatch, finished):
-    replay, runs = Engine.replay, itertools.count()
-
-    def interrupted(self, items, **options):
-        outputs = replay(self, items, **options)
-        if len(items) > 2 and next(runs) == finished:  # of two: the warm-up
-            return [replace(output, finish_reason=FinishReason.ABORT) for output in outputs]
-        return outputs
-
-    monkeypatch.setattr(Engine, "replay", interrupted)
-    work = ["--workload", "mixed-3", "--batch-sizes", "2", "--csv", "out.csv"]
-    code, out, err = run("bench", "--model", TINY, *work)
-    assert (code, err) == (130, "interrupted: showing the runs that finished\n")
-    if not finished:
-        assert (out, list(elsewhere.iterdir())) == ("", [])
-        return
-    assert re.findall(r"^(sequential|dynamic|continuous) +(\d) ", out, re.MULTILINE) == [
-        ("sequential", "1"),
-        ("dynamic", "2"),
-    ]
-    assert pd.read_csv("out.csv").groupby("run").size().tolist() == [3, 3]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wait_for", ["a finished run", "nothing"])
-def test_ctrl_c_shows_what_finished(elsewhere, wait_for):
-    policies = "sequential,dynamic" if wait_for == "a finished run" else "dynamic,sequential"
-    work = [
-        "--workload",
-        "paper-40" if wait_for == "nothing" else "mixed-3",
-        "--rounds",
-        "100000",
-        "--csv",
-        "out.csv",
-    ]
-    command = [sys.executable, "-c", INTERRUPTIBLE, "bench", "--model", TINY, "--policies", policies, *work]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    runs = 1 if wait_for == "nothing" else 4
-    assert process.stderr is not None
-    for line in process.stderr:
-        runs -= line == "RUN\n"
-        if runs == 0:
-            break
-    time.sleep(0.3)
-    err = "five interrupts changed nothing"
-    try:
-        # Python drops an interrupt that falls into a finaliser, and then one presses again
-        for _ in range(5):
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                out, err = process.communicate(timeout=12)
-                break
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert "interrupted: showing the runs that finished" in err
-    if wait_for == "nothing":
-        assert (out, list(elsewhere.iterdir())) == ("", [])
-        return
-    assert re.search(r"^sequential +1 ", out, re.MULTILINE)
-    assert re.search(r"^dynamic +8 ", out, re.MULTILINE)
-    rows = pd.read_csv("out.csv")
-    assert (rows.groupby("run").size() == 3).all()
-    assert set(rows.finish_reason) == {"length"}
-
-
-INTERRUPTIBLE = """
-import sys
-from engine import Engine, cli
-replay = Engine.replay
-def told(self, items, **kwargs):
-    if len(items) > 2:  # not the warm-up
-        print("RUN", file=sys.stderr, flush=True)
-    return replay(self, items, **kwargs)
-Engine.replay = told
-cli.main()
-"""
-
-
 def test_bench_in_int8_says_so_and_wide_shows_every_column(run):
     code, out, _ = run(*BENCH, "--dtype", "int8", "--batch-sizes", "3", "--json", "out.json", "--wide")
     assert code == 0
     assert "int8" in out.splitlines()[0]
     assert strict(Path("out.json"))["environment"]["dtype"] == "int8"
     words = " ".join(out.splitlines()[1:3]).split()
-    assert [words.count(word) for word in ("P50", "P95", "mean", "padding", "passes", "%")] == [
-        3,
-        3,
-        2,
-        1,
-        1,
-        1,
-    ]
+    counts = {"P50": 3, "P95": 3, "mean": 2, "padding": 1, "passes": 1, "%": 1}
+    assert {word: words.count(word) for word in counts} == counts
     assert "no room for" not in out

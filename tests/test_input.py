@@ -1,4 +1,4 @@
-"""Whatever a caller may give: it is served, or it is an InputError of one line, before any work."""
+"""Anything that a caller may give: it is served, or it is an InputError of one line, before any work."""
 
 from __future__ import annotations
 
@@ -271,50 +271,6 @@ def test_a_request_that_is_not_due_yet_has_its_id_and_may_be_aborted(engine):
     assert [output.finish_reason for output in outputs] == ["length", "length", "abort"]
     assert names == ["request-3"]
     assert not engine._requests
-
-
-class Picky:
-    """A tokenizer that can't take some texts."""
-
-    chat_template = "any"
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-    def __call__(self, text: str):
-        raise self.error
-
-    def apply_chat_template(self, *args, **options):
-        raise self.error
-
-
-class Panic(BaseException):
-    """As pyo3 raises where Rust code panics: no Exception."""
-
-
-@pytest.mark.parametrize("error", [ValueError("no\nsuch"), IndexError(5), Panic("unwrapped")], ids=repr)
-def test_a_text_that_the_tokenizer_cannot_take_is_the_callers_fault(tiny, error):
-    engine = Engine(dataclasses.replace(tiny().loaded, tokenizer=Picky(error)))
-    told = f"is text that the tokenizer .* can't encode: {type(error).__name__}"
-    refused(engine, lambda: engine.add_request("some text"), f"^prompt {told}")
-    refused(engine, lambda: engine.chat("some text"), f"^message {told}")
-
-
-def test_a_tokenizer_is_interrupted_like_anything_else(tiny):
-    engine = Engine(dataclasses.replace(tiny().loaded, tokenizer=Picky(KeyboardInterrupt())))
-    with pytest.raises(KeyboardInterrupt):
-        engine.add_request("some text")
-
-
-def test_a_token_of_the_tokenizers_own_that_the_model_lacks(tiny):
-    tokenizer = byte_level(300)  # of 300 tokens, and the model has 256
-    engine = Engine(dataclasses.replace(tiny().loaded, tokenizer=tokenizer))
-    text = next(t for t in ("the end", "quick brown", "lazy dog") if max(tokenizer(t).input_ids) >= 256)
-    refused(
-        engine,
-        lambda: engine.add_request(text),
-        r"^prompt has .*, token \d+ of the tokenizer; the ids of .* are 0 to 255: resize",
-    )
 
 
 def test_coroutines_hear_of_their_own_faults_alone(engine, tiny):

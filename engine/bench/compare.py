@@ -137,21 +137,16 @@ def _generate_batch(
     def on_step(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Count a step. Transformers calls this with each new token, and asks which rows have ended."""
         tokens, now = input_ids[:, -1].tolist(), time.perf_counter()
-        running = [request.finish_reason is None for request in batch]
-        needed = [
-            len(request.tokens) - request.computed
-            for request, runs in zip(batch, running, strict=True)
-            if runs
-        ]
+        running = [row for row, request in enumerate(batch) if request.finish_reason is None]
+        needed = [len(batch[row].tokens) - batch[row].computed for row in running]
         padded = len(batch) * max(needed) - sum(needed)
-        choices = [Choice(token) if runs else None for token, runs in zip(tokens, running, strict=True)]
+        choices = [Choice(token) if row in running else None for row, token in enumerate(tokens)]
         result = StepResult(choices, 1, sum(needed), padded, model_s=0.0, kv_bytes=0)
         metrics.count_step(len(batch), result, step_s=0.0)
-        for request, token, runs in zip(batch, tokens, running, strict=True):
-            if runs:
-                request.computed = len(request.tokens)
-                request.append(token, now)
-        on_tokens(sum(running))
+        for row in running:
+            batch[row].computed = len(batch[row].tokens)
+            batch[row].append(tokens[row], now)
+        on_tokens(len(running))
         return torch.tensor([request.finish_reason is not None for request in batch], device=input_ids.device)
 
     model.generate(  # type: ignore[operator]
