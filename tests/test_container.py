@@ -1,4 +1,4 @@
-"""What a container leaves a process: limits of control groups, in trees of files as Linux shows them."""
+"""The limits that a container sets: control groups, in trees of files as Linux shows them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The text stream: what it gives out piece by piece is the text of all tokens, cut at the first stop
-string."""
+"""The text stream: its pieces are the text of all tokens, cut at the first stop string."""
 
 from __future__ import annotations
 
@@ -87,8 +86,7 @@ def settled_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> lis
 def stopped_by(
     tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stop: Sequence[str]
 ) -> tuple[str, str | None]:
-    """The reference: text up to the first match in the first settled text that has one, and the stop
-    string."""
+    """The reference: text up to the first match in the first settled text that has one, and its string."""
     for text in settled_texts(tokenizer, ids):
         hits = [(text.index(string), string) for string in stop if string in text]
         if hits:

@@ -30,7 +30,7 @@ def loaded(**stated: Any) -> LoadedModel:
 
 
 def generated(made: LoadedModel, prompt: list[int], **options: Any) -> tuple[int, ...]:
-    """What `model.generate` gives by the model's generation_config and these options."""
+    """Return what `model.generate` gives by the model's generation_config and these options."""
     ids, model = torch.tensor([prompt]), made.model  # type: Any, Any
     given = {"pad_token_id": 0, "max_new_tokens": 16, **options}
     return tuple(model.generate(ids, attention_mask=torch.ones_like(ids), **given)[0, len(prompt) :].tolist())

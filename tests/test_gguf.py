@@ -104,7 +104,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 
 
 def llama3_factors(size: int) -> np.ndarray:
-    """What the converter writes of Llama 3's scaling: a divisor of each frequency."""
+    """Return what the converter writes of Llama 3's scaling: a divisor of each frequency."""
     factors = []
     for i in range(0, size, 2):
         wavelength = 2 * math.pi * LLAMA3["rope_theta"] ** (i / size)

@@ -16,7 +16,7 @@ from engine.progress import Progress, on_terminal
 
 
 class Terminal(io.StringIO):
-    """What a terminal is shown."""
+    """A terminal, whose text a test can read."""
 
     def isatty(self) -> bool:
         return True
@@ -32,7 +32,7 @@ class Clock:
 
 
 def lines_of(parts: int, seconds: float, **options) -> list[str]:
-    """What a log has after work of so many parts, each of which took so long."""
+    """Return the lines of a log after work of so many parts, each of which took so long."""
     log, clock = io.StringIO(), Clock()
     with Progress("work", parts, unit="parts", stream=log, clock=clock, **options) as progress:
         for _ in range(parts):

@@ -1,4 +1,4 @@
-"""Texts that a tokenizer cannot take, and tokens of its own that the model lacks: the caller hears of them."""
+"""Texts that a tokenizer can't encode, and tokens of its own that the model lacks, are told to the caller."""
 
 from __future__ import annotations
 

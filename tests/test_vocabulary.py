@@ -29,7 +29,7 @@ def loaded(kind: str = "llama", eos: Any = None, **changes: Any) -> LoadedModel:
 
 
 def generated(model: Any, prompt: list[int] = PROMPT, **options: Any) -> list[int]:
-    """What `model.generate` gives, greedily."""
+    """Return what `model.generate` gives, greedily."""
     ids = torch.tensor([prompt])
     given = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **given)[0, len(prompt) :].tolist()

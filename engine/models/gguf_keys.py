@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,66 +17,48 @@ if TYPE_CHECKING:
     from engine.models.gguf_file import GgufFile
 
 
-@dataclass(frozen=True, slots=True)
-class Meaning:
-    """A key's attribute in the config, the first of `names` that it has, or else values that change nothing.
-
-    `copied` keys are put into that attribute, others must agree with it. Any value does if `neutral` is ().
-    """
-
-    names: tuple[str, ...] = ()
-    neutral: tuple[Any, ...] = (0,)
-    copied: bool = False
-
-
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
-MEANINGS = {
-    "context_length": Meaning(("max_position_embeddings",), (), copied=True),
-    "vocab_size": Meaning(("vocab_size",), copied=True),
-    "embedding_length": Meaning(("hidden_size",)),
-    "embedding_length_out": Meaning(("hidden_size",)),
-    "embedding_length_per_layer_input": Meaning(("hidden_size_per_layer_input",)),
-    "attention.head_count": Meaning(("num_attention_heads",)),
-    "attention.layer_norm_rms_epsilon": Meaning(EPSILONS, copied=True),
-    "attention.layer_norm_epsilon": Meaning(EPSILONS, copied=True),
-    "attention.causal": Meaning(neutral=(True,)),
-    "attention.shared_kv_layers": Meaning(("num_kv_shared_layers",)),
-    "attn_logit_softcapping": Meaning(("attn_logit_softcapping",), copied=True),
-    "final_logit_softcapping": Meaning(("final_logit_softcapping",), copied=True),
-    "logit_scale": Meaning(neutral=(0, 1)),
-    "residual_scale": Meaning(neutral=(0, 1)),
-    "embedding_scale": Meaning(neutral=(0, 1)),
-    "use_parallel_residual": Meaning(("use_parallel_residual",)),
-    "tensor_data_layout": Meaning(neutral=("Meta AI original pth",)),
-    "expert_count": Meaning(("num_experts", "num_local_experts")),
-    "expert_used_count": Meaning(("num_experts_per_tok",)),
-    "expert_feed_forward_length": Meaning(("moe_intermediate_size", "intermediate_size"), copied=True),
-    "expert_shared_feed_forward_length": Meaning(("shared_expert_intermediate_size",), copied=True),
-    "expert_weights_norm": Meaning(("norm_topk_prob",), copied=True),
-    "expert_weights_scale": Meaning(neutral=(0, 1)),
-    "expert_group_count": Meaning(neutral=(0, 1)),
-    "expert_group_used_count": Meaning(neutral=(0, 1)),
-    "interleave_moe_layer_step": Meaning(neutral=(0, 1)),
-    "moe_every_n_layers": Meaning(neutral=(0, 1)),
-    "full_attention_interval": Meaning(("full_attention_interval",)),
-    "shortconv.l_cache": Meaning(("conv_L_cache",)),
-    "ssm.conv_kernel": Meaning(("linear_conv_kernel_dim", "conv_kernel")),
-    "ssm.state_size": Meaning(("linear_key_head_dim", "state_size")),
-    "ssm.group_count": Meaning(("linear_num_key_heads",)),
-    "ssm.time_step_rank": Meaning(("linear_num_value_heads", "time_step_rank")),
-    "ssm.dt_b_c_rms": Meaning(),
-    "attention.clamp_kqv": Meaning(),
-    "attention.max_alibi_bias": Meaning(),
-    "attention.q_lora_rank": Meaning(),
-    "attention.kv_lora_rank": Meaning(),
-    "attention.temperature_scale": Meaning(),
-    "router_logit_softcapping": Meaning(),
-    "leading_dense_block_count": Meaning(),
-    "expert_shared_count": Meaning(),
-    "n_deepstack_layers": Meaning(),
-    "nextn_predict_layers": Meaning(neutral=()),  # layers that guess ahead choose no token
-    "pooling_type": Meaning(neutral=()),  # of embeddings
-    "decoder_start_token_id": Meaning(neutral=()),
+# The attributes of a key: its value is copied to the first that the config has, or must agree with it.
+COPIED: dict[str, tuple[str, ...]] = {
+    "context_length": ("max_position_embeddings",),
+    "vocab_size": ("vocab_size",),
+    "attention.layer_norm_rms_epsilon": EPSILONS,
+    "attention.layer_norm_epsilon": EPSILONS,
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "expert_feed_forward_length": ("moe_intermediate_size", "intermediate_size"),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "expert_weights_norm": ("norm_topk_prob",),
+}
+AGREEING: dict[str, tuple[str, ...]] = {
+    "embedding_length": ("hidden_size",),
+    "embedding_length_out": ("hidden_size",),
+    "embedding_length_per_layer_input": ("hidden_size_per_layer_input",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.shared_kv_layers": ("num_kv_shared_layers",),
+    "use_parallel_residual": ("use_parallel_residual",),
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "full_attention_interval": ("full_attention_interval",),
+    "shortconv.l_cache": ("conv_L_cache",),
+    "ssm.conv_kernel": ("linear_conv_kernel_dim", "conv_kernel"),
+    "ssm.state_size": ("linear_key_head_dim", "state_size"),
+    "ssm.group_count": ("linear_num_key_heads",),
+    "ssm.time_step_rank": ("linear_num_value_heads", "time_step_rank"),
+}
+# What changes nothing where there is no attribute: of these keys anything (layers that guess ahead choose no
+# token, pooling is for embeddings), of the others a value or two.
+ANY_VALUE = {"context_length", "nextn_predict_layers", "pooling_type", "decoder_start_token_id"}
+FACTORS = ("logit_scale", "residual_scale", "embedding_scale", "expert_weights_scale", "expert_group_count",
+           "expert_group_used_count", "interleave_moe_layer_step", "moe_every_n_layers")  # fmt: skip
+OPTIONS = ("ssm.dt_b_c_rms", "attention.clamp_kqv", "attention.max_alibi_bias", "attention.q_lora_rank",
+           "attention.kv_lora_rank", "attention.temperature_scale", "router_logit_softcapping",
+           "leading_dense_block_count", "expert_shared_count", "n_deepstack_layers")  # fmt: skip
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "tensor_data_layout": ("Meta AI original pth",),
+    **dict.fromkeys(FACTORS, (0, 1)),
+    **dict.fromkeys((*OPTIONS, *COPIED, *AGREEING), (0,)),
 }
 TEXTS = {"rope.scaling.type", "tensor_data_layout", "pooling_type"}
 POSITIVE = {
@@ -116,10 +97,7 @@ def apply_keys(file: GgufFile, config: PreTrainedConfig) -> None:
     own = file.own
     _apply_head_dim(file, config)
     for key, value in sorted(own.items()):
-        if key in COMPUTED:
-            agrees = COMPUTED[key](config, value, own)
-        else:
-            agrees = key in MEANINGS and _apply(config, MEANINGS[key], value)
+        agrees = COMPUTED[key](config, value, own) if key in COMPUTED else _apply(config, key, value)
         if not agrees and not key.startswith("rope."):
             raise file.refusal(key)
 
@@ -147,13 +125,13 @@ def same(value: Any, own: Any) -> bool:
     return bool(value == own) or (not value and own is None)
 
 
-def _apply(config: PreTrainedConfig, meaning: Meaning, value: Any) -> bool:
+def _apply(config: PreTrainedConfig, key: str, value: Any) -> bool:
     """Return whether the config says the same, once the value is copied where it should be."""
-    names = [name for name in meaning.names if hasattr(config, name)]
+    names = [name for name in (COPIED | AGREEING).get(key, ()) if hasattr(config, name)]
     if not names:
-        return not meaning.neutral or value in meaning.neutral
+        return key in ANY_VALUE or value in NEUTRAL.get(key, ())
     name = next((name for name in names if getattr(config, name) is not None), names[0])
-    if meaning.copied and not same(value, getattr(config, name)):
+    if key in COPIED and not same(value, getattr(config, name)):
         setattr(config, name, value or None)
     return same(value, getattr(config, name))
 
