@@ -27,7 +27,7 @@ class Progress:
 
     Args:
         what: what is done.
-        total: of how many parts, each counted by `advance`; None where only `tell` says what is done now.
+        total: of how many parts, each counted by `advance`; None where only `begin` says what is done.
         unit: what a part is called.
         shown: False shows nothing at all.
         delay_s: a bar appears only for what takes longer, seconds.
@@ -69,17 +69,12 @@ class Progress:
         """Go on to other work, which counts its own parts from 0; a log has no more lines for it."""
         self._what, self._total, self._unit, self._done = what, total, unit, 0
         self._erase()
-        self._show(at_once=not self._delay_s)
+        self._show(at_once=True)
 
     def advance(self, parts: int = 1) -> None:
         """Count parts that are done."""
         self._done += parts
         self._show()
-
-    def tell(self, what: str) -> None:
-        """Say what is done from now on."""
-        self._what = what
-        self._show(at_once=self._total is None)
 
     def write(self, line: str) -> None:
         """Write a line, whether or not anything else is shown, in place of the bar."""

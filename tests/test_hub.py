@@ -152,13 +152,16 @@ UNREACHABLE: dict[str, tuple[Fault, str]] = {
     "rate limit": (answering(429, Retry_After="60"), "429"),
     "proxy wants a login": (answering(407), "407"),
     "token refused": (answering(401, X_Error_Message="Invalid credentials in Authorization header"), "401"),
-    "another site": (answering(200), "answers, but not as a hub does: see HF_ENDPOINT"),
+    "another site": (answering(200), "it answers, but not as a hub does: see HF_ENDPOINT"),
     "offline": (lambda hub, patch: patch.setattr(constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE is set"),
     "gated": (answering(403, X_Error_Code="GatedRepo"), "ask for access at http"),
 }
 ABSENT: dict[str, tuple[Fault, str]] = {
-    "unknown": (answering(404, X_Error_Code="RepoNotFound"), "is not on http.* or it is private"),
-    "private": (answering(401, X_Error_Code="RepoNotFound"), "is not on http.* or it is private: .*log in"),
+    "unknown": (
+        answering(404, X_Error_Code="RepoNotFound"),
+        "it is not on http.*, or private: mend the name",
+    ),
+    "private": (answering(401, X_Error_Code="RepoNotFound"), "it is not on http.*, or private: .*log in"),
     "no config.json": (lambda hub, _: (hub.folder / "config.json").unlink(), r"has no config\.json on http"),
 }
 

@@ -59,7 +59,7 @@ def test_work_that_counts_nothing_says_what_it_is_at():
         stages = {"Loading": 0, "Fetching": 8, "Converting": 3, "Saving": 4, "Reading": 30}
         for what, seconds in stages.items():
             clock.now += seconds
-            progress.tell(what)
+            progress.begin(what)
     assert log.getvalue().splitlines() == ["Converting, 11 s", "Reading, 45 s"]
 
 

@@ -32,27 +32,25 @@ def reach(spec: str) -> dict[str, Any]:
     )
 
     file, hub = "config.json", constants.ENDPOINT
+    told = {  # of an error, the first that fits
+        HFValidationError: "it is no hub id, which is an org/name of letters, digits, '-', '_' and '.'",
+        GatedRepoError: f"ask for access at {hub}/{spec}, then log in (hf auth login)",
+        RepositoryNotFoundError: f"it is not on {hub}, or private: mend the name, or log in (hf auth login)",
+        EntryNotFoundError: f"it has no {file} on {hub}, so nothing that Transformers can load",
+        OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, which forbids to ask the hub",
+        Exception: f"{hub} did not give it",
+    }
+    final: tuple[type[Exception], ...] = (HFValidationError, RepositoryNotFoundError, EntryNotFoundError)
     try:
         found = get_hf_file_metadata(hf_hub_url(spec, file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        if found.commit_hash:
-            return {"revision": Path(hf_hub_download(spec, file)).parent.name}  # kept as the cache's newest
-        problem = f"{hub} answers, but not as a hub does: see HF_ENDPOINT"
-    except HFValidationError as error:
-        raise ModelError(f"model {spec!r} is no hub id: {in_one_line(error)}; {WAYS_OUT}") from error
-    except EntryNotFoundError as error:
-        why = f"has no {file} on {hub}, so no model that Transformers can load"
-        raise ModelError(f"model {spec!r} {why}; {WAYS_OUT}") from error
-    except GatedRepoError:
-        problem = f"ask for access at {hub}/{spec}, then log in (hf auth login)"
-    except RepositoryNotFoundError as error:
-        why = f"is not on {hub}, or it is private: mend the name, or log in (hf auth login)"
-        raise ModelError(f"model {spec!r} {why}; {WAYS_OUT}") from error
-    except OfflineModeIsEnabled:
-        problem = "HF_HUB_OFFLINE is set, which forbids to ask the hub"
-    except Exception as error:  # of whatever lies between here and the hub
-        problem = f"{hub} did not give it ({in_one_line(error)})"
-    if isinstance(path := try_to_load_from_cache(spec, file), str):  # in a folder named after its commit
-        return {"revision": Path(path).parent.name, "local_files_only": True}
-    raise ModelError(
-        f"model {spec!r} did not load: {problem}; {constants.HF_HUB_CACHE} does not have it; {WAYS_OUT}"
-    )
+        if not found.commit_hash:
+            raise ConnectionError("it answers, but not as a hub does: see HF_ENDPOINT")
+        return {"revision": Path(hf_hub_download(spec, file)).parent.name}  # kept as the cache's newest
+    except Exception as error:
+        fits = next(kind for kind in told if isinstance(error, kind))
+        problem = told[fits] if fits is not Exception else f"{told[fits]} ({in_one_line(error)})"
+        if fits not in final:
+            if isinstance(path := try_to_load_from_cache(spec, file), str):  # in a folder named by its commit
+                return {"revision": Path(path).parent.name, "local_files_only": True}
+            problem = f"{problem}; {constants.HF_HUB_CACHE} does not have it"
+        raise ModelError(f"model {spec!r} did not load: {problem}; {WAYS_OUT}") from error

@@ -129,7 +129,7 @@ def _guarded(spec: str, progress: bool, own_bars: bool) -> Iterator[Callable[[st
             switches.disable_progress_bar()
         words = stack.enter_context(Progress("Starting", shown=progress and not own_bars))
         try:
-            yield words.tell
+            yield words.begin
         except Exception as error:  # a broken file makes the libraries raise anything, OSError to KeyError
             LOG.debug("model %r did not load", spec, exc_info=True)
             if isinstance(error, ModelError):
