@@ -50,18 +50,10 @@ class RequestMetrics:
 
     @classmethod
     def from_times(
-        cls,
-        request_id: str,
-        *,
-        prompt_tokens: int,
-        arrival_s: float,
-        scheduled_s: float | None,
-        token_times_s: Sequence[float],
-        finished_s: float,
-        finish_reason: str = "length",
-        prompt_tokens_cached: int = 0,
-        preemptions: int = 0,
-    ) -> RequestMetrics:
+        cls, request_id: str, *, prompt_tokens: int, arrival_s: float, scheduled_s: float | None,
+        token_times_s: Sequence[float], finished_s: float, finish_reason: str = "length",
+        prompt_tokens_cached: int = 0, preemptions: int = 0,
+    ) -> RequestMetrics:  # fmt: skip
         """Return the metrics of a request from when it was due, first ran, got each token and ended.
 
         Args:
@@ -71,15 +63,9 @@ class RequestMetrics:
         first = token_times_s[0] if token_times_s else None
         decode_ms = _ms(first, finished_s)
         gaps = tuple((later - earlier) * 1e3 for earlier, later in pairwise(token_times_s))
+        counts = prompt_tokens, len(token_times_s), prompt_tokens_cached, preemptions
         return cls(
-            request_id=request_id,
-            finish_reason=finish_reason,
-            prompt_tokens=prompt_tokens,
-            output_tokens=len(token_times_s),
-            prompt_tokens_cached=prompt_tokens_cached,
-            preemptions=preemptions,
-            arrival_s=arrival_s,
-            finished_s=finished_s,
+            request_id, finish_reason, *counts, arrival_s, finished_s,
             queue_ms=_ms(arrival_s, scheduled_s),
             ttft_ms=_ms(arrival_s, first),
             prefill_ms=_ms(scheduled_s, first),
@@ -87,7 +73,7 @@ class RequestMetrics:
             latency_ms=(finished_s - arrival_s) * 1e3,
             tpot_ms=decode_ms / len(gaps) if decode_ms is not None and gaps else None,
             itl_ms=gaps,
-        )
+        )  # fmt: skip
 
 
 def _ms(begin_s: float | None, end_s: float | None) -> float | None:
@@ -156,9 +142,8 @@ class EngineMetrics:
         counters.forward_passes += result.forward_passes
         counters.tokens_computed += result.tokens_computed
         counters.padded_tokens += result.padded_tokens
-        counters.output_tokens += len(
-            [choice for choice in result.choices if choice and choice.token is not None]
-        )
+        given = [choice for choice in result.choices if choice and choice.token is not None]
+        counters.output_tokens += len(given)
         counters.kv_bytes_peak = max(counters.kv_bytes_peak, result.kv_bytes)
         counters.batch_sizes[requests] += 1
         counters.kv_unused_tokens += unused
@@ -202,11 +187,11 @@ class EngineMetrics:
         """
         ttft_ms = check("ttft_ms", ttft_ms, float, 0, math.inf)
         tpot_ms = check("tpot_ms", tpot_ms, float, 0, math.inf)
-        ended = (r for r in self.records if r.finish_reason in ("stop", "length") and r.ttft_ms is not None)
-        good = sum((r.ttft_ms or 0.0) <= ttft_ms and (r.tpot_ms or 0.0) <= tpot_ms for r in ended)
-        arrivals = [r.arrival_s for r in self.records]
-        wall_s = max(r.finished_s for r in self.records) - min(arrivals) if arrivals else 0.0
-        return good / wall_s if wall_s else 0.0
+        kept = self.frame()
+        good = kept["finish_reason"].isin(["stop", "length"])
+        good &= (kept["ttft_ms"] <= ttft_ms) & (kept["tpot_ms"].fillna(0.0) <= tpot_ms)
+        wall_s = kept["finished_s"].max() - kept["arrival_s"].min()
+        return float(good.sum() / wall_s) if wall_s > 0 else 0.0
 
     def frame(self) -> pd.DataFrame:
         """Return a row for each request kept, in the order they ended, of the fields of RequestMetrics."""
