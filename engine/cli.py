@@ -114,8 +114,10 @@ def generate(
     seed: Seed = 0,
 ) -> None:
     """Stream a model's answer to a prompt, through its chat template where it has one."""
-    drawn = temperature, top_k, top_p, min_p, repetition_penalty
-    params = SamplingParams(max_new_tokens, 0, *drawn, stop=tuple(stop or ()), seed=seed)
+    params = SamplingParams(
+        max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed,
+    )  # fmt: skip
     text = check_text("prompt", _standard_input() if prompt == "-" else prompt)
     if not text.strip():
         raise InputError("prompt is empty: give at least one word")
@@ -146,9 +148,8 @@ def _standard_input() -> str:
         if sys.stdin is not None:
             return sys.stdin.read()
     except UnicodeDecodeError as error:
-        problem = (
-            f"which has byte {error.object[error.start]:#x} at {error.start}, which is no {error.encoding}"
-        )
+        byte = error.object[error.start]
+        problem = f"which has byte {byte:#x} at {error.start}, which is no {error.encoding}"
     raise InputError(f"prompt='-' reads standard input, {problem}: give the text itself")
 
 
