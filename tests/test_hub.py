@@ -17,6 +17,7 @@ from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import close_session
 
 from engine.models import ModelError, load
+from engine.models.hub import fetch
 
 COMMIT = "c0ffee" * 6 + "beef"
 SPEC = "some/model"
@@ -29,7 +30,8 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.folder, self.asked, self.status, self.headers = folder, 0, 0, dict[str, str]()
+        self.folder, self.asked, self.paths, self.most = folder, 0, list[str](), 10**9
+        self.status, self.headers = 0, dict[str, str]()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a client that left."""
@@ -40,6 +42,9 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.server.asked += 1
+        self.server.paths.append(self.path)
+        if self.server.asked > self.server.most:
+            self.server.status = 503
         if self.server.status < 0:
             return self.connection.shutdown(socket.SHUT_RDWR)
         if self.server.status:
@@ -195,6 +200,26 @@ def test_what_is_in_the_cache_needs_no_hub(hub, monkeypatch, fault) -> None:
 def test_what_no_hub_id_looks_like_is_never_asked_for(hub, spec: str) -> None:
     assert "is no hub id" in error_of(spec)
     assert hub.asked == 0
+
+
+@pytest.mark.parametrize("answers", [1, 2, 3, 4, 5, 6])
+def test_a_hub_that_fails_in_the_middle_is_asked_again_for_one_file_alone(hub, monkeypatch, answers) -> None:
+    """And no model comes of the files that there are so far."""
+    (hub.folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    hub.most = answers
+    assert "did not load" in error_of(SPEC)
+    assert len(set(hub.paths[answers:])) == 1
+    assert len(hub.paths) < answers + 10
+
+
+def test_files_are_fetched_but_those_of_other_kinds(hub) -> None:
+    for name in ("README.md", "model.gguf", "pytorch_model.bin", "merges.txt", "spiece.model", "notes.json"):
+        (hub.folder / name).write_text("{}")
+    where, weights = fetch(SPEC)
+    assert (where, weights) == ({"revision": COMMIT, "local_files_only": True}, {"revision": COMMIT})
+    found = {path.name for path in Path(constants.HF_HUB_CACHE).glob(f"*/snapshots/{COMMIT}/*")}
+    assert found == {"config.json", "generation_config.json", "merges.txt", "spiece.model", "notes.json"}
 
 
 def test_a_broken_tokenizer_is_named_by_its_hub_id(hub) -> None:

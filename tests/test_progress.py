@@ -175,7 +175,7 @@ def test_the_hubs_own_bars_are_for_terminals(monkeypatch, colourful, terminal, p
         found.append((switches.is_progress_bar_enabled(), not are_progress_bars_disabled()))
         raise ModelError("seen enough")
 
-    monkeypatch.setattr("engine.models.loader.reach", look)
+    monkeypatch.setattr("engine.models.loader.fetch", look)
     monkeypatch.setattr("sys.stderr", Terminal() if terminal else io.StringIO())
     before = switches.is_progress_bar_enabled()
     with pytest.raises(ModelError, match="seen enough"):

@@ -18,7 +18,7 @@ from engine.machine import cache_dir
 from engine.models.errors import WAYS_OUT, ModelError, in_one_line
 from engine.models.gguf_file import from_gguf
 from engine.models.gguf_tokenizer import split_as
-from engine.models.hub import reach
+from engine.models.hub import fetch
 from engine.models.presets import PRESETS, SPECS
 from engine.models.smollm2 import SMOLLM2_PRE, SMOLLM2_SHA256, sha256, smollm2_folder
 from engine.models.stored import read, refuse_adapter
@@ -74,9 +74,9 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
             model, tokenizer, revision = read(folder, name), find_tokenizer(folder), SMOLLM2_SHA256
             split_as(SMOLLM2_PRE, tokenizer)  # a folder that an earlier version converted lacks it
         else:
-            where = reach(source) if kind == "hub" else {}
+            where, weights = fetch(source) if kind == "hub" else ({}, {})
             refuse_adapter(source, **where)
-            tokenizer, model = find_tokenizer(source, **where), read(source, name, **where)
+            tokenizer, model = find_tokenizer(source, **where), read(source, name, weights, **where)
             revision = where.get("revision", "local")
         model = model.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
     return LoadedModel(spec, model, tokenizer, revision)

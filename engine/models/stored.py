@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 UNPACKED = "mxfp4"  # quantized weights that Transformers unpacks where no kernel takes them as they are
 
 
-def read(source: str, dtype: str, **where: Any) -> PreTrainedModel:
+def read(source: str, dtype: str, weights: dict[str, Any] | None = None, **where: Any) -> PreTrainedModel:
     """Return the model in a folder or under a hub id; ModelError unless it is a whole causal LM.
 
-    `where` are options of `from_pretrained` that say which files of a hub id are meant.
+    Args:
+        weights, where: of a hub id, the options of `from_pretrained` for its weights, and for all else.
     """
     from transformers import AutoConfig
 
@@ -26,7 +27,7 @@ def read(source: str, dtype: str, **where: Any) -> PreTrainedModel:
     stated = read_stated(source, **where)
     mended = {"config": config} if drop_foreign_pad(source, config) else {}
     try:
-        return causal_lm(source, dtype, source, **mended, **where)
+        return causal_lm(source, dtype, source, **mended, **(weights or {}))
     except (TypeError, ValueError):  # of a field that is no number, Transformers names neither file nor field
         check_stated(source, stated)
         raise

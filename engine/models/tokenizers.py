@@ -57,12 +57,11 @@ def _speaks(tokenizer: Any) -> bool:
 
 
 def _files(source: str, **where: Any) -> list[str]:
-    """Return which of FILES there are in a folder, or under a hub id."""
-    from huggingface_hub import list_repo_files, snapshot_download
+    """Return which of FILES there are in a folder, or under a hub id that has been fetched."""
+    from huggingface_hub import snapshot_download
 
-    if where.get("local_files_only"):
-        source = snapshot_download(source, **where)
-    names = os.listdir(source) if os.path.isdir(source) else list_repo_files(source, **where)
+    folder = source if os.path.isdir(source) else snapshot_download(source, **where)
+    names = os.listdir(folder)
     return sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in FILES))
 
 
