@@ -197,7 +197,7 @@ def test_an_engine_uses_no_more_threads_than_there_are_processors_for_it(tiny, m
         with caplog.at_level(logging.WARNING):
             engine = Engine(tiny("tiny-llama").loaded)
         assert torch.get_num_threads() == expected
-        assert engine.runner.model._team.size == expected
+        assert engine.runner.backend._team.size == expected
         assert [("2 processors" in message) for message in caplog.messages] == [True] * (threads > expected)
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import engine.engine
 from engine import Engine, EngineConfig, load
-from engine.runner.cuda import CudaRunner
 from perf.benchmarks.workloads import fixed
 from perf.measure.idle import TRACED_STEPS, WARM_UP_STEPS, decoding, gaps, idle_time, utilisation
-from tests import reference
+from tests.serving import use_cuda_backend
 
 
 def kernel(begin: float, microseconds: float, category: str = "kernel") -> dict[str, object]:
@@ -41,13 +38,9 @@ def test_a_trace_without_kernels_has_no_gaps():
 
 @pytest.fixture(params=["as it is", "tokens come a step late"])
 def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """An engine on the CPU, with its own runner or with a GPU's, kernels aside."""
+    """An engine on the CPU, with its own backend or with a GPU's, kernels aside."""
     if request.param != "as it is":
-
-        def on_a_gpu(model: Any, pool: Any, deterministic: bool, rows: int, int8: bool) -> CudaRunner:
-            return CudaRunner(model, pool, deterministic, rows, kernels=reference)
-
-        monkeypatch.setattr(engine.engine, "make_runner", on_a_gpu)
+        use_cuda_backend(monkeypatch)
     config = EngineConfig(max_batch_size=4, prefix_caching=False, generation_config="none")
     return Engine(load("random:tiny-llama", dtype="float64"), config)
 
