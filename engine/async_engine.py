@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import queue
 import threading
@@ -58,6 +59,7 @@ class AsyncEngine:
         self._failures = 0  # steps that raised, with no token in between
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
+        atexit.register(self.close)  # a thread in the middle of a step must not outlive the interpreter
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
         """Return the output for one prompt.
@@ -95,6 +97,7 @@ class AsyncEngine:
         """End the worker after the step it is in; requests that have not finished get a RuntimeError."""
         self._commands.put(None)
         self._worker.join()
+        atexit.unregister(self.close)
 
     async def __aenter__(self) -> AsyncEngine:
         return self

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -260,3 +262,23 @@ def test_out_of_memory_makes_steps_smaller(tiny, error):
     for output in engine.generate(prompts_of(12), exactly(9), progress=False):
         oracle.check(output, 9)
     assert engine.scheduler.max_step_tokens <= 20
+
+
+def test_a_process_ends_well_in_the_middle_of_a_step():
+    """Its requests have not finished, nobody waits for them, and nobody has closed the engine."""
+    code = """
+import asyncio, atexit, threading
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))  # runs last
+from engine import AsyncEngine, Engine, SamplingParams, load
+served = AsyncEngine(Engine(load("random:tiny-llama")))
+
+async def main():
+    asyncio.create_task(served.generate([1, 2], SamplingParams(max_new_tokens=2000, ignore_eos=True)))
+    await asyncio.sleep(0.5)
+
+asyncio.run(main())
+print(served._worker.is_alive())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n['MainThread']\n"), done.stderr
+    assert "Traceback" not in done.stderr

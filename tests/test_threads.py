@@ -54,6 +54,29 @@ def test_threads_meet_and_take_each_number_once(size):
         assert counted(team) == [True] * size
 
 
+def test_a_team_that_is_closed_has_no_threads_and_runs_nothing():
+    team = Team(3)
+    assert counted(team) == [True] * 3
+    team.close()
+    assert not any(thread.is_alive() for thread in team._threads)
+    with pytest.raises(RuntimeError, match="have ended"):
+        team.run(lambda index: None)
+    team.close()
+
+
+def test_no_thread_is_left_when_the_interpreter_shuts_down():
+    """One that comes out of compiled code then aborts the process, one time in three."""
+    code = """
+import atexit, threading
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))  # runs last
+from engine.backends.cpu.threads import team
+team(3)
+print(threading.active_count())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "3\n['MainThread']\n"), done.stderr
+
+
 def test_what_the_caller_raises_is_raised_and_the_team_goes_on():
     team = Team(3)
 

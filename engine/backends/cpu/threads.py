@@ -9,6 +9,7 @@ one.
 # mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -98,12 +99,14 @@ class Team:
         self._jobs_begun = np.zeros(1, np.int64)
         self.start = self._jobs_begun.ctypes.data
         self._job: Callable[[int], Any] = int  # in place of none
-        self._running = False
+        self._running = self._closed = False
         self._awake = [threading.Event() for _ in range(1, size)]
-        for index, awake in enumerate(self._awake, 1):
-            threading.Thread(
-                target=self._work, args=(index, awake), name=f"team-{index}", daemon=True
-            ).start()
+        self._threads = [
+            threading.Thread(target=self._work, args=(index, awake), name=f"team-{index}", daemon=True)
+            for index, awake in enumerate(self._awake, 1)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def run(self, job: Callable[[int], Any]) -> None:
         """Call job(0) here and job(1), job(2), ... in the other threads.
@@ -112,6 +115,8 @@ class Team:
         `begin_together(index, team.start)` and ends with a `barrier` of all threads.
         """
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the threads of this process have ended: the interpreter shuts down")
             try:
                 self._job, self._running = job, True
                 for awake in self._awake:
@@ -120,9 +125,22 @@ class Team:
             finally:
                 self._job, self._running = int, False  # a job may hold a model's weights
 
+    def close(self) -> None:
+        """End the other threads, once a job that runs is through.
+
+        A thread that comes out of compiled code while the interpreter shuts down is ended within it, and that
+        aborts the process.
+        """
+        with self._lock:
+            self._closed = True
+            for awake in self._awake:
+                awake.set()
+        for thread in self._threads:
+            thread.join()
+
     def _work(self, index: int, awake: threading.Event) -> None:
         seen = 0
-        while True:
+        while not self._closed:
             begun = _wait_for_change(self.start, seen, SPINS_BEFORE_SLEEP)
             if begun != seen:
                 seen = begun
@@ -139,7 +157,9 @@ class Team:
 @cache
 def team(size: int) -> Team:
     """Return this process's one team of a size."""
-    return Team(size)
+    made = Team(size)
+    atexit.register(made.close)
+    return made
 
 
 if hasattr(os, "register_at_fork"):
