@@ -100,7 +100,7 @@ class Engine(Loop):
         self._seeds = np.random.default_rng(config.seed)
 
     def _build(self, config: EngineConfig, memory: int, token_bytes: int) -> None:
-        """Make what a settled config says: runner, scheduler and the accounting of so many bytes of memory.
+        """Make what a resolved config says: runner, scheduler and the accounting of so many bytes of memory.
 
         Args:
             token_bytes: what the model's own cache takes for a token. (Pages hold what its attention is

@@ -174,15 +174,15 @@ def norm(x: torch.Tensor, by: Norm, parts_of: torch.dtype | None = None) -> torc
     return (found if by.bias is None else found + by.bias).to(x.dtype)
 
 
-def add_norm(residual_TC: torch.Tensor, x: torch.Tensor, by: Norm, scale: float = 1.0) -> torch.Tensor:
+def add_norm(residual_TM: torch.Tensor, x: torch.Tensor, by: Norm, scale: float = 1.0) -> torch.Tensor:
     """As norm_activation.add_norm."""
-    x_TC = x.sum(0).to(residual_TC.dtype) if x.dim() == 3 else x
-    return norm(residual_TC.add_(x_TC, alpha=scale), by)
+    x_TM = x.sum(0).to(residual_TM.dtype) if x.dim() == 3 else x
+    return norm(residual_TM.add_(x_TM, alpha=scale), by)
 
 
-def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
+def gated(gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: str) -> torch.Tensor:
     """As norm_activation.gated."""
-    return (F.silu(gate_TI) if activation == "silu" else F.gelu(gate_TI, approximate="tanh")) * up_TI
+    return (F.silu(gate_TF) if activation == "silu" else F.gelu(gate_TF, approximate="tanh")) * up_TF
 
 
 def max_split_rows(dtype: torch.dtype, layer_bytes: int) -> int:

@@ -24,7 +24,7 @@ from tests.oracle import Oracle
 NAMES = ("tiny-qwen2", "tiny-llama", "tiny-gemma3", "tiny-mistral", "tiny-qwen3")
 # (batch, step tokens, page, caching, tokens of KV memory): every value of each, small memory with every page
 # size.
-WAYS = [
+SETTINGS = [
     (1, 8192, 16, True, None),
     (8, 7, 1, True, 120),
     (8, 64, 16, True, 112),

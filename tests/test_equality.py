@@ -23,7 +23,7 @@ from tests.oracle import Oracle
 from tests.pairwise import pairwise
 from tests.serving import (
     NAMES,
-    WAYS,
+    SETTINGS,
     check_shuffled,
     drive,
     exactly,
@@ -66,7 +66,7 @@ COVER = pairwise(
 )
 # What the plain run leaves out: each way, and each batch of the padded runner, with every model.
 FULL = [
-    *product([("packed", "continuous"), ("device", "continuous")], NAMES, DTYPES, WAYS),
+    *product([("packed", "continuous"), ("device", "continuous")], NAMES, DTYPES, SETTINGS),
     *product(
         [("padded", "dynamic")], NAMES, DTYPES, [(batch, 8192, 16, True, None) for batch in (1, 3, 8, 32)]
     ),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from engine import Engine, EngineConfig, LoadedModel, SamplingParams
 from engine.backends.cpu import can_compile
@@ -16,6 +17,7 @@ from engine.backends.cuda import can_run
 from engine.backends.cuda.backend import CudaBackend
 from engine.backends.transformers.backend import TransformersBackend
 from engine.models.attention_trace import attention_layers
+from engine.models.decoder_parts import OtherPartError, activation
 from engine.models.decoder_spec import DecoderSpec, describe
 from tests.oracle import Oracle
 from tests.serving import runner_of, use_cuda_backend
@@ -249,6 +251,16 @@ def test_multipliers_are_read():
     assert spec_of(oracle("gemma2").model).embedding_scale == pytest.approx(8.0, rel=1e-7)
     assert spec_of(oracle("gemma2").model).logits_softcap == 5.0
     assert spec_of(oracle("cohere").model).logits_scale == 0.0625
+
+
+def test_activations_are_known_by_their_results():
+    """The exact GELU and its approximation by tanh differ by a few ten-thousandths at most."""
+    names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    for name, expected in names.items():
+        assert activation(ACT2FN[name]) == expected
+    for name in ("gelu", "relu", "quick_gelu", "mish", "tanh"):
+        with pytest.raises(OtherPartError):
+            activation(ACT2FN[name])
 
 
 def test_a_fused_weight_is_not_copied():

@@ -15,7 +15,7 @@ from engine.backends.cuda.batch_layout import upload
 from engine.backends.transformers.backend import TransformersBackend
 from engine.models import LoadedModel, load
 from tests.oracle import Oracle
-from tests.serving import NAMES, WAYS, check_shuffled, drive, exactly, packed, run_out_of_memory, work_of
+from tests.serving import NAMES, SETTINGS, check_shuffled, drive, exactly, packed, run_out_of_memory, work_of
 from tests.test_families import COMPILED, made
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +40,7 @@ def build(oracle: Oracle, kv_tokens: int = 20_000, **config) -> Engine:
     return server
 
 
-@pytest.mark.parametrize(("batch", "chunk", "page", "caching", "kv_tokens"), WAYS)
+@pytest.mark.parametrize(("batch", "chunk", "page", "caching", "kv_tokens"), SETTINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_generate_one_by_one(on_gpu, name, batch, chunk, page, caching, kv_tokens):
     oracle = on_gpu(name)

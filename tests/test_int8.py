@@ -67,8 +67,8 @@ def test_logits_are_those_of_the_rounded_weights():
     scale = model.config.head_dim**-0.5
     spec = describe(model, attention_layers(model))
     assert spec is not None
-    lean = CompiledDecoder(spec, 16)
-    lean.quantize()
+    compiled = CompiledDecoder(spec, 16)
+    compiled.quantize()
     with torch.no_grad():
         for name, module in model.named_modules():
             if type(module) is torch.nn.Linear:
@@ -77,8 +77,8 @@ def test_logits_are_those_of_the_rounded_weights():
                 rounded = (scaled / step_N1).round() * step_N1
                 module.weight.copy_(rounded / scale if name.endswith("q_proj") else rounded)
         tokens = [(31 * i) % 256 for i in range(70)]
-        lean.allocate_kv(5)
-        found = lean.logits(Batch(tokens, [Span(0, 70, 0, list(range(5)))], list(range(70))))
+        compiled.allocate_kv(5)
+        found = compiled.logits(Batch(tokens, [Span(0, 70, 0, list(range(5)))], list(range(70))))
         expected = model(torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 

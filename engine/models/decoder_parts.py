@@ -1,6 +1,7 @@
 """Parts of a decoder, read from a model's modules and understood by what they do.
 
-A norm is known by its results, RoPE by what it does to a key, an embedding's scale by looking a token up.
+A norm and an activation are known by their results, RoPE by what it does to a key, an embedding's scale by
+looking a token up.
 
 T tokens, M width, N outputs, H query heads, D head size, E pairs of it that RoPE rotates.
 """
@@ -8,17 +9,23 @@ T tokens, M width, N outputs, H query heads, D head size, E pairs of it that RoP
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.models.attention_trace import telling_token
 
 # How far what a part gives may lie from what it is taken for, relative to the largest: rounding, no more.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class OtherPartError(Exception):
@@ -157,6 +164,16 @@ def norm(module: Any) -> Norm:
         for scale in (weight, 1 + weight.float()):
             if _is_close(found, y * scale + (0 if bias is None else bias)):
                 return Norm(scale, bias, eps, centred)
+    raise OtherPartError
+
+
+def activation(module: nn.Module) -> str:
+    """Return the name of an activation in ACTIVATIONS, known by its results in float64."""
+    x = torch.linspace(-8, 8, 65, dtype=torch.float64)
+    found = _call(module, x)
+    for name, function in ACTIVATIONS.items():
+        if isinstance(found, torch.Tensor) and torch.allclose(found, function(x), rtol=1e-9, atol=1e-12):
+            return name
     raise OtherPartError
 
 

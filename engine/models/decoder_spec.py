@@ -22,6 +22,7 @@ from engine.models.decoder_parts import (
     Norm,
     OtherPartError,
     Rope,
+    activation,
     check,
     embedding_scale,
     linear,
@@ -33,12 +34,6 @@ from engine.models.decoder_parts import (
 from engine.models.geometry import positions, telling_positions
 
 BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
-ACTIVATIONS = {
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-}
 # A layer's norms before and after attention, before and after the MLP: a name has other roles beside others
 NORM_ROLES: tuple[tuple[str | None, ...], ...] = (
     ("input_layernorm", None, "post_attention_layernorm", None),
@@ -163,11 +158,10 @@ def _layer(layer: nn.Module, given: LayerAttention, index: int, known: Mapping[R
     gate, up = siblings(mlp, ("gate_proj", "up_proj"), "gate_up_proj", (-1, -1))
     check(attention.keys() == {"o_proj"} and len(mlp) == 2)
     down = linear(mlp.pop("down_proj", None))
-    activation = ACTIVATIONS.get(type(mlp.popitem()[1]).__name__, "")
-    check(activation != "")
     return Layer(
         before_attention, after_attention, before_mlp, after_mlp, q, k, v, q_norm, k_norm,
-        rope_of(given.key_TD, known), given.options, linear(attention["o_proj"]), gate, up, down, activation,
+        rope_of(given.key_TD, known), given.options, linear(attention["o_proj"]), gate, up, down,
+        activation(mlp.popitem()[1]),
     )  # fmt: skip
 
 

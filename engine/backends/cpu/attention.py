@@ -45,14 +45,14 @@ class Heads(NamedTuple):
 
 
 @part()
-def apply_rope(counter, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_XKDP, values_XKBPV):
+def apply_rope(work, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_XKDP, values_XKBPV):
     """Norm and rotate queries and keys in place, and write keys and values into their pages."""
     rows, heads, kv_heads, size = len(plan.ids_T), shape.heads, shape.kv_heads, shape.head_dim
     group, at_once = heads // kv_heads, ROPE_BLOCK if rows > MIN_ROPE_BLOCKED else 1
     together = kv_heads if shape.whole_norm else 1  # a norm of all the width is of what is not rotated yet
     parts = kv_heads // together
     units = (rows + at_once - 1) // at_once * parts
-    unit, span = fetch_add(counter), 0
+    unit, span = fetch_add(work), 0
     q_scale = k_scale = np.float32(1.0)
     while unit < units:
         block, first = unit // parts, unit % parts * together
@@ -76,7 +76,7 @@ def apply_rope(counter, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_
                     keys_XKDP[page, kv_head, d, at] = qkv_TN[t, key + d]
                 for d in range(size):
                     values_XKBPV[page, kv_head, d // NARROW, at, d % NARROW] = qkv_TN[t, value + d]
-        unit = fetch_add(counter)
+        unit = fetch_add(work)
 
 
 @part(fastmath=FAST_MATH)
@@ -99,12 +99,12 @@ def _norm_and_rotate(qkv_TN, t, head, shape, head_norm_QD, scale, cos_TE, sin_TE
 
 @part()
 def attend(
-    counter, qkv_TN, shape, plan, window, softcap, keys_XKDP, values_XKBPV, mixed_TN, thread, space
+    work, qkv_TN, shape, plan, window, softcap, keys_XKDP, values_XKBPV, mixed_TN, thread, space
 ):  # fmt: skip
     """Mix the values of each token's context, its own included."""
     group, kv_heads = shape.heads // shape.kv_heads, shape.kv_heads
     at_once, spans = max(1, QUERIES // group), len(plan.begin_J) - 1
-    unit, span, before = fetch_add(counter), 0, 0  # units of the spans before this one
+    unit, span, before = fetch_add(work), 0, 0  # units of the spans before this one
     while span < spans:
         begin, end = plan.begin_J[span], plan.begin_J[span + 1]
         units = (end - begin + at_once - 1) // at_once * kv_heads
@@ -119,7 +119,7 @@ def attend(
             softcap, keys_XKDP, values_XKBPV, mixed_TN, space.queries_SRD[thread], space.scores_SRP[thread],
             space.mixed_SRD[thread], space.peaks_SR[thread], space.totals_SR[thread],
         )  # fmt: skip
-        unit = fetch_add(counter)
+        unit = fetch_add(work)
 
 
 @part()

@@ -4,7 +4,8 @@ token.
 Each does in one pass over memory what the model's own modules do in several, and rounds where they round.
 Attention and pages are in engine/backends/cuda/kernels/attention.py, which says how kernels are written here.
 
-T tokens, X by Y rows of C elements, I intermediate size, B rows of logits, V vocabulary, S parts of a row.
+T tokens, H heads of a token (or 1 row), M width of a row, F intermediate size, B rows of logits, V vocabulary,
+S parts of a row or of a sum.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -70,21 +71,21 @@ def norm(x: torch.Tensor, by: Norm, parts_of: torch.dtype | None = None) -> torc
     """Return the norm of the last dimension of x, contiguous.
 
     Args:
-        x: [..., C], such as heads that lie in a joined product; a norm of several heads has a weight for
+        x: [..., M], such as heads that lie in a joined product; a norm of several heads has a weight for
             each.
-        parts_of: x is [S, T, C], partial sums of a product in this dtype (`split_k_product`).
+        parts_of: x is [S, T, M], partial sums of a product in this dtype (`split_k_product`).
     """
     return _launch_norm(x, None, by, 1.0, parts_of)
 
 
-def add_norm(residual_TC: torch.Tensor, x: torch.Tensor, by: Norm, scale: float = 1.0) -> torch.Tensor:
-    """Add scale * x to the residual stream, in place, and return the norm of that, [T, C].
+def add_norm(residual_TM: torch.Tensor, x: torch.Tensor, by: Norm, scale: float = 1.0) -> torch.Tensor:
+    """Add scale * x to the residual stream, in place, and return the norm of that, [T, M].
 
     Args:
-        residual_TC: contiguous; the sum is rounded to its dtype before it is normed, as a model does.
-        x: [T, C]; or [S, T, C], partial sums of a product (`split_k_product`).
+        residual_TM: contiguous; the sum is rounded to its dtype before it is normed, as a model does.
+        x: [T, M]; or [S, T, M], partial sums of a product (`split_k_product`).
     """
-    return _launch_norm(x, residual_TC, by, scale, residual_TC.dtype if x.dim() == 3 else None)
+    return _launch_norm(x, residual_TM, by, scale, residual_TM.dtype if x.dim() == 3 else None)
 
 
 def _launch_norm(
@@ -92,13 +93,13 @@ def _launch_norm(
 ) -> torch.Tensor:
     """RMSNorm (Zhang and Sennrich, 2019) or LayerNorm (Ba et al., 2016), computed in float32."""
     parts, part, one = (0, 0, x) if parts_of is None else (x.shape[0], x.stride(0), x[0])
-    x_XYC = one.reshape(-1, *one.shape[-2:])
-    (outer, inner, size), block = x_XYC.shape, triton.next_power_of_2(one.shape[-1])
+    x_THM = one.reshape(-1, *one.shape[-2:])
+    (outer, inner, size), block = x_THM.shape, triton.next_power_of_2(one.shape[-1])
     out = torch.empty(one.shape, dtype=parts_of or x.dtype, device=x.device)
     block_s = triton.next_power_of_2(max(1, parts))
     _norm[(outer * inner,)](
-        x_XYC, out if residual is None else residual, by.scale, by.scale if by.bias is None else by.bias, out,
-        by.eps, scale, inner, *x_XYC.stride()[:2], part, SIZE=size, ADD=residual is not None,
+        x_THM, out if residual is None else residual, by.scale, by.scale if by.bias is None else by.bias, out,
+        by.eps, scale, inner, *x_THM.stride()[:2], part, SIZE=size, ADD=residual is not None,
         CENTRED=by.centred, BIAS=by.bias is not None, EACH=by.scale.dim() > 1, PARTS=parts, BLOCK=block,
         BLOCK_S=block_s,
         num_warps=min(16, max(4, block * block_s // 1024 if parts else block // 512)), **DEPENDENT,
@@ -114,46 +115,46 @@ def _norm(
 ):  # fmt: skip
     if ADD:  # the first norm of a model has nothing to add
         launch_dependents(PDL)
-    row, c_C = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    weight_C = c_C
+    row, m_M = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    weight_M = m_M
     if EACH:  # row `inner` of a token has a weight of its own
-        weight_C += (row % inner).to(tl.int32) * SIZE
-    scale_C = tl.load(weight + weight_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+        weight_M += (row % inner).to(tl.int32) * SIZE
+    scale_M = tl.load(weight + weight_M, mask=m_M < SIZE, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
-    at_C = row * SIZE + c_C
+    at_M = row * SIZE + m_M
     x += row // inner * x_outer + row % inner * x_inner
     if PARTS:  # rounded as the product would be
         s_S1 = tl.arange(0, BLOCK_S)[:, None]
-        x_SC = tl.load(x + s_S1 * part + c_C[None, :], mask=(s_S1 < PARTS) & (c_C < SIZE)[None, :], other=0.0)
-        x_C = tl.sum(x_SC, 0).to(out.dtype.element_ty).to(tl.float32)
+        x_SM = tl.load(x + s_S1 * part + m_M[None, :], mask=(s_S1 < PARTS) & (m_M < SIZE)[None, :], other=0.0)
+        x_M = tl.sum(x_SM, 0).to(out.dtype.element_ty).to(tl.float32)
     else:
-        x_C = tl.load(x + c_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
+        x_M = tl.load(x + m_M, mask=m_M < SIZE, other=0.0).to(tl.float32)
     if ADD:
-        x_C = scale * x_C + tl.load(residual + at_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
-        x_C = x_C.to(residual.dtype.element_ty)
-        tl.store(residual + at_C, x_C, mask=c_C < SIZE)
-        x_C = x_C.to(tl.float32)
+        x_M = scale * x_M + tl.load(residual + at_M, mask=m_M < SIZE, other=0.0).to(tl.float32)
+        x_M = x_M.to(residual.dtype.element_ty)
+        tl.store(residual + at_M, x_M, mask=m_M < SIZE)
+        x_M = x_M.to(tl.float32)
     if CENTRED:
-        x_C = tl.where(c_C < SIZE, x_C - tl.sum(x_C, 0) / SIZE, 0.0)
-    out_C = x_C * (1.0 / tl.sqrt(tl.sum(x_C * x_C, 0) / SIZE + eps)) * scale_C
+        x_M = tl.where(m_M < SIZE, x_M - tl.sum(x_M, 0) / SIZE, 0.0)
+    out_M = x_M * (1.0 / tl.sqrt(tl.sum(x_M * x_M, 0) / SIZE + eps)) * scale_M
     if BIAS:
-        out_C += tl.load(bias + weight_C, mask=c_C < SIZE, other=0.0).to(tl.float32)
-    tl.store(out + at_C, out_C.to(out.dtype.element_ty), mask=c_C < SIZE)
+        out_M += tl.load(bias + weight_M, mask=m_M < SIZE, other=0.0).to(tl.float32)
+    tl.store(out + at_M, out_M.to(out.dtype.element_ty), mask=m_M < SIZE)
 
 
-def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(gate) * up, contiguous [T, I]; gate and up may be halves of one joined product.
+def gated(gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up, contiguous [T, F]; gate and up may be halves of one joined product.
 
     `activation` is one of ACTIVATIONS: x * sigmoid(x), or GELU by its tanh approximation (Hendrycks and
     Gimpel, 2016).
     """
-    tokens, size = gate_TI.shape
-    out_TI = torch.empty(tokens, size, dtype=gate_TI.dtype, device=gate_TI.device)
+    tokens, size = gate_TF.shape
+    out_TF = torch.empty(tokens, size, dtype=gate_TF.dtype, device=gate_TF.device)
     _gated[tokens, triton.cdiv(size, 1024)](
-        gate_TI, up_TI, out_TI, gate_TI.stride(0), up_TI.stride(0),
+        gate_TF, up_TF, out_TF, gate_TF.stride(0), up_TF.stride(0),
         SIZE=size, GELU=activation == "gelu_tanh", BLOCK=1024, **DEPENDENT,
     )  # fmt: skip
-    return out_TI
+    return out_TF
 
 
 @triton.jit
@@ -170,11 +171,11 @@ def _gated(
 ):
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    i_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x_I = tl.load(gate + row * gate_row + i_I, mask=i_I < SIZE, other=0.0).to(tl.float32)
-    up_I = tl.load(up + row * up_row + i_I, mask=i_I < SIZE, other=0.0).to(tl.float32)
-    out_I = activated(x_I, up_I, out.dtype.element_ty, GELU)
-    tl.store(out + row * SIZE + i_I, out_I.to(out.dtype.element_ty), mask=i_I < SIZE)
+    f_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x_F = tl.load(gate + row * gate_row + f_F, mask=f_F < SIZE, other=0.0).to(tl.float32)
+    up_F = tl.load(up + row * up_row + f_F, mask=f_F < SIZE, other=0.0).to(tl.float32)
+    out_F = activated(x_F, up_F, out.dtype.element_ty, GELU)
+    tl.store(out + row * SIZE + f_F, out_F.to(out.dtype.element_ty), mask=f_F < SIZE)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ whoever reads the product next (`add_rms_norm`, `write_pages`) sums the parts, i
 for its weights before it waits for the kernel before it (programmatic dependent launch), so that they are on
 their way by then.
 
-T rows, N outputs, M inputs, S parts, I intermediate size.
+T rows, N outputs, M inputs, S parts, F intermediate size.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -47,12 +47,12 @@ def split_k_product(x_TM: torch.Tensor, weight_NM: torch.Tensor) -> torch.Tensor
 
 
 def split_k_gated(x_TM: torch.Tensor, weight_NM: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(x @ gate.T) * (x @ up.T), [T, I], of gate and up one below the other; rounded as `gated`
+    """activation(x @ gate.T) * (x @ up.T), [T, F], of gate and up one below the other; rounded as `gated`
     rounds."""
     rows, (outputs, inputs) = len(x_TM), weight_NM.shape
-    out_TI = x_TM.new_empty(rows, outputs // 2)
-    _launch(x_TM, weight_NM, out_TI, outputs // 2, _gated_shape(outputs // 2, inputs), activation)
-    return out_TI
+    out_TF = x_TM.new_empty(rows, outputs // 2)
+    _launch(x_TM, weight_NM, out_TF, outputs // 2, _gated_shape(outputs // 2, inputs), activation)
+    return out_TF
 
 
 class Shape(NamedTuple):
