@@ -34,8 +34,8 @@ class EngineConfig:
             pass, padding included, but at least one a row.)
         page_size: tokens of one page of KV memory (packed).
         prefix_caching: keep what was computed and reuse it for prompts that begin the same (packed).
-        deterministic: bitwise the same logits for a request whatever shares its batch (packed; slower on CUDA).
-            Refused for models that run as Transformers wrote them.
+        deterministic: bitwise the same logits for a request whatever shares its batch (packed).
+            Slower on CUDA; refused for models that run as Transformers wrote them.
         kv_memory: for keys and values: bytes (an int), or a fraction (a float up to 1) of the memory free at
             start.
         seed: seeds `random:` weights, and the draws of requests that bring no seed.
