@@ -10,9 +10,8 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 
 from engine import InputError
-from engine.backends.transformers.interface import attend
 from engine.backends.transformers.paged_attention import PagedBatch, Store
-from engine.models.attention_trace import Options
+from engine.models.attention_trace import AttentionCall, Options, attend
 from engine.step import Batch, Span
 from tests.pairwise import grid
 from tests.reference import attention
@@ -22,8 +21,8 @@ KV_HEADS, DIM, VALUE_DIM = 2, 16, 12
 
 def run(batch, layer, q_HTD, k_KTD, v_KTD, scale, window=None, softcap=None, sink_H=None) -> torch.Tensor:
     """What a batch gives, [T, H, E]."""
-    q_THD, k_TKD, v_TKD = (x.transpose(0, 1) for x in (q_HTD * scale, k_KTD, v_KTD))
-    return batch.attend(layer, q_THD, k_TKD, v_TKD, Options(scale, window, softcap, sink_H))
+    module, options = SimpleNamespace(layer_idx=layer), Options(scale, window, softcap, sink_H)
+    return batch.attend(AttentionCall(module, q_HTD[None], k_KTD[None], v_KTD[None], None, options))[0]
 
 
 def check(requests, size, groups, rng, *, window=None, softcap=None, sinks=False, spread=1, share=0):
@@ -156,7 +155,7 @@ def call(**options):
         (dict(alibi=torch.ones(1)), "uses alibi"),
         (dict(position_bias=1.0, head_mask=2), "uses head_mask, position_bias"),
         (dict(attention_mask=torch.ones(1, 1, 3, 3)), "uses a mask"),
-        (dict(packed=None), "does not pass the packed step on"),
+        (dict(packed=None), "does not pass on what attention needs"),
     ],
     ids=str,
 )

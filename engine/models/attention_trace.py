@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -61,40 +61,36 @@ class LayerAttention:
     key_TD: torch.Tensor = field(compare=False, repr=False)
 
 
-@dataclass(slots=True)
-class _Trace:
-    """Gathers the calls of one forward pass; the model hands it on as a keyword."""
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What one layer gives its attention: queries [1, H, T, D], keys and values [1, K, T, D], a mask or
+    none."""
 
-    layers: dict[int, LayerAttention] = field(default_factory=dict)
-    masks: dict[int, MaskFunction | None] = field(default_factory=dict)
-    # keys, values, their layer
-    states: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)
+    module: torch.nn.Module
+    q_1HTD: torch.Tensor
+    k_1KTD: torch.Tensor
+    v_1KTD: torch.Tensor
+    mask: torch.Tensor | None
+    options: Options
 
+    @property
+    def layer(self) -> int:
+        """The layer's number."""
+        return int(self.module.layer_idx)  # type: ignore[arg-type]
 
-def refuse_options(module: torch.nn.Module, given: dict[str, Any]) -> None:
-    """Raise InputError for options that attention would have to ignore. None, False and zero ask for
-    nothing."""
-    unknown = sorted(
-        name
-        for name, value in given.items()
-        if name not in HARMLESS and value is not None and (isinstance(value, torch.Tensor) or value)
-    )
-    if unknown:
-        raise InputError(
-            f"{type(module).__name__} uses {', '.join(unknown)}: use runner='padded' for this model"
-        )
+    def refuse(self, problem: str) -> NoReturn:
+        """Raise InputError for what attention over pages cannot do."""
+        raise InputError(f"{type(self.module).__name__} {problem}: use runner='padded' for this model")
 
 
-def _mask(
-    q_length: int, kv_length: int, mask_function: MaskFunction, device: Any = "cpu", **_: Any
-) -> torch.Tensor:
-    """A tensor that stands for the mask of these tokens, and has the function that it was to be made from."""
-    mask: Any = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
-    mask.function = mask_function
-    return mask
+class Attention(Protocol):
+    """Computes attention; handed to the model as the keyword `packed`, which it passes on to its layers."""
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Return [1, T, H, D]."""
 
 
-def _attend(
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -104,31 +100,71 @@ def _attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    packed: _Trace | None = None,
+    packed: Attention | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Write down what a layer gives; the result has the right shape and no meaning."""
-    name, layer = type(module).__name__, int(module.layer_idx)  # type: ignore[arg-type]
-    refuse_options(module, others)
-    if packed is None:
-        raise InputError(f"{name} does not pass on what attention needs: use runner='padded' for this model")
-    if layer in packed.layers:
-        raise InputError(f"{name} attends twice in layer {layer}: use runner='padded' for this model")
-    if attention_mask is not None and not hasattr(attention_mask, "function"):
-        raise InputError(f"{name} makes a mask of its own: use runner='padded' for this model")
-    if attention_mask is None and not getattr(module, "is_causal", True):
-        raise InputError(f"{name} attends in both directions: use runner='padded' for this model")
+    """Have `packed` compute the attention of one layer: what Transformers' AttentionInterface calls.
+
+    Raises:
+        InputError: for an option that it would have to ignore.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    source = next((at for k, v, at in packed.states if k is key and v is value), layer)
-    packed.states.append((key, value, layer))
     options = Options(scale, sliding_window, softcap, s_aux)
-    only_rotates = _same_length(query) and _same_length(key)
-    packed.layers[layer] = LayerAttention(
-        key.shape[1], key.shape[-1], value.shape[-1], options, source, only_rotates, key[0, 0].clone()
-    )
-    packed.masks[layer] = getattr(attention_mask, "function", None)
-    groups = query.shape[1] // value.shape[1]
-    return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous(), None
+    call = AttentionCall(module, query, key, value, attention_mask, options)
+    unknown = sorted(name for name, value in others.items() if name not in HARMLESS and _asks(value))
+    if unknown:
+        call.refuse(f"uses {', '.join(unknown)}")
+    if packed is None:
+        call.refuse("does not pass on what attention needs")
+    return packed.attend(call), None
+
+
+def _asks(value: Any) -> bool:
+    """Return whether an option asks for something: None, False and zero do not."""
+    return value is not None and (isinstance(value, torch.Tensor) or bool(value))
+
+
+@dataclass(slots=True)
+class _Trace(Attention):
+    """Writes down the calls of one forward pass."""
+
+    layers: dict[int, LayerAttention] = field(default_factory=dict)
+    masks: dict[int, MaskFunction | None] = field(default_factory=dict)
+    # keys, values, their layer
+    states: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Write down what a layer gives; the result has the right shape and no meaning."""
+        key, value, layer, function = (
+            call.k_1KTD,
+            call.v_1KTD,
+            call.layer,
+            getattr(call.mask, "function", None),
+        )
+        if layer in self.layers:
+            call.refuse(f"attends twice in layer {layer}")
+        if call.mask is not None and function is None:
+            call.refuse("makes a mask of its own")
+        if call.mask is None and not getattr(call.module, "is_causal", True):
+            call.refuse("attends in both directions")
+        source = next((at for k, v, at in self.states if k is key and v is value), layer)
+        self.states.append((key, value, layer))
+        only_rotates = _same_length(call.q_1HTD) and _same_length(key)
+        sizes = key.shape[1], key.shape[-1], value.shape[-1]
+        self.layers[layer] = LayerAttention(*sizes, call.options, source, only_rotates, key[0, 0].clone())
+        self.masks[layer] = function
+        groups = call.q_1HTD.shape[1] // value.shape[1]
+        return value.repeat_interleave(groups, 1).transpose(1, 2).contiguous()
+
+
+def _mask(
+    q_length: int, kv_length: int, mask_function: MaskFunction, device: Any = "cpu", **_: Any
+) -> torch.Tensor:
+    """Return a tensor that stands for a mask of these tokens, and has the function that it was to be made
+    from."""
+    mask: Any = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
+    mask.function = mask_function
+    return mask
 
 
 def _same_length(heads_1HTD: torch.Tensor) -> bool:
@@ -138,7 +174,7 @@ def _same_length(heads_1HTD: torch.Tensor) -> bool:
     return bool((longest_H1 - lengths_HT <= SAME_LENGTH * longest_H1).all())
 
 
-AttentionInterface.register(TRACE, _attend)
+AttentionInterface.register(TRACE, attend)
 AttentionMaskInterface.register(TRACE, _mask)
 
 

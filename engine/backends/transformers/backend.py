@@ -7,14 +7,16 @@ registered under `interface.NAME`.
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from engine.backends import Backend
-from engine.backends.transformers.interface import NAME
 from engine.backends.transformers.paged_attention import PagedBatch, Store
-from engine.models.attention_trace import LayerAttention
+from engine.models.attention_trace import LayerAttention, attend
 from engine.models.weights import weight_sharing_copy
 from engine.step import Batch
+
+NAME = "dynamic_batch_packed"  # no mask function is registered for it, so Transformers builds no mask
+AttentionInterface.register(NAME, attend)
 
 
 class TransformersBackend(Backend):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.backends.zeros import zeros
-from engine.models.attention_trace import Options
+from engine.models.attention_trace import Attention, AttentionCall, Options
 from engine.step import Batch, Span
 
 
@@ -53,7 +53,7 @@ class Group(NamedTuple):
     pages_RX: torch.Tensor  # of each context, filled up with the page of nobody
 
 
-class PagedBatch:
+class PagedBatch(Attention):
     """A batch's tokens, and the pages that they read and write.
 
     Args:
@@ -77,14 +77,17 @@ class PagedBatch:
         self._groups = [self._group(spans, nobody, device) for spans in alike.values()]
         self._seen: dict[int | None, list[torch.Tensor]] = {}
 
-    def attend(
-        self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKE: torch.Tensor, options: Options
-    ) -> torch.Tensor:
-        """Write the batch's keys and values into their pages and attend; return [T, H, E].
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Write the batch's keys and values into their pages and attend; return [1, T, H, E].
 
-        The queries come scaled already: `options.scale` is not applied.
+        Raises:
+            InputError: for a mask, which this would have to ignore.
         """
-        store = self._stores[layer]
+        if call.mask is not None:
+            call.refuse("uses a mask")
+        options, store = call.options, self._stores[call.layer]
+        q_1HTD = call.q_1HTD * options.scale
+        q_THD, k_TKD, v_TKE = (x[0].transpose(0, 1) for x in (q_1HTD, call.k_1KTD, call.v_1KTD))
         store.keys_XPKD.flatten(0, 1)[self._slots_T] = k_TKD
         store.values_XPKE.flatten(0, 1)[self._slots_T] = v_TKE
         out_THE = q_THD.new_empty(*q_THD.shape[:2], v_TKE.shape[2])
@@ -95,7 +98,7 @@ class PagedBatch:
             )
             q_RHND = q_THD[group.tokens_RN].transpose(1, 2)
             out_THE[group.tokens_RN] = _attend(q_RHND, k_RKCD, v_RKCE, seen_RNC, options).transpose(1, 2)
-        return out_THE
+        return out_THE[None]
 
     def _pages(self, span: Span) -> int:
         """Return how many pages hold a span's request up to its last token."""
