@@ -106,12 +106,12 @@ class Engine(Loop):
             token_bytes: what the model's own cache takes for a token. (Pages hold what its attention is
                 given, which may be more: some models compress what they keep.)
         """
-        self.config, tokens = config, config.max_step_tokens or sys.maxsize
+        self.config = config
         self.runner = make_runner(self.model, config, memory, token_bytes)
-        most = (
-            tokens if config.runner == "packed" else sys.maxsize
-        )  # the padded runner cuts its passes by itself
-        self.scheduler = Scheduler(config.policy, config.max_batch_size, most, self.runner.memory)
+        # The padded runner cuts its passes by itself.
+        most = config.max_step_tokens if config.runner == "packed" else None
+        limits = config.max_batch_size, most or sys.maxsize
+        self.scheduler = Scheduler(config.policy, *limits, self.runner.memory)
 
     @classmethod
     def from_pretrained(

@@ -273,6 +273,8 @@ def test_joined_weights_are_the_models_own(name):
     ids = torch.tensor([[5, 9, 100, 7]])
     with torch.inference_mode():
         before = model(ids).logits
+    server = build(Oracle(LoadedModel(name, model, None, "random")))
+    assert isinstance(server.runner.backend, CudaBackend)
     spec = describe(model, attention_layers(model))
     assert spec is not None
     assert can_run(spec)

@@ -45,7 +45,7 @@ def make_packed_runner(model: PreTrainedModel, config: EngineConfig, memory: int
         )
     with refused(model):
         layers = attention_layers(model)
-    size, page_bytes = config.page_size, config.page_size * _token_bytes(layers) * model.dtype.itemsize
+    size, page_bytes = config.page_size, config.page_size * _kv_numbers(layers) * model.dtype.itemsize
     if memory < page_bytes:
         raise InputError(
             f"kv_memory={config.kv_memory} is too small: a page of page_size={size} takes {page_bytes} bytes"
@@ -56,13 +56,13 @@ def make_packed_runner(model: PreTrainedModel, config: EngineConfig, memory: int
     return PackedRunner(make_backend(model, layers, config, probe(model, pool.capacity)), pool)
 
 
-def _token_bytes(layers: list[LayerAttention]) -> int:
-    """Return how many numbers the keys and values of a token are, in the pages of all layers."""
+def _kv_numbers(layers: list[LayerAttention]) -> int:
+    """Return how many numbers a token's keys and values are, in the pages of all layers."""
     own = [layer for index, layer in enumerate(layers) if layer.source == index]
     return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in own)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference: weights that a backend joins stay tensors which one can train
 def make_backend(
     model: PreTrainedModel, layers: list[LayerAttention], config: EngineConfig, known: Probe
 ) -> Backend:

@@ -64,6 +64,7 @@ def probe(model: PreTrainedModel, capacity: int) -> Probe:
     return Probe(tokens, position_ids, check_finite(model, logits_1TV[0]))
 
 
+@torch.inference_mode()
 def prove(
     model: PreTrainedModel,
     known: Probe,
