@@ -53,7 +53,7 @@ class Scheduler:
 
         Empty without work, and when a lone request has just been preempted.
         """
-        fresh, preempted = not self.running, len(self.waiting)
+        fresh, waiting_before = not self.running, len(self.waiting)
         step: Step = []
         left = self.max_step_tokens
         wants = list(map(_wanted, self.running))
@@ -61,7 +61,8 @@ class Scheduler:
         at = 0
         # Whoever was preempted just now would only be preempted again, so nobody is admitted then.
         while at < len(self.running) or (
-            (fresh or (self.continuous and spare and len(self.waiting) <= preempted)) and self._admit(now)
+            (fresh or (self.continuous and spare and len(self.waiting) <= waiting_before))
+            and self._admit(now)
         ):
             request = self.running[at]
             # preempted ones only leave at the end

@@ -140,7 +140,7 @@ def main() -> None:
             by = Norm(torch.empty(size), x[0] if centred else None, 1e-5, centred)
             fused.add_norm(torch.empty(4, size, dtype=dtype), x[:, :size], by, 0.5)
             fused.norm(x.view(4, 2, size), replace(by, scale=torch.empty(2, size)))
-        fused.gated(x[:, :size], x[:, size:], fused.ACTIVATIONS[size == 1152])
+        fused.gated(x[:, :size], x[:, size:], ["silu", "gelu_tanh"][size == 1152])
         fused.best_tokens(torch.empty(4, 151936, dtype=dtype))
     sys.exit("\n".join(problems) or 0)
 

@@ -327,7 +327,7 @@ def test_what_fails_in_the_proof_makes_the_model_run_as_it_was_written(tiny, mon
     oracle: Oracle = tiny("tiny-llama")
     monkeypatch.setattr("engine.backends.cuda.kernels.write_pages", raising(error))
     server = build(oracle)
-    assert f"cannot run packed: {error}: its parts do something else" in caplog.text
+    assert f"cannot run packed: {error}: it is computed by" in caplog.text
     (prompt, limit), *_ = work_of(1)
     oracle.check(server.generate([prompt], exactly(limit), progress=False)[0], limit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import pytest
@@ -111,6 +112,10 @@ AS_WRITTEN: dict[str, tuple[str, dict]] = {
     ),
     "experts": ("mixtral", SIZES | EXPERTS),
     "experts and sinks": ("gpt_oss", HEAD | EXPERTS | dict(sliding_window=8)),
+    "MLA, complex angles": (
+        "deepseek_v2",
+        SIZES | MLA | dict(num_key_value_heads=4, first_k_dense_replace=4),
+    ),
     "MLA": ("deepseek_v3", SIZES | MLA | dict(num_key_value_heads=4, first_k_dense_replace=4)),
 }
 LENGTHS, TOKENS = (1, 5, 12, 23, 40), 10
@@ -183,7 +188,7 @@ def test_a_family_is_known_in_16_bits_and_proven(name, dtype, monkeypatch):
 def test_what_has_other_parts_runs_as_it_was_written_and_equals_generate(name, caplog):
     engine = check(oracle(name), max_step_tokens=16)
     assert isinstance(engine.runner.backend, TransformersBackend)
-    assert "its parts do something else" not in caplog.text, "none is tried in vain"
+    assert "own code instead" not in caplog.text, "none is tried in vain"
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2", "phi3", "granite", "cohere2", "glm4"])
@@ -285,6 +290,29 @@ def test_parts_are_known_by_what_they_do():
                     setattr(module, name, norm.requires_grad_(False))
     engine = check(Oracle(LoadedModel("llama with LayerNorms", model, None, "random")), max_step_tokens=16)
     assert isinstance(engine.runner.backend, CompiledDecoder)
+
+
+def test_why_a_model_is_not_compiled_is_said(caplog):
+    reasons = {
+        "ministral3, temperature": "positions that do more than rotate",
+        "heads of 24": None,
+        "no gates": "no gate_proj, no up_proj",
+        "norms without weights": "OlmoLayerNorm in place of a norm with a weight and an epsilon",
+        "learned positions": "other parts than a decoder's: embed_tokens, h, ",
+        "experts and sinks": "attention sinks",
+        "MLA, complex angles": "a RoPE module that gives no cosines and sines",
+        "MLA": "no k_proj, no q_proj, no v_proj",
+    }
+    for name, reason in reasons.items():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "engine.models.decoder_spec"):
+            found = describe(oracle(name).model, attention_layers(oracle(name).model))
+        if reason is None:
+            assert found is not None
+            assert not can_compile(found)
+        else:
+            assert found is None
+            assert f"is no decoder that is known here: it has {reason}" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["last", "first"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.models.decoder_parts import Norm
+from engine.models.decoder_parts import ACTIVATIONS, Norm
 from tests.exactness import DEVICE, DTYPES, TOLERANCE, close
 from tests.pairwise import grid
 
@@ -124,7 +124,7 @@ def test_split_products_and_what_sums_them(sizes, rows, dtype):
 
 
 @pytest.mark.parametrize(
-    ("activation", "rows", "dtype"), grid(list(fused.ACTIVATIONS), [1, 40, 70], DTYPES), ids=str
+    ("activation", "rows", "dtype"), grid(list(ACTIVATIONS), [1, 40, 70], DTYPES), ids=str
 )
 def test_split_gated_product(activation, rows, dtype):
     generator = torch.Generator().manual_seed(rows)
@@ -162,7 +162,7 @@ def test_pages_get_what_partial_sums_come_to(bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", fused.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_gated_activation(activation, dtype):
     joined = (3 * torch.randn(4, 2 * 1100, generator=torch.Generator().manual_seed(0))).to(dtype).to(DEVICE)

@@ -95,7 +95,7 @@ def test_wrong_weights_are_caught(tiny, monkeypatch):
 def test_models_with_other_parts_are_refused():
     loaded = load("random:tiny-llama")
     loaded.model.base_model.layers[1].mlp.act_fn = torch.nn.ReLU()
-    with pytest.raises(InputError, match="LlamaForCausalLM is not: use float32"):
+    with pytest.raises(InputError, match=r"^dtype='int8' is for decoders that run compiled: Llama"):
         Engine(loaded, EngineConfig(dtype="int8"))
 
 

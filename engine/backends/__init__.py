@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from engine.errors import InputError
 from engine.sampling import sample
 from engine.step import Batch, Choice, Done, Ticket
 
@@ -30,6 +31,14 @@ class Backend(ABC):
     @abstractmethod
     def clear(self, pages: list[int]) -> None:
         """Make pages zero again: those that may hold NaN, which no mask hides from a sum."""
+
+    def quantize(self) -> None:
+        """Turn the weights of products into int8.
+
+        Raises:
+            InputError: for a backend that has no int8.
+        """
+        raise InputError(f"{type(self).__name__} has no int8")
 
     @abstractmethod
     def logits(self, batch: Batch) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""From a model spec to a model, its tokenizer and its sizes; nothing here runs one.
+"""From a model's name to a model, its tokenizer, its sizes and its parts; nothing here generates.
 
 torch and transformers are imported inside functions: a command without a model starts at once.
 """

@@ -56,26 +56,24 @@ class Rope:
 
     Args:
         module: the model's own. arguments: what it takes besides positions.
+        pairs: E.
     """
 
     module: nn.Module
     arguments: tuple[str, ...]
+    pairs: int
     interleaved: bool
 
     def angles(self, positions_T: torch.Tensor) -> torch.Tensor:
-        """Return cosines and sines [2, T, E], a scale of the keys' included."""
-        like = torch.empty(0, device=positions_T.device)
-        cos_1TD, sin_1TD = _call(self.module, like, positions_T[None], *self.arguments)
-        both_2TD = torch.cat([cos_1TD, sin_1TD]).float()
-        first, second = both_2TD.chunk(2, -1)
-        return first if torch.equal(first, second) else both_2TD[..., ::2]
+        """Return cosines and sines [2, T, E], multiplied by RoPE's attention scaling if it has one (YaRN)."""
+        return _angles(self.module, self.arguments, positions_T)
 
-    def pairs(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first and the second number of each of `count` pairs of the last dimension."""
-        size = 2 * count
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first and the second number of each pair of the last dimension."""
+        size = 2 * self.pairs
         if self.interleaved:
             return x[..., :size:2], x[..., 1:size:2]
-        return x[..., :count], x[..., count:size]
+        return x[..., : self.pairs], x[..., self.pairs : size]
 
 
 def head_order(rope: Rope | None, dim: int) -> torch.Tensor:
@@ -88,15 +86,14 @@ def head_order(rope: Rope | None, dim: int) -> torch.Tensor:
     dims_D = torch.arange(dim)
     if rope is None:
         return dims_D
-    position_1 = torch.zeros(1, dtype=torch.long, device=next(rope.module.buffers()).device)
-    pairs = rope.angles(position_1).shape[-1]
-    first_E, second_E = rope.pairs(dims_D, pairs)
-    rest = dims_D[2 * pairs :]
+    first_E, second_E = rope.split(dims_D)
+    rest = dims_D[2 * rope.pairs :]
     return torch.cat([first_E, rest[: len(rest) // 2], second_E, rest[len(rest) // 2 :]])
 
 
 def head_angles(rope: Rope | None, positions_T: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return cosines and sines of all pairs of a head, [2, T, D / 2]: of 0 where the model rotates none."""
+    """Return cosines and sines of all pairs of a head, [2, T, D / 2]: 1 and 0 for those that are not
+    rotated."""
     none_2TE = torch.tensor([1.0, 0.0], device=positions_T.device)[:, None, None]
     none_2TE = none_2TE.expand(2, len(positions_T), dim // 2)
     if rope is None:
@@ -105,15 +102,15 @@ def head_angles(rope: Rope | None, positions_T: torch.Tensor, dim: int) -> torch
     return torch.cat([angles_2TE, none_2TE[..., angles_2TE.shape[-1] :]], -1)
 
 
-def check(known: bool) -> None:
-    """Raise OtherPartError unless a part is as it is known here."""
+def check(known: bool, what: str) -> None:
+    """Raise OtherPartError unless a part is as it is known here; `what` says what else it has."""
     if not known:
-        raise OtherPartError
+        raise OtherPartError(what)
 
 
 def linear(module: Any) -> Linear:
     """Return a product; a subclass or a quantized one may compute something else."""
-    check(type(module) is nn.Linear)
+    check(type(module) is nn.Linear, f"{type(module).__name__} in place of a linear layer")
     return Linear(module.weight, module.bias)
 
 
@@ -129,23 +126,24 @@ def siblings(
         whole = linear(parts.pop(fused))
         share = (len(whole.weight_NM) - sum(size for size in sizes if size >= 0)) // sizes.count(-1)
         sizes = [share if size < 0 else size for size in sizes]
-        check(sum(sizes) == len(whole.weight_NM))
+        check(sum(sizes) == len(whole.weight_NM), f"{fused} of other sizes")
         biases = [None] * len(sizes) if whole.bias_N is None else whole.bias_N.split(sizes)
         found = [Linear(w, bias) for w, bias in zip(whole.weight_NM.split(sizes), biases, strict=True)]
     else:
-        found = [linear(parts.pop(name, None)) for name in names]
-    check(len({part.bias_N is None for part in found}) == 1)
+        check(parts.keys() >= set(names), f"no {', no '.join(sorted(set(names) - parts.keys()))}")
+        found = [linear(parts.pop(name)) for name in names]
+    check(len({part.bias_N is None for part in found}) == 1, f"biases of some of {', '.join(names)} alone")
     return found
 
 
 def embedding_scale(embedding: Any) -> float:
     """Return what an embedding multiplies its weight by."""
-    check(isinstance(embedding, nn.Embedding))
+    check(isinstance(embedding, nn.Embedding), "no plain embedding")
     token = torch.tensor([telling_token(embedding)], device=embedding.weight.device)
     found_M, weight_M = _call(embedding, token)[0], embedding.weight[token][0]
     wide_M = weight_M.double()
     scale = float(found_M.double() @ wide_M / (wide_M @ wide_M))
-    check(_is_close(found_M, wide_M * scale))
+    check(_is_close(found_M, wide_M * scale), "an embedding that does more than scale")
     return 1.0 if torch.equal(found_M, weight_M) else scale
 
 
@@ -154,7 +152,7 @@ def norm(module: Any) -> Norm:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or not isinstance(eps, float):
-        raise OtherPartError
+        raise OtherPartError(f"{type(module).__name__} in place of a norm with a weight and an epsilon")
     x = torch.randn(4, *weight.shape, generator=torch.Generator().manual_seed(0)) + 0.5
     x = (x * torch.tensor([1.0, 3.0, 0.1, 1e-3]).view(-1, *[1] * weight.dim())).to(weight)
     found, wide = _call(module, x), torch.promote_types(weight.dtype, torch.float32)
@@ -164,7 +162,7 @@ def norm(module: Any) -> Norm:
         for scale in (weight, 1 + weight.float()):
             if _is_close(found, y * scale + (0 if bias is None else bias)):
                 return Norm(scale, bias, eps, centred)
-    raise OtherPartError
+    raise OtherPartError(f"the norm {type(module).__name__}")
 
 
 def activation(module: nn.Module) -> str:
@@ -174,7 +172,7 @@ def activation(module: nn.Module) -> str:
     for name, function in ACTIVATIONS.items():
         if isinstance(found, torch.Tensor) and torch.allclose(found, function(x), rtol=1e-9, atol=1e-12):
             return name
-    raise OtherPartError
+    raise OtherPartError(f"the activation {type(module).__name__}")
 
 
 def ropes(rotary: Any, config: Any, positions_T: torch.Tensor) -> dict[Rope, torch.Tensor]:
@@ -185,8 +183,12 @@ def ropes(rotary: Any, config: Any, positions_T: torch.Tensor) -> dict[Rope, tor
     kinds: list[tuple[str, ...]] = [()]
     if "layer_type" in inspect.signature(rotary.forward).parameters:
         kinds = [(kind,) for kind in sorted(set(config.layer_types)) if config.rope_parameters[kind]]
-    found = [Rope(rotary, kind, interleaved) for kind in kinds for interleaved in (False, True)]
-    return {rope: rope.angles(positions_T) for rope in found}
+    found: dict[Rope, torch.Tensor] = {}
+    for kind in kinds:
+        angles_2TE = _angles(rotary, kind, positions_T)
+        for interleaved in (False, True):
+            found[Rope(rotary, kind, angles_2TE.shape[-1], interleaved)] = angles_2TE
+    return found
 
 
 def rope_of(key_TD: torch.Tensor, known: Mapping[Rope, torch.Tensor]) -> Rope | None:
@@ -200,15 +202,23 @@ def rope_of(key_TD: torch.Tensor, known: Mapping[Rope, torch.Tensor]) -> Rope | 
         return None
     for rope, angles_2TE in known.items():
         cos_TE, sin_TE = angles_2TE / angles_2TE[0, 0, 0]
-        size = 2 * cos_TE.shape[1]
-        if size <= key_TD.shape[1]:
-            first_TE, second_TE = rope.pairs(key_TD, size // 2)
-            a_E, b_E, rest_TD = first_TE[0], second_TE[0], key_TD[:, size:]
+        if 2 * rope.pairs <= key_TD.shape[1]:
+            first_TE, second_TE = rope.split(key_TD)
+            a_E, b_E, rest_TD = first_TE[0], second_TE[0], key_TD[:, 2 * rope.pairs :]
             rotated_TE = [a_E * cos_TE - b_E * sin_TE, b_E * cos_TE + a_E * sin_TE]
             expected_TD = torch.cat([*rotated_TE, rest_TD[:1].expand_as(rest_TD)], -1)
             if _is_close(torch.cat([first_TE, second_TE, rest_TD], -1), expected_TD):
                 return rope
-    raise OtherPartError
+    raise OtherPartError("a rotation of another kind")
+
+
+def _angles(module: nn.Module, arguments: tuple[str, ...], positions_T: torch.Tensor) -> torch.Tensor:
+    """Return a RoPE module's cosines and sines, [2, T, E]."""
+    found = _call(module, torch.empty(0, device=positions_T.device), positions_T[None], *arguments)
+    check(isinstance(found, tuple) and len(found) == 2, "a RoPE module that gives no cosines and sines")
+    both_2TD = torch.cat(found).float()
+    first, second = both_2TD.chunk(2, -1)
+    return first if torch.equal(first, second) else both_2TD[..., ::2]
 
 
 def _call(module: nn.Module, *inputs: Any) -> Any:
@@ -216,7 +226,7 @@ def _call(module: nn.Module, *inputs: Any) -> Any:
     try:
         return module(*inputs)
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError) as error:
-        raise OtherPartError from error
+        raise OtherPartError(f"{type(module).__name__}, which can't be called as those known here") from error
 
 
 def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:

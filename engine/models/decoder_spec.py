@@ -8,6 +8,7 @@ V vocabulary, M width, N outputs, T tokens, D head size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,10 @@ from engine.models.decoder_parts import (
 )
 from engine.models.geometry import positions, telling_positions
 
+LOG = logging.getLogger(__name__)
 BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
-# A layer's norms before and after attention, before and after the MLP: a name has other roles beside others
+# A layer's norms before and after attention, before and after the MLP. post_attention_layernorm has another
+# role in one model than in another: the whole set of names decides.
 NORM_ROLES: tuple[tuple[str | None, ...], ...] = (
     ("input_layernorm", None, "post_attention_layernorm", None),
     ("input_layernorm", None, "input_layernorm", None),  # attention and MLP side by side
@@ -93,6 +96,22 @@ class DecoderSpec:
     positions: int  # that a request may take
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+        return len(self.layers[0].q.weight_NM) // self.head_dim
+
+    @property
+    def ropes(self) -> list[Rope | None]:
+        """The ways in which layers rotate, each once."""
+        return list(dict.fromkeys(layer.rope for layer in self.layers))
+
+    @property
+    def has_whole_head_norms(self) -> bool:
+        """Whether queries' heads have one norm together, and keys' heads."""
+        norm = self.layers[0].q_norm
+        return norm is not None and norm.scale.shape == (self.heads * self.head_dim,) != (self.head_dim,)
+
+    @property
     def weights(self) -> list[torch.Tensor]:
         """Weights of the embedding and of every product."""
         products = [
@@ -103,26 +122,29 @@ class DecoderSpec:
 
 @torch.no_grad()
 def describe(model: PreTrainedModel, given: Sequence[LayerAttention]) -> DecoderSpec | None:
-    """Return what a model is made of, or None where a part is none of those that are known here.
+    """Return what a model is made of, or None where a part is none of those that are known here (it is
+    logged).
 
     Args:
         given: what each layer's attention takes, as the model's own code passes it.
     """
     try:
         return _decoder(model, given)
-    except OtherPartError:
+    except OtherPartError as error:
+        LOG.info("%s is no decoder that is known here: it has %s", type(model).__name__, error)
         return None
 
 
 def _decoder(model: PreTrainedModel, given: Sequence[LayerAttention]) -> DecoderSpec:
     base, config = model.base_model, model.config.get_text_config(decoder=True)
     parts: dict[str, Any] = _parts(base)
-    check(parts.keys() == BASE and isinstance(parts["layers"], nn.ModuleList))
-    check(len(given) == len(parts["layers"]))
-    check(len({(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in given}) == 1)
+    check(parts.keys() == BASE, f"other parts than a decoder's: {', '.join(sorted(parts.keys() ^ BASE))}")
+    check(isinstance(parts["layers"], nn.ModuleList) and len(given) == len(parts["layers"]), "other layers")
+    sizes = {(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in given}
+    check(len(sizes) == 1, "layers whose keys and values differ in size")
     known = ropes(parts["rotary_emb"], config, torch.tensor(telling_positions(config), device=model.device))
     layers = tuple(_layer(part, given[i], i, known) for i, part in enumerate(parts["layers"]))
-    check(len(set(map(_kind, layers))) == 1)
+    check(len(set(map(_kind, layers))) == 1, "layers of different kinds")
     return DecoderSpec(
         embedding_VM=parts["embed_tokens"].weight,
         embedding_scale=embedding_scale(parts["embed_tokens"]) * _number(base, "embedding_multiplier"),
@@ -141,11 +163,14 @@ def _decoder(model: PreTrainedModel, given: Sequence[LayerAttention]) -> Decoder
 
 def _layer(layer: nn.Module, given: LayerAttention, index: int, known: Mapping[Rope, torch.Tensor]) -> Layer:
     parts = _parts(layer)
-    check({"self_attn", "mlp"} <= parts.keys())
+    check({"self_attn", "mlp"} <= parts.keys(), f"a layer of {', '.join(sorted(parts))}")
     attention, mlp = _parts(parts.pop("self_attn")), _parts(parts.pop("mlp"))
     roles = next((roles for roles in NORM_ROLES if {*roles} - {None} == parts.keys()), None)
-    check(roles is not None and given.source == index and given.only_rotates)
-    check(given.options.sink_H is None and given.key_dim == given.value_dim)
+    check(roles is not None, f"norms of other names: {', '.join(sorted(parts))}")
+    check(given.source == index, "layers that share keys and values")
+    check(given.only_rotates, "positions that do more than rotate")
+    check(given.options.sink_H is None, "attention sinks")
+    check(given.key_dim == given.value_dim, "keys and values of different sizes")
     norms = {name: norm(part) for name, part in parts.items()}
     before_attention, after_attention, before_mlp, after_mlp = (norms.get(role or "") for role in roles or ())
     q_norm, k_norm = (
@@ -154,10 +179,12 @@ def _layer(layer: nn.Module, given: LayerAttention, index: int, known: Mapping[R
     kv_size = given.kv_heads * given.key_dim
     q, k, v = siblings(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (-1, kv_size, kv_size))
     for part, head_norm in ((q, q_norm), (k, k_norm)):
-        check(head_norm is None or head_norm.scale.numel() in (given.key_dim, len(part.weight_NM)))
+        known_size = head_norm is None or head_norm.scale.numel() in (given.key_dim, len(part.weight_NM))
+        check(known_size, "head norms of another size")
     gate, up = siblings(mlp, ("gate_proj", "up_proj"), "gate_up_proj", (-1, -1))
-    check(attention.keys() == {"o_proj"} and len(mlp) == 2)
-    down = linear(mlp.pop("down_proj", None))
+    check(attention.keys() == {"o_proj"}, f"in attention: {', '.join(sorted(attention))}")
+    check(len(mlp) == 2 and "down_proj" in mlp, f"in the MLP: {', '.join(sorted(mlp))}")
+    down = linear(mlp.pop("down_proj"))
     return Layer(
         before_attention, after_attention, before_mlp, after_mlp, q, k, v, q_norm, k_norm,
         rope_of(given.key_TD, known), given.options, linear(attention["o_proj"]), gate, up, down,

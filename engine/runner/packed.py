@@ -76,28 +76,23 @@ def make_backend(
         InputError: for a model that no backend computes, or none as the config asks.
     """
     name, size = type(model).__name__, config.page_size
-    spec = describe(model, layers)
-    fast = None if spec is None else decoder_backend(spec, config)
-    if fast is not None:
-        try:
+    try:
+        fast, why = None, f"{name} is no decoder that is known here, or not in this dtype"
+        with refused(model):
+            spec = describe(model, layers)
+            fast = None if spec is None else decoder_backend(spec, config)
+        if fast is not None:
             prove(model, known, fast, size, bitwise=config.deterministic)
-        except InputError as error:
-            LOG.warning("%s: its parts do something else than they look like; it runs as it is", error)
-            fast = None
-    if config.dtype == "int8":
-        from engine.backends.cpu.model import CompiledDecoder
-
-        if not isinstance(fast, CompiledDecoder):
-            raise InputError(f"dtype='int8' is for models that can be compiled; {name} is not: use float32")
-        fast.quantize()
-        prove(model, known, fast, size, torch.int8)
-    if fast is not None:
-        return fast
-    if config.deterministic:
-        raise InputError(
-            f"deterministic=True is for models that can be compiled; {name} runs as Transformers wrote it, "
-            "whose sums depend on what else is in a step: leave it out"
-        )
+            if config.dtype == "int8":
+                fast.quantize()
+                prove(model, known, fast, size, torch.int8)
+            return fast
+    except InputError as error:
+        why = str(error)
+        LOG.warning("%s: it is computed by Transformers' own code instead, which is slower", why)
+    if config.dtype == "int8" or config.deterministic:
+        asked = "dtype='int8'" if config.dtype == "int8" else "deterministic=True"
+        raise InputError(f"{asked} is for decoders that run compiled: {why}; leave it out")
     from engine.backends.transformers.backend import TransformersBackend
 
     plain = TransformersBackend(model, layers, size)
@@ -106,7 +101,11 @@ def make_backend(
 
 
 def decoder_backend(spec: DecoderSpec, config: EngineConfig) -> Backend | None:
-    """Return the backend that is made for a decoder, its device and its dtype; None if there is none."""
+    """Return the backend that is made for a decoder, its device and its dtype; None if there is none.
+
+    Raises:
+        InputError: where a library that it needs is not there.
+    """
     if spec.embedding_VM.device.type == "cuda":
         from engine.backends.cuda import can_run
 
@@ -122,8 +121,7 @@ def decoder_backend(spec: DecoderSpec, config: EngineConfig) -> Backend | None:
     try:
         from engine.backends.cpu.model import CompiledDecoder  # Numba takes a moment to import
     except ImportError as error:
-        LOG.warning("not compiled (%s): generation will be slower", error)
-        return None
+        raise InputError(f"not compiled ({error})") from error
     return CompiledDecoder(spec, config.page_size)
 
 
@@ -156,19 +154,21 @@ class PackedRunner(Runner):
         pool: the pages' accounting; as many are allocated.
     """
 
+    memory: PagePool
+
     def __init__(self, backend: Backend, pool: PagePool) -> None:
-        self.backend, self.memory, self.pool = backend, pool, pool
+        self.backend, self.memory = backend, pool
         backend.allocate_kv(pool.pages)
         self.copied_bytes = backend.copied_bytes
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Ticket[StepResult]:
         """Start a step, as one batch."""
-        if self.pool.needs_zeroing:
-            self.backend.clear(self.pool.needs_zeroing)
-            self.pool.needs_zeroing.clear()
-        batch = make_batch(step, self.pool.tables)
-        kv_bytes = self.pool.pages_used * self.backend.page_bytes
+        if self.memory.needs_zeroing:
+            self.backend.clear(self.memory.needs_zeroing)
+            self.memory.needs_zeroing.clear()
+        batch = make_batch(step, self.memory.tables)
+        kv_bytes = self.memory.pages_used * self.backend.page_bytes
         started = time.perf_counter()
         launched = _Launched(step, batch, self.backend.launch(batch), started, kv_bytes)
         return launched if launched.is_async else Done(launched.collect())
@@ -180,13 +180,13 @@ class PackedRunner(Runner):
 
         What the pages held is lost.
         """
-        pages, found = -(-len(tokens) // self.pool.page_size), []
+        pages, found = -(-len(tokens) // self.memory.page_size), []
         self.backend.allocate_kv(pages)
         for begin in range(0, len(tokens), CHUNK):
             part = tokens[begin : begin + CHUNK]
             span = Span(0, len(part), begin, list(range(pages)))
             found.append(self.backend.logits(Batch(part, [span], list(range(len(part))))))
-        self.backend.allocate_kv(self.pool.pages)
+        self.backend.allocate_kv(self.memory.pages)
         return torch.cat(found)
 
 

@@ -22,8 +22,8 @@ from engine.models import telling_positions
 from engine.models.errors import refused
 from engine.step import Batch, Span
 
-# How far logits may lie from the model's own, relative to the largest: rounding, no more. In int8 at most
-# tokens: rounding may turn one of them over.
+# How far logits may lie from the model's own, relative to the largest: rounding, no more. In int8 those of
+# the median token, since rounding may flip a single one.
 TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-3,
@@ -88,7 +88,7 @@ def prove(
             found_RTV[tuple(torch.tensor(places).T)] = backend.logits(batch).double()
     check_equal(model, "when packed", found_RTV, known.expected_TV, dtype)
     if bitwise and not torch.equal(found_RTV[:, 1:], found_RTV[:1, 1:].expand_as(found_RTV[:, 1:])):
-        raise InputError(f"{type(model).__name__} gives a token other logits in other company")
+        raise InputError(f"{type(model).__name__} gives a token different logits in a different batch")
 
 
 def _tables(requests: int, pages: int) -> list[list[int]]:

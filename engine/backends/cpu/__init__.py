@@ -22,6 +22,7 @@ def can_compile(spec: DecoderSpec) -> bool:
     centred = spec.norm.centred
     return (
         all(weight.dtype is torch.float32 and weight.device.type == "cpu" for weight in spec.weights)
+        and layer.activation in ("silu", "gelu_tanh")
         and spec.head_dim % VECTOR == 0
         and spec.embedding_VM.shape[1] % 2 == inner % 2 == 0
         and all(norm.centred == centred if norm is not None else not centred for norm in before)

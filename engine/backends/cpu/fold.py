@@ -27,7 +27,6 @@ from engine.models.decoder_spec import DecoderSpec, Layer, Linear, Norm, Rope
 def shape_of(spec: DecoderSpec, page_size: int) -> Shape:
     """Return the numbers of a model."""
     first, dim = spec.layers[0], spec.head_dim
-    heads = len(first.q.weight_NM) // dim
 
     def eps(norm: Norm | None) -> float:
         return NO_NORM if norm is None else norm.eps
@@ -35,14 +34,14 @@ def shape_of(spec: DecoderSpec, page_size: int) -> Shape:
     return Shape(
         layers=len(spec.layers),
         width=spec.embedding_VM.shape[1],
-        heads=heads,
+        heads=spec.heads,
         kv_heads=spec.kv_heads,
         head_dim=dim,
         inner=len(first.up.weight_NM),
         page=page_size,
         gelu=first.activation == "gelu_tanh",
         parallel=int(spec.parallel),
-        whole_norm=first.q_norm is not None and first.q_norm.scale.shape == (heads * dim,) != (dim,),
+        whole_norm=spec.has_whole_head_norms,
         centred=spec.norm.centred,
         embedding_scale=spec.embedding_scale,
         logits_softcap=spec.logits_softcap or 0.0,
@@ -55,14 +54,9 @@ def shape_of(spec: DecoderSpec, page_size: int) -> Shape:
     )
 
 
-def ropes_of(spec: DecoderSpec) -> list[Rope | None]:
-    """Return the ways in which layers rotate, each once."""
-    return list(dict.fromkeys(layer.rope for layer in spec.layers))
-
-
 def weights_of(spec: DecoderSpec) -> Weights:
     """Return the weights, with all folded in that can be: copies, but for the embedding."""
-    layers, centred, ropes = spec.layers, spec.norm.centred, ropes_of(spec)
+    layers, centred, ropes = spec.layers, spec.norm.centred, spec.ropes
 
     def qkv(layer: Layer) -> list[Linear]:
         scale = 1.0 if layer.q_norm else layer.options.scale

@@ -12,7 +12,7 @@ import torch
 
 from engine.backends import Backend
 from engine.backends.cpu.attention import QUERIES, SPAN, Heads
-from engine.backends.cpu.fold import filled, ropes_of, shape_of, weights_of
+from engine.backends.cpu.fold import filled, shape_of, weights_of
 from engine.backends.cpu.forward import PHASES_PER_LAYER, Panels, Plan, Space, forward
 from engine.backends.cpu.gemm import NARROW, WIDE
 from engine.backends.cpu.linear import BLOCK_ROWS
@@ -36,7 +36,7 @@ class CompiledDecoder(Backend):
     def __init__(self, spec: DecoderSpec, page_size: int) -> None:
         self.shape, self.weights = shape_of(spec, page_size), weights_of(spec)
         self.vocabulary = len(spec.head.weight_NM)
-        self._ropes, self._most = ropes_of(spec), spec.positions
+        self._ropes, self._most = spec.ropes, spec.positions
         self._angles_2GPE = _room(2, len(self._ropes), 0, spec.head_dim // 2)
         self._page_size = page_size
         self.use(torch.get_num_threads())
@@ -72,7 +72,7 @@ class CompiledDecoder(Backend):
 
     def allocate_kv(self, pages: int) -> None:
         """Make room for the keys and values of so many pages, all of them zero."""
-        shape = self.shape.layers, pages + 1, self.shape.kv_heads
+        shape = self.shape.layers, pages, self.shape.kv_heads
         like, blocks = torch.empty(0), self.shape.head_dim // NARROW
         self.keys_LXKDP = zeros((*shape, self.shape.head_dim, self._filled_page), like).numpy()
         self.values_LXKBPV = zeros((*shape, blocks, self._filled_page, NARROW), like).numpy()

@@ -8,12 +8,14 @@ from engine.models.decoder_spec import DecoderSpec
 def can_run(spec: DecoderSpec) -> bool:
     """Return whether a decoder is one that CudaBackend computes.
 
-    It is in 32 or 16 bits (no kernel here computes in float64), and of the norms after attention and after
-    the MLP, as of those of queries and keys, both are there or neither.
+    It is in 32 or 16 bits (no kernel here computes in float64), with heads of an even size. Of the norms
+    after attention and after the MLP, as of those of queries and keys, both are there or neither; and there
+    is one before attention or after it.
     """
     layer = spec.layers[0]
     return (
         all(weight.dtype.itemsize <= 4 for weight in spec.weights)
+        and layer.activation in ("silu", "gelu_tanh")
         and spec.head_dim % 2 == 0
         and (layer.after_attention is None) == (layer.after_mlp is None)
         and (layer.q_norm is None) == (layer.k_norm is None)

@@ -115,9 +115,8 @@ class CudaBackend(Backend):
     @property
     def _tile(self) -> int:
         """Tokens of a chunk that are attended at a time."""
-        heads = len(self._spec.layers[0].q.weight_NM) // self._spec.head_dim
         itemsize = self._spec.embedding_VM.dtype.itemsize
-        return kernels.chunk_tokens(heads // self._spec.kv_heads, self._spec.head_dim, itemsize)
+        return kernels.chunk_tokens(self._spec.heads // self._spec.kv_heads, self._spec.head_dim, itemsize)
 
     def _compute(self, shape: BatchShape, ints_I: torch.Tensor) -> torch.Tensor | None:
         """Compute a batch; its tokens are in `_last_B` then, or if not greedy, return logits [K, V]."""

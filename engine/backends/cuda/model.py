@@ -84,16 +84,16 @@ class CudaDecoder:
 
     def __init__(self, spec: DecoderSpec, deterministic: bool) -> None:
         self.spec, self._deterministic, self.copied_bytes = spec, deterministic, 0
-        self._ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
+        self._ropes = spec.ropes
         self.layers = [self._fused(layer) for layer in spec.layers]
         first, dtype = self.layers[0], spec.embedding_VM.dtype
-        self._heads = [
-            len(part.weight_NM) // spec.head_dim for part in (first.parts.q, first.parts.k, first.parts.v)
-        ]
+        self._heads = [spec.heads, spec.kv_heads, spec.kv_heads]
         products = first.qkv, first.parts.out, first.gate_up, first.parts.down
         # Of products whose sums are split only that of queries, keys and values may have a bias:
         # `write_pages` adds it.
         can_split = all(part.bias_N is None for part in products[1:]) and not (deterministic or spec.parallel)
+        # The first kernel of a step waits for its inputs, which a norm does and a split product does not.
+        can_split = can_split and first.parts.before_attention is not None
         layer_bytes = sum(part.weight_NM.nbytes for part in products)
         self.split_rows = kernels.max_split_rows(dtype, layer_bytes) if can_split else 0
         self._tables_GPD: list[torch.Tensor] | None = None
@@ -181,7 +181,7 @@ class CudaDecoder:
         heads = self._product(x_TM, layer.qkv, split).unflatten(-1, (-1, self.spec.head_dim))
         q, k, v = heads.split(self._heads, -2)
         if parts.q_norm is not None and parts.k_norm is not None:
-            q, k = _head_norm(q, parts.q_norm), _head_norm(k, parts.k_norm)
+            q, k = self._head_norm(q, parts.q_norm), self._head_norm(k, parts.k_norm)
         keys, values = store_2XKPD
         bias_N = layer.qkv.bias_N if split else None
         cos_TE, sin_TE = angles_2TE
@@ -197,6 +197,12 @@ class CudaDecoder:
         if inputs.chunks is not None:
             kernels.attend_chunks(q_THD, keys, values, *inputs.chunks, *how, out_THD)
         return out_THD.flatten(1)
+
+    def _head_norm(self, x_THD: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """Return the norm of each head, or of all heads together."""
+        if self.spec.has_whole_head_norms:
+            return kernels.norm(x_THD.flatten(-2), norm).view(x_THD.shape)
+        return kernels.norm(x_THD, norm)
 
     def _angles(self, positions_T: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return cosines and sines [T, D / 2] of each rope."""
@@ -220,13 +226,6 @@ class CudaDecoder:
             self.copied_bytes += sum(part.weight_NM.nbytes for part in (layer.q, layer.k, layer.v))
         qkv, gate_up = fuse_linears([layer.q, layer.k, layer.v]), fuse_linears([layer.gate, layer.up])
         return FusedLayer(layer, qkv, gate_up, rope)
-
-
-def _head_norm(x_THD: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """Return the norm of each head, or of all heads together."""
-    if norm.scale.dim() == 1 and len(norm.scale) > x_THD.shape[-1]:
-        return kernels.norm(x_THD.flatten(-2), norm).view(x_THD.shape)
-    return kernels.norm(x_THD, norm)
 
 
 def reordered(layer: Layer, order_D: torch.Tensor) -> Layer:

@@ -1,1 +1,1 @@
-"""Attention over pages: of rows of one token, of chunks, on a device; and as Transformers calls it."""
+"""The unmodified model over pages: only its attention is ours."""

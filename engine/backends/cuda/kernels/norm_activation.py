@@ -18,7 +18,6 @@ import triton.language as tl
 from engine.backends.cuda.kernels.pdl import DEPENDENT, launch_dependents, wait_for_previous
 from engine.models.decoder_parts import Norm
 
-ACTIVATIONS = ("silu", "gelu_tanh")
 PART = 4096  # logits that one program looks at: 38 programs a row for a vocabulary of 152k
 
 
@@ -145,7 +144,7 @@ def _norm(
 def gated(gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: str) -> torch.Tensor:
     """activation(gate) * up, contiguous [T, F]; gate and up may be halves of one joined product.
 
-    `activation` is one of ACTIVATIONS: x * sigmoid(x), or GELU by its tanh approximation (Hendrycks and
+    `activation` is silu, x * sigmoid(x), or gelu_tanh, GELU by its tanh approximation (Hendrycks and
     Gimpel, 2016).
     """
     tokens, size = gate_TF.shape

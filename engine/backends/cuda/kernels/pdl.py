@@ -31,8 +31,8 @@ def wait_for_previous(PDL: tl.constexpr):
 
     Every program of every kernel calls it before it writes, or reads what is neither a weight nor an input of
     the whole step. So a kernel ends only after the one before it has, and nothing is overwritten that is
-    still read. A step's inputs are there earlier: a model's first norm does not `lead`, so nothing after it
-    begins before they are.
+    still read. A step's inputs are there earlier: its first norm does not call `launch_dependents`, so
+    nothing after it begins before they are.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -3,9 +3,9 @@ for cuBLAS.
 
 A layer's products of a small model are read in a few microseconds, less than it takes a large tile's kernel
 to begin and to end. Here the inner dimension is cut into parts until every multiprocessor has a program, and
-whoever reads the product next (`add_rms_norm`, `write_pages`) sums the parts, in their order. A program asks
-for its weights before it waits for the kernel before it (programmatic dependent launch), so that they are on
-their way by then.
+whoever reads the product next (`add_norm`, `norm`, `write_pages`) sums the parts, in their order. A program
+asks for its weights before it waits for the kernel before it (programmatic dependent launch), so that they
+are on their way by then.
 
 T rows, N outputs, M inputs, S parts, F intermediate size.
 """
