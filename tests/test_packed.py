@@ -44,6 +44,14 @@ def test_a_shared_prefix_is_computed_once(tiny):
         oracle.check(output, len(output.token_ids))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "page"), [("float32", 4), ("float32", 16), ("float32", 24), ("float64", 5)]
+)
+def test_pages_take_no_more_memory_than_they_may(tiny, dtype, page):
+    each = Engine(tiny("tiny-llama", dtype).loaded, EngineConfig(kv_memory=2**20, page_size=page))
+    assert 0.95 * 2**20 < each.runner.memory.pages * each.runner.backend.page_bytes <= 2**20
+
+
 def test_little_memory_is_held_without_need(tiny):
     engine = packed(tiny("tiny-llama"), 30_000, page_size=16)
     engine.replay(make_workload("mixed-64", vocab_size=256).items, progress=False)

@@ -128,11 +128,14 @@ def _block(
     values_XKBPV, mixed_TN, q_RD, scores_RP, mixed_RD, peak_R, total_R,
 ):  # fmt: skip
     """Tokens first, first + 1, ..., at `position` and after it, with the heads of one group."""
-    size, filled, rows = shape.head_dim, keys_XKDP.shape[3], count * group
+    size, rows = shape.head_dim, count * group
+    filled = (shape.page + NARROW - 1) // NARROW * NARROW  # scores of a page; those behind it do not count
+    key_row, positions = keys_XKDP.shape[3] * ITEM, values_XKBPV.shape[3]
     # a literal has a type of its own, for which functions would be compiled again
     no, yes = np.int64(0), np.int64(1)
-    page_bytes, row, at_once = size * filled * ITEM, scores_RP.shape[1] * ITEM, scores_RP.shape[1] // filled
-    keys, values = address(keys_XKDP) + kv_head * page_bytes, address(values_XKBPV) + kv_head * page_bytes
+    row, at_once = scores_RP.shape[1] * ITEM, scores_RP.shape[1] // filled
+    key_bytes, value_bytes = size * key_row, size * positions * ITEM  # of a head in a page
+    keys, values = address(keys_XKDP) + kv_head * key_bytes, address(values_XKBPV) + kv_head * value_bytes
     for t in range(count):
         for g in range(group):
             at, r = (kv_head * group + g) * size, t * group + g
@@ -145,13 +148,13 @@ def _block(
         end = min(begin + at_once, last + 1)
         for page in range(begin, end):
             here, following = pages[table + page], pages[table + min(page + PREFETCH_PAGES, last)]
-            ask = keys + following * shape.kv_heads * page_bytes
+            ask = keys + following * shape.kv_heads * key_bytes
             to = address(scores_RP) + (page - begin) * filled * ITEM
             for p in range(0, filled * ITEM, NARROW * ITEM):
                 ask = multiply_narrow(
                     rows, keys_XKDP.dtype, address(q_RD), size * ITEM,
-                    keys + here * shape.kv_heads * page_bytes + p, filled * ITEM, size, to + p, row, no, no,
-                    no, ask, ask + page_bytes,
+                    keys + here * shape.kv_heads * key_bytes + p, key_row, size, to + p, row, no, no,
+                    no, ask, ask + key_bytes,
                 )  # fmt: skip
         for r in range(rows):
             own = position + r // group
@@ -160,14 +163,14 @@ def _block(
             )  # fmt: skip
         for page in range(begin, end):
             here, following = pages[table + page], pages[table + min(page + PREFETCH_PAGES, last)]
-            ask = values + following * shape.kv_heads * page_bytes
+            ask = values + following * shape.kv_heads * value_bytes
             weights = address(scores_RP) + (page - begin) * filled * ITEM
             for b in range(size // NARROW):
                 ask = multiply_narrow(
                     rows, values_XKBPV.dtype, weights, row,
-                    values + here * shape.kv_heads * page_bytes + b * filled * NARROW * ITEM, NARROW * ITEM,
-                    filled, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, no, no, yes, ask,
-                    ask + page_bytes,
+                    values + here * shape.kv_heads * value_bytes + b * positions * NARROW * ITEM,
+                    NARROW * ITEM, positions, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, no, no, yes,
+                    ask, ask + value_bytes,
                 )  # fmt: skip
         begin = end
     for t in range(count):

@@ -5,6 +5,7 @@ Whether a model really computes what its DecoderSpec says is found by comparing 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -44,18 +45,15 @@ class CompiledDecoder(Backend):
     def use(self, threads: int) -> None:
         """Divide steps among so many threads."""
         self._team, size = team(threads), self.shape.head_dim
+        filled_page = -(-self._page_size // NARROW) * NARROW
         rows = max(QUERIES, self.shape.heads // self.shape.kv_heads)
         self._heads = Heads(
             queries_SRD=_room(threads, rows, size),
-            scores_SRP=_room(threads, rows, max(SPAN // self._filled_page, 1) * self._filled_page),
+            scores_SRP=_room(threads, rows, max(SPAN // filled_page, 1) * filled_page),
             mixed_SRD=_room(threads, rows, size),
             peaks_SR=_room(threads, rows),
             totals_SR=_room(threads, rows),
         )
-
-    @property
-    def _filled_page(self) -> int:
-        return -(-self._page_size // NARROW) * NARROW
 
     @property
     def copied_bytes(self) -> int:
@@ -71,11 +69,21 @@ class CompiledDecoder(Backend):
             self.weights = self.weights._replace(**rounded)
 
     def allocate_kv(self, pages: int) -> None:
-        """Make room for the keys and values of so many pages, all of them zero."""
-        shape = self.shape.layers, pages, self.shape.kv_heads
-        like, blocks = torch.empty(0), self.shape.head_dim // NARROW
-        self.keys_LXKDP = zeros((*shape, self.shape.head_dim, self._filled_page), like).numpy()
-        self.values_LXKBPV = zeros((*shape, blocks, self._filled_page, NARROW), like).numpy()
+        """Make room for the keys and values of so many pages, all of them zero.
+
+        Vectors of keys are read beyond the end of a page, and values in pairs of positions: what lies there
+        does not count, but must be memory of this store, and in values zero.
+        """
+        shape, dim, size = (
+            (self.shape.layers, pages, self.shape.kv_heads),
+            self.shape.head_dim,
+            self._page_size,
+        )
+        count = math.prod(shape) * dim * size
+        keys = zeros((count + NARROW,), torch.empty(0)).numpy()
+        self.keys_LXKDP = keys[:count].reshape(*shape, dim, size)
+        pairs = (dim // NARROW, size + size % 2, NARROW)
+        self.values_LXKBPV = zeros((*shape, *pairs), torch.empty(0)).numpy()
 
     @property
     def page_bytes(self) -> int:
