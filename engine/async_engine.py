@@ -96,7 +96,8 @@ class AsyncEngine:
     def close(self) -> None:
         """End the worker after the step it is in; requests that have not finished get a RuntimeError."""
         self._commands.put(None)
-        self._worker.join()
+        if threading.current_thread() is not self._worker:
+            self._worker.join()
         atexit.unregister(self.close)
 
     async def __aenter__(self) -> AsyncEngine:

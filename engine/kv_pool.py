@@ -47,8 +47,8 @@ class PagePool(_Pool):
         self.pages, self.page_size, self.capacity = pages, page_size, pages * page_size
         self.prefix_caching = prefix_caching
         self.tables: dict[Request, list[int]] = {}
-        self.needs_zeroing: list[int] = []  # free pages that may hold NaN: clear them before their next use
-        self._contaminated: set[int] = set()  # a failed request wrote or read them, somebody holds them
+        self.needs_zeroing: list[int] = []  # pages that may hold NaN: clear them before the next step
+        self._contaminated: set[int] = set()  # held or written by a request that got no finite token
         self._references = [0] * pages
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))
         # (mark of the page before, tokens) -> page
@@ -85,6 +85,9 @@ class PagePool(_Pool):
             page = next(iter(self._free))
             self._forget(page)
             self._acquire(page)
+            if page in self._contaminated:
+                self._contaminated.remove(page)
+                self.needs_zeroing.append(page)
             table.append(page)
         return True
 
@@ -108,19 +111,28 @@ class PagePool(_Pool):
         """Give back its pages; the last goes first, so that the beginning of a prompt is kept longest."""
         del self._full_pages[request]
         table = self.tables.pop(request)
-        if request.finish_reason is FinishReason.ERROR:
+        failed = request.finish_reason is FinishReason.ERROR
+        if failed or not request.output_len:  # nobody has seen yet whether its numbers are finite
             self._contaminated.update(table)
-            for page in table:
-                self._forget(page)
+        for page in table if failed else ():
+            self._forget(page)
         for page in reversed(table):
             self._references[page] -= 1
             if self._references[page] == 0:
                 self._free[page] = None
                 if page not in self._keys:
                     self._free.move_to_end(page, last=False)  # nothing worth keeping: reuse it first
-                if page in self._contaminated:
-                    self._contaminated.remove(page)
-                    self.needs_zeroing.append(page)
+
+    def forget_all(self) -> None:
+        """Let nobody find what pages held; for a store whose contents are lost.
+
+        Raises:
+            RuntimeError: while a request holds pages.
+        """
+        if self.tables:
+            raise RuntimeError("requests hold pages: wait until they have ended")
+        for page in list(self._keys):
+            self._forget(page)
 
     @property
     def pages_used(self) -> int:

@@ -348,6 +348,23 @@ def test_requests_keep_their_line_of_the_block_tables_and_the_oldest_gives_its_o
     assert tables.tables_RN[first[1], :2].tolist() == [7, 8]
 
 
+def test_pages_that_could_not_be_written_to_the_tables_are_written_the_next_time(tiny, monkeypatch):
+    oracle: Oracle = tiny("tiny-llama")
+    work, calls = work_of(4), []
+
+    def failing(ints_I, device):
+        calls.append(len(calls))
+        if calls == [0]:
+            raise torch.OutOfMemoryError("planted")
+        return upload(ints_I, device)
+
+    server = build(oracle, page_size=4, max_batch_size=2)
+    monkeypatch.setattr("engine.backends.cuda.block_tables.upload", failing)
+    for output, (_, limit) in zip(drive(server, work), work, strict=True):
+        oracle.check(output, limit)
+    assert len(calls) > 1
+
+
 def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
     oracle: Oracle = tiny()
     asked = []

@@ -292,6 +292,23 @@ def test_parts_are_known_by_what_they_do():
     assert isinstance(engine.runner.backend, CompiledDecoder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("big", [5.0, 60.0, 400.0])
+def test_one_large_channel_hides_nothing_in_16_bits(dtype, big):
+    """Neither 1 + weight, where one weight is large, nor a rotation, where the slowest pair's keys are."""
+    gemma = made("gemma3_text", COMPILED["gemma3"][1])
+    gemma.base_model.norm.weight[3] = big
+    for layer in gemma.base_model.layers:
+        layer.self_attn.k_norm.weight[[7, 15]] = min(big, 60.0)
+    spec, exact = spec_of(gemma.to(dtype)), gemma.base_model.norm.weight
+    assert torch.equal(spec.norm.scale, 1 + exact.float())
+    qwen = made("qwen2", SIZES | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)))
+    for layer in qwen.base_model.layers:
+        layer.self_attn.k_proj.bias.view(2, 16)[:, [7, 15]] = big
+    ropes = [layer.rope for layer in spec_of(qwen.to(dtype)).layers]
+    assert all(rope is not None and not rope.interleaved for rope in ropes)
+
+
 def test_why_a_model_is_not_compiled_is_said(caplog):
     reasons = {
         "ministral3, temperature": "positions that do more than rotate",

@@ -144,7 +144,7 @@ def test_a_free_page_keeps_its_tokens_until_it_is_needed():
     assert request_found(pool, [1, 2, 3, 4, 5]) == 0
 
 
-def test_pages_of_the_failed_are_not_found_and_are_dirty():
+def test_pages_of_the_failed_are_not_found_and_are_zeroed_before_their_next_use():
     pool = PagePool(10, 2)
     good = computed(pool, [1, 2, 3])
     failed = request_of("failed", [1, 2, 3, 4, 5, 6, 7])
@@ -154,9 +154,36 @@ def test_pages_of_the_failed_are_not_found_and_are_dirty():
     pool.cache_full_pages(failed)
     failed.finish(FinishReason.ERROR, error="NaN")
     pool.release(failed)
-    assert set(pool.needs_zeroing) == set(own)
     assert request_found(pool, [1, 2, 3, 4, 5, 6, 7]) == 0
+    assert pool.admit(request_of("other", [9] * 16))
+    assert set(pool.needs_zeroing) == set(own), "and no others"
     assert pool.tables[good][0] == shared
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, None])
+def test_pages_that_no_token_has_proven_finite_are_zeroed_too(reason):
+    """Of a request that left in the middle of its prompt; whoever begins the same may have them."""
+    pool = PagePool(4, 2)
+    request = computed(pool, [1, 2, 3, 4, 5])
+    if reason is not None:
+        request.finish(reason)
+    table = list(pool.tables[request])
+    pool.release(request)
+    assert request_found(pool, [1, 2, 3, 4, 5]) == 4
+    assert pool.needs_zeroing == []
+    assert pool.admit(request_of("other", [9] * 8))
+    assert set(pool.needs_zeroing) == set(table)
+
+
+def test_a_store_that_is_lost_is_forgotten():
+    pool = PagePool(4, 2)
+    request = computed(pool, [1, 2, 3, 4, 5])
+    with pytest.raises(RuntimeError, match="requests hold pages"):
+        pool.forget_all()
+    pool.release(request)
+    pool.forget_all()
+    assert request_found(pool, [1, 2, 3, 4, 5]) == 0
     pool.check_integrity()
 
 

@@ -150,6 +150,41 @@ def test_nan_fails_its_request_alone_and_its_pages_poison_nobody(name):
         oracle.check(output, limit)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("caching", [False, True])
+def test_nan_of_a_request_that_is_aborted_in_its_prompt_poisons_nobody(dtype, caching):
+    """Nobody knows of it, for no token was drawn; the next request gets its pages."""
+    oracle = Oracle(load("random:tiny-llama", dtype=dtype))
+    engine = packed(oracle, 64, page_size=4, max_step_tokens=4, prefix_caching=caching)
+    oracle.model.get_input_embeddings().weight[251] = torch.nan
+    bad = engine.add_request([251] * 9 + [20] * 30, exactly(3))
+    for _ in range(4):
+        engine.step()
+    engine.abort(bad.id)
+    for start in (11, 40):
+        (output,) = engine.generate([[*range(start, start + 30)]], exactly(6), progress=False)
+        oracle.check(output, 6)
+
+
+def test_logits_of_a_text_leave_nothing_behind(tiny, monkeypatch):
+    """Neither pages that are found, nor a store of another size where they are interrupted."""
+    oracle: Oracle = tiny("tiny-llama")
+    engine, prompt = packed(oracle, 400), [*range(3, 43)]
+    for _ in range(2):
+        oracle.check(engine.generate([prompt], exactly(5), progress=False)[0], 5)
+        engine.runner.logits(prompt[:20])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner.backend, "logits", lambda batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.runner.logits([5])
+    for output in engine.generate([prompt, prompt[:9]], exactly(5), progress=False):
+        oracle.check(output, 5)
+    engine.add_request(prompt, exactly(5))
+    engine.step()
+    with pytest.raises(RuntimeError, match="requests hold pages"):
+        engine.runner.logits(prompt)
+
+
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
 def test_nan_logits_fail_their_request_alone(tiny, name, monkeypatch):
     oracle: Oracle = tiny(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -75,6 +76,29 @@ print(threading.active_count())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "3\n['MainThread']\n"), done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system can't fork")
+def test_a_team_works_on_in_a_process_that_was_forked():
+    """In which none of its threads is, and its lock may be held by one that is not."""
+    code = """
+import os
+from engine import Engine, EngineConfig, SamplingParams, load
+import engine.backends.cpu.threads as threads
+made = Engine(load("random:tiny-llama"), EngineConfig(kv_memory=2**20))
+made.runner.backend.use(3)
+ask = lambda: made.generate([[5, 6, 7]], SamplingParams(max_new_tokens=4), progress=False)[0].token_ids
+before = ask()
+with threads.team(3)._lock:
+    child = os.fork()
+    if child == 0:
+        assert ask() == before
+        raise SystemExit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert ask() == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_the_caller_raises_is_raised_and_the_team_goes_on():

@@ -23,7 +23,8 @@ from engine.models.weights import weight_sharing_copy
 
 TRACE = "dynamic_batch_trace"
 RANDOM_PAIRS = 2000
-SAME_LENGTH = 1e-2  # relative: what rounding to 16 bits does to a vector's length, and more
+# Relative: what rounding to 16 bits does to a vector's length, of which one pair may be most, and more.
+SAME_LENGTH, SAME_LENGTH_BFLOAT16 = 1e-2, 3e-2
 # Given to every attention function, or saying what the mask says too: none of them changes what is computed
 # here.
 HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "is_training"}
@@ -171,7 +172,8 @@ def _same_length(heads_1HTD: torch.Tensor) -> bool:
     """Whether the vectors of a head have one length at every token."""
     lengths_HT = heads_1HTD[0].double().norm(dim=-1)
     longest_H1 = lengths_HT.amax(-1, keepdim=True)
-    return bool((longest_H1 - lengths_HT <= SAME_LENGTH * longest_H1).all())
+    allowed = SAME_LENGTH_BFLOAT16 if heads_1HTD.dtype is torch.bfloat16 else SAME_LENGTH
+    return bool((longest_H1 - lengths_HT <= allowed * longest_H1).all())
 
 
 AttentionInterface.register(TRACE, attend)

@@ -179,14 +179,20 @@ class PackedRunner(Runner):
         them.
 
         What the pages held is lost.
+
+        Raises:
+            RuntimeError: while a request holds pages.
         """
+        self.memory.forget_all()
         pages, found = -(-len(tokens) // self.memory.page_size), []
         self.backend.allocate_kv(pages)
-        for begin in range(0, len(tokens), CHUNK):
-            part = tokens[begin : begin + CHUNK]
-            span = Span(0, len(part), begin, list(range(pages)))
-            found.append(self.backend.logits(Batch(part, [span], list(range(len(part))))))
-        self.backend.allocate_kv(self.memory.pages)
+        try:
+            for begin in range(0, len(tokens), CHUNK):
+                part = tokens[begin : begin + CHUNK]
+                span = Span(0, len(part), begin, list(range(pages)))
+                found.append(self.backend.logits(Batch(part, [span], list(range(len(part))))))
+        finally:
+            self.backend.allocate_kv(self.memory.pages)
         return torch.cat(found)
 
 

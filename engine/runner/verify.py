@@ -49,7 +49,7 @@ class Probe:
 def proof_text(model: PreTrainedModel, count: int) -> list[int]:
     """So many token ids, hardly any of them twice."""
     embedding: Any = model.get_input_embeddings()
-    return [(7 * i + 3) % len(embedding.weight) for i in range(count)]
+    return [(7 * i * i + 31 * i + 3) % len(embedding.weight) for i in range(count)]
 
 
 @torch.inference_mode()

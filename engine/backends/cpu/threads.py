@@ -95,12 +95,17 @@ class Team:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._lock = threading.Lock()
         self._jobs_begun = np.zeros(1, np.int64)
         self.start = self._jobs_begun.ctypes.data
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        """Start the other threads; in a process that was forked again, for it has none of its parent's."""
+        self._process, self._lock = os.getpid(), threading.Lock()
+        self._jobs_begun[0] = 0
         self._job: Callable[[int], Any] = int  # in place of none
         self._running = self._closed = False
-        self._awake = [threading.Event() for _ in range(1, size)]
+        self._awake = [threading.Event() for _ in range(1, self.size)]
         self._threads = [
             threading.Thread(target=self._work, args=(index, awake), name=f"team-{index}", daemon=True)
             for index, awake in enumerate(self._awake, 1)
@@ -114,6 +119,8 @@ class Team:
         A job has to call one compiled function, without the interpreter's lock, that begins with
         `begin_together(index, team.start)` and ends with a `barrier` of all threads.
         """
+        if self._process != os.getpid():
+            self._start_threads()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the threads of this process have ended: the interpreter shuts down")
@@ -131,6 +138,8 @@ class Team:
         A thread that comes out of compiled code while the interpreter shuts down is ended within it, and that
         aborts the process.
         """
+        if self._process != os.getpid():
+            return
         with self._lock:
             self._closed = True
             for awake in self._awake:
@@ -160,7 +169,3 @@ def team(size: int) -> Team:
     made = Team(size)
     atexit.register(made.close)
     return made
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=team.cache_clear)  # a child has none of its parent's threads

@@ -34,22 +34,26 @@ class BlockTables:
         self._free = list(range(rows))[::-1]
 
     def update(self, spans: Sequence[Span]) -> np.ndarray:
-        """Return the line of each span's request, [J], with all of its pages in it on the device."""
+        """Return the line of each span's request, [J], with all of its pages in it on the device.
+
+        Nothing is remembered before it is written: if that fails, the next batch writes it.
+        """
+        lines, free = self._lines.copy(), self._free.copy()
         fresh: list[tuple[int, int, int]] = []
-        numbers = []
-        known = [self._lines.pop(span.request, None) for span in spans]
+        known = [lines.pop(span.request, None) for span in spans]
         for span, old in zip(spans, known, strict=True):
-            line = old or _Line(self._free.pop() if self._free else self._take_oldest(), span.pages, 0)
+            line = old or _Line(free.pop() if free else _take_oldest(lines), span.pages, 0)
             # After a preemption a request has other pages, in another list.
             written = line.written if line.pages is span.pages else 0
             fresh += [(line.number, at, span.pages[at]) for at in range(written, len(span.pages))]
-            self._lines[span.request] = _Line(line.number, span.pages, len(span.pages))
-            numbers.append(line.number)
+            lines[span.request] = _Line(line.number, span.pages, len(span.pages))
         if fresh:
             line_X, column_X, page_X = upload(np.array(fresh).T, self.tables_RN.device)
             self.tables_RN[line_X, column_X] = page_X
-        return np.array(numbers)
+        self._lines, self._free = lines, free
+        return np.array([lines[span.request].number for span in spans])
 
-    def _take_oldest(self) -> int:
-        """Return the line of the request that was in no batch for the longest time; it is forgotten."""
-        return self._lines.pop(next(iter(self._lines))).number
+
+def _take_oldest(lines: dict[Hashable, _Line]) -> int:
+    """Return the line of the request that was in no batch for the longest time; it is forgotten."""
+    return lines.pop(next(iter(lines))).number

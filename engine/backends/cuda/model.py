@@ -270,7 +270,8 @@ def _adjacent(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     first = tensors[0].detach()
     at, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for tensor in tensors:
-        if tensor.data_ptr() != at or tensor.untyped_storage().data_ptr() != storage:
+        apart = tensor.data_ptr() != at or tensor.untyped_storage().data_ptr() != storage
+        if apart or not tensor.is_contiguous():
             return None
         at += tensor.nbytes
     rows = sum(map(len, tensors))
