@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,13 +14,11 @@ import engine.runner.memory
 from engine import Engine, EngineConfig, InputError, SamplingParams
 from engine.backends.cuda import can_run
 from engine.backends.cuda.backend import CudaBackend
-from engine.backends.cuda.batch_layout import bucket, upload
-from engine.backends.cuda.block_tables import BlockTables
+from engine.backends.cuda.batch_layout import upload
 from engine.backends.transformers.backend import TransformersBackend
 from engine.models import PRESETS, LoadedModel, kv_bytes_per_token, load
 from engine.models.attention_trace import attention_layers
 from engine.models.decoder_spec import describe
-from engine.step import Span
 from tests import reference
 from tests.oracle import Oracle
 from tests.serving import (
@@ -258,14 +255,6 @@ def test_decode_steps_alone_are_captured_and_padded(tiny, monkeypatch):
     assert {(shape.tokens, shape.requests) for shape in backend.graphs.known} == {(0, 0)}
 
 
-def test_buckets_waste_little():
-    for rows in range(1, 600):
-        assert rows <= bucket(rows) <= max(rows + 15, 2 * rows - 1)
-        assert rows < 80 or bucket(rows) < 1.1 * rows
-    assert len({bucket(rows) for rows in range(1, 513)}) == 45
-    assert np.all(np.diff([bucket(rows) for rows in range(1, 600)]) >= 0)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_joined_weights_are_the_models_own(name):
     """Nothing is held twice, two engines share what is joined, and the model gives what it gave."""
@@ -330,39 +319,6 @@ def test_what_fails_in_the_proof_makes_the_model_run_as_it_was_written(tiny, mon
     assert f"cannot run packed: {error}: it is computed by" in caplog.text
     (prompt, limit), *_ = work_of(1)
     oracle.check(server.generate([prompt], exactly(limit), progress=False)[0], limit)
-
-
-def test_requests_keep_their_line_of_the_block_tables_and_the_oldest_gives_its_own_up():
-    tables = BlockTables(3, 4, torch.device("cpu"))
-    pages = {name: [10 * i + 1, 10 * i + 2] for i, name in enumerate("abcd")}
-    spans = {name: Span(0, 1, 0, table, name) for name, table in pages.items()}
-    first = tables.update([spans["a"], spans["b"], spans["c"]]).tolist()
-    assert sorted(first) == [0, 1, 2]
-    pages["b"].append(99)
-    assert tables.update([spans["c"], spans["b"]]).tolist() == [first[2], first[1]]
-    assert tables.tables_RN[first[1]].tolist() == [11, 12, 99, 0]
-    assert tables.update([spans["d"]]).tolist() == [first[0]], "that of the request which was away longest"
-    assert tables.tables_RN[first[0], :2].tolist() == pages["d"]
-    again = Span(0, 1, 0, [7, 8], "b")  # preempted, and admitted again
-    assert tables.update([again]).tolist() == [first[1]]
-    assert tables.tables_RN[first[1], :2].tolist() == [7, 8]
-
-
-def test_pages_that_could_not_be_written_to_the_tables_are_written_the_next_time(tiny, monkeypatch):
-    oracle: Oracle = tiny("tiny-llama")
-    work, calls = work_of(4), []
-
-    def failing(ints_I, device):
-        calls.append(len(calls))
-        if calls == [0]:
-            raise torch.OutOfMemoryError("planted")
-        return upload(ints_I, device)
-
-    server = build(oracle, page_size=4, max_batch_size=2)
-    monkeypatch.setattr("engine.backends.cuda.block_tables.upload", failing)
-    for output, (_, limit) in zip(drive(server, work), work, strict=True):
-        oracle.check(output, limit)
-    assert len(calls) > 1
 
 
 def test_memory_for_keys_and_values_is_what_a_step_leaves(tiny, monkeypatch):
