@@ -19,7 +19,7 @@ from engine.backends.cpu.forward import forward
 from engine.backends.cpu.gemm import K_STREAMS, NARROW_TILES, WIDE_TILES, Tile
 from engine.backends.cpu.simd import AVX2, AVX512, NEON, REGISTERS, Registers
 from engine.backends.cpu.vector_math import address
-from engine.step import Span
+from engine.step import Batch, Span
 from tests.test_cpu import compiled_decoder, random_model
 
 F32, I8 = ir.FloatType(), ir.IntType(8)
@@ -154,7 +154,7 @@ def test_no_tile_of_a_step_touches_the_stack_and_no_product_gathers(monkeypatch)
     packed = compiled_decoder(random_model())
     for quantize in (lambda: None, packed.quantize):
         quantize()
-        packed.logits([5, 6, 7], [Span(0, 3, 0, [0])], [2])
+        packed.logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
     for assembly, number in zip(fresh.inspect_asm().values(), (F32, I8), strict=True):
         found = functions(assembly)
         for shape in every(REGISTERS, number):
