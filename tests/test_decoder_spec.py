@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.activations import ACT2FN
 from engine import LoadedModel
 from engine.backends.cpu import can_compile
 from engine.backends.cpu.model import CompiledDecoder
+from engine.backends.cuda import can_run
 from engine.backends.transformers.backend import TransformersBackend
 from engine.models.attention_trace import attention_layers
 from engine.models.decoder_parts import OtherPartError, activation
@@ -164,3 +166,10 @@ def test_a_padding_token_does_not_hide_what_positions_do():
     layers = attention_layers(model)
     assert not any(layer.only_rotates for layer in layers)
     assert all(layer.key_TD.any() for layer in layers)
+
+
+def test_a_model_whose_angles_cannot_all_be_kept_does_not_run_on_a_gpu():
+    """A graph may not call the model's own module for them."""
+    spec = spec_of(oracle("llama").model)
+    assert can_run(replace(spec, positions=2**20))
+    assert not can_run(replace(spec, positions=2**20 + 1))

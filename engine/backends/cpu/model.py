@@ -74,11 +74,8 @@ class CompiledDecoder(Backend):
         Vectors of keys are read beyond the end of a page, and values in pairs of positions: what lies there
         does not count, but must be memory of this store, and in values zero.
         """
-        shape, dim, size = (
-            (self.shape.layers, pages, self.shape.kv_heads),
-            self.shape.head_dim,
-            self._page_size,
-        )
+        shape = self.shape.layers, pages, self.shape.kv_heads
+        dim, size = self.shape.head_dim, self._page_size
         count = math.prod(shape) * dim * size
         keys = zeros((count + NARROW,), torch.empty(0)).numpy()
         self.keys_LXKDP = keys[:count].reshape(*shape, dim, size)

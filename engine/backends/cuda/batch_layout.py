@@ -120,9 +120,8 @@ class BatchLayout:
 
     def ints(self, shape: BatchShape) -> np.ndarray:
         """Return the array, int32 [I], of these sizes: its own, or with more rows where all are rows."""
-        ints_I = np.zeros(_places(shape)[-1][0], dtype=np.int32)
+        ints_I = empty_rows(shape)
         inputs_3T, keep_K, lines_R, spans_3R, tiles_W2 = shape.parts(ints_I)
-        inputs_3T[1] = -1
         inputs_3T[:, : self.inputs_3T.shape[1]] = self.inputs_3T
         keep_K[: len(self.keep_K)] = self.keep_K
         lines_R[:], spans_3R[:], tiles_W2[:] = self.lines_R, self.spans_3R, self.tiles_W2
@@ -157,10 +156,8 @@ def lay_out(
     place_T = np.empty_like(order_T)
     place_T[order_T] = np.arange(len(tokens))
     keep_K, wanted = place_T[np.array(batch.wanted, dtype=int)], list(range(len(batch.wanted)))
-    if len(tokens) in (
-        len(batch.spans),
-        len(wanted),
-    ):  # of rows those of all, so that a graph has no other sizes
+    # Of rows those of all, so that a graph has no other sizes.
+    if len(tokens) in (len(batch.spans), len(wanted)):
         keep_K, wanted = np.arange(len(tokens)), keep_K.tolist()
     rows = len(tokens) if one_by_one else int((counts_J == 1).sum())
     several = slice(len(lines_J) if one_by_one else rows, None)

@@ -25,7 +25,6 @@ from engine.models.decoder_spec import DecoderSpec, Layer
 MAX_ROWS = (
     512  # attended at a time, for each takes up to MAX_SPLITS partial results: prefill by rows has thousands
 )
-MAX_ANGLES = 2**18  # positions, cosines and sines of which are kept: 128 MB with heads of 128
 TILE = 16  # rows of every product when results may not depend on how many rows there are
 
 
@@ -96,10 +95,8 @@ class CudaDecoder:
         can_split = can_split and first.parts.before_attention is not None
         layer_bytes = sum(part.weight_NM.nbytes for part in products)
         self.split_rows = kernels.max_split_rows(dtype, layer_bytes) if can_split else 0
-        self._tables_GPD: list[torch.Tensor] | None = None
-        if spec.positions <= MAX_ANGLES:
-            positions_P = torch.arange(spec.positions, device=spec.embedding_VM.device)
-            self._tables_GPD = [self._rotate(rope, positions_P) for rope in self._ropes]
+        positions_P = torch.arange(spec.positions, device=spec.embedding_VM.device)
+        self._tables_GPD = [self._angles_of(rope, positions_P) for rope in self._ropes]
 
     def logits(self, inputs: StepInputs, kv_L2XKPD: torch.Tensor) -> torch.Tensor:
         """Write a batch's keys and values into their pages; return logits [K, V]."""
@@ -206,17 +203,13 @@ class CudaDecoder:
 
     def _angles(self, positions_T: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return cosines and sines [T, D / 2] of each rope."""
-        if self._tables_GPD is None:
-            rows = [self._rotate(rope, positions_T) for rope in self._ropes]
-        else:
-            rows = [F.embedding(positions_T, table_PD) for table_PD in self._tables_GPD]
-        half = self.spec.head_dim // 2
+        half, rows = self.spec.head_dim // 2, (F.embedding(positions_T, table) for table in self._tables_GPD)
         return [(angles_TD[:, :half], angles_TD[:, half:]) for angles_TD in rows]
 
-    def _rotate(self, rope: Rope | None, positions_T: torch.Tensor) -> torch.Tensor:
-        """Return the angles of positions as the model has them, [T, D]: cosines, then sines."""
-        angles_2TE = head_angles(rope, positions_T, self.spec.head_dim)
-        return torch.cat(list(angles_2TE), -1).to(self.spec.embedding_VM.dtype)
+    def _angles_of(self, rope: Rope | None, positions_P: torch.Tensor) -> torch.Tensor:
+        """Return the angles of positions as the model has them, [P, D]: cosines, then sines."""
+        angles_2PE = head_angles(rope, positions_P, self.spec.head_dim)
+        return torch.cat(list(angles_2PE), -1).to(self.spec.embedding_VM.dtype)
 
     def _fused(self, layer: Layer) -> FusedLayer:
         order_D = head_order(layer.rope, self.spec.head_dim)
