@@ -20,6 +20,7 @@ from typing import Any
 from perf.errors import Exit, GateError
 from perf.gate import stats
 from perf.gate.comparison import Comparison
+from perf.gate.design import PairedBlocks
 from perf.gate.entries import Benchmark
 from perf.gate.import_proof import Surroundings, Watch, environment
 from perf.gate.metrics import METRICS
@@ -71,7 +72,7 @@ def ab(
             watch = Watch.begin(folder / f"imports-{number}", trees[side], around)
             name = f"block {number}, {(base, head)[side]}"
             done[side].append(block(args, folder / f"{number}.json", trees[side], name, watch))
-    comparison = compare(merge(done[0], base), merge(done[1], head), paired=True, counters=counters)
+    comparison = compare(merge(done[0], base), merge(done[1], head), design=PairedBlocks(), counters=counters)
     if commits[0] == commits[1]:
         note = f"both revisions are commit {commits[0][:12]}: whatever differs is the machine"
         comparison = replace(comparison, notes=(*comparison.notes, note))

@@ -66,15 +66,14 @@ class Comparison:
     """Two runs compared.
 
     notes: facts that a reader should know and no verdict says (new benchmarks, "the machine changed").
-    paired: whether rounds were taken in turn (`perf ab`), so that round i of one belongs to round i of the
-    other.
+    design: how they were measured; see perf/gate/design.py.
     """
 
     base: Run
     head: Run
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...] = ()
-    paired: bool = False
+    design: str = "rounds"
 
     @property
     def outcome(self) -> Outcome:
@@ -88,7 +87,7 @@ class Comparison:
 
     def plain(self) -> dict[str, Any]:
         """Return all of it as plain Python, for JSON: outcome, exit, notes, and a flat record a verdict."""
-        whole = {"outcome": str(self.outcome), "exit": int(self.exit), "paired": self.paired}
+        whole = {"outcome": str(self.outcome), "exit": int(self.exit), "design": self.design}
         runs = {side: _plain_run(run) for side, run in (("base", self.base), ("head", self.head))}
         verdicts = [_plain_verdict(verdict) for verdict in self.verdicts]
         return {**whole, "notes": list(self.notes), **runs, "verdicts": verdicts}

@@ -25,6 +25,7 @@ from typing import Any
 from perf.errors import Exit, GateError
 from perf.gate import ab, stats
 from perf.gate.comparison import Comparison, Outcome
+from perf.gate.design import PairedBlocks
 from perf.gate.saved_runs import Run, load
 from perf.gate.verdict import compare
 
@@ -117,7 +118,7 @@ def selftest(
             base, heads = one_trial(measure, effects, pairs, trial)
         for effect in effects:
             head = ab.merge(heads[effect], f"{effect:.0%} slower")
-            found[effect].append(compare(ab.merge(base, "as it is"), head, paired=True))
+            found[effect].append(compare(ab.merge(base, "as it is"), head, design=PairedBlocks()))
     return Report(pairs, tuple(_rate(effect, some) for effect, some in found.items()), _visible(found))
 
 

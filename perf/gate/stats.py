@@ -35,20 +35,22 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """log(head / base) with its standard error, degrees of freedom, and 95 % interval (low, high)."""
+    """log(head / base) with its standard error, degrees of freedom, and 95 % interval (low, high).
+
+    p_rise, p_fall: one-sided p: how likely a log-ratio so high, or so low, is without any change.
+    """
 
     log_ratio: float
     error: float
     df: float
     low: float
     high: float
+    p_rise: float
+    p_fall: float
 
     def tail(self, sign: int) -> float:
-        """One-sided p: how likely a log-ratio this far in the direction of `sign` (+1 or -1) is without any
-        change."""
-        if self.error == 0:
-            return 0.0 if sign * self.log_ratio > 0 else 1.0
-        return float(scipy.stats.t.sf(sign * self.log_ratio / self.error, self.df))
+        """The one-sided p in the direction of `sign`, +1 or -1."""
+        return self.p_rise if sign > 0 else self.p_fall
 
     def rounds_needed(self, rounds: int, gap: float, tail: float = (1 - CONFIDENCE) / 2) -> int | None:
         """Rounds (or pairs) a side with which an interval leaves a `gap` (log units) free four times in five.
@@ -83,7 +85,7 @@ def compare(base: Sequence[float], head: Sequence[float]) -> Estimate:
     inflation = _inflation([_winsorised(x, int(TRIM * len(x))) for x in logs])
     variance = var_a + var_b
     df = variance**2 / (var_a**2 / df_a + var_b**2 / df_b) if variance else df_a + df_b
-    return _estimate(mean_b - mean_a, math.sqrt(variance * inflation), max(1.0, df))
+    return student(mean_b - mean_a, math.sqrt(variance * inflation), max(1.0, df))
 
 
 def compare_pairs(base: Sequence[float], head: Sequence[float]) -> Estimate:
@@ -96,7 +98,7 @@ def compare_pairs(base: Sequence[float], head: Sequence[float]) -> Estimate:
     difference = after - before
     cut = int(TRIM * len(difference)) if len(difference) >= 7 else 0
     mean, variance, df = _trimmed(difference, cut)
-    return _estimate(mean, math.sqrt(variance), df)
+    return student(mean, math.sqrt(variance), df)
 
 
 def false_discoveries(p: Sequence[float], level: float = (1 - CONFIDENCE) / 2) -> list[bool]:
@@ -120,9 +122,14 @@ def binomial_bounds(hits: int, trials: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def _estimate(log_ratio: float, error: float, df: float) -> Estimate:
-    half = t_quantile((1 + CONFIDENCE) / 2, df) * error if error else 0.0
-    return Estimate(log_ratio, error, df, log_ratio - half, log_ratio + half)
+def student(log_ratio: float, error: float, df: float) -> Estimate:
+    """The estimate by Student's t, of a log-ratio with its standard error and degrees of freedom."""
+    if not error:
+        rise, fall = float(log_ratio <= 0), float(log_ratio >= 0)
+        return Estimate(log_ratio, error, df, log_ratio, log_ratio, rise, fall)
+    half, t = t_quantile((1 + CONFIDENCE) / 2, df) * error, log_ratio / error
+    rise, fall = (float(scipy.stats.t.sf(sign * t, df)) for sign in (1, -1))
+    return Estimate(log_ratio, error, df, log_ratio - half, log_ratio + half, rise, fall)
 
 
 def _logs(*samples: Sequence[float]) -> list[Floats]:

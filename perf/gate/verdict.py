@@ -15,8 +15,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from statistics import median
 
+from perf.errors import GateError
 from perf.gate import stats
 from perf.gate.comparison import Comparison, Outcome, Verdict
+from perf.gate.design import Design, Rounds, UndecidedError
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS, Metric
 from perf.gate.saved_runs import Run
@@ -32,29 +34,36 @@ LEVEL = (1 - stats.CONFIDENCE) / 2
 
 
 def compare(
-    base: Run, head: Run, *, paired: bool = False, counters: bool = True, deselected: Collection[str] = ()
+    base: Run,
+    head: Run,
+    *,
+    design: Design | None = None,
+    counters: bool = True,
+    deselected: Collection[str] = (),
 ) -> Comparison:
     """Judge every gated metric of every benchmark of `base` against `head`.
 
     Args:
-        paired: round i of one was measured next to round i of the other (`perf ab`), each typical of a fresh
-            process.
+        design: how they were measured; by default `Rounds`.
         counters: whether exact counters are judged too.
         deselected: benchmarks that were left out of `head` on purpose; they are named in the notes, not
             judged.
     """
+    design = design or Rounds()
     left_out = sorted(name for name in base.benchmarks if name not in head.benchmarks and name in deselected)
     verdicts: list[Verdict] = []
     for name, before in base.benchmarks.items():
         if name not in left_out:
-            verdicts += _benchmark(before, head.benchmarks.get(name), paired, counters)
+            verdicts += _benchmark(before, head.benchmarks.get(name), design, counters)
     notes = [*_notes(base, head, counters)]
     if left_out:
         notes.append(f"deselected here and not judged: {_listed(left_out)}")
-    return Comparison(base, head, tuple(_without_chance(verdicts)), tuple(notes), paired)
+    return Comparison(base, head, tuple(_without_chance(verdicts)), tuple(notes), design.name)
 
 
-def _benchmark(before: Benchmark, after: Benchmark | None, paired: bool, counters: bool) -> Iterator[Verdict]:
+def _benchmark(
+    before: Benchmark, after: Benchmark | None, design: Design, counters: bool
+) -> Iterator[Verdict]:
     whole = Verdict(before.fullname, before.group, None, Outcome.ERROR, "")
     if why := _incomparable(before, after):
         yield replace(whole, reason=why)
@@ -64,7 +73,7 @@ def _benchmark(before: Benchmark, after: Benchmark | None, paired: bool, counter
     for name in dict.fromkeys([*before.rounds, *before.problems, *after.problems]):
         metric = METRICS.get(name)
         if metric is not None and (exact or metric.direction != "exact"):
-            yield _metric(replace(whole, metric=metric), metric, before, after, paired)
+            yield _metric(replace(whole, metric=metric), metric, before, after, design)
 
 
 def _incomparable(before: Benchmark, after: Benchmark | None) -> str | None:
@@ -82,28 +91,26 @@ def _incomparable(before: Benchmark, after: Benchmark | None) -> str | None:
     return None
 
 
-def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark, paired: bool) -> Verdict:
+def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark, design: Design) -> Verdict:
     for side, benchmark in (("base", before), ("head", after)):
         if metric.name not in benchmark.rounds:
             problem = benchmark.problems.get(metric.name, "was not recorded")
             return replace(start, reason=f"{metric.label} {problem} in {side}")
     base, head = before.rounds[metric.name], after.rounds[metric.name]
-    start = replace(start, rounds=(len(base), len(head)))
     if metric.direction == "exact":
-        return _exact(start, metric, base, head)
+        return _exact(replace(start, rounds=(len(base), len(head))), metric, base, head)
     typical = stats.centre(base)
     start = replace(start, base=typical, head=stats.centre(head))
-    least, unit = (stats.MIN_PAIRS, "pairs") if paired else (stats.MIN_ROUNDS, "rounds a side")
-    if paired and len(base) != len(head):
-        return replace(start, reason=f"{len(base)} blocks of base and {len(head)} of head make no pairs")
-    if min(len(base), len(head)) < least:
-        few = f"{len(base)}" if len(base) == len(head) else f"{len(base)} and {len(head)}"
-        why = f"{few} {unit}: too few to tell anything, {least} or more are needed"
-        return replace(start, outcome=Outcome.INCONCLUSIVE, reason=why, rounds_needed=least)
+    start = replace(start, rounds=design.count(before, after, metric.name))
+    try:
+        estimate = design.estimate(before, after, metric.name)
+    except UndecidedError as error:
+        return replace(start, outcome=Outcome.INCONCLUSIVE, reason=str(error), rounds_needed=error.needed)
+    except GateError as error:
+        return replace(start, reason=str(error))
     tolerance, limit = _allowed(metric, after.tolerances.get(metric.name), typical)
-    estimate = (stats.compare_pairs if paired else stats.compare)(base, head)
     start = replace(start, tolerance=tolerance)
-    return _timed(start, metric, estimate, limit, _canary(before, after), unit)
+    return _timed(start, metric, estimate, limit, _canary(before, after), design.unit)
 
 
 def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[float, ...]) -> Verdict:

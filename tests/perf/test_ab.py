@@ -79,7 +79,7 @@ def test_a_slower_revision_is_a_regression_and_the_checkout_stays_as_it_was(repo
     said: list[str] = []
     comparison = ab.ab("good", ".", ["test_thing.py"], blocks=4, repo=repo, advance=said.append)
     (verdict,) = comparison.verdicts
-    assert (verdict.outcome, comparison.exit, comparison.paired) == (Outcome.FAIL, Exit.REGRESSION, True)
+    assert (verdict.outcome, comparison.exit, comparison.design) == (Outcome.FAIL, Exit.REGRESSION, "blocks")
     assert (verdict.base, verdict.head) == (pytest.approx(100), pytest.approx(90.5))
     assert verdict.rounds == (4, 4)
     assert [line.split(": ")[1] for line in said] == ["good", ".", ".", "good", "good", ".", ".", "good"]

@@ -106,7 +106,7 @@ def test_the_percentile_bootstrap_would_cry_wolf_twice_as_often(n, times_too_oft
         a, b = np.log(base), np.log(head)
         means = [x[rng.integers(0, n, (400, n))].mean(1) for x in (a, b)]
         low, high = np.quantile(means[1] - means[0], [LEVEL, 1 - LEVEL])
-        return stats.Estimate(0, 0, 1, low, high)
+        return stats.Estimate(0, 0, 1, low, high, 0.5, 0.5)
 
     slower, _ = shares(normal, n, seed=1, judge=bootstrap)
     assert slower > times_too_often * LEVEL

@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from perf.errors import Exit, GateError
 from perf.gate import saved_runs, saving
 from perf.gate.comparison import Outcome
+from perf.gate.design import PairedBlocks, Rounds
 from perf.gate.metrics import METRICS
 from perf.gate.session_gate import check_session
 from perf.gate.verdict import compare
@@ -290,12 +291,16 @@ def test_pairs_see_through_a_machine_that_drifts():
     drift = np.linspace(1, 0.5, 8)
     base = (np.array(noisy(100, 1, n=8)) * drift).tolist()
     head = (np.array(noisy(94, 2, n=8)) * drift).tolist()
-    assert only(judge({"tokens_per_s": base}, {"tokens_per_s": head}, paired=True)).outcome is Outcome.FAIL
+    assert (
+        only(judge({"tokens_per_s": base}, {"tokens_per_s": head}, design=PairedBlocks())).outcome
+        is Outcome.FAIL
+    )
     assert only(judge({"tokens_per_s": base}, {"tokens_per_s": head})).outcome is Outcome.INCONCLUSIVE
     assert (
-        "make no pairs" in only(judge({"tokens_per_s": base}, {"tokens_per_s": head[1:]}, paired=True)).reason
+        "make no pairs"
+        in only(judge({"tokens_per_s": base}, {"tokens_per_s": head[1:]}, design=PairedBlocks())).reason
     )
-    few = only(judge({"tokens_per_s": base[:3]}, {"tokens_per_s": head[:3]}, paired=True))
+    few = only(judge({"tokens_per_s": base[:3]}, {"tokens_per_s": head[:3]}, design=PairedBlocks()))
     assert (few.outcome, few.rounds_needed) == (Outcome.INCONCLUSIVE, 4)
 
 
@@ -335,26 +340,26 @@ rounds = st.lists(st.floats(1, 1000), min_size=5, max_size=9)
     rounds,
     st.floats(1.0, 3.0),
     st.sampled_from(["tokens_per_s", "ttft_p95_ms", "startup_s"]),
-    st.booleans(),
+    st.sampled_from([Rounds(), PairedBlocks()]),
 )
-def test_what_gets_worse_never_gets_a_better_verdict(base, head, factor, metric, paired):
+def test_what_gets_worse_never_gets_a_better_verdict(base, head, factor, metric, design):
     base, head = base[: len(head)], head[: len(base)]
     rank = [Outcome.PASS, Outcome.INCONCLUSIVE, Outcome.FAIL]
     worse = [value / factor if metric == "tokens_per_s" else value * factor for value in head]
     before, after = (
-        only(judge({metric: base}, {metric: values}, paired=paired)).outcome for values in (head, worse)
+        only(judge({metric: base}, {metric: values}, design=design)).outcome for values in (head, worse)
     )
     assert rank.index(after) >= rank.index(before)
 
 
 @pytest.mark.parametrize("metric", ["tokens_per_s", "tpot_p50_ms", "latency_p95_ms"])
-@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("design", [Rounds(), PairedBlocks()])
 @pytest.mark.parametrize(
     "values", [(5e-324, 1.7e308), (1.7e308, 5e-324), (5e-324, 5e-324), (1.7e308, 1.7e308)]
 )
-def test_the_largest_and_the_smallest_numbers_are_judged_like_others(metric, paired, values):
+def test_the_largest_and_the_smallest_numbers_are_judged_like_others(metric, design, values):
     base, head = ([value] * 6 for value in values)
-    verdict = only(judge({metric: base}, {metric: head}, paired=paired))
+    verdict = only(judge({metric: base}, {metric: head}, design=design))
     worse = values[0] > values[1] if metric == "tokens_per_s" else values[0] < values[1]
     assert verdict.outcome is (Outcome.FAIL if worse else Outcome.PASS)
     canaries = [bench({metric: [1.0] * 6}, canary_copy_gbps=value) for value in values]
