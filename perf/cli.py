@@ -8,46 +8,30 @@ fault, for 1 means a regression.
 
 from __future__ import annotations
 
-import json as json_module
-import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer import Argument, Option
 
 from engine import InputError
+from perf import console
+from perf.console import Counters, Csv, Html, Json, Markdown, Storage
 from perf.errors import Exit, GateError
 from perf.gate.saved_runs import load
 from perf.gate.storage import STORAGE, folder
 
-if TYPE_CHECKING:
-    from perf.gate.comparison import Comparison
-    from perf.report import Reading
-
-INTERRUPTED, BROKEN = 130, 70
+BROKEN = 70  # this program itself is at fault
 ENOUGH = 0.95  # of injected slowdowns found, and of identical code left alone, in a self-test that succeeds
 NEEDED = ("scipy", "jinja2", "pytest", "pytest_benchmark")  # the extra `perf`
-WIDTH = 180  # columns of a table where there is no terminal
-ERRORS = Console(stderr=True)
 CODES = "Exit codes: 0 pass, 1 regression, 2 usage, 3 not comparable, 4 inconclusive."
 HELP = f"The performance gate. {CODES}"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 
 BASELINE = "The baseline: the name it was saved by, its number, 0002_main or a file."
-File = Path | None
-Storage = Annotated[str, Option(help="Where pytest-benchmark saves runs: a folder, or file://FOLDER.")]
-Html = Annotated[File, Option(help="Write a page here that needs no network.")]
-Markdown = Annotated[File, Option(help="Write a summary here; added to it if it is $GITHUB_STEP_SUMMARY.")]
-Csv = Annotated[File, Option(help="Write a row a benchmark here.")]
-Json = Annotated[File, Option(help="Write every verdict here.")]
-Counters = Annotated[bool, Option(help="Whether exact counters are judged too.")]
 PytestArgs = Annotated[list[str] | None, Argument(metavar="[-- PYTEST ARGS]", help="What pytest is given.")]
 
 
@@ -69,13 +53,13 @@ def compare(
     """
     from perf.gate.verdict import compare as judge
 
-    files = _writable(html=html, markdown=markdown, csv=csv, json=json)
+    files = console.writable(html=html, markdown=markdown, csv=csv, json=json)
     where = folder(storage)
     before, after = load(base, where), load(head, where)
     if before.path.samefile(after.path):
         same = f"{base!r} and {head!r} are the same file, {before.path}: a run always equals itself"
         raise GateError(same, Exit.USAGE)
-    _conclude(judge(before, after, counters=counters), **files)
+    console.conclude(judge(before, after, counters=counters), **files)
 
 
 @app.command()
@@ -97,11 +81,11 @@ def ab(
     """
     from perf.gate.ab import ab as measure
 
-    files = _writable(html=html, markdown=markdown, csv=csv, json=json)
+    files = console.writable(html=html, markdown=markdown, csv=csv, json=json)
     args = pytest_args or ["perf"]
-    with _progress(2 * blocks) as advance:
+    with console.progress(2 * blocks) as advance:
         comparison = measure(base, head, args, blocks=blocks, counters=counters, advance=advance)
-    _conclude(comparison, **files)
+    console.conclude(comparison, **files)
 
 
 @app.command()
@@ -123,16 +107,16 @@ def selftest(
     from perf.gate.selftest import selftest as measure
     from perf.report.terminal import selftest_table, show
 
-    _writable(json=json)
+    console.writable(json=json)
     try:
         fractions = [float(effect) for effect in effects.split(",")]
     except ValueError:
         wrong = f"effects={effects!r} must be fractions, comma-separated: 0,0.05,0.1"
         raise GateError(wrong, Exit.USAGE) from None
-    with _progress(trials) as advance:
+    with console.progress(trials) as advance:
         report = measure(fractions, trials, pairs=blocks, args=pytest_args or (), advance=advance)
-    show(selftest_table(report), WIDTH)
-    _write_json(json, report.plain(), allow_nan=True)
+    show(selftest_table(report), console.WIDTH)
+    console.write_json(json, report.plain(), allow_nan=True)
     idle = [rate for rate in report.rates if not rate.effect]
     quiet = all(rate.regressions <= (1 - ENOUGH) * len(rate.outcomes) for rate in idle)
     largest = max(report.rates, key=lambda rate: rate.effect)
@@ -157,12 +141,12 @@ def report(
     """
     from perf import report as reports
 
-    files = _writable(html=html, markdown=markdown, csv=csv)
+    files = console.writable(html=html, markdown=markdown, csv=csv)
     found = reports.read(runs, base, folder(storage))
     said = found.comparison.notes if found.comparison else ()
     for note in dict.fromkeys(note for run in found.runs for note in run.notes if note not in said):
-        _say(f"note: {note}")
-    _report(found, **files)
+        console.say(f"note: {note}")
+    console.show_reading(found, **files)
 
 
 @app.command()
@@ -210,12 +194,12 @@ def check_gpu(
     from perf.report.terminal import show
 
     def say(what: Any) -> None:
-        show(what, WIDTH)
+        show(what, console.WIDTH)
 
     try:
         code = run(out, test_seconds=test_seconds, benchmark_seconds=benchmark_seconds, say=say)
     except KeyboardInterrupt:
-        code = INTERRUPTED
+        code = console.INTERRUPTED
     raise typer.Exit(code)
 
 
@@ -227,96 +211,17 @@ def setup_peer(name: Annotated[str, Argument(help="Which peer; see perf/backends
     typer.echo(f"{name} is ready in {make(name)}")
 
 
-def _conclude(comparison: Comparison, json: File, **files: File) -> None:
-    """Print and write a comparison, and end with its exit code."""
-    from perf.report import Reading
-
-    _report(Reading((comparison.base, comparison.head), comparison, ()), **files)
-    _write_json(json, comparison.plain())
-    raise typer.Exit(comparison.exit)
-
-
-def _report(found: Reading, markdown: File, **files: File) -> None:
-    """Print what there is, and write it to the files asked for."""
-    from perf import report as reports
-    from perf.report.terminal import show
-
-    judged, left_out = found.comparison, found.left_out
-    table = reports.comparison_table(judged, left_out) if judged else reports.runs_table(found.runs, left_out)
-    show(table, WIDTH)
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    append = markdown is not None and summary is not None and Path(summary).resolve() == markdown.resolve()
-    written = reports.write(found.runs, judged, left_out, markdown=markdown, append=append, **files)
-    if markdown and markdown not in written:
-        _say(f"note: --markdown {markdown} has no room left for a summary: GitHub shows 1 MiB a step")
-
-
-def _write_json(path: File, plain: dict[str, Any], allow_nan: bool = False) -> None:
-    if path:
-        text = json_module.dumps(plain, indent=2, allow_nan=allow_nan)
-        path.write_text(f"{text}\n", encoding="utf-8")
-
-
-def _writable(**paths: File) -> dict[str, File]:
-    """The same files, by option. Raises GateError, before anything is measured, for one that could not be
-    written."""
-    for option, path in paths.items():
-        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            way_out = "name a file in a folder that is there"
-            raise GateError(f"--{option} {path} cannot be written: {way_out}", Exit.USAGE)
-    return paths
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error, or lines where that is no terminal; the call it gives names what begins now.
-
-    Ctrl-C ends the program with code 130.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    drawn = sys.stderr.isatty()  # not what rich takes for a terminal: FORCE_COLOR makes it one of a log file
-    begun = 0
-
-    def advance(line: str) -> None:
-        nonlocal begun
-        bar.update(task, description=escape(line), completed=begun)
-        begun += 1
-        if not drawn:
-            _say(line)
-
-    with Progress(*columns, console=ERRORS, transient=True, disable=not drawn) as bar:
-        task = bar.add_task("starting", total=total)
-        try:
-            yield advance
-        except KeyboardInterrupt:
-            bar.stop()
-            _say("interrupted: nothing was decided, and nothing is left behind")
-            raise typer.Exit(INTERRUPTED) from None
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; what the user can mend ends in one message on standard error."""
     try:
         app(args)
     except GateError as error:
-        _fail(error, error.code)
+        console.fail(error, error.code)
     except (InputError, OSError) as error:
-        _fail(error, Exit.USAGE)
+        console.fail(error, Exit.USAGE)
     except Exception as error:
         missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         if missing in NEEDED:
-            _fail(InputError(f"perf needs {missing}: pip install 'dynamic-batch[perf]'"), Exit.USAGE)
+            console.fail(InputError(f"perf needs {missing}: pip install 'dynamic-batch[perf]'"), Exit.USAGE)
         traceback.print_exc()
         sys.exit(BROKEN)
-
-
-def _fail(error: Exception, code: int) -> None:
-    _say(f"error: {error}", style="red")
-    sys.exit(code)
-
-
-def _say(line: str, style: str | None = None) -> None:
-    """Write a line on standard error as it is."""
-    ERRORS.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

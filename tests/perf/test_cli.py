@@ -151,7 +151,7 @@ def test_a_comparison_of_revisions_passes_on_what_it_was_given(run, monkeypatch,
 
 def test_no_bar_is_drawn_into_a_log_file_whatever_its_colours(tmp_path):
     """FORCE_COLOR, which CI services set, makes rich take any file for a terminal."""
-    code = "from perf import cli\nwith cli._progress(2) as advance: advance('one'); advance('two [x]')"
+    code = "from perf import console\nwith console.progress(2) as advance: advance('one'); advance('two [x]')"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "one\ntwo [x]\n")
