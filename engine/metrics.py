@@ -1,4 +1,4 @@
-"""A record of each request, exact counters, and their summaries as pandas frames.
+"""A record of each request, exact counters, and their summaries: plain numbers, or pandas frames.
 
 Times come from `time.perf_counter`, read when a token is on the host. A leaf: it knows no model and no
 scheduler.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.step import StepResult
 
 LATENCIES = ["queue_ms", "ttft_ms", "prefill_ms", "decode_ms", "latency_ms", "tpot_ms", "itl_ms"]
+STATISTICS = ("count", "mean", "std", "min", "50%", "95%", "99%", "max")  # of a latency, rows of its summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +188,16 @@ class EngineMetrics:
         """
         ttft_ms = check("ttft_ms", ttft_ms, float, 0, math.inf)
         tpot_ms = check("tpot_ms", tpot_ms, float, 0, math.inf)
-        kept = self.frame()
-        good = kept["finish_reason"].isin(["stop", "length"])
-        good &= (kept["ttft_ms"] <= ttft_ms) & (kept["tpot_ms"].fillna(0.0) <= tpot_ms)
-        wall_s = kept["finished_s"].max() - kept["arrival_s"].min()
-        return float(good.sum() / wall_s) if wall_s > 0 else 0.0
+        if not self.records:
+            return 0.0
+        good = 0
+        for record in self.records:
+            ended = record.finish_reason in ("stop", "length")
+            in_time = record.ttft_ms is not None and record.ttft_ms <= ttft_ms
+            good += ended and in_time and (record.tpot_ms or 0.0) <= tpot_ms
+        first = min(record.arrival_s for record in self.records)
+        wall_s = max(record.finished_s for record in self.records) - first
+        return good / wall_s if wall_s > 0 else 0.0
 
     def frame(self) -> pd.DataFrame:
         """Return a row for each request kept, in the order they ended, of the fields of RequestMetrics."""
@@ -201,15 +207,23 @@ class EngineMetrics:
         frame = pd.DataFrame([asdict(record) for record in self.records], columns=columns)
         return frame.astype(dict.fromkeys(LATENCIES[:-1], float))
 
+    def latencies(self, name: str) -> list[float]:
+        """Return the values of one of LATENCIES, in ms, of the requests kept that have it; itl_ms gives every
+        gap of each."""
+        if name == "itl_ms":
+            return [gap for record in self.records for gap in record.itl_ms]
+        found = (getattr(record, name) for record in self.records)
+        return [value for value in found if value is not None]
+
     def summary(self) -> pd.DataFrame:
         """Return statistics (rows count, mean, std, min, 50%, 95%, 99%, max) of each latency, in ms.
 
         They are of the requests kept, and `count` says how many; itl_ms is over every gap of each.
         Percentiles are numpy's default (linear).
         """
-        frame = self.frame()
-        columns = {name: frame[name].explode().astype(float).dropna() for name in LATENCIES}
-        return type(frame)({name: c.describe(percentiles=[0.5, 0.95, 0.99]) for name, c in columns.items()})
+        import pandas as pd
+
+        return pd.DataFrame({name: _described(self.latencies(name)) for name in LATENCIES})
 
     def flat(self) -> dict[str, float | int | None]:
         """Return the run as plain numbers by flat names (`ttft_p95_ms`, `forward_passes`, ...), for JSON.
@@ -222,8 +236,20 @@ class EngineMetrics:
         del flat["batch_sizes"]
         flat |= {name: getattr(self.counters, name) for name in ("padding_ratio", "kv_unused_mean")}
         flat["batch_size_mean"] = self.counters.requests_advanced / max(1, self.counters.steps)
-        for name, column in self.summary().items():
-            short = str(name).removesuffix("_ms")
+        for name in LATENCIES:
+            short, found = name.removesuffix("_ms"), _described(self.latencies(name))
             for row, label in (("mean", "mean"), ("50%", "p50"), ("95%", "p95"), ("99%", "p99")):
-                flat[f"{short}_{label}_ms"] = None if math.isnan(column[row]) else float(column[row])
+                flat[f"{short}_{label}_ms"] = None if math.isnan(found[row]) else found[row]
         return flat
+
+
+def _described(values: Sequence[float]) -> dict[str, float]:
+    """Return the statistics of some values as pandas' `describe` does: NaN for those that they can't have."""
+    import numpy as np  # here, for the command's help is shown without it
+
+    if not values:
+        return {"count": 0.0} | dict.fromkeys(STATISTICS[1:], math.nan)
+    array = np.asarray(values)
+    std = array.std(ddof=1) if len(values) > 1 else math.nan
+    found = len(values), array.mean(), std, array.min(), *np.percentile(array, [50, 95, 99]), array.max()
+    return dict(zip(STATISTICS, map(float, found), strict=True))

@@ -75,6 +75,34 @@ def test_statistics_are_those_of_numpy(many):
             assert summary[name]["std"] == pytest.approx(np.std(values, ddof=1), abs=1e-9)
 
 
+@given(st.lists(timelines(), max_size=8))
+def test_a_summary_is_what_pandas_describes(many):
+    metrics = engine_metrics(*(record(**timeline) for timeline in many), record(**UNSEEN))
+    frame = metrics.frame()
+    columns = {name: frame[name].explode().astype(float).dropna() for name in LATENCIES}
+    wanted = {name: c.describe(percentiles=[0.5, 0.95, 0.99]) for name, c in columns.items()}
+    pd.testing.assert_frame_equal(metrics.summary(), pd.DataFrame(wanted), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("many", [(), (UNSEEN,), (FULL, SINGLE, UNSEEN)], ids=["empty", "none", "some"])
+def test_flat_numbers_and_goodput_need_no_frame(monkeypatch, many):
+    """They are taken between rounds that are not much longer than a frame takes to build."""
+
+    def refuse(*args, **how):
+        raise AssertionError("a frame was built")
+
+    metrics = engine_metrics(*(record(**timeline) for timeline in many))
+    wanted = metrics.summary()
+    monkeypatch.setattr(pd, "DataFrame", refuse)
+    flat, good = metrics.flat(), metrics.goodput(2000, 2000)
+    assert good == (2 / 3.0 if len(many) == 3 else 0.0)
+    for name in LATENCIES:
+        rows = {"mean": "mean", "p50": "50%", "p95": "95%", "p99": "99%"}
+        for label, row in rows.items():
+            value = flat[f"{name.removesuffix('_ms')}_{label}_ms"]
+            assert np.isnan(wanted[name][row]) if value is None else value == wanted[name][row]
+
+
 def test_percentiles_interpolate():
     metrics = engine_metrics(
         *(record(arrival=0.0, scheduled=0.0, times=(t,), finished=t) for t in (1.0, 2.0, 3.0))
