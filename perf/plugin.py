@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
 GATE = pytest.StashKey["SessionGate"]()
+TURNS = "dynamic-batch-turns"  # see perf/gate/turn_agent.py
 TABLE_WIDTH, GATE_WIDTH = 100, 160  # columns of what is shown at the end where there is no terminal
 MARKERS = (
     "gpu: needs a CUDA device",
@@ -42,13 +43,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--dtype", help="dtype of the benchmarks (default: float32, on CUDA float16)")
     add("--batch-sizes", type=_integers, metavar="N,N", help="batch sizes of the sweep")
     add("--rounds", type=_positive, metavar="N", help="timed rounds of each perf_case benchmark")
+    seconds = "seconds to time on a CPU, 5 rounds or more, where nothing says how many (default: 1.0)"
+    add("--min-time", type=_seconds, default=1.0, metavar="SECONDS", help=seconds)
     add("--quick", action="store_true", help="fewer points and rounds: 2 minutes on a GPU, not 8")
     add("--peers", type=_names, metavar="A,B", help="what the peers benchmark compares, in this order")
     add("--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable")
     add("--perf-trace", type=Path, metavar="FOLDER", help="keep the trace of the idle benchmark here")
     add("--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate")
-    slowdown = "slow the engine down by this much, to test the gate itself"
-    add("--perf-inject-slowdown", type=_fraction, default=0.0, metavar="FRACTION", help=slowdown)
+    slowdown = "slow the engine down, to test the gate: 0.05 (all steps), 0.2@chunks, 1.5@10 (each tenth)"
+    add("--perf-inject-slowdown", type=_slowdown, default=0.0, metavar="FRACTION[@WHICH]", help=slowdown)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -138,6 +141,7 @@ def perf_bench(request: pytest.FixtureRequest) -> Iterator[BenchSession]:
     names = ("model", "dtype", "rounds", "quick")
     bench = BenchSession(
         **{name: request.config.getoption(f"--{name}") for name in names},
+        min_time=request.config.getoption("--min-time"),
         inject_slowdown=request.config.getoption("--perf-inject-slowdown"),
     )
     request.config.stash[RECORDED] = bench.recorded
@@ -184,8 +188,8 @@ def perf_case(request: pytest.FixtureRequest, perf_bench: BenchSession, benchmar
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if GATE in config.stash:
         _show_gate(terminalreporter, config.stash[GATE])
-    if RECORDED not in config.stash:
-        return
+    if RECORDED not in config.stash or config.pluginmanager.has_plugin(TURNS):
+        return  # nobody reads the tables of a process that takes turns
     from perf.report.session_tables import tables
     from perf.report.terminal import drawn
 
@@ -238,14 +242,26 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _fraction(text: str) -> float:
+def _seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a fraction of 0 or more (0.1 is 10 %)")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, 0 or more")
     return value
+
+
+def _slowdown(text: str) -> str:
+    _check_whole()
+    from engine import InputError
+    from perf.measure.slowdown import Slowdown
+
+    try:
+        Slowdown.parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _names(text: str) -> list[str]:

@@ -90,7 +90,8 @@ class Session(Protocol):
     """A loaded model, ready to run workloads one after the other; nothing of one run may speed up the next.
 
     A session that remembers (a prefix cache) has a method `reset()` besides, called before every run,
-    untimed.
+    untimed. One whose model is in another process has an attribute `in_process = False`: the memory of this
+    process is then not taken for its own.
     """
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:

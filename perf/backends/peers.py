@@ -77,6 +77,8 @@ def _last_line(text: str) -> str:
 class PeerSession:
     """A worker process that holds the peer's model."""
 
+    in_process = False
+
     def __init__(self, name: str, folder: Path, setup: Setup) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process that writes it)

@@ -18,6 +18,14 @@ MOST = sys.float_info.max
 TIME = "round_s"  # all that a benchmark records which knows nothing of this project
 
 
+BEYOND = 10  # values beyond a percentile, without which one of them alone would be the figure
+
+
+def needed_values(quantile: float) -> int:
+    """Return how many values a quantile of a tail needs, so that BEYOND of them lie beyond it."""
+    return math.ceil(round(BEYOND / (1 - quantile), 6))  # 1 - 0.9 is a little less than 0.1
+
+
 def is_amount(value: object) -> bool:
     """Return whether a value is a finite number of 0 or more."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST
@@ -30,7 +38,8 @@ class Metric:
     direction: which way is better; "exact" allows no change at all. rel: the fraction of the baseline's value
     by which it may get worse. floor: a change smaller than this, in the metric's own unit, is never a
     regression. gated: whether the gate judges it. zero: whether 0 is a value that it can have; 0 s is of a
-    clock that stood still.
+    clock that stood still. pooled: the quantile that it is, if it is one of the values of several rounds
+    together; None for a metric of which each round has a value of its own.
     """
 
     name: str
@@ -41,6 +50,17 @@ class Metric:
     floor: float = 0.0
     gated: bool = True
     zero: bool = False
+    pooled: float | None = None
+
+    @property
+    def needed_n(self) -> int:
+        """The values that a sample of it needs: 1, and for a pooled one ten beyond its percentile.
+
+        MLPerf's loadgen likewise takes a tail percentile of enough queries only: with fewer, P99 is the
+        largest value or a mean of the two largest, and says more about one hiccup of the machine than about
+        the code.
+        """
+        return 1 if self.pooled is None else needed_values(self.pooled)
 
     def unfit(self, value: object) -> str | None:
         """The fault of a recorded value, or None: it must be finite, and above 0 but for `zero`."""
@@ -64,8 +84,8 @@ class Metric:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _timed(name: str, label: str, rel: float, floor: float) -> Metric:
-    return Metric(name, label, "ms", "lower", rel, floor)
+def _timed(name: str, label: str, rel: float, floor: float, pooled: float | None = None) -> Metric:
+    return Metric(name, label, "ms", "lower", rel, floor, pooled=pooled)
 
 
 def _count(name: str, label: str, unit: str = "") -> Metric:
@@ -77,16 +97,19 @@ def _shown(name: str, label: str, unit: str, direction: Direction = "lower") -> 
 
 
 _GATED = (
-    Metric("tokens_per_s", "tokens/s", "tok/s", "higher", 0.03),
-    _timed("tpot_p50_ms", "TPOT P50", 0.03, 0.05),
+    Metric("tokens_per_s", "tokens/s", "tok/s", "higher", 0.02),
+    _timed("tpot_p50_ms", "TPOT P50", 0.02, 0.05),
     _timed("ttft_p50_ms", "TTFT P50", 0.05, 0.5),
     _timed("ttft_p95_ms", "TTFT P95", 0.10, 0.5),
     _timed("latency_p95_ms", "latency P95", 0.10, 0.5),
+    _timed("tpot_p95_ms", "TPOT P95", 0.10, 0.05, pooled=0.95),
+    _timed("itl_p99_ms", "ITL P99", 0.15, 0.2, pooled=0.99),
     Metric("goodput", "goodput", "req/s", "higher", 0.05, zero=True),
     Metric("decode_bandwidth_pct", "decode bandwidth", "%", "higher", 0.03),
     Metric("prefill_mfu_pct", "prefill MFU", "%", "higher", 0.03),
     Metric("startup_s", "start-up", "s", "lower", 0.10),
     Metric("gpu_peak_bytes", "peak GPU memory", "bytes", "lower", 0.01, 16 * MIB, zero=True),
+    Metric("rss_peak_bytes", "peak host memory", "bytes", "lower", 0.03, 32 * MIB),
     Metric(TIME, "round time", "s", "lower", 0.05),
     _count("forward_passes", "forward passes"),
     _count("tokens_computed", "tokens computed"),
@@ -98,8 +121,8 @@ _GATED = (
 )
 _SHOWN = (
     _shown("ttft_p99_ms", "TTFT P99", "ms"),
-    *(_shown(f"tpot_{p}_ms", f"TPOT {p.upper()}", "ms") for p in ("p95", "p99")),
-    *(_shown(f"itl_{p}_ms", f"ITL {p.upper()}", "ms") for p in ("p50", "p95", "p99")),
+    _shown("tpot_p99_ms", "TPOT P99", "ms"),
+    *(_shown(f"itl_{p}_ms", f"ITL {p.upper()}", "ms") for p in ("p50", "p95")),
     *(_shown(f"latency_{p}_ms", f"latency {p.upper()}", "ms") for p in ("p50", "p99")),
     _shown("prefill_mean_ms", "prefill mean", "ms"),
     _shown("decode_mean_ms", "decode mean", "ms"),
@@ -125,4 +148,5 @@ _SHOWN = (
     _shown("canary_copy_gbps", "canary copy", "GB/s", "higher"),
 )
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (*_GATED, *_SHOWN)}
+POOLED = {metric.name: metric.pooled for metric in _GATED if metric.pooled is not None}
 GATED: tuple[str, ...] = tuple(metric.name for metric in _GATED)

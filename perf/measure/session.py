@@ -13,20 +13,28 @@ from perf.measure.costs import ModelCosts, model_costs
 from perf.measure.machine_speed import MachineSpeed
 from perf.measure.token_check import Reference
 
+MIN_TIME_S = 1.0
+
 
 class BenchSession:
-    """Options of a session, and one model at a time with its reference."""
+    """Options of a session, and one model at a time with its reference.
+
+    inject_slowdown: as perf/measure/inject_slowdown.py takes it. min_time: seconds to be timed on a CPU where
+    nobody said how many rounds.
+    """
 
     def __init__(
-        self, *, model: str | None, dtype: str | None, rounds: int | None, quick: bool, inject_slowdown: float
+        self,
+        *,
+        model: str | None,
+        dtype: str | None,
+        rounds: int | None,
+        quick: bool,
+        inject_slowdown: float | str,
+        min_time: float = MIN_TIME_S,
     ) -> None:
-        self.model, self.dtype, self.rounds, self.quick, self.inject_slowdown = (
-            model,
-            dtype,
-            rounds,
-            quick,
-            inject_slowdown,
-        )
+        self.model, self.dtype, self.rounds, self.quick = model, dtype, rounds, quick
+        self.inject_slowdown, self.min_time = inject_slowdown, min_time
         self.recorded: list[Flat] = []
         self._speeds: dict[str, MachineSpeed] = {}
         self._key: tuple[str, str, str] | None = None

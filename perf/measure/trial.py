@@ -7,7 +7,8 @@ others; whatever fails on the way marks the benchmark as failed, so that nothing
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ from engine import EngineMetrics, Workload, make_workload, max_positions
 from perf.backends import Backend, Outcome, Setup, Unavailable, find
 from perf.gate import entries, metrics
 from perf.gate.entries import SCHEMA, Flat, plain
+from perf.gate.pooling import divided, pooled
 from perf.measure import machine_speed
 from perf.measure.fingerprint import fingerprint
+from perf.measure.host_memory import HostMemory
 from perf.measure.nvml import GpuReading, Monitor
 from perf.measure.session import BenchSession, free
 from perf.measure.token_check import WrongTokens
@@ -27,16 +30,22 @@ from perf.measure.token_check import WrongTokens
 CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are
 # what a backend that tells only the end can't have
 TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")
+LATENCY_OF = {"tpot_p95_ms": "tpot_ms", "itl_p99_ms": "itl_ms"}  # whose values a pooled metric is of
 Derive = Callable[[Flat, EngineMetrics], Flat]
+Sample = dict[str, Any]  # by metric a number, or the values of one that is pooled
 
 
 @dataclass(frozen=True)
 class Round:
-    """One timed run: wall seconds of the call, its flat metrics, what the GPU did."""
+    """One timed run: wall seconds of the call, its flat metrics, what the GPU did, and its sample.
+
+    sample: every gated metric that it has, a number each; of a pooled one the values themselves.
+    """
 
     seconds: float
     flat: Flat
     gpu: GpuReading
+    sample: Sample
 
 
 class Trial:
@@ -78,18 +87,32 @@ class Trial:
             threads=torch.get_num_threads(),
             options=dict(options or {}),
         )
+        items = self.workload.items
+        self._lengths = [(len(item.prompt), item.params.resolved().max_new_tokens) for item in items]
         self.speed_before = machine_speed.measure(device, dtype)
         self.rounds: list[Round] = []
         self.same_tokens = self.near_ties = 0
         self._monitor = Monitor(device)
+        self._memory = HostMemory()
         self._outcome: Outcome | None = None
         self.session = self.backend.open(self.setup)
 
-    def prove(self) -> None:
-        """Run once, untimed, and check the tokens. It also warms up."""
+    def prove(self) -> float:
+        """Run once, not as a round, and check the tokens; return the seconds of the run. It also warms up.
+
+        All that there is then is set aside from the collection of garbage until `close`: a full one between
+        rounds would otherwise look through it, and take longer than a short round.
+        """
         self._reset()
-        self.check(self.session.run(self.workload.items))
+        started = time.perf_counter()
+        outcome = self.session.run(self.workload.items)
         machine_speed.sync(self.device)
+        seconds = time.perf_counter() - started
+        self.check(outcome)
+        del outcome
+        gc.collect()
+        gc.freeze()
+        return seconds
 
     def check(self, outcome: Outcome) -> None:
         """Raise WrongTokens unless every request got as many tokens as it asked for, and those of the sample
@@ -123,6 +146,7 @@ class Trial:
         gc.collect()
         machine_speed.sync(self.device)
         self._monitor.__enter__()
+        self._memory.begin()
 
     def _reset(self) -> None:
         if hasattr(self.session, "reset"):
@@ -133,8 +157,15 @@ class Trial:
         self._outcome = self.session.run(self.workload.items)
         machine_speed.sync(self.device)
 
-    def after(self, seconds: float | None = None) -> None:
-        """Conclude a round, untimed: check its tokens, if they are new, and keep its metrics."""
+    def after(self, seconds: float | None = None) -> Sample:
+        """Conclude a round, untimed: check its tokens, if they are new, and keep its metrics.
+
+        Returns:
+            Every gated metric that the round has, by name: a number, but for a pooled one the list of its
+            values. Counters are of requests that come all at once only: of others they depend on the clock.
+            With "voided", the reason, where a slowdown of the hardware hit the round.
+        """
+        rss_peak = self._memory.peak()  # before anything else is allocated
         self._monitor.__exit__(None, None, None)
         assert self._outcome is not None
         outcome, self._outcome = self._outcome, None
@@ -146,13 +177,32 @@ class Trial:
         for what, names in ((f"extra of {self.backend.name}", outcome.extra), ("derive=", derived)):
             entries.check_names(what, names)
             flat |= names
-        lengths = [(len(item.prompt), item.params.resolved().max_new_tokens) for item in self.workload.items]
         if self.workload.arrivals == "all":
             rate = self.bench.machine_speed(self.device).matmul_gflops
-            flat["useful_flops_pct"] = self.costs.useful_flops_pct(lengths, flat["wall_s"], rate)
+            flat["useful_flops_pct"] = self.costs.useful_flops_pct(self._lengths, flat["wall_s"], rate)
         if self.device == "cuda":
             flat["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
-        self.rounds.append(Round(seconds or flat["wall_s"], flat, self._monitor.reading))
+        elif self.device == "cpu" and getattr(self.session, "in_process", True):
+            flat["rss_peak_bytes"] = rss_peak
+        sample = self._sample(flat, outcome)
+        self.rounds.append(Round(seconds or flat["wall_s"], flat, self._monitor.reading, sample))
+        return sample
+
+    def _sample(self, flat: Flat, outcome: Outcome) -> Sample:
+        """Return what `after` says."""
+        sample: Sample = {}
+        for name in metrics.GATED:
+            if name in metrics.POOLED:
+                values = outcome.metrics.latencies(LATENCY_OF[name]) if outcome.keeps_times else []
+                if values:
+                    sample[name] = values
+            elif self.workload.arrivals != "all" and metrics.METRICS[name].direction == "exact":
+                continue
+            elif flat.get(name) is not None:
+                sample[name] = flat[name]
+        if self._monitor.reading.slowdown:
+            sample["voided"] = self._monitor.reading.slowdown
+        return sample
 
     def info(self) -> Flat:
         """Return everything recorded, flat; only `fingerprint` and `rounds` are nested.
@@ -169,15 +219,7 @@ class Trial:
             )
         after = machine_speed.measure(self.device, self.setup.dtype)
         middle = sorted(good, key=lambda round_: round_.flat["tokens_per_s"])[len(good) // 2]
-        samples = {
-            name: [round_.flat[name] for round_ in good]
-            for name in metrics.GATED
-            if all(round_.flat.get(name) is not None for round_ in good)
-        }
-        if self.workload.arrivals != "all":
-            samples = {
-                name: values for name, values in samples.items() if metrics.METRICS[name].direction != "exact"
-            }
+        samples, tails = gathered([round_.sample for round_ in good])
         policy = getattr(self.backend, "policy", self.backend.name)
         info: Flat = {
             "schema": SCHEMA,
@@ -194,6 +236,7 @@ class Trial:
             "arrivals": self.workload.arrivals,
             "seed": self.workload.seed,
             **middle.flat,
+            **tails,
             "same_tokens": self.same_tokens,
             "near_ties": self.near_ties,
             "checked_requests": self.checked,
@@ -201,6 +244,7 @@ class Trial:
             "canary_copy_gbps": self.speed_before.copy_gbps,
             "canary_drift_pct": self.speed_before.drift_pct(after),
             "gpu_peak_bytes": middle.flat.get("gpu_peak_bytes"),
+            "rss_peak_bytes": middle.flat.get("rss_peak_bytes"),
             "gpu_util_pct": middle.gpu.util_pct,
             "gpu_energy_j": middle.gpu.energy_j,
             "rounds_voided": len(self.rounds) - len(good),
@@ -214,5 +258,28 @@ class Trial:
 
     def close(self) -> None:
         """End the session and free what it held."""
+        gc.unfreeze()
         self.session.close()
         free()
+
+
+def gathered(samples: Sequence[Sample]) -> tuple[dict[str, list[float]], Flat]:
+    """Return the samples of rounds by metric, as they are recorded, and what is flat of the pooled metrics.
+
+    Of a metric that every round has, there is a value for each round, in their order; of a pooled one, for
+    each section of rounds that has enough values. The second result has, of every pooled metric, its value
+    over all rounds, and under `..._n` the values in the smallest section; None where they have none.
+    """
+    rounds: dict[str, list[float]] = {}
+    tails: Flat = {}
+    for name in metrics.GATED:
+        found = [sample[name] for sample in samples if name in sample]
+        whole, quantile = len(found) == len(samples), metrics.POOLED.get(name)
+        if quantile is not None:
+            parts = divided(found, metrics.METRICS[name].needed_n) if whole else []
+            tails[name] = pooled(found, quantile) if whole else None
+            tails[f"{name.removesuffix('_ms')}_n"] = min((sum(map(len, p)) for p in parts), default=None)
+            found = [pooled(part, quantile) for part in parts]
+        if whole:
+            rounds[name] = found
+    return rounds, tails

@@ -27,7 +27,7 @@ def imported() -> None:
 
 
 @pytest.fixture(scope="session")
-def imported_for_measuring() -> None:
+def imported_for_measuring() -> Iterator[None]:
     """Import what measuring needs, and have no collection of garbage look through it again.
 
     A measurement collects garbage before each round, which would take longer than its tests. And pytester
@@ -43,8 +43,12 @@ def imported_for_measuring() -> None:
     trial.run()
     trial.after()
     trial.info()
+    trial.close()
     bench.drop()
     gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)  # which a trial that is closed would undo
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from perf.measure.machine_speed import MachineSpeed
 from perf.measure.nvml import GpuReading
 from perf.measure.session import BenchSession
 from perf.measure.token_check import TIE, Judgement, Reference, WrongTokens
-from perf.measure.trial import Round, Trial
+from perf.measure.trial import Trial
 from tests.oracle import Oracle
 
 pytestmark = pytest.mark.usefixtures("imported_for_measuring")
@@ -88,7 +89,9 @@ class Fixture:
 
 @pytest.fixture(scope="module")
 def bench() -> BenchSession:
-    return BenchSession(model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0)
+    return BenchSession(
+        model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0, min_time=0.0
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +191,8 @@ def test_everything_of_the_contract_is_recorded_and_is_json(bench: BenchSession)
                 "void_reason": None, "gpu_peak_bytes": None, "canary_drift_pct": 0.0,
                  "note": "x"}  # fmt: skip
     assert {key: info.get(key, "absent") for key in expected} == expected
-    assert {len(values) for values in info["rounds"].values()} == {5}
+    counts = {name: len(values) for name, values in info["rounds"].items()}
+    assert {name: n for name, n in counts.items() if n != 5} == {"tpot_p95_ms": 1, "itl_p99_ms": 1}
     run = parse({"benchmarks": [{"fullname": "t", "extra_info": fixture.extra_info}]}, "x.json")
     assert not run.benchmarks["t"].problems
     assert run.benchmarks["t"].info["note"] == "x"
@@ -237,11 +241,11 @@ def test_rounds_hit_by_a_slowdown_are_voided_and_said_so(bench: BenchSession):
         trial.after()
     hot = GpuReading(slowdown="hardware thermal slowdown")
     good = trial.rounds[2:]
-    trial.rounds[:2] = [Round(r.seconds, r.flat, hot) for r in trial.rounds[:2]]
+    trial.rounds[:2] = [replace(round_, gpu=hot) for round_ in trial.rounds[:2]]
     info = trial.info()
     assert (info["rounds_voided"], info["void_reason"]) == (2, "hardware thermal slowdown")
     assert info["rounds"]["tokens_per_s"] == [round_.flat["tokens_per_s"] for round_ in good]
-    trial.rounds = [Round(r.seconds, r.flat, hot) for r in trial.rounds]
+    trial.rounds = [replace(round_, gpu=hot) for round_ in trial.rounds]
     with pytest.raises(RuntimeError, match="all 4 rounds were hit by hardware thermal slowdown"):
         trial.info()
 
@@ -281,6 +285,39 @@ def test_a_backend_that_is_not_here_is_unavailable_by_name(bench: BenchSession):
     with pytest.raises(Unavailable, match="scripted: run setup"):
         measure(bench, Scripted(absent="run setup"), fixture)
     assert fixture.has_error
+
+
+# How many rounds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "count"), [(0.026, 39), (0.1, 10), (0.2, 5), (30.0, 5), (0.001, 200), (0.0, 200)]
+)
+def test_rounds_on_a_cpu_fill_the_time_and_are_neither_few_nor_endless(seconds: float, count: int):
+    def case(**how: Any) -> PerfCase:
+        options = {"model": None, "dtype": None, "rounds": None, "quick": False, "inject_slowdown": 0.0}
+        return PerfCase(BenchSession(**(options | how)), Fixture(), None)
+
+    assert case().enough_rounds(None, "cpu", seconds) == count
+    assert case(min_time=0.0).enough_rounds(None, "cpu", seconds) == 5
+    assert case(min_time=2.0).enough_rounds(None, "cpu", 0.05) == 40
+    for told in (case(rounds=7).enough_rounds(3, "cpu", seconds), case().enough_rounds(7, "cpu", seconds)):
+        assert told == 7
+    assert case(quick=True).enough_rounds(None, "cpu", seconds) == 5
+    assert case().enough_rounds(None, "cuda", seconds) == 5
+
+
+def test_as_many_rounds_are_timed_as_the_proof_s_length_says(
+    bench: BenchSession, monkeypatch: pytest.MonkeyPatch
+):
+    prove = Trial.prove
+    monkeypatch.setattr(Trial, "prove", lambda trial: prove(trial) and 0.125)
+    monkeypatch.setattr(bench, "min_time", 1.0)
+    fixture = Fixture()
+    info = measure(bench, Scripted(), fixture, warmup=2)
+    assert fixture.timed == 2 + 8
+    assert len(info["rounds"]["tokens_per_s"]) == 8
+    assert len(measure(bench, Scripted(), rounds=3)["rounds"]["tokens_per_s"]) == 3
 
 
 # The model that is held, and turns
@@ -329,7 +366,7 @@ def test_replayed_rounds_are_timed_as_they_were(bench: BenchSession):
     trial = Trial(bench, "peers", Scripted(), fixed(1, 4, 2, 256), device="cpu", max_batch_size=1)
     interleave([trial], 2)
     trial.rounds = [
-        Round(seconds, r.flat, r.gpu) for seconds, r in zip((2.0, 5.0), trial.rounds, strict=True)
+        replace(round_, seconds=seconds) for seconds, round_ in zip((2.0, 5.0), trial.rounds, strict=True)
     ]
     clock, fixture, stamps = ReplayClock(), Fixture(), []
 

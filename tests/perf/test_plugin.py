@@ -32,7 +32,8 @@ class Backend:
     def close(self): pass
     def run(self, items):
         tokens = [[1] * item.params.max_new_tokens for item in items]
-        return timeline(items, tokens, [[{second} * (1 + at) for at in range(len(row))] for row in tokens])
+        seconds = [[{second} * (1 + at) for at in range(len(row))] for row in tokens]
+        return timeline(items, tokens, seconds, keeps_times={times})
 {mark}
 def test_it(perf_case, device):
     perf_case.measure("load", Backend(), "mixed-2", device=device, max_batch_size=2)
@@ -43,7 +44,8 @@ def test_it(perf_case, device):
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     # the latter collects garbage five times a run
     without = ("-p", "no:cacheprovider", "-p", "no:unraisableexception")
-    return pytester.runpytest_inprocess("-p", "perf.plugin", *without, *arguments, no_reraise_ctrlc=True)
+    own = ("-p", "perf.plugin", "--min-time=0", *without)
+    return pytester.runpytest_inprocess(*own, *arguments, no_reraise_ctrlc=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -72,8 +74,10 @@ def saved(pytester: pytest.Pytester) -> list[dict[str, Any]]:
     return json.loads(files[-1].read_text())["benchmarks"] if files else []
 
 
-def made_up(pytester: pytest.Pytester, second: float = 0.1, mark: str = "", after: str = "") -> None:
-    pytester.makepyfile(test_made_up=MADE_UP.format(second=second, mark=mark, after=after))
+def made_up(
+    pytester: pytest.Pytester, second: float = 0.1, mark: str = "", after: str = "", times: bool = True
+) -> None:
+    pytester.makepyfile(test_made_up=MADE_UP.format(second=second, mark=mark, after=after, times=times))
 
 
 # Which points run
@@ -165,6 +169,14 @@ def test_a_run_is_saved_with_all_that_was_measured(pytester: pytest.Pytester):
     assert info["same_tokens"] < info["checked_requests"]
 
 
+def test_what_to_slow_down_and_how_long_to_measure_reach_the_session(pytester: pytest.Pytester):
+    made_up(
+        pytester, after="assert (perf_case.bench.inject_slowdown, perf_case.bench.min_time) == ('9@2', 3.5)"
+    )
+    options = ("--perf-inject-slowdown=9@2", "--min-time=3.5", "--rounds=1")
+    run(pytester, "-m", "not gpu", *options).assert_outcomes(passed=1, deselected=1)
+
+
 @pytest.mark.parametrize("after", ["assert False", "perf_case.record(dict(group='g', x=1)); raise KeyError"])
 def test_what_fails_after_its_timing_is_not_saved(pytester: pytest.Pytester, after: str):
     made_up(pytester, after=after)
@@ -223,14 +235,26 @@ def gated(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 
 def test_the_same_speed_passes_and_a_slower_one_fails(pytester: pytest.Pytester):
     made_up(pytester)
-    run(pytester, "-m", "not gpu", "--benchmark-save=base")
+    for _ in range(2):
+        run(pytester, "-m", "not gpu", "--benchmark-save=base")
     result = gated(pytester)
     assert result.ret == 0, result.stdout.str()
     result.stdout.fnmatch_lines(["*PASS*"])
-    made_up(pytester, second=0.12)
+    made_up(pytester, second=0.12, times=False)
     result = gated(pytester)
     assert result.ret == 1
     result.stdout.fnmatch_lines(["*FAIL*"])
+
+
+def test_one_session_against_one_is_judged_where_the_storage_tells_the_noise(pytester: pytest.Pytester):
+    """Which is read before this session saves itself: it must not count as its own past."""
+    made_up(pytester)
+    run(pytester, "-m", "not gpu", "--benchmark-save=base")
+    result = gated(pytester, "--benchmark-save=night")
+    assert result.ret == 4, result.stdout.str()
+    result.stdout.fnmatch_lines(["*noise is unknown*"])
+    assert gated(pytester, "--benchmark-save=night").ret == 4
+    assert gated(pytester).ret == 0  # by the two of last night
 
 
 def test_a_baseline_that_is_not_there_is_an_error_before_anything_runs(pytester: pytest.Pytester):
