@@ -24,6 +24,8 @@ class Outcome(StrEnum):
     PASS = "PASS"
 
 
+SESSIONS = "sessions"  # the design of saved runs
+
 EXITS = {
     Outcome.FAIL: Exit.REGRESSION,
     Outcome.ERROR: Exit.NOT_COMPARABLE,
@@ -37,11 +39,12 @@ class Verdict:
     """One metric of one benchmark.
 
     metric: None where the benchmark as a whole could not be compared (outcome ERROR). reason: a sentence for
-    a person. base, head: typical values over rounds. effect: head / base - 1, signed as measured (+0.10 is
-    10 % more, whatever is better); low, high: its 95 % interval. tolerance: by how much it may get worse, a
-    fraction, the floor included. improved: surely and noticeably better. rounds: of base and head.
-    rounds_needed: rounds a side that would probably decide it (None where decided, or where more rounds would
-    not help). p: how likely so bad an effect is without any change.
+    a person. base, head: typical values. effect: head / base - 1, signed as measured (+0.10 is 10 % more,
+    whatever is better); low, high: its 95 % interval. tolerance: by how much it may get worse, a fraction,
+    the floor included. improved: surely and noticeably better. rounds: of base and head, how many they have
+    of what the design counts (sessions, pairs); of a counter, values. rounds_needed: so many a side would
+    probably decide it (None where decided, or where more would not help). p: how likely so bad an effect is
+    without any change.
     """
 
     benchmark: str
@@ -73,7 +76,7 @@ class Comparison:
     head: Run
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...] = ()
-    design: str = "rounds"
+    design: str = SESSIONS
 
     @property
     def outcome(self) -> Outcome:
@@ -89,6 +92,8 @@ class Comparison:
         """Return all of it as plain Python, for JSON: outcome, exit, notes, and a flat record a verdict."""
         whole = {"outcome": str(self.outcome), "exit": int(self.exit), "design": self.design}
         runs = {side: _plain_run(run) for side, run in (("base", self.base), ("head", self.head))}
+        if self.design == SESSIONS:
+            runs["base"]["sessions"], runs["head"]["sessions"] = self.base.sessions, self.head.sessions
         verdicts = [_plain_verdict(verdict) for verdict in self.verdicts]
         return {**whole, "notes": list(self.notes), **runs, "verdicts": verdicts}
 

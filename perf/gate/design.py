@@ -28,11 +28,13 @@ class UndecidedError(Exception):
 class Design(Protocol):
     """How two runs were measured.
 
-    name: for a reader and for JSON. unit: what is independent and counted, in the plural.
+    name: for a reader and for JSON. unit: what is independent and counted, in the plural. side_by_side:
+    whether both saw the same machine, so that it cannot have changed from base to head.
     """
 
     name: str
     unit: str
+    side_by_side: bool
 
     def count(self, before: Benchmark, after: Benchmark, metric: str) -> tuple[int, int]:
         """The units that base and head have of a metric."""
@@ -46,25 +48,10 @@ class Design(Protocol):
         """
 
 
-class Rounds:
-    """Independent rounds of one process a side."""
-
-    name, unit = "rounds", "rounds a side"
-
-    def count(self, before: Benchmark, after: Benchmark, metric: str) -> tuple[int, int]:
-        return len(before.rounds[metric]), len(after.rounds[metric])
-
-    def estimate(self, before: Benchmark, after: Benchmark, metric: str) -> Estimate:
-        counts = self.count(before, after, metric)
-        if min(counts) < stats.MIN_ROUNDS:
-            raise too_few(counts, self.unit, stats.MIN_ROUNDS)
-        return stats.compare(before.rounds[metric], after.rounds[metric])
-
-
 class PairedBlocks:
     """Round i of one was measured next to round i of the other, each the typical value of a fresh process."""
 
-    name, unit = "blocks", "pairs"
+    name, unit, side_by_side = "blocks", "pairs", False
 
     def count(self, before: Benchmark, after: Benchmark, metric: str) -> tuple[int, int]:
         return len(before.rounds[metric]), len(after.rounds[metric])

@@ -33,6 +33,9 @@ NESTED = ("fingerprint", "rounds", "gate")
 WHO = ("backend", "model", "workload", "group")  # strings, in every record of what was run
 SETUP = ("model", "model_revision", "dtype", "device", "policy", "runner", "batch_size")
 WHAT = ("schema", "group", "backend", *SETUP, "workload", "arrivals", "seed", *NESTED)
+# Equal in both runs: other answers to other questions are no regression.
+IDENTITY: tuple[str, ...] = ("backend", "model", "dtype", "device", "policy", "batch_size", "workload")
+IDENTITY += ("arrivals", "seed", "requests", "offered_rate", "slo_ttft_ms", "slo_tpot_ms")
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -44,7 +47,7 @@ class Benchmark:
     is none. rounds: for each metric one value a round, each fit to be judged. fingerprint: what must be equal
     for a comparison to mean anything. tolerances: the test's own, by metric. problems: what is wrong with the
     record itself, by metric ("" for all of it). notes: what in extra_info is not ours, to be shown and never
-    judged.
+    judged. sessions: where several were put together, the rounds of each, which `rounds` has in one row.
     """
 
     fullname: str
@@ -55,6 +58,15 @@ class Benchmark:
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: _EMPTY)
     problems: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     notes: Mapping[str, Scalar] = field(default_factory=lambda: _EMPTY)
+    sessions: tuple[Mapping[str, tuple[float, ...]], ...] = ()
+
+    def rounds_by_session(self, metric: str) -> list[tuple[float, ...]]:
+        """The rounds of a metric that it has, session by session."""
+        return [rounds[metric] for rounds in self.sessions or (self.rounds,)]
+
+    def identity(self) -> dict[str, Scalar]:
+        """Return what was run: equal wherever two values of a metric answer the same question."""
+        return {key: self.info.get(key) for key in IDENTITY}
 
 
 def read(name: str, entry: Mapping[str, Any], machine: Mapping[str, Any]) -> Benchmark:
@@ -95,6 +107,12 @@ def read(name: str, entry: Mapping[str, Any], machine: Mapping[str, Any]) -> Ben
         problems=unfit | problems,
         notes={str(key): value for key, value in others.items() if _is_scalar(value)},
     )
+
+
+def differences(before: Mapping[str, object], after: Mapping[str, object]) -> str:
+    """Say in what two mappings differ, in words; empty where they are equal."""
+    pairs = [(key, before.get(key), after.get(key)) for key in sorted({*before, *after})]
+    return ", ".join(f"{key} {a or 'none'} -> {b or 'none'}" for key, a, b in pairs if a != b)
 
 
 def own(extra: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -13,21 +13,23 @@ import pytest
 
 from perf.errors import Exit, GateError
 from perf.gate.comparison import Comparison
+from perf.gate.noise import Noise, read_noise
 from perf.gate.saved_runs import Run, load, parse
 from perf.gate.saving import XDIST
-from perf.gate.storage import STORAGE
-from perf.gate.verdict import compare
+from perf.gate.storage import STORAGE, folder
+from perf.gate.verdict import compare_saved
 
 
 class SessionGate:
     """Compares a session with a baseline at its end, and sets its exit code.
 
-    comparison: None before the end, and where `error` says why there is none. only_failed: whether --lf left
-    out whatever did not fail. deselected: ids of tests that an option left out.
+    noise: the machine's, read before the session can save a run of its own. comparison: None before the end,
+    and where `error` says why there is none. only_failed: whether --lf left out whatever did not fail.
+    deselected: ids of tests that an option left out.
     """
 
-    def __init__(self, base: Run, only_failed: bool = False) -> None:
-        self.base = base
+    def __init__(self, base: Run, noise: Noise, only_failed: bool = False) -> None:
+        self.base, self.noise = base, noise
         self.only_failed = only_failed
         self.deselected: set[str] = set()
         self.comparison: Comparison | None = None
@@ -47,7 +49,7 @@ class SessionGate:
         base = check_session(baseline, storage, off)
         cache = getattr(config, "cache", None)
         failed = cache.get("cache/lastfailed", {}) if cache and config.getoption("lf", False) else {}
-        return cls(base, only_failed=bool(failed))
+        return cls(base, _noise(storage, base), only_failed=bool(failed))
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self.deselected |= {item.nodeid for item in items}
@@ -57,7 +59,8 @@ class SessionGate:
         code = Exit.NOT_COMPARABLE
         try:
             head = parse(_measured(session.config), "this session")
-            self.comparison = compare(self.base, head, deselected=self._left_out(session))
+            left_out = self._left_out(session)
+            self.comparison = compare_saved(self.base, head, self.noise, deselected=left_out)
             code = self.comparison.exit
         except GateError as error:
             self.error, code = f"{error}", error.code
@@ -96,6 +99,15 @@ def check_session(baseline: str | Path, storage: Path | str = STORAGE, off: str 
     raise GateError(
         f"--perf-baseline={baseline} needs timings{why}: run without {off.split()[0]}", Exit.USAGE
     )
+
+
+def _noise(storage: Path | str, base: Run) -> Noise:
+    """The machine's noise as the storage tells it without the baseline; nothing where that is no folder."""
+    try:
+        folder(storage)
+    except GateError as error:
+        return Noise(notes=(f"this machine's noise is taken for unknown: {error}",))
+    return read_noise(storage, [base])
 
 
 def _measured(config: pytest.Config) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Interval statistics: how sure we are of log(head / base) from a few rounds a side, or from pairs of blocks.
+"""Interval statistics: how sure we are of a typical value, and of log(head / base).
 
-The typical value is the 20 % trimmed mean of logarithms, its interval Yuen's (1974): Welch's t with
-winsorised variance, equal to scipy's `ttest_ind(trim=0.2)`, which has no form for pairs. Why not the mean:
+The typical value is the 20 % trimmed mean of logarithms, its variance Yuen's (1974), from winsorised squares:
+two of them by Welch's t are scipy's `ttest_ind(trim=0.2)`, which has no form for pairs. Why not the mean:
 one disturbed round in ten makes it useless. Why not the median: of five rounds it is one of them, and it does
 not see what happens to a third of the rounds. Why no bootstrap: below ten rounds the percentile bootstrap
 calls identical code slower about twice as often as it says (tests/perf/test_stats.py shows it), and the
@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -24,7 +23,6 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 TRIM = 0.2
-MIN_ROUNDS = 5
 MIN_PAIRS = 4
 MAX_ROUNDS = 1000
 POWER_Z = 0.84  # one-sided normal quantile of 80 %: "probably"
@@ -52,10 +50,11 @@ class Estimate:
         """The one-sided p in the direction of `sign`, +1 or -1."""
         return self.p_rise if sign > 0 else self.p_fall
 
-    def rounds_needed(self, rounds: int, gap: float, tail: float = (1 - CONFIDENCE) / 2) -> int | None:
-        """Rounds (or pairs) a side with which an interval leaves a `gap` (log units) free four times in five.
+    def rounds_needed(self, rounds: float, gap: float, tail: float = (1 - CONFIDENCE) / 2) -> int | None:
+        """Units a side with which an interval leaves a `gap` (log units) free four times in five.
 
-        `rounds` is how many this estimate had; `tail` the one-sided level. None: more than 1,000.
+        Units are what the design counts: sessions, pairs. `rounds` is how many this estimate had; `tail` the
+        one-sided level. None: more than 1,000.
         """
         if gap <= 0:
             return None
@@ -68,24 +67,32 @@ class Estimate:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A trimmed mean of logarithms, the variance of that mean, and its degrees of freedom: 0 of one value."""
+
+    value: float
+    variance: float
+    df: float
+
+
 def centre(values: Sequence[float]) -> float:
     """The typical value: the geometric mean of what is left when a fifth of the values is cut from each
     end."""
     if not any(values):
         return 0.0
-    logs = np.sort(_logs(values)[0])
-    cut = int(TRIM * len(logs))
-    return float(np.exp(logs[cut : len(logs) - cut].mean()))
+    ordered = np.sort(logs(values)[0])
+    cut = int(TRIM * len(ordered))
+    return float(np.exp(ordered[cut : len(ordered) - cut].mean()))
 
 
-def compare(base: Sequence[float], head: Sequence[float]) -> Estimate:
-    """The estimate from independent rounds, two or more a side, all 0 or more."""
-    logs = _logs(base, head)
-    (mean_a, var_a, df_a), (mean_b, var_b, df_b) = (_trimmed(x, int(TRIM * len(x))) for x in logs)
-    inflation = _inflation([_winsorised(x, int(TRIM * len(x))) for x in logs])
-    variance = var_a + var_b
-    df = variance**2 / (var_a**2 / df_a + var_b**2 / df_b) if variance else df_a + df_b
-    return student(mean_b - mean_a, math.sqrt(variance * inflation), max(1.0, df))
+def means(samples: Sequence[Sequence[float]]) -> list[Mean]:
+    """The mean of each sample's logarithms, of one value or more, all 0 or more; a 0 counts as very small
+    among all. All are taken to be as correlated in series as they are on average."""
+    values = logs(*samples)
+    factor = inflation([winsorised(x, int(TRIM * len(x))) for x in values])
+    found = (trimmed(x, int(TRIM * len(x))) for x in values)
+    return [Mean(mean, variance * factor, df) for mean, variance, df in found]
 
 
 def compare_pairs(base: Sequence[float], head: Sequence[float]) -> Estimate:
@@ -94,10 +101,10 @@ def compare_pairs(base: Sequence[float], head: Sequence[float]) -> Estimate:
 
     Blocks are fresh processes and their values already robust, so that trimming begins at seven pairs.
     """
-    before, after = _logs(base, head)
+    before, after = logs(base, head)
     difference = after - before
     cut = int(TRIM * len(difference)) if len(difference) >= 7 else 0
-    mean, variance, df = _trimmed(difference, cut)
+    mean, variance, df = trimmed(difference, cut)
     return student(mean, math.sqrt(variance), df)
 
 
@@ -132,7 +139,7 @@ def student(log_ratio: float, error: float, df: float) -> Estimate:
     return Estimate(log_ratio, error, df, log_ratio - half, log_ratio + half, rise, fall)
 
 
-def _logs(*samples: Sequence[float]) -> list[Floats]:
+def logs(*samples: Sequence[float]) -> list[Floats]:
     """Logarithms of values; a 0 becomes half the smallest positive value among all, so that it counts as very
     small."""
     arrays = [np.asarray(sample, float) for sample in samples]
@@ -142,22 +149,25 @@ def _logs(*samples: Sequence[float]) -> list[Floats]:
     return [np.log(np.where(array > 0, array, least)) for array in arrays]
 
 
-def _winsorised(x: Floats, cut: int) -> Floats:
+def winsorised(x: Floats, cut: int) -> Floats:
+    """Values of which the `cut` furthest at each end are drawn in to the next one."""
     order = np.sort(x)
     return np.clip(x, order[cut], order[len(x) - cut - 1])
 
 
-def _trimmed(x: Floats, cut: int) -> tuple[float, float, float]:
+def trimmed(x: Floats, cut: int) -> tuple[float, float, float]:
     """Trimmed mean, the variance of that mean, and its degrees of freedom."""
     n, kept = len(x), len(x) - 2 * cut
     mean = float(np.sort(x)[cut : n - cut].mean())
-    squares = float(((w := _winsorised(x, cut)) - w.mean()) @ (w - w.mean()))
+    if kept == 1:
+        return mean, 0.0, 0.0
+    squares = float(((w := winsorised(x, cut)) - w.mean()) @ (w - w.mean()))
     return mean, squares / (kept * (kept - 1)), kept - 1.0
 
 
-def _inflation(samples: list[Floats]) -> float:
+def inflation(samples: list[Floats]) -> float:
     """Factor by which serial correlation raises the variance of a mean; at least 1."""
-    residuals: list[Any] = [x - x.mean() for x in samples]
+    residuals = [x - x.mean() for x in samples]
     total = sum(float(x @ x) for x in residuals)
     n = sum(len(x) for x in samples) / len(samples)
     if not total or n <= 3:

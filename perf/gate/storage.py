@@ -1,8 +1,8 @@
 """The one resolver of saved runs to files, for every command and for `--perf-baseline`.
 
 A run is named by its path, by the number or the name that pytest-benchmark saved it under, or by both
-(`0002_main`). A name that fits several files is refused with all of them listed; a folder is never a run. It
-opens no file.
+(`0002_main`). Runs saved under one name in one folder are sessions of one run, which that name means; a word
+that fits several other files is refused with all of them listed; a folder is never a run. It opens no file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ NOT_IN_A_NAME = set(r"\/:*?<>|")  # what --benchmark-save refuses
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The file of a run; note: a sentence for its finder, empty where the name said it all."""
+    """The file of a run, the last one of a name; earlier: others that were saved under that name, oldest
+    first."""
 
     path: Path
-    note: str = ""
+    earlier: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,8 @@ def resolve(which: str | Path, storage: Path | str = STORAGE) -> Found:
 
     Args:
         which: a path (a Path, or text with a slash in it), or a word: a file's name here, a number (`7` or
-            `0007`), a name or both (`0007_main`) of a run in the storage. Of several runs saved under one
-            name in one folder the last number is meant, and the note says so.
+            `0007`), a name or both (`0007_main`) of a run in the storage. A name means all that was saved
+            under it in one folder.
         storage: as for `folder`.
 
     Raises:
@@ -94,9 +95,17 @@ def resolve(which: str | Path, storage: Path | str = STORAGE) -> Found:
             word, {path: how for path, how in meant.items() if path in different.values()}, saved
         )
     (path,) = different.values()
-    alike = sum(run.path.parent == path.parent for run in named)
-    more = f"{alike} runs are saved as {word!r}: the last, {path.stem}, is meant" if alike > 1 else ""
-    return Found(path, more)
+    beside = sorted((run.number, run.path) for run in named if run.path.parent == path.parent)
+    by_name = path in [run.path for run in newest]  # which outranks a number: that has other ways to be said
+    return Found(path, tuple(other for _, other in beside[:-1]) if by_name else ())
+
+
+def groups(storage: Path | str) -> list[tuple[Path, ...]]:
+    """The files saved under one name in one folder, oldest first, of every name that has two or more."""
+    found: dict[tuple[Path, str], list[tuple[int, Path]]] = {}
+    for run in _saved(folder(storage)):
+        found.setdefault((run.path.parent, run.name), []).append((run.number, run.path))
+    return [tuple(path for _, path in sorted(files)) for files in found.values() if len(files) > 1]
 
 
 def _beside(one: _Saved, other: _Saved) -> bool:

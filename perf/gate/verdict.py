@@ -11,25 +11,24 @@ nothing here measures or prints.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import harmonic_mean, median
 
 from perf.errors import GateError
 from perf.gate import stats
 from perf.gate.comparison import Comparison, Outcome, Verdict
-from perf.gate.design import Design, Rounds, UndecidedError
-from perf.gate.entries import Benchmark
+from perf.gate.design import Design, UndecidedError
+from perf.gate.entries import Benchmark, differences
 from perf.gate.metrics import METRICS, Metric
+from perf.gate.noise import Noise
 from perf.gate.saved_runs import Run
+from perf.gate.sessions import BetweenSessions
 from perf.gate.tolerances import Tolerance
 
 CANARIES = ("canary_matmul_gflops", "canary_copy_gbps")
 CANARY_NOISE = 0.03
-# Equal in both runs: other answers to other questions are no regression.
-IDENTITY: tuple[str, ...] = ("backend", "model", "dtype", "device", "policy", "batch_size", "workload")
-IDENTITY += ("arrivals", "seed", "requests", "offered_rate", "slo_ttft_ms", "slo_tpot_ms")
-NO_ROUNDS_TELL = "too near the limit for more rounds to tell"
+NO_NUMBER_TELLS = "too near the limit for more {} to tell"
 LEVEL = (1 - stats.CONFIDENCE) / 2
 
 
@@ -40,25 +39,37 @@ def compare(
     design: Design | None = None,
     counters: bool = True,
     deselected: Collection[str] = (),
+    others: int = 0,
 ) -> Comparison:
     """Judge every gated metric of every benchmark of `base` against `head`.
 
     Args:
-        design: how they were measured; by default `Rounds`.
+        design: how they were measured; by default `BetweenSessions`, on a machine whose noise is unknown.
         counters: whether exact counters are judged too.
         deselected: benchmarks that were left out of `head` on purpose; they are named in the notes, not
             judged.
+        others: comparisons of the same run that are not here, to be counted among those of which one may look
+            bad by chance.
     """
-    design = design or Rounds()
+    design = design or BetweenSessions()
     left_out = sorted(name for name in base.benchmarks if name not in head.benchmarks and name in deselected)
     verdicts: list[Verdict] = []
     for name, before in base.benchmarks.items():
         if name not in left_out:
             verdicts += _benchmark(before, head.benchmarks.get(name), design, counters)
-    notes = [*_notes(base, head, counters)]
+    notes = [*_notes(base, head, design, counters)]
     if left_out:
         notes.append(f"deselected here and not judged: {_listed(left_out)}")
-    return Comparison(base, head, tuple(_without_chance(verdicts)), tuple(notes), design.name)
+    return Comparison(base, head, tuple(_without_chance(verdicts, others)), tuple(notes), design.name)
+
+
+def compare_saved(
+    base: Run, head: Run, noise: Noise, *, counters: bool = True, deselected: Collection[str] = ()
+) -> Comparison:
+    """Judge saved runs by their sessions, on a machine of which so much is known; else as `compare`."""
+    design = BetweenSessions(noise)
+    found = compare(base, head, design=design, counters=counters, deselected=deselected)
+    return replace(found, notes=(*found.notes, *noise.notes))
 
 
 def _benchmark(
@@ -83,10 +94,9 @@ def _incomparable(before: Benchmark, after: Benchmark | None) -> str | None:
     sides = (("base", before), ("head", after))
     if broken := [f"{side} {one.problems['']}" for side, one in sides if "" in one.problems]:
         return "; ".join(broken)
-    keys = {*before.fingerprint, *after.fingerprint}
-    if prints := _differences(before.fingerprint, after.fingerprint, keys):
+    if prints := differences(before.fingerprint, after.fingerprint):
         return f"refused, the fingerprint is another: {prints}; measure the baseline again here"
-    if work := _differences(before.info, after.info, IDENTITY):
+    if work := differences(before.identity(), after.identity()):
         return f"refused, another thing was run: {work}; give both runs the same options"
     return None
 
@@ -99,8 +109,8 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
     base, head = before.rounds[metric.name], after.rounds[metric.name]
     if metric.direction == "exact":
         return _exact(replace(start, rounds=(len(base), len(head))), metric, base, head)
-    typical = stats.centre(base)
-    start = replace(start, base=typical, head=stats.centre(head))
+    typical, now = (_typical(side.rounds_by_session(metric.name)) for side in (before, after))
+    start = replace(start, base=typical, head=now, effect=now / typical - 1 if typical else None)
     start = replace(start, rounds=design.count(before, after, metric.name))
     try:
         estimate = design.estimate(before, after, metric.name)
@@ -110,7 +120,22 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
         return replace(start, reason=str(error))
     tolerance, limit = _allowed(metric, after.tolerances.get(metric.name), typical)
     start = replace(start, tolerance=tolerance)
-    return _timed(start, metric, estimate, limit, _canary(before, after), design.unit)
+    return _timed(
+        start,
+        metric,
+        estimate,
+        limit,
+        (0.0, "") if design.side_by_side else _canary(before, after),
+        design.unit,
+    )
+
+
+def _typical(sessions: Sequence[Sequence[float]]) -> float:
+    """The geometric mean of each session's typical value."""
+    values = [stats.centre(rounds) for rounds in sessions]
+    if len(values) == 1 or not any(values):
+        return values[0]
+    return math.exp(sum(mean.value for mean in stats.means(sessions)) / len(sessions))
 
 
 def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[float, ...]) -> Verdict:
@@ -163,27 +188,31 @@ def _timed(
     if worst <= limit:
         why = f"{_percent(worst, bad)} {'at least' if worst < 0 else 'at most'}; {allowed}"
         return replace(known, outcome=Outcome.PASS, reason=why, improved=worst < 0 and -harm > limit)
-    needed = estimate.rounds_needed(min(start.rounds), harm if harm > limit else limit - harm)
-    more = f"about {needed} {unit} would probably tell" if needed else NO_ROUNDS_TELL
+    balanced = harmonic_mean(start.rounds)  # so many a side would be as sure
+    needed = estimate.rounds_needed(balanced, harm if harm > limit else limit - harm)
+    things = unit.removesuffix(" a side")
+    more = f"about {needed} {unit} would probably tell" if needed else NO_NUMBER_TELLS.format(things)
     why = f"anything from {_percent(best, bad)} to {_percent(worst, bad)}; {allowed}; {more}{machine}"
     return replace(known, outcome=Outcome.INCONCLUSIVE, reason=why, rounds_needed=needed)
 
 
-def _without_chance(verdicts: list[Verdict]) -> list[Verdict]:
+def _without_chance(verdicts: list[Verdict], others: int) -> list[Verdict]:
     """The verdicts, of which those FAILs that chance could have made among so many are INCONCLUSIVE."""
     timed = [verdict for verdict in verdicts if verdict.p is not None]
-    standing = stats.false_discoveries([verdict.p for verdict in timed if verdict.p is not None], LEVEL)
+    found = [verdict.p for verdict in timed if verdict.p is not None]
+    standing = stats.false_discoveries([*found, *[1.0] * others], LEVEL)[: len(timed)]
     chance = {
         id(v) for v, stands in zip(timed, standing, strict=True) if v.outcome is Outcome.FAIL and not stands
     }
-    why = f"; alone a regression, but of {len(timed)} comparisons one may look so by chance: measure again"
+    count = len(timed) + others
+    why = f"; alone a regression, but of {count} comparisons one may look so by chance: measure again"
     return [
         replace(v, outcome=Outcome.INCONCLUSIVE, reason=v.reason + why) if id(v) in chance else v
         for v in verdicts
     ]
 
 
-def _notes(base: Run, head: Run, counters: bool) -> Iterator[str]:
+def _notes(base: Run, head: Run, design: Design, counters: bool) -> Iterator[str]:
     both = [
         (before, head.benchmarks[name]) for name, before in base.benchmarks.items() if name in head.benchmarks
     ]
@@ -194,7 +223,7 @@ def _notes(base: Run, head: Run, counters: bool) -> Iterator[str]:
         yield "counters were not judged"
     if loosened := [b.fullname for a, b in both if a.tolerances != b.tolerances]:
         yield f"tolerances are others than in the baseline: {_listed(loosened)}"
-    for key in CANARIES:
+    for key in () if design.side_by_side else CANARIES:
         ratios = [1 + _change(c[key]) for a, b in both if key in (c := _canaries(a, b))]
         if ratios and abs(change := median(ratios) - 1) > CANARY_NOISE:
             yield f"the machine changed: {METRICS[key].label} {change:+.1%} from base to head"
@@ -221,13 +250,6 @@ def _canary(before: Benchmark, after: Benchmark) -> tuple[float, str]:
     if key is None:
         return 0.0, ""
     return abs(moves[key]), f"{METRICS[key].label} {_change(moves[key]):+.1%}"
-
-
-def _differences(before: Mapping[str, object], after: Mapping[str, object], keys: Collection[str]) -> str:
-    found = [
-        (key, before.get(key), after.get(key)) for key in sorted(keys) if before.get(key) != after.get(key)
-    ]
-    return ", ".join(f"{key} {a or 'none'} -> {b or 'none'}" for key, a, b in found)
 
 
 def _listed(names: list[str], most: int = 5) -> str:

@@ -16,7 +16,7 @@ from perf.gate.saved_runs import Run
 from perf.report.figures import figures
 from perf.report.terminal import CELL_LENGTH
 from perf.report.text import clean, middle
-from perf.report.verdicts import COLUMNS, RIGHT, brief, headline, parts, title
+from perf.report.verdicts import COLUMNS, RIGHT, brief, headline, parts, sides, title
 
 MARKS = {Outcome.FAIL: "❌", Outcome.ERROR: "❌", Outcome.INCONCLUSIVE: "❔", Outcome.PASS: "✅"}
 GITHUB_BYTES = 1024 * 1024  # of a step's summary; of a longer one GitHub shows nothing at all
@@ -69,7 +69,7 @@ def markdown(
     start = ""
     if comparison is not None:
         start = f"## {MARKS[comparison.outcome]} {_prose(headline(comparison))}\n\n"
-        start += f"{_code(title(comparison.base))} → {_code(title(comparison.head))}\n\n"
+        start += f"{' → '.join(map(_code, sides(comparison)))}\n\n"
 
     def text(most: int) -> str:
         kept = _kept(sections, most)

@@ -20,7 +20,7 @@ from perf.gate.saved_runs import Run
 from perf.report import charts
 from perf.report.figures import figures, filled, history, sections
 from perf.report.text import clean, middle, number, signed
-from perf.report.verdicts import COLUMNS, day, headline, named, parts, shorten, title, value
+from perf.report.verdicts import COLUMNS, day, headline, named, parts, shorten, sides, title, value
 
 CLASSES = {Outcome.FAIL: "bad", Outcome.ERROR: "bad", Outcome.INCONCLUSIVE: "unsure", Outcome.PASS: "good"}
 PRINTS = ("gpu", "cpu", "threads", "dtype", "torch", "transformers", "triton", "cuda", "driver", "python")
@@ -60,7 +60,8 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     found.filters |= {"clean": clean, "middle": middle, "number": number, "path": _path}
-    found.globals |= {"title": title, "day": day, "headline": headline, "parts": parts, "charts": charts}
+    found.globals |= {"title": title, "day": day, "headline": headline, "parts": parts, "sides": sides}
+    found.globals |= {"charts": charts}
     return found
 
 

@@ -17,9 +17,10 @@ from perf.errors import Exit, GateError
 from perf.gate.comparison import Comparison
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS
-from perf.gate.saved_runs import Run, load, parse
+from perf.gate.noise import read_noise
+from perf.gate.saved_runs import Run, load, parse, shared
 from perf.gate.storage import resolve
-from perf.gate.verdict import compare
+from perf.gate.verdict import compare_saved
 from perf.report.text import FLOAT_MAX
 from perf.report.verdicts import named
 
@@ -70,17 +71,31 @@ def read(which: Sequence[str], base: str | None, storage: Path | str) -> Reading
         return Reading(tuple(shown), None, tuple(left_out))
     before, after = members[against], members[which[-1]]
     if before.run and after.run and before.whole and after.whole:
-        return Reading(tuple(shown), compare(before.run, after.run), tuple(left_out))
+        return _judged(before.run, after.run, storage, tuple(shown), tuple(left_out))
     missing = " and ".join(dict.fromkeys(name for name in (against, which[-1]) if not members[name].whole))
     return Reading(tuple(shown), None, (f"nothing is judged, for lack of {missing}", *left_out))
+
+
+def _judged(
+    base: Run, head: Run, storage: Path | str, shown: tuple[Run, ...], left_out: tuple[str, ...]
+) -> Reading:
+    """The runs with a comparison of two of them or, where there can be none, a line that says why."""
+    if path := shared(base, head):
+        why = f"both have the session {path.stem}, which always equals itself"
+        return Reading(shown, None, (f"nothing is judged: {why}", *left_out))
+    try:
+        noise = read_noise(storage, [base, head])
+    except GateError as error:
+        return Reading(shown, None, (f"nothing is judged: {error}", *left_out))
+    return Reading(shown, compare_saved(base, head, noise), left_out)
 
 
 def _file(member: Member, name: str) -> object:
     """The identity of a run's file, by whatever name it was asked for."""
     if member.run is None:
         return name
-    about = member.run.path.stat()
-    return about.st_dev, about.st_ino
+    files = (path.stat() for path in member.run.paths)
+    return tuple((about.st_dev, about.st_ino) for about in files)
 
 
 def _member(which: str, storage: Path | str) -> Member:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import IO, TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE
@@ -21,7 +22,7 @@ from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Run
 from perf.report.figures import figures
 from perf.report.text import clean, middle, width
-from perf.report.verdicts import COLUMNS, RIGHT, brief, day, headline, parts, title
+from perf.report.verdicts import COLUMNS, RIGHT, brief, day, headline, parts, sides, title
 
 if TYPE_CHECKING:
     from perf.gate.selftest import Report
@@ -116,7 +117,7 @@ def comparison_table(comparison: Comparison, left_out: Sequence[str] = ()) -> Re
         tables = [table(COLUMNS, part.rows, RIGHT, room, part.heading) for part in shown]
         runs = (comparison.base, comparison.head)
         notes = [Text(f"note: {clean(note)}") for note in brief(comparison.notes, runs, name_length(room))]
-        pair = f"{title(comparison.base)} -> {title(comparison.head)}"
+        pair = " -> ".join(sides(comparison))
         last = Text(f"{headline(comparison)}   {clean(pair)}", style=f"bold {COLOURS[comparison.outcome]}")
         return Group(*tables, *notes, *_left_out(left_out, runs, room), last)
 
@@ -125,23 +126,27 @@ def comparison_table(comparison: Comparison, left_out: Sequence[str] = ()) -> Re
 
 def selftest_table(report: Report) -> RenderableType:
     """The share of runs in which each injected slowdown was called a regression, and metric by metric."""
-    names = ["nothing" if rate.effect == 0 else f"{rate.effect:.1%}" for rate in report.rates]
+    names = ["nothing" if rate.effect == "0" else rate.effect for rate in report.rates]
     runs = []
     for name, rate in zip(names, report.rates, strict=True):
         low, high = rate.bounds
         found = f"{rate.regressions} of {len(rate.outcomes)}"
         rest = (str(rate.outcomes.count(outcome)) for outcome in (Outcome.INCONCLUSIVE, Outcome.PASS))
-        runs.append([f"{name} slower" if rate.effect else name, found, f"{low:.0%} to {high:.0%}", *rest])
+        took = f"{median(rate.seconds):.0f} s, {max(rate.seconds):.0f} s"
+        runs.append([name, found, f"{low:.0%} to {high:.0%}", *rest, str(rate.better), took])
     metrics = []
-    for metric, size in report.visible.items():
+    for metric, sizes in report.visible.items():
         counts = (f"{rate.failed.get(metric, 0)} of {len(rate.outcomes)}" for rate in report.rates)
-        metrics.append([METRICS[metric].label, *counts, f"{size:.1%}"])
-    first = ("injected", "called a regression", "true rate, 95 % sure", "can't tell", "pass")
-    second = ("metric", *names, "sees, four times in five")
-    pairs, each = f"A/B runs of {report.pairs} pairs of blocks", "metric by metric: regressions called"
+        seen = ("-" if size is None else f"{size:.1%}" for size in sizes)
+        metrics.append([METRICS[metric].label if metric in METRICS else metric, *counts, *seen])
+    counted = ("called a regression", "true rate, 95 % sure", "can't tell", "pass", "called better")
+    first = ("injected", *counted, "median, longest run")
+    second = ("metric", *names, *(f"sees in {minutes} min" for minutes in report.minutes))
+    runs_of = f"A/B runs of at most {report.pairs} pairs of processes"
+    each = "metric by metric: regressions called, and the slowdown that four runs in five would call one"
     return Fitted(
         lambda room: Group(
-            table(first, runs, first, room, pairs), table(second, metrics, second[1:], room, each)
+            table(first, runs, first, room, runs_of), table(second, metrics, second[1:], room, each)
         )
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from perf.gate.comparison import Comparison, Outcome, Verdict
+from perf.gate.comparison import SESSIONS, Comparison, Outcome, Verdict
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import Metric
 from perf.gate.saved_runs import Run
@@ -57,11 +57,23 @@ def headline(comparison: Comparison) -> str:
     return found.replace(" 1 regressions", " 1 regression")
 
 
-def title(run: Run) -> str:
-    """A run's name and the commit it measured; `+` marks a tree with uncommitted changes."""
+def title(run: Run, counted: bool = False) -> str:
+    """A run's name, the commit it measured, and how many sessions it has if those are several.
+
+    `+` marks a tree with uncommitted changes. With `counted` a single session is said to be one, too.
+    """
     commit = str(run.commit.get("id") or "unversioned")
     changed = "+" if run.commit.get("dirty") else ""
-    return run.name if commit == "unversioned" else f"{run.name} ({commit[:9]}{changed})"
+    about = [] if commit == "unversioned" else [f"{commit[:9]}{changed}"]
+    if counted or run.sessions > 1:
+        about.append(f"{run.sessions} session{'s' if run.sessions > 1 else ''}")
+    return f"{run.name} ({', '.join(about)})" if about else run.name
+
+
+def sides(comparison: Comparison) -> tuple[str, str]:
+    """The titles of base and head, with their sessions where those are what is counted."""
+    counted = comparison.design == SESSIONS
+    return title(comparison.base, counted), title(comparison.head, counted)
 
 
 def day(run: Run) -> str:

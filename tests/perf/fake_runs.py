@@ -6,9 +6,14 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from perf.gate import saved_runs
+from perf.gate.metrics import METRICS
+from perf.gate.noise import Found, write_noise
+from perf.gate.saved_runs import Run
 
 PRINT = {
     "gpu": "NVIDIA H200",
@@ -164,3 +169,20 @@ def save(
     path = folder / f"{number:04d}_{name}.json"
     path.write_text(json.dumps(data))
     return path
+
+
+def several(run: Run, sessions: int = 3) -> Run:
+    """So many sessions that agree to the last digit: what is uncertain of them is in their rounds."""
+    return saved_runs.merge([run] * sessions)
+
+
+def quiet(storage: Path, runs: Iterable[Path], deviation: float = 1e-4) -> None:
+    """Keep in a storage that sessions of these runs' benchmarks are known to differ by so little."""
+    found = [
+        Found(benchmark.fullname, benchmark.fingerprint, metric, deviation**2, 100)
+        for path in runs
+        for benchmark in saved_runs.read(path).benchmarks.values()
+        for metric in benchmark.rounds
+        if METRICS[metric].direction != "exact"
+    ]
+    write_noise(storage, found)

@@ -17,7 +17,7 @@ from engine import InputError
 from perf import report
 from perf.benchmarks.workloads import fixed
 from perf.errors import Exit, GateError
-from perf.gate import ab, saved_runs
+from perf.gate import blocks, saved_runs
 from perf.gate.comparison import Outcome
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import compare
@@ -70,9 +70,9 @@ def plain(extra: Any, times: list[float] = TIMES) -> dict[str, Any]:
 
 
 def run(*entries: dict[str, Any], name: str = "run") -> Run:
-    return saved_runs.parse(
-        {"benchmarks": list(entries), "machine_info": {"system": "Linux"}}, f"{name}.json"
-    )
+    """A run of three sessions that agree."""
+    data = {"benchmarks": list(entries), "machine_info": {"system": "Linux"}}
+    return fake_runs.several(saved_runs.parse(data, f"{name}.json"))
 
 
 def nested(entry: dict[str, Any], **notes: Any) -> dict[str, Any]:
@@ -86,7 +86,8 @@ def test_a_strangers_notes_neither_break_nor_change_a_comparison(tmp_path: Path,
     bare = compare(run(plain({})), run(plain({})))
     for base, head in (({}, notes), (notes, {}), (notes, notes)):
         sides = {"base": plain(base), "head": plain(head)}
-        loaded = [saved_runs.load(fake_runs.save(tmp_path, side, [entry])) for side, entry in sides.items()]
+        files = [fake_runs.save(tmp_path, side, [entry]) for side, entry in sides.items()]
+        loaded = [fake_runs.several(saved_runs.load(file)) for file in files]
         comparison = compare(*loaded)
         assert comparison.verdicts[0].reason == bare.verdicts[0].reason
         assert (comparison.outcome, comparison.notes) == (Outcome.PASS, ())
@@ -99,8 +100,8 @@ def test_a_strangers_notes_neither_break_nor_change_a_comparison(tmp_path: Path,
     csv.field_size_limit(1 << 20)
     (row, _) = csv.DictReader(file.open())
     assert (row["run"], row["benchmark"]) == ("base", NAME)
-    assert json.loads(row["rounds.round_s"]) == TIMES
-    assert not ab.merge([run(plain(notes))] * 4, "merged").benchmarks[NAME].problems
+    assert json.loads(row["rounds.round_s"]) == TIMES * 3
+    assert not blocks.merge([run(plain(notes))] * 4, "merged").benchmarks[NAME].problems
 
 
 @pytest.mark.parametrize("notes", NOTES, ids=lambda notes: "-".join(map(repr, notes))[:40])

@@ -46,10 +46,11 @@ def test_a_run_is_found_by_file_by_number_and_by_name(save, tmp_path):
     assert not benchmark.problems
 
 
-def test_of_a_name_saved_twice_the_last_is_meant(save, tmp_path):
+def test_of_a_name_saved_at_several_commits_the_last_is_meant(save, tmp_path):
     for number in (9, 10, 2):
         save("main", number=number)
-    assert saved_runs.load("main", tmp_path / ".benchmarks").path.name == "0010_main.json"
+    run = saved_runs.load("main", tmp_path / ".benchmarks")
+    assert (run.path.name, run.sessions) == ("0010_main.json", 1)
 
 
 def test_a_name_in_two_machines_folders_is_refused(save, tmp_path):

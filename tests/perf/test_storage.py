@@ -41,10 +41,14 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Save:
     directory."""
     monkeypatch.chdir(tmp_path)
 
-    def write(name: str, number: int, speed: float = 1.0, machine: str = "Linux-CPython-3.12-64bit") -> Path:
+    def write(
+        name: str, number: int, speed: float = 1.0, machine: str = "Linux-CPython-3.12-64bit", **top: Any
+    ) -> Path:
         folder = Path(".benchmarks") / machine
         folder.mkdir(parents=True, exist_ok=True)
-        return fake_runs.save(folder, name, entries(speed), number)
+        path = fake_runs.save(folder, name, entries(speed), number, **top)
+        fake_runs.quiet(Path(".benchmarks"), [path])
+        return path
 
     return write
 
@@ -168,18 +172,75 @@ def test_a_run_in_the_folders_of_two_machines_is_refused_by_every_word(save: Sav
     assert saved_runs.load(str(there)).path == there
 
 
-def test_of_runs_saved_under_one_name_the_last_is_meant_and_that_is_said(save: Save, run: Any):
-    for number, speed in ((9, 0.5), (10, 1.0), (2, 0.5)):
-        save("main", number, speed)
-    save("next", 11)
-    says = "3 runs are saved as 'main': the last, 0010_main, is meant"
+def of(commit: str, dirty: bool = False) -> dict[str, Any]:
+    return {"commit_info": {"id": commit * 40, "dirty": dirty}}
+
+
+def test_a_name_means_all_sessions_of_the_last_ones_commit_and_that_is_said(save: Save, run: Any):
+    """Not the latest three, nor the neighbours alone: whatever measured the same code."""
+    for number, speed, commit in (
+        (9, 1.001, "a"),
+        (10, 1.0, "a"),
+        (2, 0.5, "b"),
+        (3, 0.999, "a"),
+        (4, 0.2, "c"),
+    ):
+        save("main", number, speed, **of(commit))
+    save("next", 11, **of("d"))
+    main = saved_runs.load("main")
+    assert [path.name for path in main.paths] == ["0003_main.json", "0009_main.json", "0010_main.json"]
+    says = "2 of 5 runs saved as 'main' are of other commits, and left out: 0002_main, 0004_main"
     code, out, _ = run("compare", "main", "next")
     assert code == 0
     assert says in out
+    assert "main (aaaaaaaaa, 3 sessions) -> next (ddddddddd, 1 session)" in out
     assert says in run("report", "main")[2]
     assert says in run("report", "next", "--base", "main")[1]
-    assert saved_runs.load("0009_main").notes == ()
+    assert (saved_runs.load("0009_main").notes, saved_runs.load("9").sessions) == ((), 1)
     assert check_session("main").notes == (says,)
+    assert check_session("main").sessions == 3
+
+
+def test_sessions_with_uncommitted_changes_are_others_than_those_without(save: Save):
+    save("main", 1, **of("a"))
+    save("main", 2, **of("a", dirty=True))
+    assert saved_runs.load("main").paths == (Path(".benchmarks/Linux-CPython-3.12-64bit/0002_main.json"),)
+    save("main", 3, **of("a", dirty=True))
+    run = saved_runs.load("main")
+    assert run.sessions == 2
+    assert run.notes == (
+        "1 of 3 runs saved as 'main' are of other commits, and left out: 0001_main",
+        "2 sessions of 'main' have uncommitted changes, taken for the same: 0003_main is the last one alone",
+    )
+
+
+def test_sessions_of_no_repository_are_of_one_code(save: Save):
+    for number in (1, 2):
+        save("main", number, commit_info={"id": "unversioned", "dirty": False})
+    assert (saved_runs.load("main").sessions, saved_runs.load("main").notes) == (2, ())
+
+
+def test_an_earlier_session_that_cannot_be_read_is_left_out_and_named(save: Save):
+    save("main", 1, **of("a")).write_text("{")
+    save("main", 2, **of("a"))
+    run = saved_runs.load("main")
+    assert run.sessions == 1
+    assert run.notes[0].startswith("left out of 'main': run ")
+    assert "0001_main.json' cannot be read as JSON" in run.notes[0]
+    save("main", 3).write_text("{")
+    with pytest.raises(GateError, match=r"0003_main\.json' cannot be read"):  # what is meant must be whole
+        saved_runs.load("main")
+
+
+@pytest.mark.parametrize("pair", [("main", "main"), ("main", "2"), ("0001_main", "main"), ("1", "0001_main")])
+def test_a_session_is_not_compared_with_itself(save: Save, run: Any, pair: tuple[str, str]):
+    for number in (1, 2):
+        save("main", number, **of("a"))
+    code, _, err = run("compare", *pair)
+    assert code == 2
+    assert "both have the session .benchmarks" in err
+    assert run("compare", "1", "2")[0] == 0
+    assert "which always equals itself" in run("report", "main", "1")[1]
 
 
 def test_words_that_name_nothing(save: Save, run: Any):

@@ -83,7 +83,7 @@ def test_every_option_in_a_workflow_is_one_that_exists(request: pytest.FixtureRe
     scripts = "\n".join(step.get("run", "") for path in FILES for step in steps(path)).replace("\\\n", " ")
     lines = [line.split("||")[0] for line in scripts.splitlines()]
     calls = [(m[1], m[2]) for line in lines if (m := re.search(r"python -m perf (\S+)(.*)", line))]
-    assert {name for name, _ in calls} == {"ab", "compare", "report"}
+    assert {name for name, _ in calls} == {"ab", "compare", "report", "save"}
     for name, arguments in calls:
         own, _, for_pytest = arguments.partition(" -- ")
         known = {option for parameter in commands[name].params for option in parameter.opts}
