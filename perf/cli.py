@@ -1,4 +1,5 @@
-"""`python -m perf compare | ab | selftest | report | counters | accuracy | check-gpu | setup-peer`:
+"""`python -m perf save | compare | ab | bisect | selftest | report | counters | accuracy | check-gpu |
+setup-peer`:
 arguments, progress, codes.
 
 Thin: the work is done elsewhere, by modules that are imported when used, so that `compare` and `report` never
@@ -11,6 +12,8 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +22,9 @@ from typer import Argument, Option
 
 from engine import InputError
 from perf import console
-from perf.console import Counters, Csv, Html, Json, Markdown, Storage
+from perf.console import Budget, Counters, Csv, Html, Json, Markdown, Storage
 from perf.errors import Exit, GateError
-from perf.gate.saved_runs import load
+from perf.gate.saved_runs import load, shared
 from perf.gate.storage import STORAGE, folder
 
 BROKEN = 70  # this program itself is at fault
@@ -31,8 +34,37 @@ CODES = "Exit codes: 0 pass, 1 regression, 2 usage, 3 not comparable, 4 inconclu
 HELP = f"The performance gate. {CODES}"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 
-BASELINE = "The baseline: the name it was saved by, its number, 0002_main or a file."
+BASELINE = "The baseline: the name it was saved by, or one session: its number, 0002_main or a file."
+Pairs = Annotated[int, Option(help="Pairs of processes, one after the other.")]
+MinRound = Annotated[
+    float,
+    Option(parser=console.seconds, metavar="TIME", help="Rounds are repeated until a turn takes so long."),
+]
 PytestArgs = Annotated[list[str] | None, Argument(metavar="[-- PYTEST ARGS]", help="What pytest is given.")]
+
+
+@app.command()
+def save(
+    name: Annotated[str, Argument(help="The name that all of them are saved by.")],
+    pytest_args: PytestArgs = None,
+    sessions: Annotated[int, Option(help="How many, one after the other.")] = 3,
+) -> None:
+    """Measure this checkout as it is in several sessions of pytest, each a fresh process, under one name.
+
+    compare takes them together, and from how they differ it knows the machine's noise. PYTEST ARGS default
+    to: perf
+    """
+    from perf.gate.saving_sessions import save_sessions
+
+    saved = 0
+    with console.progress(sessions) as advance:
+        try:
+            for saved in save_sessions(name, sessions, pytest_args or ["perf"], advance=advance):  # noqa: B007
+                pass
+        except KeyboardInterrupt:
+            console.say(f"interrupted; saved as {name!r}: {saved} of {sessions} sessions")
+            raise typer.Exit(console.INTERRUPTED) from None
+    typer.echo(f"saved as {name!r}: {saved} of {sessions} sessions")
 
 
 @app.command()
@@ -48,18 +80,21 @@ def compare(
 ) -> None:
     """Judge one saved run against another, of the same machine.
 
-    How rounds vary within a run is accounted for; that a machine is slower today than it was is not, beyond a
-    note when its canary says so. Where that matters, use ab.
+    All that was saved under a name of one commit is one run of several sessions. How sessions of the same
+    code vary is known from both sides, other runs in the storage, and selftest; where nothing is known, there
+    is no verdict on times. See save, or ab for a machine that others use.
     """
-    from perf.gate.verdict import compare as judge
+    from perf.gate.noise import read_noise
+    from perf.gate.verdict import compare_saved
 
     files = console.writable(html=html, markdown=markdown, csv=csv, json=json)
     where = folder(storage)
     before, after = load(base, where), load(head, where)
-    if before.path.samefile(after.path):
-        same = f"{base!r} and {head!r} are the same file, {before.path}: a run always equals itself"
+    if path := shared(before, after):
+        same = f"{base!r} and {head!r} both have the session {path}: it always equals itself"
         raise GateError(same, Exit.USAGE)
-    console.conclude(judge(before, after, counters=counters), **files)
+    noise = read_noise(where, [before, after])
+    console.conclude(compare_saved(before, after, noise, counters=counters), **files)
 
 
 @app.command()
@@ -67,61 +102,126 @@ def ab(
     base: Annotated[str, Argument(metavar="BASE_REV", help="A branch, tag or commit.")],
     head: Annotated[str, Argument(metavar="HEAD_REV", help="Likewise; '.' is the working tree as it is.")],
     pytest_args: PytestArgs = None,
-    blocks: Annotated[int, Option(help="Pairs of fresh processes; four or more.")] = 6,
+    budget: Budget = 300.0,
+    pairs: Pairs = 3,
+    min_round: MinRound = 0.02,
+    interleave: Annotated[
+        str, Option(help="What takes turns: rounds of two live processes, or whole processes (blocks).")
+    ] = "rounds",
+    blocks: Annotated[
+        int, Option(help="Pairs of whole processes, where those take turns; four or more.")
+    ] = 6,
     counters: Counters = True,
     html: Html = None,
     markdown: Markdown = None,
     csv: Csv = None,
     json: Json = None,
 ) -> None:
-    """Measure two revisions in turn, in worktrees and processes of their own, and judge: the way on a noisy
-    machine.
+    """Measure two revisions in turn, in worktrees and processes of their own, until it is sure: the way on a
+    noisy machine.
 
     PYTEST ARGS default to: perf
     """
     from perf.gate.ab import ab as measure
 
     files = console.writable(html=html, markdown=markdown, csv=csv, json=json)
-    args = pytest_args or ["perf"]
-    with console.progress(2 * blocks) as advance:
-        comparison = measure(base, head, args, blocks=blocks, counters=counters, advance=advance)
+    options: dict[str, Any] = {"interleave": interleave, "blocks": blocks, "counters": counters}
+    options |= {"budget": budget, "pairs": pairs, "round_s": min_round}
+    with console.progress(2 * blocks if interleave == "blocks" else pairs) as advance:
+        comparison = measure(base, head, pytest_args or ["perf"], **options, advance=advance)
     console.conclude(comparison, **files)
+
+
+@app.command()
+def bisect(
+    good: Annotated[str, Argument(metavar="GOOD_REV", help="An ancestor of BAD_REV that is fast enough.")],
+    bad: Annotated[str, Argument(metavar="BAD_REV", help="One that is not; '.' is the working tree.")],
+    pytest_args: PytestArgs = None,
+    budget: Annotated[
+        float,
+        Option(
+            parser=console.seconds, metavar="TIME", help="Of each judgement (90s, 5m); twice that to be sure."
+        ),
+    ] = 300.0,
+    first_parent: Annotated[
+        bool, Option("--first-parent", help="Take a merge for one commit; leave alone what it merged.")
+    ] = False,
+    counters: Counters = True,
+    json: Json = None,
+) -> None:
+    """Find the commit that made a benchmark worse: git's bisection, each commit measured against GOOD_REV.
+
+    The checkout stays as it is. Ends with code 0 if the commit is found, with 4 if several remain that cannot
+    be judged. PYTEST ARGS default to: perf
+    """
+    from perf.gate.ab import ab as measure
+    from perf.gate.bisect import Bisection
+    from perf.report.bisect_table import bisect_table
+    from perf.report.terminal import show
+    from perf.report.text import clean
+
+    console.writable(json=json)
+    judge = partial(measure, counters=counters)
+    args = pytest_args or ["perf"]
+    search = Bisection(good, bad, args, judge, budget=budget, first_parent=first_parent)
+    with console.progress(search.expected) as advance:
+        search.advance = lambda line: advance(clean(line))
+        with suppress(KeyboardInterrupt):  # the report tells
+            search.run()
+    found = search.report()
+    code = int(found.exit) if found.complete else console.INTERRUPTED
+    if found.judgements:
+        show(bisect_table(found), console.WIDTH)
+    if not found.complete:
+        console.say(f"interrupted: {len(found.judgements)} judgements were made, and nothing is left behind")
+    console.write_json(json, {"exit": code, **found.plain()})
+    raise typer.Exit(code)
 
 
 @app.command()
 def selftest(
     pytest_args: PytestArgs = None,
-    trials: Annotated[int, Option(help="A/B runs of each effect.")] = 20,
+    trials: Annotated[int, Option(help="A/B runs of each slowdown.")] = 20,
     effects: Annotated[
-        str, Option(help="Injected slowdowns, comma-separated; 0 is identical code.")
+        str,
+        Option(help="Injected slowdowns, comma-separated: 0 is identical code, 0.05 every step 5 % longer, "
+               "0.2@chunks steps with a prompt's chunk, 1.5@10 every tenth step."),
     ] = "0,0.03,0.05,0.10",
-    blocks: Annotated[int, Option(help="Pairs of fresh processes an A/B run.")] = 4,
+    budget: Budget = 120.0,
+    idle_budget: Annotated[
+        float | None, Option(parser=console.seconds, metavar="TIME", help="Of identical code, if another.")
+    ] = None,
+    pairs: Pairs = 3,
+    min_round: MinRound = 0.02,
+    storage: Storage = str(STORAGE),
     json: Json = None,
-) -> None:
+) -> None:  # fmt: skip
     """Measure how often identical code is called a regression here, and how often an injected slowdown is.
 
-    PYTEST ARGS name a benchmark of yours, run whole in every block; without them a tiny model is timed on the
-    CPU. Ends with code 1 if identical code fails in more than 1 run of 20, or the largest effect is found in
-    fewer than 19.
+    PYTEST ARGS name a benchmark of yours; without them a tiny model is timed on the CPU. How much fresh
+    processes differ is kept beside the saved runs, where compare finds it. Ends with code 1 if identical code
+    fails in more than 1 run of 20, or the largest slowdown is found in fewer than 19.
     """
+    from perf.gate.experiment import Plan
+    from perf.gate.noise import write_noise
     from perf.gate.selftest import selftest as measure
+    from perf.measure.slowdown import Slowdown
     from perf.report.terminal import selftest_table, show
 
     console.writable(json=json)
-    try:
-        fractions = [float(effect) for effect in effects.split(",")]
-    except ValueError:
-        wrong = f"effects={effects!r} must be fractions, comma-separated: 0,0.05,0.1"
-        raise GateError(wrong, Exit.USAGE) from None
+    names = [effect.strip() for effect in effects.split(",")]
+    for name in names:
+        Slowdown.parse(name)
+    plan = Plan(budget, pairs, min_round)
     with console.progress(trials) as advance:
-        report = measure(fractions, trials, pairs=blocks, args=pytest_args or (), advance=advance)
+        report = measure(
+            names, trials, plan=plan, idle_budget_s=idle_budget, args=pytest_args or (), advance=advance
+        )
     show(selftest_table(report), console.WIDTH)
-    console.write_json(json, report.plain(), allow_nan=True)
-    idle = [rate for rate in report.rates if not rate.effect]
-    quiet = all(rate.regressions <= (1 - ENOUGH) * len(rate.outcomes) for rate in idle)
-    largest = max(report.rates, key=lambda rate: rate.effect)
-    found = not largest.effect or largest.regressions >= ENOUGH * len(largest.outcomes)
-    raise typer.Exit(Exit.PASS if quiet and found else Exit.REGRESSION)
+    if report.noise:
+        console.say(f"how much fresh processes differ is kept in {write_noise(storage, report.noise)}")
+    console.write_json(json, report.plain())
+    raise typer.Exit(Exit.PASS if report.good(ENOUGH) else Exit.REGRESSION)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,25 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 WIDTH = 180  # columns of a table where there is no terminal
+MOST_SECONDS = 7 * 24 * 3600
 ERRORS = Console(stderr=True)
+
+
+def seconds(text: str | float) -> float:
+    """Return a length of time in seconds, as options give it: `90`, `90s`, `2m`, `1m30s`, `1.5h`.
+
+    Raises:
+        typer.BadParameter: for what is no length of time, is 0, or is longer than a week.
+    """
+    number = r"(\d+(?:\.\d*)?)"
+    found = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", str(text).strip())
+    hours, minutes, rest = (float(part or 0) for part in found.groups()) if found else (0.0, 0.0, 0.0)
+    total = 3600 * hours + 60 * minutes + rest
+    if not 0 < total <= MOST_SECONDS:
+        wrong = f"{text!r} is no length of time: give seconds (90 or 90s), minutes (2m) or hours (1h)"
+        raise typer.BadParameter(f"{wrong}, above 0 and {MOST_SECONDS // 3600}h at most")
+    return total
+
 
 File = Path | None
 Storage = Annotated[str, Option(help="Where pytest-benchmark saves runs: a folder, or file://FOLDER.")]
@@ -31,6 +50,9 @@ Html = Annotated[File, Option(help="Write a page here that needs no network.")]
 Markdown = Annotated[File, Option(help="Write a summary here; added to it if it is $GITHUB_STEP_SUMMARY.")]
 Csv = Annotated[File, Option(help="Write a row a benchmark here.")]
 Json = Annotated[File, Option(help="Write every verdict here.")]
+Budget = Annotated[
+    float, Option(parser=seconds, metavar="TIME", help="Time by the clock, all in all: 90s, 5m, 1h.")
+]
 Counters = Annotated[bool, Option(help="Whether exact counters are judged too.")]
 
 

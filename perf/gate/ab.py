@@ -1,39 +1,41 @@
-"""A against B on one noisy machine: two git worktrees, fresh processes in ABBA order, a verdict by pairs.
+"""A against B on one noisy machine: two git worktrees, live processes that take turns, and a test that
+decides.
 
-A block is one pytest run in a process of its own, that imports its own tree (perf/gate/import_proof.py proves
-it; perf/gate/worktrees.py makes the trees). Neighbouring blocks make a pair, whose log-ratio is one sample:
-what drifts slower than two blocks cancels. The checkout it is started in stays as it is.
+Each process imports its own tree (perf/gate/import_proof.py proves it; perf/gate/worktrees.py makes the
+trees). By rounds (perf/gate/experiment.py) base and head live at the same time; by blocks
+(perf/gate/blocks.py) whole processes take turns, for what cannot live side by side. The checkout it is
+started in stays as it is.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Literal
 
 from perf.errors import Exit, GateError
-from perf.gate import stats
-from perf.gate.comparison import Comparison
+from perf.gate import experiment, merging, stats
+from perf.gate.blocks import measure_blocks
+from perf.gate.comparison import Comparison, Outcome
 from perf.gate.design import PairedBlocks
 from perf.gate.entries import Benchmark
-from perf.gate.import_proof import Surroundings, Watch, environment
-from perf.gate.metrics import METRICS
+from perf.gate.experiment import Experiment, Plan
+from perf.gate.import_proof import Surroundings, Watch
+from perf.gate.in_turn import tell_noise
+from perf.gate.pytest_process import check_args, pytest_command
 from perf.gate.revisions import commit_of, git
-from perf.gate.saved_runs import Run, load
+from perf.gate.saved_runs import Run
+from perf.gate.turns import SAVED, Side
 from perf.gate.verdict import compare
 from perf.gate.worktrees import worktrees
 
-OWN_OPTIONS = {"--benchmark-json", "--benchmark-save", "--benchmark-autosave"}
-OWN_OPTIONS |= {"--perf-baseline", "--perf-inject-slowdown"}
-NO_TIMINGS = ("--benchmark-disable", "--benchmark-skip", "--numprocesses", "--dist", "-n")
-TAIL = 30
-PYTEST_USAGE = 4
+BUDGET_S = 300.0
+PAIRS = 3
+ROUND_S = 0.02
+BLOCKS = 6
+Interleave = Literal["rounds", "blocks"]
 
 
 def ab(
@@ -41,7 +43,11 @@ def ab(
     head: str,
     args: Sequence[str],
     *,
-    blocks: int = 6,
+    budget: float = BUDGET_S,
+    pairs: int = PAIRS,
+    round_s: float = ROUND_S,
+    interleave: Interleave = "rounds",
+    blocks: int = BLOCKS,
     counters: bool = True,
     repo: Path | str = ".",
     advance: Callable[[str], object] = lambda _: None,
@@ -50,114 +56,119 @@ def ab(
 
     Args:
         base, head: git revisions; `.` is the working tree as it is, uncommitted and untracked files included.
-        args: what pytest is given in each block, from the top of the repository.
-        blocks: pairs of blocks, at least four.
+        args: what pytest is given in each process, from the top of the repository.
+        budget: seconds by the clock, start-up included; it ends before, once everything is decided.
+        pairs: pairs of processes, one after the other.
+        round_s: the least time of a turn, seconds.
+        interleave: what takes turns: rounds of two live processes, or whole processes.
+        blocks: pairs of blocks, at least four, where blocks take turns.
         counters: whether exact counters are judged too.
-        advance: called with a line about what comes next, once before each block.
+        advance: called with a line about what comes next, once before each pair of processes, or each block.
 
     Raises:
         GateError: for a revision that is not there or cannot be made whole, options that measure nothing, a
-            block that fails, or one that imported anything from elsewhere than its own tree and real
+            process that fails, or one that imported anything from elsewhere than its own tree and real
             installed files.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the worktrees are gone.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after processes and worktrees are gone.
     """
-    check(args, blocks)
+    _check_numbers(budget, pairs, round_s, interleave, blocks)
+    check_args(args)
     top = Path(git(Path(repo), "rev-parse", "--show-toplevel"))
     commits = [commit_of(top, revision) for revision in (base, head)]
-    done: tuple[list[Run], list[Run]] = ([], [])
     with worktrees(top, commits) as trees:
-        folder, around = trees[0].parent, Surroundings.of(top, trees)
-        for number, side in enumerate(order(blocks), 1):
-            advance(f"block {number} of {2 * blocks}: {(base, head)[side]}")
-            watch = Watch.begin(folder / f"imports-{number}", trees[side], around)
-            name = f"block {number}, {(base, head)[side]}"
-            done[side].append(block(args, folder / f"{number}.json", trees[side], name, watch))
-    comparison = compare(merge(done[0], base), merge(done[1], head), design=PairedBlocks(), counters=counters)
+        around = Surroundings.of(top, trees)
+        if interleave == "blocks":
+            runs = measure_blocks((base, head), trees, args, blocks, around, advance)
+            comparison = compare(*runs, design=PairedBlocks(), counters=counters)
+        else:
+            one = Experiment(Plan(budget, pairs, round_s))
+            sides = _in_trees((base, head), trees, args, around)
+            saved = list(experiment.run(sides, [one], advance))
+            runs = _joined(base, [pair[0] for pair in saved]), _joined(head, [pair[1] for pair in saved])
+            comparison = concluded(one, *runs, counters)
     if commits[0] == commits[1]:
         note = f"both revisions are commit {commits[0][:12]}: whatever differs is the machine"
         comparison = replace(comparison, notes=(*comparison.notes, note))
     return comparison
 
 
-def order(pairs: int) -> list[int]:
-    """ABBA: which side (0 or 1) each of 2 x `pairs` blocks measures."""
-    return [side for pair in range(pairs) for side in ((1, 0) if pair % 2 else (0, 1))]
+def concluded(one: Experiment, base: Run, head: Run, counters: bool = True) -> Comparison:
+    """The comparison at an experiment's end, with what a reader should know of its course."""
+    comparison = compare(base, head, design=one.design, counters=counters)
+    timed = {
+        v.benchmark: one.design.series[v.benchmark].noise for v in comparison.verdicts if v.p is not None
+    }
+    notes = [*comparison.notes, *tell_noise(timed)]
+    turns_s, shares = sum(one.measured_s.values()), f"{one.pairs} of {one.plan.pairs} pairs of processes"
+    took = f"it took {one.seconds:.0f} s, {turns_s:.0f} s of them in turns, and {shares}"
+    if open_ := [v for v in comparison.verdicts if v.outcome is Outcome.INCONCLUSIVE and v.rounds_needed]:
+        factor = max(v.rounds_needed / max(1, min(v.rounds)) for v in open_ if v.rounds_needed)
+        enough = _minutes(factor * one.plan.budget_s)
+        notes.append(f"{took}; --budget {enough} would probably decide the rest")
+    else:
+        notes.append(took)
+    return replace(comparison, notes=tuple(notes))
 
 
-def check(args: Sequence[str], blocks: int) -> None:
-    """Raise GateError, code 2, for pytest arguments that take away the measuring, or too few pairs."""
-    if blocks < stats.MIN_PAIRS:
+def _minutes(seconds: float) -> str:
+    return f"{max(1, round(seconds / 60))}m"
+
+
+def _check_numbers(budget: float, pairs: int, round_s: float, interleave: str, blocks: int) -> None:
+    """Raise GateError, code 2, for what cannot decide anything."""
+    if interleave == "blocks" and blocks < stats.MIN_PAIRS:
         raise GateError(f"blocks={blocks} cannot decide anything: give {stats.MIN_PAIRS} or more", Exit.USAGE)
-    for arg in args:
-        option = arg.split("=")[0]
-        if option in OWN_OPTIONS:
-            raise GateError(f"{option} is set for each block by itself: leave it out", Exit.USAGE)
-        if option in NO_TIMINGS or (arg.startswith("-n") and arg[2:].isdigit()):
-            raise GateError(f"{arg} turns benchmarks off, so that nothing is timed: leave it out", Exit.USAGE)
+    if interleave not in ("rounds", "blocks"):
+        raise GateError(f"interleave={interleave!r} must be rounds or blocks", Exit.USAGE)
+    for name, value in (("budget", budget), ("min-round", round_s)):
+        if not 0 < value < float("inf"):
+            raise GateError(f"{name}={value} must be seconds above 0", Exit.USAGE)
+    if pairs < 1:
+        raise GateError(f"pairs={pairs} must be 1 or more", Exit.USAGE)
 
 
-def block(args: Sequence[str], saved: Path, tree: Path, name: str, watch: Watch | None = None) -> Run:
-    """Run pytest once in a fresh process in `tree`, and read what it saved.
+def _in_trees(
+    names: Sequence[str], trees: Sequence[Path], args: Sequence[str], around: Surroundings
+) -> experiment.Sides:
+    """Processes that each measure their own tree, which is proven at their end."""
 
-    With `watch` what it imported is proven.
+    @contextmanager
+    def sides(number: int) -> Iterator[Sequence[Side]]:
+        found, watches = [], []
+        for side, tree in enumerate(trees):
+            watch = Watch.begin(trees[0].parent / f"imports-{number}-{side}", tree, around)
+            command = pytest_command(args, tree, f"--benchmark-json={watch.folder / SAVED}", "-x")
+            name = f"{names[side]}, process {number + 1}"
+            found.append(Side(name, command, tree, watch.environment(), watch.folder))
+            watches.append(watch)
+        try:
+            yield found
+        except GateError as error:
+            if error.code is not Exit.USAGE:
+                _prove(found, watches)  # what was imported may be why
+            raise
+        _prove(found, watches)
+
+    return sides
+
+
+def _prove(sides: Sequence[Side], watches: Sequence[Watch]) -> None:
+    for side, watch in zip(sides, watches, strict=True):
+        watch.check(side.name)
+
+
+def _joined(name: str, saved: Sequence[Run | None]) -> Run:
+    """What the processes of a side saved, as one run.
 
     Raises:
-        GateError: if a test fails, nothing is collected, or nothing was saved, with the end of pytest's
-            output; if something was imported from where it must not be.
+        GateError: if none of them measured anything.
     """
-    command = [sys.executable, "-m", "pytest", *args, "-q", "-p", "no:cacheprovider"]
-    command.append(f"--benchmark-json={saved}")
-    unwanted = any(arg.endswith("no:perf.plugin") for arg in args)
-    if not unwanted and (not (tree / "perf").is_dir() or (tree / "perf" / "plugin.py").is_file()):
-        command += ["-p", "perf.plugin"]  # or nobody would look at a tolerance mark
-    if _has_xdist(args):
-        command.append("-n0")  # outranks the project's own addopts, and those in PYTEST_ADDOPTS
-    env, pipe = watch.environment() if watch else environment(tree), subprocess.PIPE
-    done = subprocess.run(command, cwd=tree, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-    if watch and done.returncode != PYTEST_USAGE:
-        watch.check(name)  # also of a block that failed: what it imported may be why
-    if done.returncode or not saved.is_file() or not saved.stat().st_size:
-        what = f"pytest ended with code {done.returncode}" if done.returncode else "pytest measured nothing"
-        tail = "\n".join(done.stdout.splitlines()[-TAIL:])
-        code = Exit.USAGE if done.returncode == PYTEST_USAGE else Exit.NOT_COMPARABLE
-        raise GateError(f"{name}: {what} ({' '.join(command[2:])})\n{tail}", code)
-    return load(saved)
-
-
-def _has_xdist(args: Sequence[str]) -> bool:
-    """Return whether a block's pytest loads xdist by itself, under which pytest-benchmark times nothing."""
-    given = [*args, *os.environ.get("PYTEST_ADDOPTS", "").split()]
-    refused = any(arg.endswith("no:xdist") or arg == "--disable-plugin-autoload" for arg in given)
-    if refused or os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD"):
-        return False
-    return bool(entry_points(group="pytest11", name="xdist"))
-
-
-def merge(blocks: Sequence[Run], name: str) -> Run:
-    """Blocks as one run: a round is a block's typical value, and of a counter every value that occurred."""
-    names = dict.fromkeys(fullname for run in blocks for fullname in run.benchmarks)
-    merged = {fullname: _merge([run.benchmarks.get(fullname) for run in blocks]) for fullname in names}
-    return replace(blocks[0], name=name, benchmarks=merged)
-
-
-def _merge(found: Sequence[Benchmark | None]) -> Benchmark:
-    entries = [entry for entry in found if entry is not None]
-    first, problems = entries[0], {key: why for entry in entries for key, why in entry.problems.items()}
-    if len(entries) < len(found):
-        problems[""] = f"was measured in {len(entries)} of {len(found)} blocks only"
-    elif any(entry.fingerprint != first.fingerprint for entry in entries):
-        problems[""] = "has another fingerprint from block to block"
-    rounds: dict[str, tuple[float, ...]] = {}
-    for metric in dict.fromkeys(name for entry in entries for name in entry.rounds):
-        samples = [entry.rounds[metric] for entry in entries if metric in entry.rounds]
-        if len(samples) < len(entries):
-            problems[metric] = f"was recorded in {len(samples)} of {len(entries)} blocks only"
-        elif METRICS[metric].direction == "exact":
-            rounds[metric] = tuple(value for sample in samples for value in sample)
-        else:
-            rounds[metric] = tuple(stats.centre(sample) for sample in samples)
-    info: dict[str, Any] = dict(first.info)
-    for key in (key for key in info if key in METRICS):
-        values = [value for entry in entries if isinstance(value := entry.info.get(key), int | float)]
-        info[key] = median(values) if len(values) == len(entries) else None
-    return replace(first, info=info, rounds=rounds, problems=problems)
+    runs = [run for run in saved if run is not None]
+    if not runs:
+        raise GateError(f"{name}: pytest measured nothing")
+    found: dict[str, list[Benchmark]] = {}
+    for one in runs:
+        for fullname, benchmark in one.benchmarks.items():
+            found.setdefault(fullname, []).append(benchmark)  # in the processes that had not decided it yet
+    benchmarks = {fullname: merging.merge(some, "processes") for fullname, some in found.items()}
+    return replace(runs[-1], name=name, benchmarks=benchmarks)

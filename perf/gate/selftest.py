@@ -1,50 +1,57 @@
 """Test of the gate itself: identical code and injected slowdowns, judged as `perf ab` judges two revisions.
 
-A trial is one A/B run: pairs of fresh processes in ABBA order, all of them its own. The processes of a trial
-start together, since nearly all of their time is imports, and then measure one at a time while the others
-sleep. Each process of B measures every effect in turn, so that figures for different effects share processes;
-trials of one effect share nothing. The slowdown is injected from outside: nothing in the engine knows of it.
+A trial is an A/B run of every effect. Its pairs of processes are its own, and shared by the effects, each of
+which has groups, looks, budget and an end of its own, and the start-up of the processes is counted to each;
+so figures of one effect are those of runs that share nothing. The slowdown is injected from outside, into
+head's turns alone: nothing in the engine knows of it.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from perf.errors import Exit, GateError
-from perf.gate import ab, stats
+from perf.gate import experiment, sequential, stats
 from perf.gate.comparison import Comparison, Outcome
-from perf.gate.design import PairedBlocks
-from perf.gate.saved_runs import Run, load
-from perf.gate.verdict import compare
+from perf.gate.design import UndecidedError
+from perf.gate.entries import Benchmark
+from perf.gate.experiment import Experiment, Plan
+from perf.gate.import_proof import environment
+from perf.gate.metrics import METRICS
+from perf.gate.noise import Found, Spread
+from perf.gate.pytest_process import check_args, pytest_command
+from perf.gate.saved_runs import Run
+from perf.gate.turns import SAVED, Side
 
-PAIRS = 4
-BLOCK = (sys.executable, "-m", "perf.measure.selftest_block")  # see there for what it is asked
-PIPE = subprocess.PIPE
-Measure = Callable[[int, float], Run]  # (which process, injected slowdown) -> what it measured
+EFFECTS = ("0", "0.03", "0.05", "0.10")
+NOTHING = "0"
+MINUTES = (1, 2, 5)  # budgets for which the smallest visible effect is told
+SESSION_ROUNDS = 30
+DEFAULT = ("perf/benchmarks/test_policies.py", "-k", "cpu-continuous")
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
     """Verdicts on every trial of one effect.
 
-    outcomes: of whole runs, one a trial. failed: by metric, how many trials called that one a regression.
+    outcomes, seconds: of whole runs, one a trial. failed, improved: by metric, how many trials called that
+    one a regression, or better. better: trials that called any metric better.
     """
 
-    effect: float
+    effect: str
+    budget_s: float
     outcomes: tuple[Outcome, ...]
+    seconds: tuple[float, ...]
+    better: int = 0
     failed: dict[str, int] = field(default_factory=dict)
+    improved: dict[str, int] = field(default_factory=dict)
 
     @property
     def regressions(self) -> int:
@@ -55,173 +62,204 @@ class Rate:
         """95 % interval (Clopper and Pearson) of the true rate of regressions called."""
         return stats.binomial_bounds(self.regressions, len(self.outcomes))
 
+    def plain(self) -> dict[str, Any]:
+        """Return all of it as plain Python, for JSON."""
+        return {
+            "effect": self.effect,
+            "budget_s": self.budget_s,
+            "trials": len(self.outcomes),
+            "regressions": self.regressions,
+            "bounds": list(self.bounds),
+            "better": self.better,
+            "outcomes": [str(outcome) for outcome in self.outcomes],
+            "seconds": [round(seconds, 1) for seconds in self.seconds],
+            "failed": self.failed,
+            "improved": self.improved,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Rates, one an effect; visible: by metric, the slowdown called a regression four times in five."""
+    """Rates, one an effect.
+
+    visible: by metric, for each of `minutes` the slowdown that a run of so long would probably (four times in
+    five) call a regression; None where that is too short for a run.
+    """
 
     pairs: int
     rates: tuple[Rate, ...]
-    visible: dict[str, float]
+    visible: dict[str, tuple[float | None, ...]]
+    noise: tuple[Found, ...] = ()
+    minutes: tuple[int, ...] = MINUTES
+
+    def good(self, share: float) -> bool:
+        """Return whether so many trials leave identical code alone, and find the largest slowdown."""
+        quiet = all(r.regressions <= (1 - share) * len(r.outcomes) for r in self.rates if r.effect == NOTHING)
+        slow = [rate for rate in self.rates if rate.effect != NOTHING]
+        largest = max(slow, key=lambda rate: _size(rate.effect), default=None)
+        return quiet and (largest is None or largest.regressions >= share * len(largest.outcomes))
 
     def plain(self) -> dict[str, Any]:
         """Return all of it as plain Python, for JSON."""
-        rates = [
-            {
-                "effect": rate.effect,
-                "trials": len(rate.outcomes),
-                "regressions": rate.regressions,
-                "bounds": list(rate.bounds),
-                "outcomes": [str(outcome) for outcome in rate.outcomes],
-                "failed": rate.failed,
-            }
-            for rate in self.rates
-        ]
-        return {"pairs": self.pairs, "rates": rates, "visible": self.visible}
+        visible = {
+            name: dict(zip(map(str, self.minutes), sizes, strict=True))
+            for name, sizes in self.visible.items()
+        }
+        return {"pairs": self.pairs, "rates": [rate.plain() for rate in self.rates], "visible": visible}
+
+
+def _size(effect: str) -> float:
+    """The slowdown of all steps together; 0 where only some are slowed down."""
+    return float(effect) if "@" not in effect else 0.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of one effect: its course, and what the gate said at its end."""
+
+    course: Experiment
+    comparison: Comparison
 
 
 def selftest(
-    effects: Sequence[float] = (0.0, 0.03, 0.05, 0.10),
+    effects: Sequence[str] = EFFECTS,
     trials: int = 20,
     *,
-    pairs: int = PAIRS,
+    plan: Plan,
+    idle_budget_s: float | None = None,
     args: Sequence[str] = (),
     advance: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """Run `trials` A/B runs of every injected effect and count what the gate calls them.
 
     Args:
-        effects: injected slowdowns as fractions; 0 is identical code, and gives the false-alarm rate.
-        pairs: pairs of blocks a trial.
-        args: pytest arguments of a benchmark of your own, each block then being a pytest run
-            (`--perf-inject-slowdown` plants in it); by default a tiny model on the CPU, without pytest's
-            overhead.
+        effects: injected slowdowns (perf/measure/slowdown.py says how they are written); 0 is identical code,
+            and gives the false-alarm rate.
+        plan: of each A/B run.
+        idle_budget_s: budget of identical code, if it is another.
+        args: pytest arguments of a benchmark of your own; by default a tiny model on the CPU.
         advance: called with a line about what comes next, once before each trial.
 
     Raises:
-        GateError: for effects, trials or pairs that make no sense, or a block that fails.
+        GateError: for effects or trials that make no sense, or a process that fails.
     """
     if trials < 1:
         raise GateError(f"trials={trials} must be 1 or more", Exit.USAGE)
-    if not effects or any(not 0 <= effect < 10 for effect in effects) or len(set(effects)) < len(effects):
-        raise GateError(
-            f"effects={list(effects)} must be different fractions from 0 (0.1 is 10 %)", Exit.USAGE
-        )
-    ab.check(args, pairs)
-    found: dict[float, list[Comparison]] = {effect: [] for effect in effects}
-    for trial in range(trials):
-        advance(f"trial {trial + 1} of {trials}")
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perf-selftest-")))
-            blocks = _pytest_runs(args, folder) if args else _processes(2 * pairs, folder)
-            measure = stack.enter_context(blocks)
-            base, heads = one_trial(measure, effects, pairs, trial)
-        for effect in effects:
-            head = ab.merge(heads[effect], f"{effect:.0%} slower")
-            found[effect].append(compare(ab.merge(base, "as it is"), head, design=PairedBlocks()))
-    return Report(pairs, tuple(_rate(effect, some) for effect, some in found.items()), _visible(found))
+    if not effects or len(set(effects)) < len(effects):
+        raise GateError(f"effects={list(effects)} must be different slowdowns (0.1 is 10 %)", Exit.USAGE)
+    check_args(args)
+    idle = Plan(idle_budget_s or plan.budget_s, plan.pairs, plan.round_s)
+    found: dict[str, list[Trial]] = {effect: [] for effect in effects}
+    fresh: list[Run] = []
+    for number in range(trials):
+        advance(f"trial {number + 1} of {trials}")
+        ended, processes = one_trial(effects, plan, idle, args or DEFAULT, number)
+        fresh += processes
+        for effect, trial in zip(effects, ended, strict=True):
+            found[effect].append(trial)
+    rates = tuple(_rate(effect, some) for effect, some in found.items())
+    every = [trial for some in found.values() for trial in some]
+    return Report(plan.pairs, rates, _visible(every), tuple(between_processes(fresh)))
 
 
 def one_trial(
-    measure: Measure, effects: Sequence[float], pairs: int, trial: int
-) -> tuple[list[Run], dict[float, list[Run]]]:
-    """Measure A blocks without a slowdown and B blocks with each, in ABBA order.
-
-    Which effect a B block begins with changes from block to block.
-    """
-    base: list[Run] = []
-    heads: dict[float, list[Run]] = {effect: [] for effect in effects}
-    for number, side in enumerate(ab.order(pairs)):
-        if side == 0:
-            base.append(measure(number, 0.0))
-            continue
-        turn = (trial + number // 2) % len(effects)
-        for effect in [*effects[turn:], *effects[:turn]]:
-            heads[effect].append(measure(number, effect))
-    return base, heads
+    effects: Sequence[str], plan: Plan, idle: Plan, args: Sequence[str], number: int
+) -> tuple[list[Trial], list[Run]]:
+    """One A/B run of each effect, in processes that they share; and what each process of base saved."""
+    runs = [Experiment(plan, effect) if effect != NOTHING else Experiment(idle) for effect in effects]
+    with tempfile.TemporaryDirectory(prefix="perf-selftest-") as folder:
+        items: dict[str, None] = {}
+        processes: list[Run] = []
+        for base, _ in experiment.run(_here(args, Path(folder)), runs, lambda _: None, seed=number):
+            items |= dict.fromkeys(item for run in runs for item in run.measured_s)
+            processes += [base] if base is not None else []
+    return [Trial(run, run.judged(list(items))) for run in runs], processes
 
 
-def _rate(effect: float, comparisons: Sequence[Comparison]) -> Rate:
+def between_processes(fresh: Sequence[Run]) -> Iterator[Found]:
+    """How much the values of fresh processes of one code differ, each of as many rounds as a session has."""
+    values: dict[tuple[str, str], list[tuple[Benchmark, float]]] = {}
+    for run in fresh:
+        for name, benchmark in run.benchmarks.items():
+            for metric, rounds in benchmark.rounds.items():
+                if METRICS[metric].direction != "exact":
+                    value = stats.means([rounds[:SESSION_ROUNDS]])[0].value
+                    values.setdefault((name, metric), []).append((benchmark, value))
+    for (name, metric), known in values.items():
+        spread = Spread.of([[value for _, value in known]])
+        if spread.df:
+            yield Found(name, known[0][0].fingerprint, metric, spread.variance, spread.df)
+
+
+def _here(args: Sequence[str], folder: Path) -> experiment.Sides:
+    """Both processes measure the tree that this one was started in."""
+
+    @contextmanager
+    def sides(number: int) -> Iterator[Sequence[Side]]:
+        found = []
+        for side in ("base", "head"):
+            own = folder / f"{number}-{side}"
+            own.mkdir()
+            here = Path.cwd()
+            command = pytest_command(args, here, f"--benchmark-json={own / SAVED}", "-x")
+            found.append(Side(f"{side}, process {number + 1}", command, here, environment(here), own))
+        yield found
+
+    return sides
+
+
+def _rate(effect: str, trials: Sequence[Trial]) -> Rate:
     failed: dict[str, int] = {}
-    for comparison in comparisons:
-        timed = {v.metric.name: v.outcome for v in comparison.verdicts if v.metric and v.p is not None}
-        for name, outcome in timed.items():
-            failed[name] = failed.get(name, 0) + (outcome is Outcome.FAIL)
-    return Rate(effect, tuple(comparison.outcome for comparison in comparisons), failed)
+    improved: dict[str, int] = {}
+    for trial in trials:
+        for name, verdict in _timed(trial.comparison):
+            failed[name] = failed.get(name, 0) + (verdict.outcome is Outcome.FAIL)
+            improved[name] = improved.get(name, 0) + verdict.improved
+    outcomes = tuple(trial.comparison.outcome for trial in trials)
+    seconds = tuple(trial.course.seconds for trial in trials)
+    better = sum(any(v.improved for v in trial.comparison.verdicts) for trial in trials)
+    return Rate(effect, trials[0].course.plan.budget_s, outcomes, seconds, better, failed, improved)
 
 
-def _visible(found: dict[float, list[Comparison]]) -> dict[str, float]:
-    """Return by metric the smallest effect that would be seen, from the intervals themselves.
+def _timed(comparison: Comparison) -> Iterator[tuple[str, Any]]:
+    """The verdicts on timings, by metric, and by benchmark where there are several."""
+    several = len({verdict.benchmark for verdict in comparison.verdicts}) > 1
+    for verdict in comparison.verdicts:
+        if verdict.metric is not None:
+            test = verdict.benchmark.rpartition("::")[2]
+            yield (f"{test} {verdict.metric.name}" if several else verdict.metric.name), verdict
+
+
+def _visible(trials: Sequence[Trial]) -> dict[str, tuple[float | None, ...]]:
+    """By metric and budget, the smallest effect that would be seen, from what each trial says of its
+    noise."""
+    sizes: dict[str, list[list[float | None]]] = {}
+    for trial in trials:
+        for name, verdict in _timed(trial.comparison):
+            sizes.setdefault(name, []).append([_smallest(trial.course, verdict, 60 * m) for m in MINUTES])
+    return {name: tuple(map(_median, zip(*each, strict=True))) for name, each in sizes.items()}
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if 2 * len(known) > len(values) else None
+
+
+def _smallest(course: Experiment, verdict: Any, budget_s: float) -> float | None:
+    """The slowdown that a run of `budget_s` of this benchmark and metric would see four times in five.
 
     Half an interval and 0.84 standard errors must fit between no effect and this one.
     """
-    sizes: dict[str, list[float]] = {}
-    for comparison in (c for some in found.values() for c in some):
-        for v in comparison.verdicts:
-            if v.metric is None or v.low is None or v.high is None or v.tolerance is None:
-                continue
-            half = (math.log1p(v.high) - math.log1p(v.low)) / 2
-            error = half / stats.t_quantile((1 + stats.CONFIDENCE) / 2, v.rounds[0] - 1)
-            sure = max(half, v.metric.log_limit(v.tolerance)) + stats.POWER_Z * error
-            sizes.setdefault(v.metric.name, []).append(math.expm1(sure))
-    return {name: statistics.median(values) for name, values in sizes.items()}
-
-
-@contextmanager
-def _pytest_runs(args: Sequence[str], folder: Path) -> Iterator[Measure]:
-    """Runs of pytest, each in a process of its own; what they save lies in a folder."""
-    numbers = itertools.count()
-
-    def measure(process: int, effect: float) -> Run:
-        slowed = [*args, f"--perf-inject-slowdown={effect}"]
-        name = f"block {process}, {effect:.0%} slower"
-        return ab.block(slowed, folder / f"{next(numbers)}.json", Path.cwd(), name)
-
-    yield measure
-
-
-class _Block:
-    """A process that measures when it is asked to; whatever it prints goes to a log."""
-
-    def __init__(self, log: Path) -> None:
-        paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        self.log = log
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(BLOCK, stdin=PIPE, stdout=PIPE, stderr=errors, env=env, text=True)
-
-    def ask(self, **request: Any) -> None:
-        assert self.process.stdin is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        self.wait()
-
-    def wait(self) -> None:
-        """Wait until it is ready; raise GateError, with the end of its log, if it ended instead."""
-        assert self.process.stdout is not None
-        if self.process.stdout.readline() != "ready\n":
-            code = self.process.wait()
-            raise GateError(f"a block ended with code {code}:\n{self.log.read_text()[-2000:]}")
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
-@contextmanager
-def _processes(count: int, folder: Path) -> Iterator[Measure]:
-    """Fresh processes that have loaded everything and wait; each measures when asked, alone."""
-    numbers = itertools.count()
-    with ExitStack() as stack:
-        blocks: list[_Block] = []
-        for number in range(count):
-            blocks.append(_Block(folder / f"{number}.log"))
-            stack.callback(blocks[-1].end)
-        for block in blocks:
-            block.wait()
-
-        def measure(process: int, effect: float) -> Run:
-            path = folder / f"{next(numbers)}.json"
-            blocks[process].ask(effect=effect, path=str(path))
-            return load(path)
-
-        yield measure
+    name, metric, pairs = verdict.benchmark, verdict.metric, course.plan.pairs
+    groups = verdict.rounds[0]
+    measuring = (budget_s - pairs * course.start_up_s / course.pairs) / len(course.measured_s)
+    try:
+        combined = course.design.combined(name, metric.name)
+    except UndecidedError:
+        return None
+    if measuring <= 0:
+        return None
+    error = combined.error_of(groups * measuring / course.measured_s[name], pairs)
+    looks = course.plan.looks
+    half = sequential.estimate(0.0, error, combined.df, looks, looks).high
+    return math.expm1(max(half, metric.log_limit(verdict.tolerance)) + stats.POWER_Z * error)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from perf.errors import Exit, GateError
-from perf.gate import ab, saved_runs
+from perf.gate import ab, blocks, saved_runs
 from perf.gate.comparison import Outcome
 from perf.gate.revisions import commit_of
 from perf.gate.tolerances import Tolerance
@@ -65,7 +65,7 @@ def repo(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("pairs", "sides"), [(1, "AB"), (2, "ABBA"), (5, "ABBAABBAAB")])
 def test_blocks_come_in_abba_order(pairs, sides):
-    assert "".join("AB"[side] for side in ab.order(pairs)) == sides
+    assert "".join("AB"[side] for side in blocks.order(pairs)) == sides
 
 
 def test_a_slower_revision_is_a_regression_and_the_checkout_stays_as_it_was(repo):
@@ -77,7 +77,9 @@ def test_a_slower_revision_is_a_regression_and_the_checkout_stays_as_it_was(repo
         (repo / ".git" / "index").read_bytes(),
     )
     said: list[str] = []
-    comparison = ab.ab("good", ".", ["test_thing.py"], blocks=4, repo=repo, advance=said.append)
+    comparison = ab.ab(
+        "good", ".", ["test_thing.py"], interleave="blocks", blocks=4, repo=repo, advance=said.append
+    )
     (verdict,) = comparison.verdicts
     assert (verdict.outcome, comparison.exit, comparison.design) == (Outcome.FAIL, Exit.REGRESSION, "blocks")
     assert (verdict.base, verdict.head) == (pytest.approx(100), pytest.approx(90.5))
@@ -106,7 +108,7 @@ def test_a_block_whose_tests_fail_ends_it_with_pytests_own_words(repo):
     with pytest.raises(
         GateError, match=r"(?s)block 2, wrong: pytest ended with code 1 .*assert thing.RIGHT"
     ) as error:
-        ab.ab("good", "wrong", ["test_thing.py"], blocks=4, repo=repo)
+        ab.ab("good", "wrong", ["test_thing.py"], interleave="blocks", blocks=4, repo=repo)
     assert error.value.code is Exit.NOT_COMPARABLE
 
 
@@ -117,7 +119,7 @@ def test_a_block_whose_tests_fail_ends_it_with_pytests_own_words(repo):
 ])  # fmt: skip
 def test_a_block_that_measures_nothing_is_an_error(repo, args, says, code):
     with pytest.raises(GateError, match=f"block 1, good: {says}") as error:
-        ab.ab("good", "slow", args, blocks=4, repo=repo)
+        ab.ab("good", "slow", args, interleave="blocks", blocks=4, repo=repo)
     assert error.value.code is code
 
 
@@ -140,10 +142,10 @@ def test_what_interrupts_it_leaves_no_worktree(repo, way, tmp_path):
 def test_a_revision_that_is_not_there_is_a_usage_error(repo, tmp_path):
     for revision in ("nope", "--all", ""):
         with pytest.raises(GateError, match="no revision") as error:
-            ab.ab("good", revision, [], blocks=4, repo=repo)
+            ab.ab("good", revision, [], interleave="blocks", blocks=4, repo=repo)
         assert error.value.code is Exit.USAGE
     with pytest.raises(GateError, match="not a git repository"):
-        ab.ab("good", "slow", [], blocks=4, repo=tmp_path)
+        ab.ab("good", "slow", [], interleave="blocks", blocks=4, repo=tmp_path)
 
 
 def test_a_revision_that_names_a_branch_and_a_tag_is_refused_with_both(repo):
@@ -172,7 +174,7 @@ def test_pytest_options_that_take_the_measuring_away_are_refused(arg):
 
 def test_too_few_blocks_are_refused():
     with pytest.raises(GateError, match="blocks=3 cannot decide anything: give 4 or more"):
-        ab.ab("a", "b", [], blocks=3)
+        ab.ab("a", "b", [], interleave="blocks", blocks=3)
 
 
 def block(rounds, cpu="any", name="t::x", **info):
@@ -184,7 +186,7 @@ def block(rounds, cpu="any", name="t::x", **info):
 def test_merged_blocks_have_a_value_a_block_and_every_value_of_a_counter():
     one = block({"tokens_per_s": [1.0, 2.0, 4.0], "preemptions": [3, 3]}, canary_copy_gbps=10.0, seed=7)
     two = block({"tokens_per_s": [8.0], "preemptions": [3, 4]}, canary_copy_gbps=30.0, seed=7)
-    (merged,) = ab.merge([one, two], "main").benchmarks.values()
+    (merged,) = blocks.merge([one, two], "main").benchmarks.values()
     assert merged.rounds["tokens_per_s"] == (pytest.approx(2.0), pytest.approx(8.0))
     assert merged.rounds["preemptions"] == (3, 3, 3, 4)
     assert (merged.info["canary_copy_gbps"], merged.info["seed"]) == (20.0, 7)
@@ -192,13 +194,13 @@ def test_merged_blocks_have_a_value_a_block_and_every_value_of_a_counter():
 
 
 def test_one_commit_against_itself_is_said_to_measure_the_machine(repo, monkeypatch):
-    monkeypatch.setattr(ab, "block", lambda *_: block({"tokens_per_s": [100.0]}))
-    same = ab.ab("good", "slow~1", [], blocks=4, repo=repo)
+    monkeypatch.setattr(blocks, "block", lambda *_: block({"tokens_per_s": [100.0]}))
+    same = ab.ab("good", "slow~1", [], interleave="blocks", blocks=4, repo=repo)
     assert same.exit is Exit.PASS
     assert same.notes == (
         f"both revisions are commit {git(repo, 'rev-parse', 'good')[:12]}: whatever differs is the machine",
     )
-    assert ab.ab("good", "slow", [], blocks=4, repo=repo).notes == ()
+    assert ab.ab("good", "slow", [], interleave="blocks", blocks=4, repo=repo).notes == ()
 
 
 def test_blocks_that_do_not_fit_together_are_problems():
@@ -208,7 +210,7 @@ def test_blocks_that_do_not_fit_together_are_problems():
         (block({"goodput": [1.0]}), "tokens_per_s", "recorded in 1 of 2 blocks"),
         (block({"tokens_per_s": [1.0]}, name="t::y"), "", "measured in 1 of 2 blocks"),
     ):
-        assert says in ab.merge([one, other], "main").benchmarks["t::x"].problems[where]
+        assert says in blocks.merge([one, other], "main").benchmarks["t::x"].problems[where]
 
 
 MARKED = """
@@ -224,19 +226,19 @@ def test_a_tolerance_mark_is_used_or_refused_without_a_conftest_of_ours(tmp_path
     if conftest:
         (tmp_path / "conftest.py").write_text(conftest)
     (tmp_path / "test_marked.py").write_text(MARKED.format(mark="'round_s', rel=0.9"))
-    run = ab.block(["test_marked.py"], tmp_path / "1.json", tmp_path, "block 1")
+    run = blocks.block(["test_marked.py"], tmp_path / "1.json", tmp_path, "block 1")
     (found,) = run.benchmarks.values()
     assert found.tolerances == {"round_s": Tolerance(rel=0.9)}
     (tmp_path / "test_marked.py").write_text(MARKED.format(mark="'no such', rel=0.9"))
     with pytest.raises(GateError, match=r"(?s)block 2: .*test_marked: perf_gate.*no such gated metric"):
-        ab.block(["test_marked.py"], tmp_path / "2.json", tmp_path, "block 2")
+        blocks.block(["test_marked.py"], tmp_path / "2.json", tmp_path, "block 2")
 
 
 def test_a_conftest_with_an_option_of_the_same_name_has_a_way_out(tmp_path):
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--model')\n")
     (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark.pedantic(int, rounds=5)\n")
     args = ["-p", "no:perf.plugin", "test_plain.py"]
-    assert ab.block(args, tmp_path / "1.json", tmp_path, "block 1").benchmarks
+    assert blocks.block(args, tmp_path / "1.json", tmp_path, "block 1").benchmarks
 
 
 @pytest.mark.parametrize("ini", [True, False])
@@ -253,7 +255,7 @@ def test_a_block_measures_though_a_session_around_it_or_its_project_runs_in_para
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
     if not ini:
         monkeypatch.setenv("PYTEST_ADDOPTS", options)
-    assert ab.block(["test_plain.py"], tmp_path / "1.json", tmp_path, "block 1").benchmarks
+    assert blocks.block(["test_plain.py"], tmp_path / "1.json", tmp_path, "block 1").benchmarks
 
 
 def test_a_block_may_do_without_xdist(tmp_path, monkeypatch):
@@ -261,11 +263,11 @@ def test_a_block_may_do_without_xdist(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTEST_PLUGINS")
     (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark.pedantic(int, rounds=5)\n")
     args = ["-p", "no:xdist", "test_plain.py"]
-    assert ab.block(args, tmp_path / "1.json", tmp_path, "block 1").benchmarks
+    assert blocks.block(args, tmp_path / "1.json", tmp_path, "block 1").benchmarks
 
 
 def test_a_tree_with_an_older_package_of_ours_gets_no_plugin_that_it_lacks(tmp_path):
     (tmp_path / "perf").mkdir()
     (tmp_path / "perf" / "__init__.py").touch()
     (tmp_path / "test_plain.py").write_text("def test_plain(benchmark): benchmark.pedantic(int, rounds=5)\n")
-    assert ab.block(["test_plain.py"], tmp_path / "1.json", tmp_path, "block 1").benchmarks
+    assert blocks.block(["test_plain.py"], tmp_path / "1.json", tmp_path, "block 1").benchmarks

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def storage(tmp_path, monkeypatch):
     """Saved runs `main`, `again` (the same code), `slow` (12 % slower), `less` (fewer benchmarks); we stand
-    there."""
+    there. Sessions of this machine are known to agree, so that one a side is enough."""
     folder = tmp_path / ".benchmarks" / "Linux"
     folder.mkdir(parents=True)
     kinds = {"main": (0, 1.0, None), "again": (1, 1.0, None), "slow": (2, 0.88, None), "less": (3, 1.0, 3)}
@@ -34,6 +34,7 @@ def storage(tmp_path, monkeypatch):
         fake_runs.save(
             folder, name, [entry for entry in fake_runs.benchmarks() if entry["group"] == "startup"], number
         )
+    fake_runs.quiet(tmp_path / ".benchmarks", sorted(folder.glob("*_main.json")))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -85,7 +86,7 @@ def test_exit_codes_say_what_was_found(run, storage):
 def test_a_run_is_not_compared_with_itself(run, storage):
     code, _, err = run("compare", "main", "1")
     assert code == 2
-    assert err.startswith("error: 'main' and '1' are the same file")
+    assert err.startswith("error: 'main' and '1' both have the session ")
 
 
 @pytest.mark.parametrize("args", [["compare", "main"], ["compare", "main", "slow", "--charm"], ["charm"],
@@ -135,18 +136,21 @@ def test_a_comparison_of_revisions_passes_on_what_it_was_given(run, monkeypatch,
 
     def measure(base, head, args, **options):
         asked.update(base=base, head=head, args=args, **options)
-        options["advance"]("block 1 of 8: main")
+        options["advance"]("processes 1 of 3")
         raise GateError("no more")
 
     monkeypatch.setattr("perf.gate.ab.ab", measure)
     code, _, err = run(
-        "ab", "main", ".", "--blocks", "4", "--no-counters", "--", "perf/test_x.py", "-k", "cpu"
+        *("ab", "main", ".", "--budget", "1m30s", "--pairs", "2", "--min-round", "0.1"),
+        *("--interleave", "blocks", "--blocks", "4", "--no-counters", "--", "perf/test_x.py", "-k", "cpu"),
     )
-    assert (code, err) == (3, "block 1 of 8: main\nerror: no more\n")
+    assert (code, err) == (3, "processes 1 of 3\nerror: no more\n")
     assert (asked["base"], asked["head"], asked["args"]) == ("main", ".", ["perf/test_x.py", "-k", "cpu"])
-    assert (asked["blocks"], asked["counters"]) == (4, False)
+    assert (asked["blocks"], asked["counters"], asked["interleave"]) == (4, False, "blocks")
+    assert (asked["budget"], asked["pairs"], asked["round_s"]) == (90.0, 2, 0.1)
     run("ab", "main", ".")
     assert (asked["args"], asked["blocks"], asked["counters"]) == (["perf"], 6, True)
+    assert (asked["budget"], asked["interleave"]) == (300.0, "rounds")
 
 
 def test_no_bar_is_drawn_into_a_log_file_whatever_its_colours(tmp_path):
@@ -170,9 +174,10 @@ def test_the_self_test_fails_where_the_gate_cannot_be_trusted(
 ):
     def rate(effect, hits):
         outcomes = (Outcome.FAIL,) * hits + (Outcome.PASS,) * (20 - hits)
-        return selftest.Rate(effect, outcomes, {"tokens_per_s": hits})
+        return selftest.Rate(effect, 60.0, outcomes, (30.0,) * 20, failed={"tokens_per_s": hits})
 
-    report = selftest.Report(4, (rate(0.0, alarms), rate(0.03, 7), rate(0.1, found)), {"tokens_per_s": 0.035})
+    rates = (rate("0", alarms), rate("0.03", 7), rate("0.1", found))
+    report = selftest.Report(3, rates, {"tokens_per_s": (None, 0.035, 0.027)})
     asked = {}
 
     def measure(effects, trials, **options):
@@ -181,19 +186,21 @@ def test_the_self_test_fails_where_the_gate_cannot_be_trusted(
 
     monkeypatch.setattr(selftest, "selftest", measure)
     got, out, _ = run(
-        "selftest", "--trials", "20", "--effects", "0,0.03,0.1", "--json", str(tmp_path / "x.json")
+        *("selftest", "--trials", "20", "--effects", "0, 0.03,0.1", "--budget", "2m", "--idle-budget", "1m"),
+        *("--json", str(tmp_path / "x.json")),
     )
     assert got == code
-    assert (asked["effects"], asked["trials"], asked["pairs"], asked["args"]) == ([0.0, 0.03, 0.1], 20, 4, ())
+    assert (asked["effects"], asked["trials"], asked["args"]) == (["0", "0.03", "0.1"], 20, ())
+    assert (asked["plan"].budget_s, asked["plan"].pairs, asked["idle_budget_s"]) == (120.0, 3, 60.0)
     assert f"{found} of 20" in out
     assert "3.5%" in out
     assert json.loads((tmp_path / "x.json").read_text())["rates"][1]["regressions"] == 7
 
 
-def test_effects_that_are_no_numbers_are_a_usage_error(run):
-    code, _, err = run("selftest", "--effects", "much")
+def test_effects_that_are_no_slowdowns_are_a_usage_error(run):
+    code, _, err = run("selftest", "--effects", "0,much")
     assert code == 2
-    assert "effects='much' must be fractions" in err
+    assert "inject_slowdown=much must be a fraction" in err
 
 
 def test_counters_and_peers_are_passed_on(run, monkeypatch):

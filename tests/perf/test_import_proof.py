@@ -438,7 +438,9 @@ def test_the_way_out_that_the_command_tells_is_one(scene, monkeypatch):
     assert done.returncode == Exit.NOT_COMPARABLE, done.stderr
     assert len(git(scene.top, "worktree", "list").splitlines()) == 1
     error = done.stderr[done.stderr.index("error: ") :]
-    assert error.startswith(f"error: block 1, good: lib was imported from {scene.lib}, which is a checkout's")
+    assert error.startswith(
+        f"error: good, process 1: lib was imported from {scene.lib}, which is a checkout's"
+    )
     assert error.endswith(": set PYTHONPATH=vendor, which is then looked up in each revision's tree\n")
     monkeypatch.chdir(scene.top)
     monkeypatch.setenv("PYTHONPATH", "vendor")

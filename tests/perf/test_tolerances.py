@@ -18,6 +18,7 @@ from perf.measure import machine_speed
 from perf.measure.case import PerfCase
 from perf.measure.machine_speed import MachineSpeed
 from perf.measure.session import BenchSession
+from tests.perf import fake_runs
 from tests.perf.test_case import Fixture, Scripted
 
 pytest_plugins = ["pytester"]
@@ -66,7 +67,8 @@ def test_a_mark_on_a_plain_benchmark_is_used(pytester: pytest.Pytester):
     times = [0.1, 0.101, 0.1, 0.099, 0.1, 0.1]
     for factor, outcome in ((1.4, Outcome.PASS), (1.7, Outcome.FAIL)):
         pair = [{**entry, "stats": {"data": [time * by for time in times]}} for by in (1, factor)]
-        base, head = (saved_runs.parse({"benchmarks": [side]}, "x.json") for side in pair)
+        runs = (saved_runs.parse({"benchmarks": [side]}, "x.json") for side in pair)
+        base, head = map(fake_runs.several, runs)
         (verdict,) = compare(base, head).verdicts
         assert (verdict.outcome, verdict.tolerance) == (outcome, 0.5)
 
@@ -149,7 +151,9 @@ def test_a_mark_on_a_class_or_module_is_for_those_that_record_the_metric(pyteste
 
 
 def test_a_tests_own_mark_must_be_of_what_it_recorded():
-    bench = BenchSession(model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0)
+    bench = BenchSession(
+        model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0, min_time=0.0
+    )
     limits = json.dumps({"goodput": {"rel": 0.1}, "ttft_p50_ms": {"rel": 0.3}})
 
     def measure(own: tuple[str, ...], fixture: Fixture) -> None:
@@ -184,15 +188,27 @@ def test_a_limit_given_alone_holds_alone(own: dict[str, float], factor: float, o
     record = {"schema": 2, "gate": json.dumps({"round_s": own})}
     entry = {"fullname": "t", "extra_info": {"dynamic_batch": record}}
     times = [0.1, 0.1001, 0.1, 0.0999, 0.1, 0.1]
-    base, head = (
+    runs = (
         saved_runs.parse({"benchmarks": [{**entry, "stats": {"data": data}}]}, "x.json")
         for data in (times, [time * factor for time in times])
     )
+    base, head = map(fake_runs.several, runs)
     assert compare(base, head).verdicts[0].outcome is outcome
 
 
 @pytest.mark.parametrize(
-    "option", ["--rounds=0", "--rounds=-1", "--perf-inject-slowdown=-0.1", "--perf-inject-slowdown=nan"]
+    "option",
+    [
+        "--rounds=0",
+        "--rounds=-1",
+        "--min-time=-1",
+        "--min-time=nan",
+        "--min-time=inf",
+        "--min-time=x",
+        "--perf-inject-slowdown=-0.1",
+        "--perf-inject-slowdown=nan",
+        "--perf-inject-slowdown=0.1@prefill",
+    ],
 )
 def test_a_number_that_would_be_taken_for_none_is_refused(pytester: pytest.Pytester, option: str):
     assert run(pytester, TIMED, option).ret == pytest.ExitCode.USAGE_ERROR

@@ -95,7 +95,7 @@ def test_a_slowdown_in_a_submodule_is_a_regression(top, monkeypatch):
     meant."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(top / "vendor" / "lib"), str(ROOT)]))
     before = state(top)
-    comparison = ab.ab("good", "slow", ["test_thing.py"], blocks=4, repo=top)
+    comparison = ab.ab("good", "slow", ["test_thing.py"], interleave="blocks", blocks=4, repo=top)
     (verdict,) = comparison.verdicts
     assert (verdict.outcome, comparison.exit) == (Outcome.FAIL, Exit.REGRESSION)
     assert (verdict.base, verdict.head) == (pytest.approx(100), pytest.approx(50))

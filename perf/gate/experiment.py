@@ -1,0 +1,187 @@
+"""The course of an A/B by rounds: pairs of processes, looks, and the end of it, as soon as all is decided.
+
+An experiment is what is compared: the head as it is, or slowed down on purpose (`perf selftest`). Several can
+share processes. Each benchmark has a share of the budget in each pair of processes, and within it looks at
+fixed fractions; at a look everything measured so far is judged as it will be at the end.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from perf.gate import tolerances, turns
+from perf.gate.comparison import Comparison, Outcome
+from perf.gate.entries import Benchmark
+from perf.gate.in_turn import InTurn
+from perf.gate.saved_runs import Run
+from perf.gate.verdict import compare
+
+LOOKS = 8  # of a benchmark in each pair of processes
+MIN_GROUPS = 2  # of a benchmark in each pair of processes, whatever is left of the budget
+CONCLUDE_S = 1.0  # kept for the ends of two processes
+SEED = 25  # of the order of turns
+DECIDED = frozenset({Outcome.PASS, Outcome.FAIL})
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """budget_s: by the clock, start-up and proofs included. pairs: of processes. round_s: a turn's least
+    time."""
+
+    budget_s: float
+    pairs: int
+    round_s: float
+
+    @property
+    def looks(self) -> int:
+        return self.pairs * LOOKS
+
+
+@dataclass
+class Experiment:
+    """What is compared, and all that was measured of it.
+
+    slowdown: that head is injected with, as text. design: has the groups. gates: head's own tolerances by
+    benchmark, as JSON text. measured_s: spent in turns, by benchmark. start_up_s: of its pairs of processes,
+    all that was not spent in turns. pairs: of processes that it took.
+    """
+
+    plan: Plan
+    slowdown: str | None = None
+    design: InTurn = field(init=False)
+    gates: dict[str, str | None] = field(default_factory=dict)
+    decided: set[str] = field(default_factory=set)
+    measured_s: dict[str, float] = field(default_factory=dict)
+    start_up_s: float = 0.0
+    pairs: int = 0
+
+    def __post_init__(self) -> None:
+        self.design = InTurn(self.plan.looks)
+
+    @property
+    def seconds(self) -> float:
+        """By the clock, had nothing else shared its processes."""
+        return self.start_up_s + sum(self.measured_s.values())
+
+    def judged(self, items: Sequence[str], others: int = 0) -> Comparison:
+        """Judge what was measured of some benchmarks, by their rounds alone.
+
+        others: benchmarks of the run that are not among them; of many one may look bad by chance.
+        """
+        runs = [{item: self._benchmark(item, side) for item in items} for side in turns.SIDES]
+        metrics = max((len(self.design.series[item].metrics) for item in items), default=0)
+        base, head = (
+            Run(name, Path(), {}, {}, "", one) for name, one in zip(("base", "head"), runs, strict=True)
+        )
+        return compare(base, head, design=self.design, counters=False, others=others * metrics)
+
+    def _benchmark(self, item: str, side: int) -> Benchmark:
+        series = self.design.series[item]
+        rounds = {
+            name: tuple(
+                value for pair in series.sections(name) for section in pair for value in section[side]
+            )
+            for name in series.metrics
+        }
+        return Benchmark(item, "", {}, rounds, {}, tolerances.read(item, self.gates.get(item)))
+
+    def look(self, item: str, number: int, benchmarks: int) -> bool:
+        """Look at a benchmark; return whether all of it is decided, so that nothing more needs to be
+        measured."""
+        self.design.series[item].look = number
+        verdicts = self.judged([item], benchmarks - 1).verdicts
+        if verdicts and all(verdict.outcome in DECIDED for verdict in verdicts):
+            self.decided.add(item)
+        return item in self.decided
+
+
+Sides = Callable[[int], AbstractContextManager[Sequence[turns.Side]]]
+
+
+def run(
+    sides: Sides, experiments: Sequence[Experiment], advance: Callable[[str], object], seed: int = SEED
+) -> Iterator[list[Run | None]]:
+    """Measure pair after pair of processes until every experiment is decided; gives what both sides saved.
+
+    Args:
+        sides: gives, for the number of a pair, how its processes are started, and looks after what they
+            leave.
+        advance: called with a line about each pair of processes.
+    """
+    noise = random.Random(seed)
+    plan = experiments[0].plan
+    for number in range(plan.pairs):
+        advance(f"processes {number + 1} of {plan.pairs}")
+        began = turns.clock()
+        with sides(number) as two, turns.pair(two, noise) as pair:
+            course = _Course(number, began, pair, experiments)
+            pair.run(course.wanted, course.measure, alone=number == 0)
+            saved = pair.conclude()
+        for experiment in course.took_part:
+            experiment.pairs += 1
+            experiment.start_up_s += turns.clock() - began - course.measured_s
+        yield saved
+        if all(set(pair.common) <= experiment.decided for experiment in experiments):
+            return
+
+
+class _Course:
+    """One pair of processes on their way through the benchmarks. measured_s: of all experiments together."""
+
+    def __init__(
+        self, number: int, began: float, pair: turns.Pair, experiments: Sequence[Experiment]
+    ) -> None:
+        self.number, self.began, self.pair = number, began, pair
+        first = number % len(experiments)
+        self.experiments = [*experiments[first:], *experiments[:first]]
+        self.took_part = [one for one in experiments if not set(pair.common) <= one.decided]
+        self.measured_s = 0.0
+        self._passed: set[str] = set()
+
+    def wanted(self, item: str) -> bool:
+        """Return whether a benchmark is still undecided in any experiment."""
+        self._passed.add(item)
+        return any(item not in experiment.decided for experiment in self.experiments)
+
+    def measure(self, item: str, meeting: turns.Meeting) -> None:
+        """Give each experiment that has not decided this benchmark its share of what is left of its
+        budget."""
+        meeting.warm_up(self.experiments[0].plan.round_s)
+        started_up_s = turns.clock() - self.began - self.measured_s
+        for experiment in self.experiments:
+            if item in experiment.decided:
+                continue
+            plan = experiment.plan
+            end = plan.budget_s * (self.number + 1) / plan.pairs - CONCLUDE_S
+            left = 1 + sum(
+                one not in experiment.decided for one in self.pair.common if one not in self._passed
+            )
+            slot = (end - experiment.seconds - started_up_s) / left
+            experiment.gates[item] = meeting.gates[1]
+            started = turns.clock()
+            self._measure(item, meeting, experiment, started, slot)
+            seconds = turns.clock() - started
+            experiment.measured_s[item] = experiment.measured_s.get(item, 0.0) + seconds
+            self.measured_s += seconds
+
+    def _measure(
+        self, item: str, meeting: turns.Meeting, experiment: Experiment, started: float, slot: float
+    ) -> None:
+        """Measure groups until a look decides, or the slot is over."""
+        series, round_s, looked, groups = experiment.design.series[item], experiment.plan.round_s, 0, 0
+        series.pairs.append([])
+        while groups < MIN_GROUPS or turns.clock() - started < slot:
+            series.add(meeting.group(round_s, experiment.slowdown))
+            groups += 1
+            share = min(1.0, (turns.clock() - started) / slot) if slot > 0 else 1.0
+            due = int(share * LOOKS)
+            if due > looked and groups >= MIN_GROUPS:
+                looked = due
+                if experiment.look(item, self.number * LOOKS + due, len(self.pair.common)):
+                    return
+        if looked < LOOKS:
+            experiment.look(item, (self.number + 1) * LOOKS, len(self.pair.common))

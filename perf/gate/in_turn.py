@@ -1,0 +1,210 @@
+"""The design of rounds in turn: groups of rounds from a few pairs of processes, looked at while they come.
+
+The difference of a group is its rounds' mean log(head) less their mean log(base): what the machine did in
+that tenth of a second, it did to both. Of a pair of processes the typical difference is the 20 % trimmed mean
+of its groups'. A metric that is pooled (a tail percentile) is taken over as many groups as give its
+percentile enough values, and these sections are then its groups.
+
+Two processes of the same code differ by where their memory happens to lie, and more rounds do not help. So
+the variance of the result has two parts: that within pairs (winsorised, pooled over them, inflated by serial
+correlation), and that between pairs of processes, which few pairs tell badly: it begins at what identical
+code showed (`BETWEEN`), worth `PRIOR_PAIRS` pairs of evidence, and moves with what this run's pairs show (an
+inverse-gamma prior, as in Smyth 2004). Student's t has the degrees of freedom of both parts (Satterthwaite
+1946). Over the looks the interval is that of perf/gate/sequential.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from perf.errors import GateError
+from perf.gate import sequential, stats
+from perf.gate.design import too_few
+from perf.gate.entries import Benchmark
+from perf.gate.groups import Group, Noise
+from perf.gate.metrics import METRICS
+from perf.gate.pooling import pooled
+from perf.gate.stats import Estimate, Floats
+
+BETWEEN = 0.005  # standard deviation of log(head / base) between pairs of processes of identical code
+PRIOR_PAIRS = 4
+SIDES = (0, 1)
+MIN_GROUPS = 6
+
+T = TypeVar("T")
+
+
+Section = tuple[
+    list[float], list[float]
+]  # values of base and of head: each round's, or the one they pool into
+
+
+class Series:
+    """All groups of one benchmark, by pair of processes; look: the last one that it came to."""
+
+    def __init__(self) -> None:
+        self.pairs: list[list[Group]] = []
+        self.look = 1
+        self._known: dict[object, Any] = {}  # what follows from the groups, until there are more
+
+    def add(self, group: Group) -> None:
+        """Add a group of the newest pair of processes."""
+        self.pairs[-1].append(group)
+        self._known.clear()
+
+    @property
+    def noise(self) -> Noise:
+        return self._once("noise", lambda: Noise.of([group for pair in self.pairs for group in pair]))
+
+    @property
+    def kept(self) -> list[list[Group]]:
+        """The groups that are judged; pairs without any are left out."""
+        return self._once("kept", lambda: [kept for pair in self.pairs if (kept := self.noise.kept(pair))])
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that every round of both sides told."""
+
+        def find() -> list[str]:
+            samples = [
+                sample for pair in self.pairs for group in pair for side in SIDES for sample in group.of(side)
+            ]
+            names = [name for name in METRICS if samples and name in samples[0]]
+            return [name for name in names if all(name in sample for sample in samples)]
+
+        return self._once("metrics", find)
+
+    def sections(self, metric: str) -> list[list[Section]]:
+        """Its sections by pair of processes."""
+        return self._once(metric, lambda: [_sections(pair, metric) for pair in self.kept])
+
+    def _once(self, key: object, find: Callable[[], T]) -> T:
+        if key not in self._known:
+            self._known[key] = find()
+        return cast(T, self._known[key])
+
+
+class InTurn:
+    """Judges each benchmark at the look that it is at.
+
+    looks: planned for each benchmark, over all pairs of processes.
+    """
+
+    name, unit, side_by_side = "rounds in turn", "groups of rounds", True
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+        self.series: defaultdict[str, Series] = defaultdict(Series)
+
+    def count(self, before: Benchmark, after: Benchmark, metric: str) -> tuple[int, int]:
+        groups = sum(map(len, self.series[before.fullname].sections(metric)))
+        return groups, groups
+
+    def estimate(self, before: Benchmark, after: Benchmark, metric: str) -> Estimate:
+        series = self.series[before.fullname]
+        if metric not in series.metrics:
+            raise GateError("was not told round by round: measure it with --interleave blocks")
+        one = self.combined(before.fullname, metric)
+        return sequential.estimate(one.log_ratio, one.error, one.df, series.look, self.looks)
+
+    def combined(self, benchmark: str, metric: str) -> Combined:
+        """What all groups of a benchmark say of a metric. Raises UndecidedError for too few."""
+        sections = self.series[benchmark].sections(metric)
+        pairs = [np.array(list(_differences(pair))) for pair in sections]
+        groups = sum(map(len, pairs))
+        if groups < MIN_GROUPS:
+            raise too_few((groups, groups), self.unit, MIN_GROUPS)
+        return combine(pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """The typical difference over pairs of processes.
+
+    error, df: of it. within: variance of the typical difference of one group. between: of one pair of
+    processes.
+    """
+
+    log_ratio: float
+    error: float
+    df: float
+    within: float
+    between: float
+
+    def error_of(self, groups: float, pairs: int) -> float:
+        """The standard error that so many groups from so many pairs would probably have."""
+        return math.sqrt(self.within / groups + self.between / pairs)
+
+
+def combine(pairs: Sequence[Floats]) -> Combined:
+    """Combine the differences of each pair's groups, log units; one or more a pair, MIN_GROUPS or more in
+    all."""
+    cuts = [int(stats.TRIM * len(pair)) for pair in pairs]
+    kept = np.array([len(pair) - 2 * cut for pair, cut in zip(pairs, cuts, strict=True)], float)
+    clipped = [stats.winsorised(pair, cut) for pair, cut in zip(pairs, cuts, strict=True)]
+    sorted_in = zip(map(np.sort, pairs), cuts, strict=True)
+    means = np.array([pair[cut : len(pair) - cut].mean() for pair, cut in sorted_in])
+    squares = sum(float(((x - x.mean()) ** 2).sum()) for x in clipped)
+    df_within = max(1.0, float((kept - 1).sum()))
+    of_one = squares / df_within * stats.inflation(clipped)
+    within = of_one / kept
+    between = float(PRIOR_PAIRS * BETWEEN**2)
+    if len(pairs) > 1:
+        between += (len(pairs) - 1) * max(0.0, float(means.var(ddof=1) - within.mean()))
+    df_between = PRIOR_PAIRS + len(pairs) - 1
+    between /= df_between
+    weights = 1 / (within + between)
+    variance = float(1 / weights.sum())
+    part = min(variance, between / len(pairs))
+    df = variance**2 / (part**2 / df_between + (variance - part) ** 2 / df_within)
+    share = sum(map(len, pairs)) / float(kept.sum())
+    return Combined(float(weights @ means / weights.sum()), math.sqrt(variance), df, of_one * share, between)
+
+
+def _sections(groups: Sequence[Group], metric: str) -> list[Section]:
+    """The values of each group of a pair, or of as many together as give a pooled metric enough on both
+    sides."""
+    q, needed = METRICS[metric].pooled, METRICS[metric].needed_n
+    told = [[[sample[metric] for sample in group.of(side)] for side in SIDES] for group in groups]
+    if q is None:
+        return [(base, head) for base, head in told]
+    joined: list[list[list[Any]]] = []
+    for base, head in told:
+        if joined and min(_values(joined[-1])) < needed:
+            joined[-1] = [joined[-1][0] + base, joined[-1][1] + head]
+        else:
+            joined.append([base, head])
+    if len(joined) > 1 and min(_values(joined[-1])) < needed:
+        base, head = joined.pop()
+        joined[-1] = [joined[-1][0] + base, joined[-1][1] + head]
+    return [([pooled(base, q)], [pooled(head, q)]) for base, head in joined]
+
+
+def _values(sides: Sequence[Sequence[Sequence[float]]]) -> list[int]:
+    """How many values each side has of a pooled metric."""
+    return [sum(map(len, lists)) for lists in sides]
+
+
+def _differences(sections: Sequence[Section]) -> Iterator[float]:
+    """log(head / base) of each section of a pair's groups."""
+    sides = stats.logs(*(side for section in sections for side in section))
+    for base, head in zip(sides[::2], sides[1::2], strict=True):
+        yield float(head.mean() - base.mean())
+
+
+def tell_noise(noises: Mapping[str, Noise]) -> Iterator[str]:
+    """What a reader should know of the groups that were left out, or would have been."""
+    for benchmark, noise in noises.items():
+        if not noise.spoiled:
+            continue
+        what = ", ".join(f"{count} by {why}" for why, count in noise.spoiled.items())
+        left = f"{sum(noise.spoiled.values())} of {noise.groups} groups of rounds"
+        took = f"{left} ({what}), {noise.share:.0%} of its time"
+        end = f", and judged all the same: {noise.why_kept}" if noise.why_kept else ", and left out"
+        yield f"{benchmark}: the machine took {took}{end}"
