@@ -221,6 +221,9 @@ def selftest(
     if report.noise:
         console.say(f"how much fresh processes differ is kept in {write_noise(storage, report.noise)}")
     console.write_json(json, report.plain())
+    if not report.complete:
+        console.say(f"interrupted: {len(report.rates[0].outcomes)} of {trials} trials were run")
+        raise typer.Exit(console.INTERRUPTED)
     raise typer.Exit(Exit.PASS if report.good(ENOUGH) else Exit.REGRESSION)
 
 

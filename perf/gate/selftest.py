@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perf.errors import Exit, GateError
+from perf.errors import Exit, GateError, sigterm_interrupts
 from perf.gate import experiment, sequential, stats
 from perf.gate.comparison import Comparison, Outcome
 from perf.gate.design import UndecidedError
@@ -90,7 +90,12 @@ class Report:
     rates: tuple[Rate, ...]
     visible: dict[str, tuple[float | None, ...]]
     noise: tuple[Found, ...] = ()
+    asked: int = 0
     minutes: tuple[int, ...] = MINUTES
+
+    @property
+    def complete(self) -> bool:
+        return all(len(rate.outcomes) >= self.asked for rate in self.rates)
 
     def good(self, share: float) -> bool:
         """Return whether so many trials leave identical code alone, and find the largest slowdown."""
@@ -142,6 +147,8 @@ def selftest(
 
     Raises:
         GateError: for effects or trials that make no sense, or a process that fails.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM before the first trial has ended; later the report is of those
+            that have.
     """
     if trials < 1:
         raise GateError(f"trials={trials} must be 1 or more", Exit.USAGE)
@@ -151,15 +158,20 @@ def selftest(
     idle = Plan(idle_budget_s or plan.budget_s, plan.pairs, plan.round_s)
     found: dict[str, list[Trial]] = {effect: [] for effect in effects}
     fresh: list[Run] = []
-    for number in range(trials):
-        advance(f"trial {number + 1} of {trials}")
-        ended, processes = one_trial(effects, plan, idle, args or DEFAULT, number)
-        fresh += processes
-        for effect, trial in zip(effects, ended, strict=True):
-            found[effect].append(trial)
+    with sigterm_interrupts():
+        try:
+            for number in range(trials):
+                advance(f"trial {number + 1} of {trials}")
+                ended, processes = one_trial(effects, plan, idle, args or DEFAULT, number)
+                fresh += processes
+                for effect, trial in zip(effects, ended, strict=True):
+                    found[effect].append(trial)
+        except KeyboardInterrupt:
+            if not fresh:
+                raise
     rates = tuple(_rate(effect, some) for effect, some in found.items())
     every = [trial for some in found.values() for trial in some]
-    return Report(plan.pairs, rates, _visible(every), tuple(between_processes(fresh)))
+    return Report(plan.pairs, rates, _visible(every), tuple(between_processes(fresh)), trials)
 
 
 def one_trial(
