@@ -122,7 +122,7 @@ def ab(
 
     PYTEST ARGS default to: perf
     """
-    from perf.gate.ab import ab as measure
+    from perf.ab.main import ab as measure
 
     files = console.writable(html=html, markdown=markdown, csv=csv, json=json)
     options: dict[str, Any] = {"interleave": interleave, "blocks": blocks, "counters": counters}
@@ -154,8 +154,8 @@ def bisect(
     The checkout stays as it is. Ends with code 0 if the commit is found, with 4 if several remain that cannot
     be judged. PYTEST ARGS default to: perf
     """
-    from perf.gate.ab import ab as measure
-    from perf.gate.bisect import Bisection
+    from perf.ab.bisect import Bisection
+    from perf.ab.main import ab as measure
     from perf.report.bisect_table import bisect_table
     from perf.report.terminal import show
     from perf.report.text import clean
@@ -202,9 +202,9 @@ def selftest(
     processes differ is kept beside the saved runs, where compare finds it. Ends with code 1 if identical code
     fails in more than 1 run of 20, or the largest slowdown is found in fewer than 19.
     """
-    from perf.gate.experiment import Plan
+    from perf.ab.experiment import Plan
+    from perf.ab.selftest import selftest as measure
     from perf.gate.noise import write_noise
-    from perf.gate.selftest import selftest as measure
     from perf.measure.slowdown import Slowdown
     from perf.report.terminal import selftest_table, show
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
 GATE = pytest.StashKey["SessionGate"]()
-TURNS = "dynamic-batch-turns"  # see perf/gate/turn_agent.py
+TURNS = "dynamic-batch-turns"  # see perf/ab/turn_agent.py
 TABLE_WIDTH, GATE_WIDTH = 100, 160  # columns of what is shown at the end where there is no terminal
 MARKERS = (
     "gpu: needs a CUDA device",

@@ -1,4 +1,4 @@
-"""Saved runs in, verdicts out: reading, metrics, tolerances, statistics, A/B runs and the self-test.
+"""Saved runs in, verdicts out: reading, metrics, tolerances, statistics, designs of experiments.
 
 It measures nothing itself and imports no torch: `compare` and `report` must not wait for it.
 """

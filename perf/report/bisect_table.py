@@ -8,9 +8,9 @@ from dataclasses import replace
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from perf.gate.bisect import Judgement, Report
+from perf.ab.bisect import Judgement, Report
+from perf.ab.history import Commit
 from perf.gate.comparison import Outcome, Verdict
-from perf.gate.history import Commit
 from perf.report.terminal import Fitted, name_length, table
 from perf.report.text import clean, middle
 from perf.report.verdicts import COLUMNS, RIGHT, parts

@@ -25,7 +25,7 @@ from perf.report.text import clean, middle, width
 from perf.report.verdicts import COLUMNS, RIGHT, brief, day, headline, parts, sides, title
 
 if TYPE_CHECKING:
-    from perf.gate.selftest import Report
+    from perf.ab.selftest import Report
 
 COLOURS = {Outcome.FAIL: "red", Outcome.ERROR: "red", Outcome.INCONCLUSIVE: "yellow", Outcome.PASS: "green"}
 NAME_SHARE = 3 / 8  # of the terminal's width, at most, is for test ids

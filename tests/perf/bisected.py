@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from perf.gate.bisect import Bisection
+from perf.ab.bisect import Bisection
 from perf.gate.comparison import Comparison, Outcome, Verdict
 from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Run

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from perf.gate import turns
-from perf.gate.groups import ORDERS, Group, Turn
+from perf.ab import turns
+from perf.ab.groups import ORDERS, Group, Turn
 
 START_S, TURN_S = 6.0, 0.03
 

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from perf.ab import blocks
+from perf.ab.main import ab
+from perf.ab.revisions import commit_of
 from perf.errors import Exit, GateError
-from perf.gate import ab, blocks, saved_runs
+from perf.gate import saved_runs
 from perf.gate.comparison import Outcome
-from perf.gate.revisions import commit_of
 from perf.gate.tolerances import Tolerance
 from tests.perf.repos import git
 
@@ -77,7 +79,7 @@ def test_a_slower_revision_is_a_regression_and_the_checkout_stays_as_it_was(repo
         (repo / ".git" / "index").read_bytes(),
     )
     said: list[str] = []
-    comparison = ab.ab(
+    comparison = ab(
         "good", ".", ["test_thing.py"], interleave="blocks", blocks=4, repo=repo, advance=said.append
     )
     (verdict,) = comparison.verdicts
@@ -108,7 +110,7 @@ def test_a_block_whose_tests_fail_ends_it_with_pytests_own_words(repo):
     with pytest.raises(
         GateError, match=r"(?s)block 2, wrong: pytest ended with code 1 .*assert thing.RIGHT"
     ) as error:
-        ab.ab("good", "wrong", ["test_thing.py"], interleave="blocks", blocks=4, repo=repo)
+        ab("good", "wrong", ["test_thing.py"], interleave="blocks", blocks=4, repo=repo)
     assert error.value.code is Exit.NOT_COMPARABLE
 
 
@@ -119,7 +121,7 @@ def test_a_block_whose_tests_fail_ends_it_with_pytests_own_words(repo):
 ])  # fmt: skip
 def test_a_block_that_measures_nothing_is_an_error(repo, args, says, code):
     with pytest.raises(GateError, match=f"block 1, good: {says}") as error:
-        ab.ab("good", "slow", args, interleave="blocks", blocks=4, repo=repo)
+        ab("good", "slow", args, interleave="blocks", blocks=4, repo=repo)
     assert error.value.code is code
 
 
@@ -142,10 +144,10 @@ def test_what_interrupts_it_leaves_no_worktree(repo, way, tmp_path):
 def test_a_revision_that_is_not_there_is_a_usage_error(repo, tmp_path):
     for revision in ("nope", "--all", ""):
         with pytest.raises(GateError, match="no revision") as error:
-            ab.ab("good", revision, [], interleave="blocks", blocks=4, repo=repo)
+            ab("good", revision, [], interleave="blocks", blocks=4, repo=repo)
         assert error.value.code is Exit.USAGE
     with pytest.raises(GateError, match="not a git repository"):
-        ab.ab("good", "slow", [], interleave="blocks", blocks=4, repo=tmp_path)
+        ab("good", "slow", [], interleave="blocks", blocks=4, repo=tmp_path)
 
 
 def test_a_revision_that_names_a_branch_and_a_tag_is_refused_with_both(repo):
@@ -168,13 +170,13 @@ def test_a_revision_that_names_a_branch_and_a_tag_is_refused_with_both(repo):
 ])  # fmt: skip
 def test_pytest_options_that_take_the_measuring_away_are_refused(arg):
     with pytest.raises(GateError, match="leave it out") as error:
-        ab.ab("a", "b", ["perf", arg])
+        ab("a", "b", ["perf", arg])
     assert error.value.code is Exit.USAGE
 
 
 def test_too_few_blocks_are_refused():
     with pytest.raises(GateError, match="blocks=3 cannot decide anything: give 4 or more"):
-        ab.ab("a", "b", [], interleave="blocks", blocks=3)
+        ab("a", "b", [], interleave="blocks", blocks=3)
 
 
 def block(rounds, cpu="any", name="t::x", **info):
@@ -195,12 +197,12 @@ def test_merged_blocks_have_a_value_a_block_and_every_value_of_a_counter():
 
 def test_one_commit_against_itself_is_said_to_measure_the_machine(repo, monkeypatch):
     monkeypatch.setattr(blocks, "block", lambda *_: block({"tokens_per_s": [100.0]}))
-    same = ab.ab("good", "slow~1", [], interleave="blocks", blocks=4, repo=repo)
+    same = ab("good", "slow~1", [], interleave="blocks", blocks=4, repo=repo)
     assert same.exit is Exit.PASS
     assert same.notes == (
         f"both revisions are commit {git(repo, 'rev-parse', 'good')[:12]}: whatever differs is the machine",
     )
-    assert ab.ab("good", "slow", [], interleave="blocks", blocks=4, repo=repo).notes == ()
+    assert ab("good", "slow", [], interleave="blocks", blocks=4, repo=repo).notes == ()
 
 
 def test_blocks_that_do_not_fit_together_are_problems():

@@ -6,10 +6,10 @@ import signal
 
 import pytest
 
+from perf.ab.bisect import Bisection, Finding
+from perf.ab.history import History
 from perf.errors import Exit, GateError
-from perf.gate.bisect import Bisection, Finding
 from perf.gate.comparison import Comparison, Outcome, Verdict
-from perf.gate.history import History
 from tests.perf.bisected import LINE, RUN, TEST, Judge, found, made, row, state, verdict
 from tests.perf.repos import commit, git
 

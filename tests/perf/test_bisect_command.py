@@ -7,8 +7,8 @@ import json
 import pytest
 
 from perf import cli, console
+from perf.ab.narrow import narrowed
 from perf.errors import GateError
-from perf.gate.narrow import narrowed
 from tests.perf.bisected import LINE, TEST, Judge, row, state
 
 
@@ -64,7 +64,7 @@ def run(repo, monkeypatch, capsys):
             return judge(base, head, args, budget=budget)
 
         monkeypatch.chdir(repo)
-        monkeypatch.setattr("perf.gate.ab.ab", measure)
+        monkeypatch.setattr("perf.ab.main.ab", measure)
         with pytest.raises(SystemExit) as end:
             cli.main(["bisect", *args])
         return end.value.code, *capsys.readouterr()

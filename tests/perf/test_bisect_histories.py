@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from perf.gate.bisect import Finding
+from perf.ab.bisect import Finding
 from tests.perf.bisected import Judge, found, made, state
 
 MERGED = {"c0": [], "m1": ["c0"], "s1": ["m1"], "s2": ["s1"], "m2": ["m1"], "s3": ["s2"], "m3": ["m2"]}

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from perf import cli
+from perf.ab import selftest
 from perf.errors import GateError
-from perf.gate import selftest
 from perf.gate.comparison import Outcome
 from tests.perf import fake_runs
 
@@ -96,7 +96,7 @@ def test_a_wrong_command_is_a_usage_error(run, storage, args):
 
 
 def test_files_that_cannot_be_written_are_refused_before_anything_is_measured(run, storage, monkeypatch):
-    monkeypatch.setattr("perf.gate.ab.ab", None)
+    monkeypatch.setattr("perf.ab.main.ab", None)
     for option in ("--html", "--markdown", "--csv", "--json"):
         code, _, err = run("ab", "a", "b", option, "nowhere/file")
         assert (code, err) == (
@@ -139,7 +139,7 @@ def test_a_comparison_of_revisions_passes_on_what_it_was_given(run, monkeypatch,
         options["advance"]("processes 1 of 3")
         raise GateError("no more")
 
-    monkeypatch.setattr("perf.gate.ab.ab", measure)
+    monkeypatch.setattr("perf.ab.main.ab", measure)
     code, _, err = run(
         *("ab", "main", ".", "--budget", "1m30s", "--pairs", "2", "--min-round", "0.1"),
         *("--interleave", "blocks", "--blocks", "4", "--no-counters", "--", "perf/test_x.py", "-k", "cpu"),

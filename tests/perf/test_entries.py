@@ -15,9 +15,10 @@ import pytest
 
 from engine import InputError
 from perf import report
+from perf.ab import blocks
 from perf.benchmarks.workloads import fixed
 from perf.errors import Exit, GateError
-from perf.gate import blocks, saved_runs
+from perf.gate import saved_runs
 from perf.gate.comparison import Outcome
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import compare

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from perf.gate import experiment
+from perf.ab import experiment
+from perf.ab.experiment import Experiment, Plan
 from perf.gate.comparison import Outcome
-from perf.gate.experiment import Experiment, Plan
 from tests.perf.fake_turns import FakePairs, install, no_sides
 
 PLAN = Plan(budget_s=60.0, pairs=3, round_s=0.02)

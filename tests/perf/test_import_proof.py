@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from perf.ab.import_proof import Log, Place, Surroundings, Watch, environment
 from perf.errors import Exit, GateError
-from perf.gate.import_proof import Log, Place, Surroundings, Watch, environment
 from tests.perf.repos import RECORD, commit, git
 
 pytestmark = pytest.mark.usefixtures("few_plugins")

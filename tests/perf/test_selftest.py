@@ -7,10 +7,11 @@ import math
 
 import pytest
 
+from perf.ab import selftest
+from perf.ab.experiment import Plan
 from perf.errors import Exit, GateError
-from perf.gate import selftest, stats
+from perf.gate import stats
 from perf.gate.comparison import Outcome
-from perf.gate.experiment import Plan
 from tests.perf.fake_turns import FakePairs, install
 from tests.perf.test_verdict import NAME, bench, run
 

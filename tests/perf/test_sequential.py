@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from perf.gate import sequential
-from perf.gate.in_turn import combine
+from perf.ab import sequential
+from perf.ab.in_turn import combine
 
 DATA = Path(__file__).parent / "data"
 LOOKS, PAIRS = 24, 3

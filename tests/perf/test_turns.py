@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from perf.ab import turn_agent, turns
+from perf.ab.import_proof import environment
+from perf.ab.main import ab
 from perf.errors import Exit, GateError
-from perf.gate import ab, turn_agent, turns
 from perf.gate.comparison import Outcome
-from perf.gate.import_proof import environment
 from perf.gate.pytest_process import pytest_command
 from tests.perf.repos import commit, git
 
@@ -74,7 +75,7 @@ def outcomes(comparison):
 def test_a_slower_head_is_found_by_every_kind_of_benchmark_and_marks_hold(tmp_path):
     where = repo(tmp_path / "repo", head_factor=1.3)
     said = []
-    found = ab.ab("base", "head", ["test_thing.py"], budget=15, repo=where, advance=said.append)
+    found = ab("base", "head", ["test_thing.py"], budget=15, repo=where, advance=said.append)
     assert outcomes(found) == {
         ("test_plain", "round_s"): Outcome.FAIL,
         ("test_marked", "round_s"): Outcome.PASS,
@@ -91,7 +92,7 @@ def test_a_slower_head_is_found_by_every_kind_of_benchmark_and_marks_hold(tmp_pa
 
 def test_nothing_that_differs_is_a_pass_by_exact_numbers(tmp_path):
     where = repo(tmp_path / "repo")
-    found = ab.ab("base", "head", ["test_thing.py", "-k", "told"], budget=12, repo=where)
+    found = ab("base", "head", ["test_thing.py", "-k", "told"], budget=12, repo=where)
     assert set(outcomes(found).values()) == {Outcome.PASS}
 
 
@@ -104,7 +105,7 @@ TURNED = TURNED.replace("def test_z", "def test_told")
 @pytest.mark.parametrize("tests", [GONE, SKIPS])
 def test_a_benchmark_that_head_does_not_measure_is_an_error_and_the_others_are_judged(tmp_path, tests):
     where = repo(tmp_path / "repo", head_tests=tests)
-    found = ab.ab("base", "head", ["test_thing.py", "-k", "not marked"], budget=12, repo=where)
+    found = ab("base", "head", ["test_thing.py", "-k", "not marked"], budget=12, repo=where)
     assert outcomes(found)["test_plain", ""] is Outcome.ERROR
     assert outcomes(found)["test_told", "tokens_per_s"] is Outcome.PASS
     assert found.exit is Exit.NOT_COMPARABLE
@@ -125,14 +126,14 @@ DIES = TESTS.replace("def work():", "def work():\n    os._exit(3)")
 def test_what_goes_wrong_in_a_process_ends_it_with_pytests_own_words(tmp_path, tests, says):
     where = repo(tmp_path / "repo", head_tests=tests)
     with pytest.raises(GateError, match=says) as error:
-        ab.ab("base", "head", ["test_thing.py"], budget=4, repo=where)
+        ab("base", "head", ["test_thing.py"], budget=4, repo=where)
     assert error.value.code is Exit.NOT_COMPARABLE
 
 
 def test_a_head_without_any_benchmark_is_never_a_pass(tmp_path):
     where = repo(tmp_path / "repo", head_tests="def test_nothing(): pass")
     with pytest.raises(GateError, match="head: pytest measured nothing"):
-        ab.ab("base", "head", ["test_thing.py"], budget=4, repo=where)
+        ab("base", "head", ["test_thing.py"], budget=4, repo=where)
 
 
 @pytest.mark.parametrize(("options", "says"), [
@@ -141,7 +142,7 @@ def test_a_head_without_any_benchmark_is_never_a_pass(tmp_path):
 ])  # fmt: skip
 def test_numbers_that_cannot_decide_anything_are_refused(options, says):
     with pytest.raises(GateError, match=says) as error:
-        ab.ab("a", "b", [], **options)
+        ab("a", "b", [], **options)
     assert error.value.code is Exit.USAGE
 
 
@@ -157,6 +158,39 @@ def two(tmp_path):
         sides.append(turns.Side(name, command, where, environment(where), folder))
     with turns.pair(sides, random.Random(0)) as pair:
         yield pair
+
+
+SKIPPED = """
+import os, time
+import pytest, thing
+
+@pytest.mark.skip(reason="as on a machine without a GPU")
+def test_gpu(benchmark):
+    benchmark(int)
+
+def test_threads(benchmark):
+    def fresh():
+        return os.sched_getaffinity(0)
+    everywhere = fresh()
+    seen = set()
+    def teardown():
+        seen.add(frozenset(fresh()))
+        return {"tokens_per_s": 100 / thing.FACTOR}
+    benchmark.pedantic(time.sleep, args=(0.001,), teardown=teardown, rounds=1)
+    rounds = {"tokens_per_s": [100 / thing.FACTOR]}
+    what = dict(backend="b", model="m", workload="w", group="g", schema=1, fingerprint={"cpu": "any"})
+    benchmark.extra_info.update(what, rounds=rounds)
+    assert {len(cpus) for cpus in seen - {frozenset(everywhere)}} == {1}
+    assert fresh() == everywhere
+"""
+
+
+def test_a_benchmark_that_both_skip_keeps_nothing_waiting_and_processors_are_given_back(tmp_path):
+    where = repo(tmp_path / "repo", head_factor=1.5, tests=SKIPPED)
+    said = []
+    found = ab("base", "head", ["test_thing.py"], budget=20, repo=where, advance=said.append)
+    assert outcomes(found) == {("test_threads", "tokens_per_s"): Outcome.FAIL}
+    assert said == ["processes 1 of 3"]
 
 
 def test_rounds_alternate_in_drawn_abba_order_on_one_processor_at_a_time(two):
@@ -216,7 +250,7 @@ def test_peers(benchmark):
     benchmark.pedantic(again, rounds=2)
 """
     where = repo(tmp_path / "repo", tests=tests)
-    found = ab.ab("base", "head", ["test_thing.py"], budget=3, pairs=1, repo=where)
+    found = ab("base", "head", ["test_thing.py"], budget=3, pairs=1, repo=where)
     (verdict,) = found.verdicts
     assert verdict.outcome is Outcome.ERROR
     assert "was not told round by round: measure it with --interleave blocks" in verdict.reason

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from perf.ab import worktrees
+from perf.ab.main import ab
+from perf.ab.revisions import commit_of, snapshot
 from perf.errors import Exit, GateError
-from perf.gate import ab, worktrees
 from perf.gate.comparison import Outcome
-from perf.gate.revisions import commit_of, snapshot
 from tests.perf.repos import LOCAL, RECORD, commit, git
 
 pytestmark = pytest.mark.usefixtures("few_plugins")
@@ -95,7 +96,7 @@ def test_a_slowdown_in_a_submodule_is_a_regression(top, monkeypatch):
     meant."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(top / "vendor" / "lib"), str(ROOT)]))
     before = state(top)
-    comparison = ab.ab("good", "slow", ["test_thing.py"], interleave="blocks", blocks=4, repo=top)
+    comparison = ab("good", "slow", ["test_thing.py"], interleave="blocks", blocks=4, repo=top)
     (verdict,) = comparison.verdicts
     assert (verdict.outcome, comparison.exit) == (Outcome.FAIL, Exit.REGRESSION)
     assert (verdict.base, verdict.head) == (pytest.approx(100), pytest.approx(50))

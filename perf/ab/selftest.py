@@ -17,18 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perf.ab import experiment, sequential
+from perf.ab.experiment import Experiment, Plan
+from perf.ab.import_proof import environment
+from perf.ab.turns import SAVED, Side
 from perf.errors import Exit, GateError, sigterm_interrupts
-from perf.gate import experiment, sequential, stats
+from perf.gate import stats
 from perf.gate.comparison import Comparison, Outcome
 from perf.gate.design import UndecidedError
 from perf.gate.entries import Benchmark
-from perf.gate.experiment import Experiment, Plan
-from perf.gate.import_proof import environment
 from perf.gate.metrics import METRICS
 from perf.gate.noise import Found, Spread
 from perf.gate.pytest_process import check_args, pytest_command
 from perf.gate.saved_runs import Run
-from perf.gate.turns import SAVED, Side
 
 EFFECTS = ("0", "0.03", "0.05", "0.10")
 NOTHING = "0"

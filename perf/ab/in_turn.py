@@ -10,7 +10,7 @@ the variance of the result has two parts: that within pairs (winsorised, pooled 
 correlation), and that between pairs of processes, which few pairs tell badly: it begins at what identical
 code showed (`BETWEEN`), worth `PRIOR_PAIRS` pairs of evidence, and moves with what this run's pairs show (an
 inverse-gamma prior, as in Smyth 2004). Student's t has the degrees of freedom of both parts (Satterthwaite
-1946). Over the looks the interval is that of perf/gate/sequential.py.
+1946). Over the looks the interval is that of perf/ab/sequential.py.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from perf.ab import sequential
+from perf.ab.groups import Disturbances, Group
 from perf.errors import GateError
-from perf.gate import sequential, stats
+from perf.gate import stats
 from perf.gate.design import too_few
 from perf.gate.entries import Benchmark
-from perf.gate.groups import Group, Noise
 from perf.gate.metrics import METRICS
 from perf.gate.pooling import pooled
 from perf.gate.stats import Estimate, Floats
@@ -38,11 +39,8 @@ SIDES = (0, 1)
 MIN_GROUPS = 6
 
 T = TypeVar("T")
-
-
-Section = tuple[
-    list[float], list[float]
-]  # values of base and of head: each round's, or the one they pool into
+# Values of base and of head: each round's, or the one that they pool into.
+Section = tuple[list[float], list[float]]
 
 
 class Series:
@@ -59,13 +57,17 @@ class Series:
         self._known.clear()
 
     @property
-    def noise(self) -> Noise:
-        return self._once("noise", lambda: Noise.of([group for pair in self.pairs for group in pair]))
+    def disturbances(self) -> Disturbances:
+        return self._once(
+            "disturbances", lambda: Disturbances.of([group for pair in self.pairs for group in pair])
+        )
 
     @property
     def kept(self) -> list[list[Group]]:
         """The groups that are judged; pairs without any are left out."""
-        return self._once("kept", lambda: [kept for pair in self.pairs if (kept := self.noise.kept(pair))])
+        return self._once(
+            "kept", lambda: [kept for pair in self.pairs if (kept := self.disturbances.kept(pair))]
+        )
 
     @property
     def metrics(self) -> list[str]:
@@ -83,6 +85,13 @@ class Series:
     def sections(self, metric: str) -> list[list[Section]]:
         """Its sections by pair of processes."""
         return self._once(metric, lambda: [_sections(pair, metric) for pair in self.kept])
+
+    def rounds(self, side: int) -> dict[str, tuple[float, ...]]:
+        """The values of one side by metric: each round's, or each section's of a pooled one."""
+        return {
+            name: tuple(value for pair in self.sections(name) for section in pair for value in section[side])
+            for name in self.metrics
+        }
 
     def _once(self, key: object, find: Callable[[], T]) -> T:
         if key not in self._known:
@@ -198,13 +207,13 @@ def _differences(sections: Sequence[Section]) -> Iterator[float]:
         yield float(head.mean() - base.mean())
 
 
-def tell_noise(noises: Mapping[str, Noise]) -> Iterator[str]:
+def tell_disturbances(found: Mapping[str, Disturbances]) -> Iterator[str]:
     """What a reader should know of the groups that were left out, or would have been."""
-    for benchmark, noise in noises.items():
-        if not noise.spoiled:
+    for benchmark, one in found.items():
+        if not one.spoiled:
             continue
-        what = ", ".join(f"{count} by {why}" for why, count in noise.spoiled.items())
-        left = f"{sum(noise.spoiled.values())} of {noise.groups} groups of rounds"
-        took = f"{left} ({what}), {noise.share:.0%} of its time"
-        end = f", and judged all the same: {noise.why_kept}" if noise.why_kept else ", and left out"
+        what = ", ".join(f"{count} by {why}" for why, count in one.spoiled.items())
+        left = f"{sum(one.spoiled.values())} of {one.groups} groups of rounds"
+        took = f"{left} ({what}), {one.share:.0%} of its time"
+        end = f", and judged all the same: {one.why_kept}" if one.why_kept else ", and left out"
         yield f"{benchmark}: the machine took {took}{end}"

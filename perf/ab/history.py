@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from perf.ab.revisions import commit_of, git
 from perf.errors import Exit, GateError
-from perf.gate.revisions import commit_of, git
 
 SHORT = 9  # hex digits of a commit that people are shown
 FIELDS = ("%H", "%an <%ae>", "%aI", "%s")

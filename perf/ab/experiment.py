@@ -13,15 +13,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perf.gate import tolerances, turns
+from perf.ab import turns
+from perf.ab.in_turn import InTurn
+from perf.gate import tolerances
 from perf.gate.comparison import Comparison, Outcome
 from perf.gate.entries import Benchmark
-from perf.gate.in_turn import InTurn
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import compare
 
 LOOKS = 8  # of a benchmark in each pair of processes
-MIN_GROUPS = 2  # of a benchmark in each pair of processes, whatever is left of the budget
+LEAST_GROUPS = 2  # of a benchmark in each pair of processes, whatever is left of the budget
 CONCLUDE_S = 1.0  # kept for the ends of two processes
 SEED = 25  # of the order of turns
 DECIDED = frozenset({Outcome.PASS, Outcome.FAIL})
@@ -80,13 +81,7 @@ class Experiment:
         return compare(base, head, design=self.design, counters=False, others=others * metrics)
 
     def _benchmark(self, item: str, side: int) -> Benchmark:
-        series = self.design.series[item]
-        rounds = {
-            name: tuple(
-                value for pair in series.sections(name) for section in pair for value in section[side]
-            )
-            for name in series.metrics
-        }
+        rounds = self.design.series[item].rounds(side)
         return Benchmark(item, "", {}, rounds, {}, tolerances.read(item, self.gates.get(item)))
 
     def look(self, item: str, number: int, benchmarks: int) -> bool:
@@ -112,44 +107,53 @@ def run(
             leave.
         advance: called with a line about each pair of processes.
     """
-    noise = random.Random(seed)
+    rng = random.Random(seed)
     plan = experiments[0].plan
+    absent: set[str] = set()  # what both have and do not measure: skipped, as on a machine without a GPU
     for number in range(plan.pairs):
         advance(f"processes {number + 1} of {plan.pairs}")
         began = turns.clock()
-        with sides(number) as two, turns.pair(two, noise) as pair:
-            course = _Course(number, began, pair, experiments)
+        with sides(number) as two, turns.pair(two, rng) as pair:
+            course = _Course(number, began, set(pair.common) - absent, experiments)
             pair.run(course.wanted, course.measure, alone=number == 0)
             saved = pair.conclude()
+        absent |= course.asked - course.met
         for experiment in course.took_part:
             experiment.pairs += 1
             experiment.start_up_s += turns.clock() - began - course.measured_s
         yield saved
-        if all(set(pair.common) <= experiment.decided for experiment in experiments):
+        if all(set(pair.common) - absent <= experiment.decided for experiment in experiments):
             return
 
 
 class _Course:
-    """One pair of processes on their way through the benchmarks. measured_s: of all experiments together."""
+    """One pair of processes on their way through the benchmarks.
+
+    asked, met: benchmarks that they were to run, and at which both met. measured_s: of all experiments
+    together.
+    """
 
     def __init__(
-        self, number: int, began: float, pair: turns.Pair, experiments: Sequence[Experiment]
+        self, number: int, began: float, benchmarks: set[str], experiments: Sequence[Experiment]
     ) -> None:
-        self.number, self.began, self.pair = number, began, pair
+        self.number, self.began, self.benchmarks = number, began, benchmarks
         first = number % len(experiments)
         self.experiments = [*experiments[first:], *experiments[:first]]
-        self.took_part = [one for one in experiments if not set(pair.common) <= one.decided]
+        self.took_part = [one for one in experiments if not benchmarks <= one.decided]
         self.measured_s = 0.0
-        self._passed: set[str] = set()
+        self.asked: set[str] = set()
+        self.met: set[str] = set()
 
     def wanted(self, item: str) -> bool:
         """Return whether a benchmark is still undecided in any experiment."""
-        self._passed.add(item)
-        return any(item not in experiment.decided for experiment in self.experiments)
+        wanted = item in self.benchmarks and any(item not in one.decided for one in self.experiments)
+        self.asked |= {item} if wanted else set()
+        return wanted
 
     def measure(self, item: str, meeting: turns.Meeting) -> None:
         """Give each experiment that has not decided this benchmark its share of what is left of its
         budget."""
+        self.met.add(item)
         meeting.warm_up(self.experiments[0].plan.round_s)
         started_up_s = turns.clock() - self.began - self.measured_s
         for experiment in self.experiments:
@@ -157,10 +161,8 @@ class _Course:
                 continue
             plan = experiment.plan
             end = plan.budget_s * (self.number + 1) / plan.pairs - CONCLUDE_S
-            left = 1 + sum(
-                one not in experiment.decided for one in self.pair.common if one not in self._passed
-            )
-            slot = (end - experiment.seconds - started_up_s) / left
+            left = self.benchmarks - self.asked - experiment.decided
+            slot = (end - experiment.seconds - started_up_s) / (1 + len(left))
             experiment.gates[item] = meeting.gates[1]
             started = turns.clock()
             self._measure(item, meeting, experiment, started, slot)
@@ -174,14 +176,14 @@ class _Course:
         """Measure groups until a look decides, or the slot is over."""
         series, round_s, looked, groups = experiment.design.series[item], experiment.plan.round_s, 0, 0
         series.pairs.append([])
-        while groups < MIN_GROUPS or turns.clock() - started < slot:
+        while groups < LEAST_GROUPS or turns.clock() - started < slot:
             series.add(meeting.group(round_s, experiment.slowdown))
             groups += 1
             share = min(1.0, (turns.clock() - started) / slot) if slot > 0 else 1.0
             due = int(share * LOOKS)
-            if due > looked and groups >= MIN_GROUPS:
+            if due > looked and groups >= LEAST_GROUPS:
                 looked = due
-                if experiment.look(item, self.number * LOOKS + due, len(self.pair.common)):
+                if experiment.look(item, self.number * LOOKS + due, len(self.benchmarks)):
                     return
         if looked < LOOKS:
-            experiment.look(item, (self.number + 1) * LOOKS, len(self.pair.common))
+            experiment.look(item, (self.number + 1) * LOOKS, len(self.benchmarks))

@@ -1,9 +1,9 @@
 """A against B on one noisy machine: two git worktrees, live processes that take turns, and a test that
 decides.
 
-Each process imports its own tree (perf/gate/import_proof.py proves it; perf/gate/worktrees.py makes the
-trees). By rounds (perf/gate/experiment.py) base and head live at the same time; by blocks
-(perf/gate/blocks.py) whole processes take turns, for what cannot live side by side. The checkout it is
+Each process imports its own tree (perf/ab/import_proof.py proves it; perf/ab/worktrees.py makes the
+trees). By rounds (perf/ab/experiment.py) base and head live at the same time; by blocks
+(perf/ab/blocks.py) whole processes take turns, for what cannot live side by side. The checkout it is
 started in stays as it is.
 """
 
@@ -15,21 +15,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from perf.ab import experiment
+from perf.ab.blocks import measure_blocks
+from perf.ab.experiment import Experiment, Plan
+from perf.ab.import_proof import Surroundings, Watch
+from perf.ab.in_turn import tell_disturbances
+from perf.ab.revisions import commit_of, git
+from perf.ab.turns import SAVED, Side
+from perf.ab.worktrees import worktrees
 from perf.errors import Exit, GateError
-from perf.gate import experiment, merging, stats
-from perf.gate.blocks import measure_blocks
+from perf.gate import merging, stats
 from perf.gate.comparison import Comparison, Outcome
 from perf.gate.design import PairedBlocks
 from perf.gate.entries import Benchmark
-from perf.gate.experiment import Experiment, Plan
-from perf.gate.import_proof import Surroundings, Watch
-from perf.gate.in_turn import tell_noise
+from perf.gate.metrics import METRICS
 from perf.gate.pytest_process import check_args, pytest_command
-from perf.gate.revisions import commit_of, git
 from perf.gate.saved_runs import Run
-from perf.gate.turns import SAVED, Side
 from perf.gate.verdict import compare
-from perf.gate.worktrees import worktrees
 
 BUDGET_S = 300.0
 PAIRS = 3
@@ -94,11 +96,14 @@ def ab(
 
 def concluded(one: Experiment, base: Run, head: Run, counters: bool = True) -> Comparison:
     """The comparison at an experiment's end, with what a reader should know of its course."""
-    comparison = compare(base, head, design=one.design, counters=counters)
+    runs = (_as_judged(one, run, side) for side, run in enumerate((base, head)))
+    comparison = compare(*runs, design=one.design, counters=counters)
     timed = {
-        v.benchmark: one.design.series[v.benchmark].noise for v in comparison.verdicts if v.p is not None
+        v.benchmark: one.design.series[v.benchmark].disturbances
+        for v in comparison.verdicts
+        if v.p is not None
     }
-    notes = [*comparison.notes, *tell_noise(timed)]
+    notes = [*comparison.notes, *tell_disturbances(timed)]
     turns_s, shares = sum(one.measured_s.values()), f"{one.pairs} of {one.plan.pairs} pairs of processes"
     took = f"it took {one.seconds:.0f} s, {turns_s:.0f} s of them in turns, and {shares}"
     if open_ := [v for v in comparison.verdicts if v.outcome is Outcome.INCONCLUSIVE and v.rounds_needed]:
@@ -108,6 +113,17 @@ def concluded(one: Experiment, base: Run, head: Run, counters: bool = True) -> C
     else:
         notes.append(took)
     return replace(comparison, notes=tuple(notes))
+
+
+def _as_judged(one: Experiment, run: Run, side: int) -> Run:
+    """A run with those rounds of its timings that were judged at the last look."""
+    benchmarks = {}
+    for name, benchmark in run.benchmarks.items():
+        told = one.design.series[name].rounds(side)
+        timed = {key: values for key, values in told.items() if METRICS[key].direction != "exact"}
+        kept = {key: values for key, values in timed.items() if key in benchmark.rounds}
+        benchmarks[name] = replace(benchmark, rounds={**benchmark.rounds, **kept}, sessions=())
+    return replace(run, benchmarks=benchmarks)
 
 
 def _minutes(seconds: float) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from posixpath import normpath
 
-from perf.gate.revisions import git
+from perf.ab.revisions import git
 
 FLAG = re.compile(r"-[qvxsl]+|--(verbose|quiet|exitfirst|quick|require-gpu|strict-markers|strict-config)")
 BEFORE_VALUE = re.compile(r"-[kmpoWr]|--(backend|ignore|ignore-glob|deselect|override-ini|confcutdir|tb)")

@@ -1,6 +1,6 @@
 """Proof of where a block's code came from: its own revision's tree or real installed files, nothing else.
 
-Every Python process of a block logs its modules (perf/gate/import_log.py). Whatever else Python may have
+Every Python process of a block logs its modules (perf/ab/import_log.py). Whatever else Python may have
 found is refused: the checkout's copy by way of PYTHONPATH, a `.pth` file, an editable install, a link or a
 working folder; another clone; what was installed from the checkout. Else both sides would measure the same
 code, and no slowdown could ever show.
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from perf.ab import import_log
+from perf.ab.revisions import PLACES, git
 from perf.errors import GateError
-from perf.gate import import_log
-from perf.gate.revisions import PLACES, git
 
 TOOL = Path(__file__).resolve().parents[1]
 INSTALLED_IN = frozenset({"site-packages", "dist-packages"})
@@ -55,7 +55,7 @@ ALLOWED = frozenset({Place.TREE, Place.INSTALLED, Place.GENERATED})
 
 @dataclass(frozen=True)
 class Log:
-    """Entries of one process, and of its Python: command and folders; see perf/gate/import_log.py."""
+    """Entries of one process, and of its Python: command and folders; see perf/ab/import_log.py."""
 
     command: tuple[str, ...]
     standard: tuple[str, ...]

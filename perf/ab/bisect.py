@@ -2,7 +2,7 @@
 
 Every commit is judged against the good end, not against its neighbour, so that small losses add up until they
 show. What is looked for are the metrics that fail between the two ends: a commit is bad if one of them fails,
-good if all of them pass. The checkout stays as it is; perf/gate/history.py says how.
+good if all of them pass. The checkout stays as it is; perf/ab/history.py says how.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from perf.ab.history import SHORT, Commit, History
+from perf.ab.narrow import narrowed
+from perf.ab.revisions import git
 from perf.errors import Exit, GateError, sigterm_interrupts
 from perf.gate.comparison import Comparison, Outcome, Verdict
-from perf.gate.history import SHORT, Commit, History
-from perf.gate.narrow import narrowed
-from perf.gate.revisions import git
 
 
 class Judge(Protocol):
-    """An A/B of two commits: `perf.gate.ab.ab` is one. budget: seconds by the clock, all in all."""
+    """An A/B of two commits: `perf.ab.main.ab` is one. budget: seconds by the clock, all in all."""
 
     def __call__(self, base: str, head: str, args: Sequence[str], *, budget: float) -> Comparison: ...
 

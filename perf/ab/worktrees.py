@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from perf.ab.revisions import git, gitlinks
 from perf.errors import GateError, sigterm_interrupts
-from perf.gate.revisions import git, gitlinks
 
 NO_HOOKS = ("-c", "core.hooksPath=/dev/null")
 POINTER = re.compile(

@@ -3,7 +3,7 @@
 A copy of this file is loaded by `-p` into each side of an A/B, so that every revision speaks the
 coordinator's language, whatever perf it has itself: it imports pytest, pytest-benchmark and the standard
 library. Coordinator and process exchange JSON objects, a line each, over two file descriptors that the
-environment names; "kind" says which. The process tells, the coordinator (perf/gate/turns.py) answers:
+environment names; "kind" says which. The process tells, the coordinator (perf/ab/turns.py) answers:
 
     {"kind": "collected", "items": [node ids that take a benchmark]}         no answer
     {"kind": "ask", "item": id}                                              {"run": bool}
@@ -40,6 +40,7 @@ REPLAYED = "replayed"  # attribute of a target whose rounds were timed before an
 GPU_SHARE = 0.45  # of the memory of each GPU, for either side
 MOST_LOOPS = 1_000_000  # of a target timed together
 CANARY = range(8000)  # a third of a millisecond of Python
+ALL_CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 Spend = Callable[[float], list[dict[str, Any]]]  # time rounds for so many seconds; gives a sample each
 
@@ -116,6 +117,7 @@ class Agent:
                 order = self.link.ask("turn", **_turn(order, spend))
         finally:
             gc.unfreeze()
+            _pin(None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -228,9 +230,9 @@ def _share_gpu() -> None:
 
 
 def _pin(cpu: int | None) -> None:
-    """Keep this thread on one processor, of those that the process has."""
-    if cpu is not None and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cpu})
+    """Keep this thread on one processor, or on those that the process began with."""
+    if ALL_CPUS:
+        os.sched_setaffinity(0, ALL_CPUS if cpu is None else {cpu})
 
 
 def _canary_s() -> float:

@@ -1,7 +1,7 @@
 """Blocks of `perf ab`: whole pytest runs in fresh processes, base and head in ABBA order.
 
 Neighbouring blocks make a pair, whose log-ratio is one sample: what drifts slower than two blocks cancels.
-The way where two revisions cannot live side by side; else perf/gate/turns.py sees the same in far less time.
+The way where two revisions cannot live side by side; else perf/ab/turns.py sees the same in far less time.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from perf.ab.import_proof import Surroundings, Watch, environment
 from perf.gate import saved_runs, stats
 from perf.gate.entries import Benchmark
-from perf.gate.import_proof import Surroundings, Watch, environment
 from perf.gate.metrics import METRICS
 from perf.gate.pytest_process import PYTEST_USAGE, failure, pytest_command
 from perf.gate.saved_runs import Run, load

@@ -1,7 +1,7 @@
 """Log of the file that each module of a Python process came from: `perf ab` proves its blocks by it.
 
 A copy of this file is the `sitecustomize` of every Python process of a block, workers included, whatever
-Python they run. It judges nothing (perf/gate/import_proof.py does) and costs nothing but at imports. There is
+Python they run. It judges nothing (perf/ab/import_proof.py does) and costs nothing but at imports. There is
 a file a process, named by its number, and in it a line an entry, which is the `ascii()` of a tuple:
 
     ("process", command, folders of the standard library, of site-packages, and of the whole installation)

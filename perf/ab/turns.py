@@ -3,7 +3,7 @@ other.
 
 Each has imported everything, built its model and proven its tokens before the first turn, and sleeps while
 the other measures. Their start-up is paid once a pair. This is the coordinator's side of the protocol in
-perf/gate/turn_agent.py; what is worth measuring for how long is its caller's business.
+perf/ab/turn_agent.py; what is worth measuring for how long is its caller's business.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perf.ab import turn_agent
+from perf.ab.groups import ORDERS, Group, Turn
 from perf.errors import GateError
-from perf.gate import turn_agent
-from perf.gate.groups import ORDERS, Group, Turn
 from perf.gate.pytest_process import failure
 from perf.gate.saved_runs import Run, load
 
@@ -70,10 +70,12 @@ class Process:
     def hear(self) -> dict[str, Any]:
         """The next thing that it tells; `{"kind": "gone"}` when it has ended."""
         line = self._told.readline()
-        return json.loads(line) if line else {"kind": "gone"}
+        return json.loads(line) if line.endswith("\n") else {"kind": "gone"}
 
     def order(self, **what: Any) -> None:
-        print(json.dumps(what), file=self._orders, flush=True)
+        """Answer it. One that has ended is told nothing; it is heard to be gone."""
+        with suppress(BrokenPipeError):
+            print(json.dumps(what), file=self._orders, flush=True)
 
     def conclude(self) -> Run | None:
         """Wait for its end; the run that it saved, None if it had nothing to measure.
@@ -103,18 +105,18 @@ class Process:
 
 
 class Pair:
-    """Base and head, both live. `items`: what each collected, in its order."""
+    """Base and head, both live. common: the benchmarks that both have collected, in their order."""
 
-    def __init__(self, processes: Sequence[Process], noise: random.Random) -> None:
-        self.processes, self._random = processes, noise
-        self.items: list[list[str]] = [[], []]
-        for side, process in enumerate(processes):
+    def __init__(self, processes: Sequence[Process], rng: random.Random) -> None:
+        self.processes, self._rng = processes, rng
+        items: list[list[str]] = []
+        for process in processes:
             told = process.hear()
             if told["kind"] == "gone":
                 process.conclude()
                 raise process.failed()
-            self.items[side] = told["items"]
-        both = [[item for item in own if item in set(other)] for own, other in (self.items, self.items[::-1])]
+            items.append(told["items"])
+        both = [[item for item in own if item in set(other)] for own, other in (items, items[::-1])]
         if both[0] != both[1]:
             here = next((a, b) for a, b in zip(*both, strict=True) if a != b)
             way_out = "measure them with --interleave blocks"
@@ -141,7 +143,7 @@ class Pair:
                 process.order(run=use)
             told = [process.hear() for process in self.processes] if use else []
             if told and all(one["kind"] == "at" for one in told):
-                measure(item, Meeting(self.processes, told[0].get("gate"), told[1].get("gate"), self._random))
+                measure(item, Meeting(self.processes, told[0].get("gate"), told[1].get("gate"), self._rng))
             self._end(item, list(zip(self.processes, told, strict=False)))
 
     def _bring(self, side: int, item: str | None, alone: bool) -> None:
@@ -177,9 +179,9 @@ class Meeting:
     """Both processes at the same benchmark. gate: the tolerances that each has for it, as JSON text."""
 
     def __init__(
-        self, processes: Sequence[Process], base: str | None, head: str | None, noise: random.Random
+        self, processes: Sequence[Process], base: str | None, head: str | None, rng: random.Random
     ) -> None:
-        self.processes, self.gates, self._random = processes, (base, head), noise
+        self.processes, self.gates, self._rng = processes, (base, head), rng
         self._cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._groups = 0
 
@@ -197,7 +199,7 @@ class Meeting:
 
     def group(self, seconds: float, slowdown: str | None = None) -> Group:
         """Four turns of so many seconds each, in an order that is drawn; head is slowed down if asked."""
-        order = self._random.choice(ORDERS)
+        order = self._rng.choice(ORDERS)
         cpu = self._cpus[self._groups % len(self._cpus)] if self._cpus else None
         self._groups += 1
         return Group(
@@ -215,13 +217,13 @@ class Meeting:
 
 
 @contextmanager
-def pair(sides: Sequence[Side], noise: random.Random) -> Iterator[Pair]:
+def pair(sides: Sequence[Side], rng: random.Random) -> Iterator[Pair]:
     """Start both processes at once; nothing of them is left afterwards."""
     processes: list[Process] = []
     try:
         for side in sides:
             processes.append(Process(side))
-        yield Pair(processes, noise)
+        yield Pair(processes, rng)
     finally:
         for process in processes:
             process.end()

@@ -90,7 +90,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Noise:
+class Disturbances:
     """What the machine took of some groups. why_kept: why spoiled groups were judged nevertheless."""
 
     groups: int
@@ -99,7 +99,7 @@ class Noise:
     why_kept: str | None = None
 
     @classmethod
-    def of(cls, groups: Sequence[Group]) -> Noise:
+    def of(cls, groups: Sequence[Group]) -> Disturbances:
         """Look at all groups of a benchmark together."""
         reasons = [group.spoiled() for group in groups]
         spoiled = {why: reasons.count(why) for why in dict.fromkeys(reasons) if why is not None}

@@ -1,0 +1,71 @@
+"""Which groups of rounds the machine spoiled: rules that look at neither side's times."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from perf.ab.groups import Disturbances, Group, Turn
+from perf.ab.in_turn import tell_disturbances
+
+QUIET = Turn(0.1, 0.1, ({"tokens_per_s": 1.0},), (1e-3, 1e-3), 0.0, 0, 0)
+
+
+def group(*changed, order=(0, 1, 1, 0), **how):
+    """Four quiet turns, of which those of these numbers are changed."""
+    turns = tuple(replace(QUIET, **how) if number in changed else QUIET for number in range(4))
+    return Group(order, turns)
+
+
+@pytest.mark.parametrize(("how", "reason"), [
+    ({}, None), ({"switches": 9}, None), ({"switches": 10}, "context switches"),
+    ({"faults": 1}, "page faults"),
+    ({"stolen_s": 0.02}, None), ({"stolen_s": 0.03}, "steal"), ({"canary_s": (1e-3, 1.7e-3)}, None),
+    ({"canary_s": (1e-3, 1.9e-3)}, "pace"), ({"canary_s": (0.5e-3, 1e-3)}, "pace"),
+    ({"samples": ({"tokens_per_s": 1.0, "voided": "thermal"},)}, "hardware slowdown"),
+    ({"seconds": 9.0, "cpu_s": 20.0, "samples": ({"tokens_per_s": 1e9},)}, None),  # times are not looked at
+])  # fmt: skip
+@pytest.mark.parametrize("which", range(4))
+def test_each_mark_counts_on_whichever_side_it_falls(which, how, reason):
+    assert group(which, **how).spoiled() == reason
+
+
+def test_spoiled_groups_are_left_out_and_counted_with_their_time():
+    groups = [group()] * 6 + [group(1, faults=1), group(0, canary_s=(1e-3, 2e-3))]
+    found = Disturbances.of(groups)
+    assert (found.groups, found.spoiled, found.share) == (
+        8,
+        {"page faults": 1, "pace": 1},
+        pytest.approx(0.25),
+    )
+    assert found.kept(groups) == groups[:6]
+    (said,) = tell_disturbances({"t::a": found})
+    what = "2 of 8 groups of rounds (1 by page faults, 1 by pace), 25% of its time"
+    assert said == f"t::a: the machine took {what}, and left out"
+    assert list(tell_disturbances({"t::a": Disturbances.of([group()])})) == []
+
+
+@pytest.mark.parametrize(("order", "whose"), [((0, 1, 1, 0), "head"), ((1, 0, 0, 1), "base")])
+def test_marks_that_fall_on_one_side_may_be_its_codes_and_nothing_is_left_out(order, whose):
+    groups = [group(order=order)] * 40 + [group(1, 2, order=order, faults=3)] * 8
+    found = Disturbances.of(groups)
+    assert found.kept(groups) == groups
+    assert found.why_kept == f"{whose} was disturbed far more often, which may be its own doing"
+
+
+def test_where_most_groups_are_spoiled_this_is_how_the_machine_is():
+    groups = [group(0, canary_s=(1e-3, 3e-3))] * 3 + [group()] * 2
+    found = Disturbances.of(groups)
+    assert found.kept(groups) == groups
+    assert "this is how the machine is" in found.why_kept
+    (said,) = tell_disturbances({"t::a": found})
+    assert "judged all the same" in said
+
+
+def test_the_rounds_of_a_side_are_those_of_its_turns():
+    turns = tuple(replace(QUIET, samples=({"tokens_per_s": float(number)},) * 2) for number in range(4))
+    one = Group((1, 0, 0, 1), turns)
+    assert [sample["tokens_per_s"] for sample in one.of(0)] == [1.0, 1.0, 2.0, 2.0]
+    assert [sample["tokens_per_s"] for sample in one.of(1)] == [0.0, 0.0, 3.0, 3.0]
+    assert one.seconds == pytest.approx(0.4)
