@@ -8,7 +8,7 @@ fixed fractions; at a look everything measured so far is judged as it will be at
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,13 @@ from perf.ab.in_turn import InTurn
 from perf.gate import tolerances
 from perf.gate.comparison import Comparison, Outcome
 from perf.gate.entries import Benchmark
+from perf.gate.metrics import GATED, METRICS
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import compare
 
 LOOKS = 8  # of a benchmark in each pair of processes
+DECISIVE_PAIRS = 2  # of processes, without which nothing is decided: one may lie luckily in memory
+MOST_TIMINGS = sum(METRICS[name].direction != "exact" for name in GATED)  # of a benchmark
 LEAST_GROUPS = 2  # of a benchmark in each pair of processes, whatever is left of the budget
 CONCLUDE_S = 1.0  # kept for the ends of two processes
 SEED = 25  # of the order of turns
@@ -48,7 +51,8 @@ class Experiment:
 
     slowdown: that head is injected with, as text. design: has the groups. gates: head's own tolerances by
     benchmark, as JSON text. measured_s: spent in turns, by benchmark. start_up_s: of its pairs of processes,
-    all that was not spent in turns. pairs: of processes that it took.
+    all that was not spent in turns. pairs: of processes that it took. replayed: benchmarks
+    that take no turns.
     """
 
     plan: Plan
@@ -59,6 +63,7 @@ class Experiment:
     measured_s: dict[str, float] = field(default_factory=dict)
     start_up_s: float = 0.0
     pairs: int = 0
+    replayed: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.design = InTurn(self.plan.looks)
@@ -69,29 +74,32 @@ class Experiment:
         return self.start_up_s + sum(self.measured_s.values())
 
     def judged(self, items: Sequence[str], others: int = 0) -> Comparison:
-        """Judge what was measured of some benchmarks, by their rounds alone.
-
-        others: benchmarks of the run that are not among them; of many one may look bad by chance.
-        """
+        """Judge what was measured of some benchmarks, by their rounds alone; `others` is as for `compare`."""
         runs = [{item: self._benchmark(item, side) for item in items} for side in turns.SIDES]
-        metrics = max((len(self.design.series[item].metrics) for item in items), default=0)
         base, head = (
             Run(name, Path(), {}, {}, "", one) for name, one in zip(("base", "head"), runs, strict=True)
         )
-        return compare(base, head, design=self.design, counters=False, others=others * metrics)
+        return compare(base, head, design=self.design, counters=False, others=others)
 
     def _benchmark(self, item: str, side: int) -> Benchmark:
         rounds = self.design.series[item].rounds(side)
         return Benchmark(item, "", {}, rounds, {}, tolerances.read(item, self.gates.get(item)))
 
-    def look(self, item: str, number: int, benchmarks: int) -> bool:
-        """Look at a benchmark; return whether all of it is decided, so that nothing more needs to be
-        measured."""
-        self.design.series[item].look = number
-        verdicts = self.judged([item], benchmarks - 1).verdicts
-        if verdicts and all(verdict.outcome in DECIDED for verdict in verdicts):
+    def look(self, item: str, number: int, benchmarks: Collection[str]) -> bool:
+        """Look at one of the run's benchmarks; return whether all of it is decided."""
+        series = self.design.series[item]
+        series.look = number
+        others = sum(self._timings(one) for one in benchmarks if one != item)
+        verdicts = self.judged([item], others).verdicts
+        enough = len(series.pairs) >= min(DECISIVE_PAIRS, self.plan.pairs)
+        if enough and verdicts and all(verdict.outcome in DECIDED for verdict in verdicts):
             self.decided.add(item)
         return item in self.decided
+
+    def _timings(self, item: str) -> int:
+        """How many timings a benchmark has; as long as it has not been met, at most."""
+        metrics = self.design.series[item].metrics
+        return sum(METRICS[name].direction != "exact" for name in metrics) if metrics else MOST_TIMINGS
 
 
 Sides = Callable[[int], AbstractContextManager[Sequence[turns.Side]]]
@@ -117,19 +125,23 @@ def run(
             course = _Course(number, began, set(pair.common) - absent, experiments)
             pair.run(course.wanted, course.measure, alone=number == 0)
             saved = pair.conclude()
-        absent |= course.asked - course.met
+        for experiment in experiments:
+            experiment.replayed |= pair.replayed
+        absent |= course.wanted - course.met
         for experiment in course.took_part:
             experiment.pairs += 1
             experiment.start_up_s += turns.clock() - began - course.measured_s
         yield saved
         if all(set(pair.common) - absent <= experiment.decided for experiment in experiments):
             return
+        if number + 1 >= DECISIVE_PAIRS and all(one.seconds >= one.plan.budget_s for one in experiments):
+            return
 
 
 class _Course:
     """One pair of processes on their way through the benchmarks.
 
-    asked, met: benchmarks that they were to run, and at which both met. measured_s: of all experiments
+    wanted, met: benchmarks that they are to run, and at which both have met. measured_s: of all experiments
     together.
     """
 
@@ -140,15 +152,9 @@ class _Course:
         first = number % len(experiments)
         self.experiments = [*experiments[first:], *experiments[:first]]
         self.took_part = [one for one in experiments if not benchmarks <= one.decided]
-        self.measured_s = 0.0
-        self.asked: set[str] = set()
+        self.wanted = {name for name in benchmarks if any(name not in one.decided for one in experiments)}
         self.met: set[str] = set()
-
-    def wanted(self, item: str) -> bool:
-        """Return whether a benchmark is still undecided in any experiment."""
-        wanted = item in self.benchmarks and any(item not in one.decided for one in self.experiments)
-        self.asked |= {item} if wanted else set()
-        return wanted
+        self.measured_s = 0.0
 
     def measure(self, item: str, meeting: turns.Meeting) -> None:
         """Give each experiment that has not decided this benchmark its share of what is left of its
@@ -161,9 +167,9 @@ class _Course:
                 continue
             plan = experiment.plan
             end = plan.budget_s * (self.number + 1) / plan.pairs - CONCLUDE_S
-            left = self.benchmarks - self.asked - experiment.decided
+            left = self.wanted - self.met - experiment.decided
             slot = (end - experiment.seconds - started_up_s) / (1 + len(left))
-            experiment.gates[item] = meeting.gates[1]
+            experiment.gates[item] = meeting.gate
             started = turns.clock()
             self._measure(item, meeting, experiment, started, slot)
             seconds = turns.clock() - started
@@ -183,7 +189,7 @@ class _Course:
             due = int(share * LOOKS)
             if due > looked and groups >= LEAST_GROUPS:
                 looked = due
-                if experiment.look(item, self.number * LOOKS + due, len(self.benchmarks)):
+                if experiment.look(item, self.number * LOOKS + due, self.benchmarks):
                     return
         if looked < LOOKS:
-            experiment.look(item, (self.number + 1) * LOOKS, len(self.benchmarks))
+            experiment.look(item, (self.number + 1) * LOOKS, self.benchmarks)

@@ -28,8 +28,9 @@ class Turn:
     """Some rounds of one side, as its process told them.
 
     seconds: wall time of the whole turn. cpu_s: processor time of all threads. samples: one a round.
-    canary_s: a fixed piece of work, before and after. stolen_s: what the hypervisor gave to others, all
-    processors together. switches: involuntary. faults: pages read from a disk.
+    canary_s: a fixed piece of work, before and after. stolen_s: what the hypervisor gave to others, of a
+    processor. switches: involuntary. faults: pages read from a disk. children: whether
+    the process had some.
     """
 
     seconds: float
@@ -39,17 +40,23 @@ class Turn:
     stolen_s: float
     switches: int
     faults: int
+    children: bool = False
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Turn:
         """Read it from a process's message."""
         samples, canary = tuple(told["samples"]), (told["canary_s"][0], told["canary_s"][1])
-        marks = told["stolen_s"], told["switches"], told["faults"]
+        marks = told["stolen_s"], told["switches"], told["faults"], told["children"]
         return cls(told["seconds"], told["cpu_s"], samples, canary, *marks)
+
+    @property
+    def voided(self) -> bool:
+        """Whether the hardware itself says that it was slow."""
+        return any(sample.get("voided") for sample in self.samples)
 
     def disturbed(self) -> str | None:
         """What says that this turn's processor was taken away, if anything does."""
-        if any(sample.get("voided") for sample in self.samples):
+        if self.voided:
             return "hardware slowdown"
         if self.stolen_s > STOLEN * self.seconds and self.stolen_s > 0.02:
             return "steal"
@@ -85,8 +92,10 @@ class Group:
         return "pace" if max(canaries) > PACE * min(canaries) else None
 
     def disturbed_sides(self) -> list[int]:
-        """The side of each turn that was disturbed by itself."""
-        return [side for side, turn in zip(self.order, self.turns, strict=True) if turn.disturbed()]
+        """The side of each turn that was disturbed by itself, or slower than the others by its canary."""
+        slow = PACE * min(min(turn.canary_s) for turn in self.turns)
+        both = zip(self.order, self.turns, strict=True)
+        return [side for side, turn in both if turn.disturbed() or max(turn.canary_s) > slow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,5 +124,7 @@ class Disturbances:
         return cls(len(groups), spoiled, share, why)
 
     def kept(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups to be judged."""
-        return [*groups] if self.why_kept else [group for group in groups if group.spoiled() is None]
+        """The groups to be judged: never one in which the hardware itself was slow."""
+        if self.why_kept:
+            return [group for group in groups if not any(turn.voided for turn in group.turns)]
+        return [group for group in groups if group.spoiled() is None]

@@ -208,7 +208,8 @@ class Watch:
         if any(part.startswith("torchinductor_") for part in real.parts):
             return Place.GENERATED
         time = there.stat().st_ctime
-        if time >= self.since:
+        by = self.around.written.get(real)
+        if time >= self.since and (by is None or by[1] != time):  # of two live sides the first has made it
             self.around.written[real] = self.tree, time
         mine = self.around.written.get(real) == (self.tree, time)
         return Place.GENERATED if mine else Place.OTHERS if real in self.around.written else Place.ELSEWHERE

@@ -30,7 +30,7 @@ from perf.gate import stats
 from perf.gate.design import too_few
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS
-from perf.gate.pooling import pooled
+from perf.gate.pooling import divided, pooled
 from perf.gate.stats import Estimate, Floats
 
 BETWEEN = 0.005  # standard deviation of log(head / base) between pairs of processes of identical code
@@ -120,7 +120,8 @@ class InTurn:
         if metric not in series.metrics:
             raise GateError("was not told round by round: measure it with --interleave blocks")
         one = self.combined(before.fullname, metric)
-        return sequential.estimate(one.log_ratio, one.error, one.df, series.look, self.looks)
+        fixed = min(one.error**2, one.between / len(series.kept))
+        return sequential.estimate(one.log_ratio, one.error, one.df, series.look, self.looks, fixed)
 
     def combined(self, benchmark: str, metric: str) -> Combined:
         """What all groups of a benchmark say of a metric. Raises UndecidedError for too few."""
@@ -183,21 +184,14 @@ def _sections(groups: Sequence[Group], metric: str) -> list[Section]:
     told = [[[sample[metric] for sample in group.of(side)] for side in SIDES] for group in groups]
     if q is None:
         return [(base, head) for base, head in told]
-    joined: list[list[list[Any]]] = []
-    for base, head in told:
-        if joined and min(_values(joined[-1])) < needed:
-            joined[-1] = [joined[-1][0] + base, joined[-1][1] + head]
-        else:
-            joined.append([base, head])
-    if len(joined) > 1 and min(_values(joined[-1])) < needed:
-        base, head = joined.pop()
-        joined[-1] = [joined[-1][0] + base, joined[-1][1] + head]
-    return [([pooled(base, q)], [pooled(head, q)]) for base, head in joined]
 
+    def full(section: Sequence[Any]) -> bool:
+        counts = [sum(len(values) for both in section for values in both[side]) for side in SIDES]
+        return min(counts) >= needed
 
-def _values(sides: Sequence[Sequence[Sequence[float]]]) -> list[int]:
-    """How many values each side has of a pooled metric."""
-    return [sum(map(len, lists)) for lists in sides]
+    joined = [section for section in divided(told, full) if full(section)]
+    sides = ([[values for both in section for values in both[side]] for side in SIDES] for section in joined)
+    return [([pooled(base, q)], [pooled(head, q)]) for base, head in sides]
 
 
 def _differences(sections: Sequence[Section]) -> Iterator[float]:

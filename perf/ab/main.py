@@ -21,7 +21,7 @@ from perf.ab.experiment import Experiment, Plan
 from perf.ab.import_proof import Surroundings, Watch
 from perf.ab.in_turn import tell_disturbances
 from perf.ab.revisions import commit_of, git
-from perf.ab.turns import SAVED, Side
+from perf.ab.turns import Side, turns_command
 from perf.ab.worktrees import worktrees
 from perf.errors import Exit, GateError
 from perf.gate import merging, stats
@@ -29,7 +29,7 @@ from perf.gate.comparison import Comparison, Outcome
 from perf.gate.design import PairedBlocks
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS
-from perf.gate.pytest_process import check_args, pytest_command
+from perf.gate.pytest_process import check_args
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import compare
 
@@ -59,7 +59,8 @@ def ab(
     Args:
         base, head: git revisions; `.` is the working tree as it is, uncommitted and untracked files included.
         args: what pytest is given in each process, from the top of the repository.
-        budget: seconds by the clock, start-up included; it ends before, once everything is decided.
+        budget: seconds by the clock, start-up included; it ends before, once everything is decided, and after
+            it only where two groups of each benchmark in each of two pairs of processes take longer.
         pairs: pairs of processes, one after the other.
         round_s: the least time of a turn, seconds.
         interleave: what takes turns: rounds of two live processes, or whole processes.
@@ -74,7 +75,7 @@ def ab(
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after processes and worktrees are gone.
     """
     _check_numbers(budget, pairs, round_s, interleave, blocks)
-    check_args(args)
+    check_args(args, "process")
     top = Path(git(Path(repo), "rev-parse", "--show-toplevel"))
     commits = [commit_of(top, revision) for revision in (base, head)]
     with worktrees(top, commits) as trees:
@@ -98,18 +99,24 @@ def concluded(one: Experiment, base: Run, head: Run, counters: bool = True) -> C
     """The comparison at an experiment's end, with what a reader should know of its course."""
     runs = (_as_judged(one, run, side) for side, run in enumerate((base, head)))
     comparison = compare(*runs, design=one.design, counters=counters)
+    notes = [*comparison.notes]
+    if one.replayed:
+        what = "they time themselves and take no turns; --interleave blocks measures them"
+        notes.append(f"not judged: {', '.join(sorted(one.replayed))}: {what}")
     timed = {
         v.benchmark: one.design.series[v.benchmark].disturbances
         for v in comparison.verdicts
         if v.p is not None
     }
-    notes = [*comparison.notes, *tell_disturbances(timed)]
+    notes += tell_disturbances(timed)
     turns_s, shares = sum(one.measured_s.values()), f"{one.pairs} of {one.plan.pairs} pairs of processes"
     took = f"it took {one.seconds:.0f} s, {turns_s:.0f} s of them in turns, and {shares}"
     if open_ := [v for v in comparison.verdicts if v.outcome is Outcome.INCONCLUSIVE and v.rounds_needed]:
         factor = max(v.rounds_needed / max(1, min(v.rounds)) for v in open_ if v.rounds_needed)
         enough = _minutes(factor * one.plan.budget_s)
         notes.append(f"{took}; --budget {enough} would probably decide the rest")
+    elif any(v.outcome is Outcome.INCONCLUSIVE for v in comparison.verdicts):
+        notes.append(f"{took}; what is undecided needs more --pairs, a longer --budget, or a wider tolerance")
     else:
         notes.append(took)
     return replace(comparison, notes=tuple(notes))
@@ -119,6 +126,8 @@ def _as_judged(one: Experiment, run: Run, side: int) -> Run:
     """A run with those rounds of its timings that were judged at the last look."""
     benchmarks = {}
     for name, benchmark in run.benchmarks.items():
+        if name in one.replayed:
+            continue
         told = one.design.series[name].rounds(side)
         timed = {key: values for key, values in told.items() if METRICS[key].direction != "exact"}
         kept = {key: values for key, values in timed.items() if key in benchmark.rounds}
@@ -153,7 +162,7 @@ def _in_trees(
         found, watches = [], []
         for side, tree in enumerate(trees):
             watch = Watch.begin(trees[0].parent / f"imports-{number}-{side}", tree, around)
-            command = pytest_command(args, tree, f"--benchmark-json={watch.folder / SAVED}", "-x")
+            command = turns_command(args, tree, watch.folder)
             name = f"{names[side]}, process {number + 1}"
             found.append(Side(name, command, tree, watch.environment(), watch.folder))
             watches.append(watch)

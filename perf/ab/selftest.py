@@ -20,7 +20,7 @@ from typing import Any
 from perf.ab import experiment, sequential
 from perf.ab.experiment import Experiment, Plan
 from perf.ab.import_proof import environment
-from perf.ab.turns import SAVED, Side
+from perf.ab.turns import Side, turns_command
 from perf.errors import Exit, GateError, sigterm_interrupts
 from perf.gate import stats
 from perf.gate.comparison import Comparison, Outcome
@@ -28,7 +28,7 @@ from perf.gate.design import UndecidedError
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS
 from perf.gate.noise import Found, Spread
-from perf.gate.pytest_process import check_args, pytest_command
+from perf.gate.pytest_process import check_args
 from perf.gate.saved_runs import Run
 
 EFFECTS = ("0", "0.03", "0.05", "0.10")
@@ -120,7 +120,7 @@ def _size(effect: str) -> float:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Ended:
     """One trial of one effect: its course, and what the gate said at its end."""
 
     course: Experiment
@@ -155,9 +155,9 @@ def selftest(
         raise GateError(f"trials={trials} must be 1 or more", Exit.USAGE)
     if not effects or len(set(effects)) < len(effects):
         raise GateError(f"effects={list(effects)} must be different slowdowns (0.1 is 10 %)", Exit.USAGE)
-    check_args(args)
+    check_args(args, "process")
     idle = Plan(idle_budget_s or plan.budget_s, plan.pairs, plan.round_s)
-    found: dict[str, list[Trial]] = {effect: [] for effect in effects}
+    found: dict[str, list[Ended]] = {effect: [] for effect in effects}
     fresh: list[Run] = []
     with sigterm_interrupts():
         try:
@@ -177,7 +177,7 @@ def selftest(
 
 def one_trial(
     effects: Sequence[str], plan: Plan, idle: Plan, args: Sequence[str], number: int
-) -> tuple[list[Trial], list[Run]]:
+) -> tuple[list[Ended], list[Run]]:
     """One A/B run of each effect, in processes that they share; and what each process of base saved."""
     runs = [Experiment(plan, effect) if effect != NOTHING else Experiment(idle) for effect in effects]
     with tempfile.TemporaryDirectory(prefix="perf-selftest-") as folder:
@@ -186,7 +186,7 @@ def one_trial(
         for base, _ in experiment.run(_here(args, Path(folder)), runs, lambda _: None, seed=number):
             items |= dict.fromkeys(item for run in runs for item in run.measured_s)
             processes += [base] if base is not None else []
-    return [Trial(run, run.judged(list(items))) for run in runs], processes
+    return [Ended(run, run.judged(list(items))) for run in runs], processes
 
 
 def between_processes(fresh: Sequence[Run]) -> Iterator[Found]:
@@ -214,14 +214,14 @@ def _here(args: Sequence[str], folder: Path) -> experiment.Sides:
             own = folder / f"{number}-{side}"
             own.mkdir()
             here = Path.cwd()
-            command = pytest_command(args, here, f"--benchmark-json={own / SAVED}", "-x")
+            command = turns_command(args, here, own)
             found.append(Side(f"{side}, process {number + 1}", command, here, environment(here), own))
         yield found
 
     return sides
 
 
-def _rate(effect: str, trials: Sequence[Trial]) -> Rate:
+def _rate(effect: str, trials: Sequence[Ended]) -> Rate:
     failed: dict[str, int] = {}
     improved: dict[str, int] = {}
     for trial in trials:
@@ -243,7 +243,7 @@ def _timed(comparison: Comparison) -> Iterator[tuple[str, Any]]:
             yield (f"{test} {verdict.metric.name}" if several else verdict.metric.name), verdict
 
 
-def _visible(trials: Sequence[Trial]) -> dict[str, tuple[float | None, ...]]:
+def _visible(trials: Sequence[Ended]) -> dict[str, tuple[float | None, ...]]:
     """By metric and budget, the smallest effect that would be seen, from what each trial says of its
     noise."""
     sizes: dict[str, list[list[float | None]]] = {}

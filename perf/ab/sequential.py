@@ -69,12 +69,15 @@ def _boundary(points: np.ndarray, weights: np.ndarray, step: float, scale: float
     return float(scipy.optimize.brentq(excess, 0.0, 40.0, xtol=1e-10))
 
 
-def estimate(log_ratio: float, error: float, df: float, look: int, looks: int) -> Estimate:
+def estimate(
+    log_ratio: float, error: float, df: float, look: int, looks: int, fixed: float = 0.0
+) -> Estimate:
     """The estimate at one of `looks` looks: its interval and p-values hold over all of them.
 
     Args:
         log_ratio, error, df: as of a test with a fixed end, from all that was measured up to this look.
         look: from 1.
+        fixed: the part of error^2 that more of the same units do not make smaller.
     """
     if not error:
         rise, fall = float(log_ratio <= 0), float(log_ratio >= 0)
@@ -83,7 +86,7 @@ def estimate(log_ratio: float, error: float, df: float, look: int, looks: int) -
     half = float(student_t.isf(level / 2, df)) * error
     t = log_ratio / error
     rise, fall = (_overall(2 * float(student_t.sf(sign * t, df)), look, looks) / 2 for sign in (1, -1))
-    return Estimate(log_ratio, error, df, log_ratio - half, log_ratio + half, rise, fall)
+    return Estimate(log_ratio, error, df, log_ratio - half, log_ratio + half, rise, fall, fixed)
 
 
 def _overall(level: float, look: int, looks: int) -> float:

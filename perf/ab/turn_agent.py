@@ -5,21 +5,21 @@ coordinator's language, whatever perf it has itself: it imports pytest, pytest-b
 library. Coordinator and process exchange JSON objects, a line each, over two file descriptors that the
 environment names; "kind" says which. The process tells, the coordinator (perf/ab/turns.py) answers:
 
-    {"kind": "collected", "items": [node ids that take a benchmark]}         no answer
-    {"kind": "ask", "item": id}                                              {"run": bool}
+    {"kind": "collected", "items": [node ids that take a benchmark]}         {"run": [ids], "others": bool}
     {"kind": "at", "item": id, "gate": its tolerances}, a benchmark's begin  an order, see below
     {"kind": "turn", "samples": [...], "seconds": s, ...}                    the next order
-    {"kind": "end", "item": id}                                              no answer
+    {"kind": "end", "item": id, "replayed": bool}                            no answer
 
 An order is {"seconds": s, "cpu": number or null, "slowdown": text or null}, rounds for at least so many
 seconds, or {"seconds": null}: the benchmark is over. A round's sample is what the benchmark's teardown
-returns, if that is a dict, else its time.
+returns, if its attribute `tells_sample` says so, else its time.
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
+import glob
 import importlib
 import json
 import math
@@ -27,9 +27,11 @@ import os
 import platform
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +39,7 @@ import pytest
 NAME = "dynamic-batch-turns"
 LINK = "PERF_TURNS"  # "3,4": the descriptors to read from and to write to
 REPLAYED = "replayed"  # attribute of a target whose rounds were timed before and are only told again
+TELLS = "tells_sample"  # attribute of a teardown that returns its round's sample
 GPU_SHARE = 0.45  # of the memory of each GPU, for either side
 MOST_LOOPS = 1_000_000  # of a target timed together
 CANARY = range(8000)  # a third of a millisecond of Python
@@ -73,33 +76,41 @@ class Agent:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.item: pytest.Item | None = None
+        self.replayed = False
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.link.tell("collected", items=[item.nodeid for item in session.items if _measures(item)])
+        """Tell what there is, and leave out what the coordinator has no use for."""
+        order = self.link.ask("collected", items=[item.nodeid for item in session.items if _measures(item)])
+        wanted = set(order["run"])
+        session.items[:] = [
+            item for item in session.items if (item.nodeid in wanted if _measures(item) else order["others"])
+        ]
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """Leave out what the coordinator has no use for."""
-        self.item = item
-        if not _measures(item):
-            return None
+    def pytest_runtest_logstart(self) -> None:
         _share_gpu()
-        return None if self.link.ask("ask", item=item.nodeid)["run"] else True
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
+        self.item, self.replayed = item, False
+        return (yield)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if self.item is not None and _measures(self.item):
-            self.link.tell("end", item=nodeid)
+            self.link.tell("end", item=nodeid, replayed=self.replayed)
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
         """Stand for what takes seconds to find out: the other side has the same."""
-        return {"machine": platform.machine(), "system": platform.system()}
+        about = {"machine": platform.machine(), "system": platform.system()}
+        return {**about, "python_version": platform.python_version(), "cpu": {"brand_raw": _brand()}}
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Any:
         """End at once where all went well and is saved: what would follow costs seconds of the budget."""
         result = yield
         if session.exitstatus == pytest.ExitCode.OK:
+            threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
@@ -107,8 +118,12 @@ class Agent:
         return result
 
     def take_turns(self, spend: Spend) -> None:
-        """Time rounds whenever it is this process's turn, until the coordinator has enough."""
-        assert self.item is not None
+        """Time rounds whenever it is this process's turn, until the coordinator has enough.
+
+        A benchmark that was not announced, for its test asked for the fixture as it ran, has no turns.
+        """
+        if self.item is None or not _measures(self.item):
+            return
         order = self.link.ask("at", item=self.item.nodeid, gate=_gate(self.item))
         gc.collect()
         gc.freeze()  # else collecting what was imported takes longer than a round
@@ -164,7 +179,10 @@ def _take_over(agent: Agent) -> None:
         self: Any, target: Any, args: Any = (), kwargs: Any = None, setup: Any = None, teardown: Any = None,
         rounds: int = 1, warmup_rounds: int = 0, iterations: int = 1,
     ) -> Any:  # fmt: skip
-        replayed = getattr(target, REPLAYED, False)
+        replayed = agent.replayed = getattr(target, REPLAYED, False)
+        tells = getattr(teardown, TELLS, False)
+        if not (replayed or tells) and "perf_case" in getattr(agent.item, "fixturenames", ()):
+            pytest.fail("its perf is too old to tell round by round: give --interleave blocks", pytrace=False)
         result = pedantic(
             self, target, args, kwargs, setup, teardown,
             rounds if replayed else min(rounds, 1), warmup_rounds, iterations,
@@ -177,7 +195,7 @@ def _take_over(agent: Agent) -> None:
                 given, named = (setup() if setup else None) or (args, kwargs or {})
                 one = timed(self, target, given, named, iterations)
                 told = teardown(*given, **named) if teardown else None
-                samples.append(told if isinstance(told, dict) else {"round_s": one})
+                samples.append(told if tells and told is not None else {"round_s": one})
             return samples
 
         if not self.disabled and not replayed:
@@ -190,7 +208,7 @@ def _take_over(agent: Agent) -> None:
 def _turn(order: dict[str, Any], spend: Spend) -> dict[str, Any]:
     """Run rounds for a while; tell their samples, and what the machine did meanwhile."""
     _pin(order["cpu"])
-    before, stolen, cpu = resource.getrusage(resource.RUSAGE_SELF), _stolen_s(), time.process_time()
+    before, stolen, cpu = resource.getrusage(resource.RUSAGE_SELF), _stolen_s(order["cpu"]), _cpu_s()
     began = time.perf_counter()
     first = _canary_s()
     with _slowed(order["slowdown"]):
@@ -200,9 +218,10 @@ def _turn(order: dict[str, Any], spend: Spend) -> dict[str, Any]:
     return {
         "samples": samples,
         "seconds": time.perf_counter() - began,
-        "cpu_s": time.process_time() - cpu,
+        "cpu_s": _cpu_s() - cpu,
+        "children": _has_children(),
         "canary_s": [first, last],
-        "stolen_s": _stolen_s() - stolen,
+        "stolen_s": _stolen_s(order["cpu"]) - stolen,
         "switches": after.ru_nivcsw - before.ru_nivcsw,
         "faults": after.ru_majflt - before.ru_majflt,
     }
@@ -243,13 +262,36 @@ def _canary_s() -> float:
     return time.perf_counter() - started
 
 
-def _stolen_s() -> float:
-    """The processor time that the hypervisor gave to others, where the system tells it."""
-    try:
-        with open("/proc/stat", encoding="ascii") as stat:
-            return int(stat.readline().split()[8]) / TICKS_PER_S
-    except (OSError, IndexError):
-        return 0.0
+def _cpu_s() -> float:
+    """Processor time of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _has_children() -> bool:
+    """Return whether there are processes that this one has started, where the system tells."""
+    tasks = glob.glob("/proc/self/task/*/children")
+    with suppress(OSError):
+        return any(Path(task).read_text(encoding="ascii").strip() for task in tasks)
+    return False
+
+
+def _stolen_s(cpu: int | None) -> float:
+    """The time that the hypervisor gave to others: of one processor, or the mean of all; 0 if unknown."""
+    with suppress(OSError, IndexError, StopIteration):
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+        name = "cpu" if cpu is None else f"cpu{cpu}"
+        found = next(line.split() for line in lines if line.startswith(f"{name} "))
+        return int(found[8]) / TICKS_PER_S / ((os.cpu_count() or 1) if cpu is None else 1)
+    return 0.0
+
+
+def _brand() -> str | None:
+    """The processor's name, as py-cpuinfo finds it."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return None
 
 
 @contextmanager
@@ -270,5 +312,8 @@ def _gate(item: pytest.Item) -> str | None:
     """The test's tolerances as its own perf reads its marks; None without any."""
     if not any(item.iter_markers("perf_gate")) or not item.config.pluginmanager.has_plugin("perf.plugin"):
         return None
-    text: str | None = importlib.import_module("perf.gate.tolerances").of(item)[0]
+    try:
+        text: str | None = importlib.import_module("perf.gate.tolerances").of(item)[0]
+    except ImportError:
+        return None  # of a perf that has them elsewhere; what is saved has them all the same
     return text

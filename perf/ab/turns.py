@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +24,25 @@ from typing import Any
 
 from perf.ab import turn_agent
 from perf.ab.groups import ORDERS, Group, Turn
-from perf.errors import GateError
-from perf.gate.pytest_process import failure
+from perf.errors import GateError, uninterrupted
+from perf.gate.pytest_process import failure, has_plugin, pytest_command
 from perf.gate.saved_runs import Run, load
 
 SAVED = "saved.json"
 AGENT = "perf_turn_agent"  # what the copy of the plugin is called
+NOTHING_LEFT = 5  # pytest's exit code where no test is run
+LISTEN_S = 1.0  # between looks whether a process that tells nothing is still there
 SINGLE = 1.2  # processors that a process uses at most to count as one that needs a single one
 SIDES = (0, 1)
+
+
+def turns_command(args: Sequence[str], tree: Path, folder: Path) -> list[str]:
+    """The command of a pytest that takes turns in `tree`: it ends with the first failure, keeps its tests in
+    their order, and no limit of time stops it while the other side measures."""
+    own = [f"--benchmark-json={folder / SAVED}", "-x"]
+    own += ["-p", "no:randomly"] if has_plugin("randomly", args) else []
+    own += ["--timeout=0"] if has_plugin("timeout", args) else []
+    return pytest_command(args, tree, *own)
 
 
 @dataclass(frozen=True)
@@ -60,17 +73,27 @@ class Process:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*side.command, "-p", AGENT], cwd=side.tree, env=env, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, pass_fds=(orders[0], told[1]),
+                stdout=log, stderr=subprocess.STDOUT, pass_fds=(orders[0], told[1]), start_new_session=True,
             )  # fmt: skip
         os.close(orders[0])
         os.close(told[1])
         self._orders = os.fdopen(orders[1], "w", encoding="utf-8")
-        self._told = os.fdopen(told[0], encoding="utf-8")
+        self._told, self._heard = told[0], bytearray()
 
     def hear(self) -> dict[str, Any]:
-        """The next thing that it tells; `{"kind": "gone"}` when it has ended."""
-        line = self._told.readline()
-        return json.loads(line) if line.endswith("\n") else {"kind": "gone"}
+        """The next thing that it tells; `{"kind": "gone"}` when it has ended, whatever its children do."""
+        while (end := self._heard.find(b"\n")) < 0:
+            if not select.select([self._told], [], [], LISTEN_S)[0]:
+                if self.process.poll() is not None:
+                    return {"kind": "gone"}
+                continue
+            new = os.read(self._told, 1 << 20)
+            if not new:
+                return {"kind": "gone"}
+            self._heard += new
+        line = self._heard[:end]
+        del self._heard[: end + 1]
+        return dict(json.loads(line))
 
     def order(self, **what: Any) -> None:
         """Answer it. One that has ended is told nothing; it is heard to be gone."""
@@ -87,7 +110,7 @@ class Process:
             self._orders.close()  # so that one that still waits for an order ends
         code = self.process.wait()
         saved = self.side.saved
-        if code:
+        if code and code != NOTHING_LEFT:
             raise self.failed(code=code)
         return load(saved) if saved.is_file() and saved.stat().st_size else None
 
@@ -96,68 +119,76 @@ class Process:
         output = self.log.read_text(encoding="utf-8", errors="replace")
         return failure(self.side.name, self.side.command, code, output, what)
 
-    def end(self) -> None:
-        self.process.kill()
+    def kill(self) -> None:
+        """End it and all that it has started, at once."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Put away what is left of a process that has ended."""
         self.process.wait()
-        for pipe in (self._orders, self._told):
-            with suppress(BrokenPipeError):  # what was still to be told has nobody to hear it
-                pipe.close()
+        with suppress(BrokenPipeError):  # what was still to be told has nobody to hear it
+            self._orders.close()
+        os.close(self._told)
 
 
 class Pair:
-    """Base and head, both live. common: the benchmarks that both have collected, in their order."""
+    """Base and head, both live.
+
+    common: the benchmarks that both have collected, in their order. replayed: those that are timed otherwise,
+    so that they take no turns.
+    """
 
     def __init__(self, processes: Sequence[Process], rng: random.Random) -> None:
         self.processes, self._rng = processes, rng
-        items: list[list[str]] = []
+        self._items: list[list[str]] = []
+        self.replayed: set[str] = set()
         for process in processes:
             told = process.hear()
             if told["kind"] == "gone":
                 process.conclude()
                 raise process.failed()
-            items.append(told["items"])
-        both = [[item for item in own if item in set(other)] for own, other in (items, items[::-1])]
+            self._items.append(told["items"])
+        base, head = self._items
+        both = [[item for item in own if item in set(other)] for own, other in ((base, head), (head, base))]
         if both[0] != both[1]:
             here = next((a, b) for a, b in zip(*both, strict=True) if a != b)
-            way_out = "measure them with --interleave blocks"
+            way_out = "have both in one order (-p no:randomly), or measure them with --interleave blocks"
             raise GateError(
                 f"head runs {here[1]} where base runs {here[0]}, so they cannot take turns: {way_out}"
             )
         self.common = both[0]
 
     def run(
-        self, wanted: Callable[[str], bool], measure: Callable[[str, Meeting], None], alone: bool = False
+        self, wanted: Collection[str], measure: Callable[[str, Meeting], None], alone: bool = False
     ) -> None:
-        """Go through the tests of both, and call `measure` at each benchmark that both have come to.
+        """Go through those `wanted` of the common benchmarks; call `measure` at each that both have come to.
 
-        Those that are not `wanted` are left out. With `alone`, a benchmark of one side alone runs once, so
-        that it is among what is saved.
+        With `alone`, benchmarks of one side alone run once, so that they are among what is saved, and so do
+        tests that measure nothing.
         """
-        for item in [*self.common, None]:
-            for side in SIDES:
-                self._bring(side, item, alone)
+        common = set(self.common)
+        for process, items in zip(self.processes, self._items, strict=True):
+            own = [item for item in items if item in wanted or (alone and item not in common)]
+            process.order(run=own, others=alone)
+        for item in [*(item for item in self.common if item in wanted), None]:
+            told = [self._come(process, item) for process in self.processes]
             if item is None:
                 return
-            use = wanted(item)
-            for process in self.processes:
-                process.order(run=use)
-            told = [process.hear() for process in self.processes] if use else []
-            if told and all(one["kind"] == "at" for one in told):
-                measure(item, Meeting(self.processes, told[0].get("gate"), told[1].get("gate"), self._rng))
-            self._end(item, list(zip(self.processes, told, strict=False)))
+            if all(one["kind"] == "at" for one in told):
+                measure(item, Meeting(self.processes, told[1].get("gate"), self._rng))
+            self._end(item, list(zip(self.processes, told, strict=True)))
 
-    def _bring(self, side: int, item: str | None, alone: bool) -> None:
-        """Bring one side to an item, past those that it alone has, or to its end."""
-        process = self.processes[side]
+    def _come(self, process: Process, item: str | None) -> Mapping[str, Any]:
+        """Let a process come to an item, past those that it alone has, or to its end."""
         while (told := process.hear())["kind"] != "gone":
             if told["item"] == item:
-                return
-            process.order(run=alone)
-            if alone:
-                self._end(told["item"], [(process, process.hear())])
+                return told
+            self._end(told["item"], [(process, told)])
         if item is not None:
             process.conclude()
             raise process.failed(f"pytest ended before {item}")
+        return told
 
     def _end(self, item: str, told: Sequence[tuple[Process, Mapping[str, Any]]]) -> None:
         """Let processes go on from a benchmark that they have come to, or past, all at once."""
@@ -169,6 +200,8 @@ class Pair:
             if last["kind"] != "end":
                 process.conclude()
                 raise process.failed(f"pytest ended in {item}")
+            if last["replayed"]:
+                self.replayed.add(item)
 
     def conclude(self) -> list[Run | None]:
         """Wait for the ends of both; what they saved."""
@@ -176,24 +209,22 @@ class Pair:
 
 
 class Meeting:
-    """Both processes at the same benchmark. gate: the tolerances that each has for it, as JSON text."""
+    """Both processes at the same benchmark. gate: the tolerances that head has for it, as JSON text."""
 
-    def __init__(
-        self, processes: Sequence[Process], base: str | None, head: str | None, rng: random.Random
-    ) -> None:
-        self.processes, self.gates, self._rng = processes, (base, head), rng
+    def __init__(self, processes: Sequence[Process], gate: str | None, rng: random.Random) -> None:
+        self.processes, self.gate, self._rng = processes, gate, rng
         self._cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._groups = 0
 
     def warm_up(self, seconds: float) -> float:
         """A turn of each side that is not kept. Return how long a turn takes.
 
-        Processes that keep no more than one processor busy are pinned from now on, both to the same one, and
-        to the next in each group: two processors of a shared machine can differ for seconds by more than code
-        does.
+        Processes that keep no more than one processor busy and have no children are pinned from now on, both
+        to the same one, and to the next in each group: two processors of a shared machine can differ for
+        seconds by more than code does.
         """
         turns = [self._turn(side, seconds, None, None) for side in SIDES]
-        if any(turn.cpu_s > SINGLE * turn.seconds for turn in turns):
+        if any(turn.children or turn.cpu_s > SINGLE * turn.seconds for turn in turns):
             self._cpus = []
         return max(turn.seconds for turn in turns)
 
@@ -225,8 +256,11 @@ def pair(sides: Sequence[Side], rng: random.Random) -> Iterator[Pair]:
             processes.append(Process(side))
         yield Pair(processes, rng)
     finally:
-        for process in processes:
-            process.end()
+        with uninterrupted():
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.close()
 
 
 def clock() -> float:

@@ -11,14 +11,13 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from perf.ab.revisions import git, gitlinks
-from perf.errors import GateError, sigterm_interrupts
+from perf.errors import GateError, sigterm_interrupts, uninterrupted
 
 NO_HOOKS = ("-c", "core.hooksPath=/dev/null")
 POINTER = re.compile(
@@ -48,12 +47,13 @@ def worktrees(top: Path, commits: Sequence[str]) -> Iterator[list[Path]]:
                     raise GateError(f"{tree.name} ({commit[:9]}): {error}") from None
             yield trees
         finally:
-            interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave some
-            for tree in trees:
-                if tree.exists():
-                    git(top, "worktree", "remove", "--force", str(tree))
-            shutil.rmtree(folder)
-            signal.signal(signal.SIGINT, interrupt)
+            with uninterrupted():
+                try:
+                    for tree in trees:
+                        if tree.exists():
+                            git(top, "worktree", "remove", "--force", str(tree))
+                finally:
+                    shutil.rmtree(folder)
 
 
 def _complete(top: Path, checkout: Path, within: str, stores: Sequence[Path], upstream: str) -> None:

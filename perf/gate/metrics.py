@@ -98,12 +98,12 @@ def _shown(name: str, label: str, unit: str, direction: Direction = "lower") -> 
 
 _GATED = (
     Metric("tokens_per_s", "tokens/s", "tok/s", "higher", 0.02),
-    _timed("tpot_p50_ms", "TPOT P50", 0.02, 0.05),
+    _timed("tpot_p50_ms", "TPOT P50", 0.03, 0.01),
     _timed("ttft_p50_ms", "TTFT P50", 0.05, 0.5),
     _timed("ttft_p95_ms", "TTFT P95", 0.10, 0.5),
     _timed("latency_p95_ms", "latency P95", 0.10, 0.5),
-    _timed("tpot_p95_ms", "TPOT P95", 0.10, 0.05, pooled=0.95),
-    _timed("itl_p99_ms", "ITL P99", 0.15, 0.2, pooled=0.99),
+    _timed("tpot_p95_ms", "TPOT P95", 0.05, 0.02, pooled=0.95),
+    _timed("itl_p99_ms", "ITL P99", 0.10, 0.1, pooled=0.99),
     Metric("goodput", "goodput", "req/s", "higher", 0.05, zero=True),
     Metric("decode_bandwidth_pct", "decode bandwidth", "%", "higher", 0.03),
     Metric("prefill_mfu_pct", "prefill MFU", "%", "higher", 0.03),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 
 from perf.gate.metrics import needed_values
+
+T = TypeVar("T")
 
 
 def pooled(lists: Sequence[Sequence[float]], quantile: float) -> float:
@@ -22,24 +25,22 @@ def pooled(lists: Sequence[Sequence[float]], quantile: float) -> float:
     return float(np.quantile(values, quantile))
 
 
-def sections(rounds: Sequence[Sequence[float]], quantile: float) -> list[float]:
-    """Return the quantile of each section of consecutive rounds, as `divided` has them."""
-    return [pooled(section, quantile) for section in divided(rounds, needed_values(quantile))]
+def sections(rounds: Sequence[Sequence[float]], quantile: float) -> list[list[Sequence[float]]]:
+    """Divide the values of rounds into sections that each have enough for a quantile, as far as there are."""
+    needed = needed_values(quantile)
+    return divided(rounds, lambda section: sum(map(len, section)) >= needed)
 
 
-def divided(rounds: Sequence[Sequence[float]], needed: int) -> list[list[Sequence[float]]]:
-    """Divide rounds into sections of consecutive ones, each with as few as have `needed` values together.
+def divided(rounds: Sequence[T], full: Callable[[Sequence[T]], bool]) -> list[list[T]]:
+    """Divide rounds into sections of consecutive ones, each of as few as are `full`.
 
-    A last, shorter rest joins the section before; rounds that have fewer in all are one section.
-
-    Args:
-        rounds: each round's values.
+    A last, shorter rest joins the section before; rounds that are not full all together are one section.
     """
-    found: list[list[Sequence[float]]] = []
-    section: list[Sequence[float]] = []
-    for values in rounds:
-        section.append(values)
-        if sum(map(len, section)) >= needed:
+    found: list[list[T]] = []
+    section: list[T] = []
+    for one in rounds:
+        section.append(one)
+        if full(section):
             found.append(section)
             section = []
     if section and found:

@@ -41,7 +41,7 @@ def pytest_command(args: Sequence[str], tree: Path, *own: str) -> list[str]:
     unwanted = any(arg.endswith("no:perf.plugin") for arg in args)
     if not unwanted and (not (tree / "perf").is_dir() or (tree / "perf" / "plugin.py").is_file()):
         command += ["-p", "perf.plugin"]  # or nobody would look at a tolerance mark
-    if _has_xdist(args):
+    if has_plugin("xdist", args):
         command.append("-n0")  # outranks the project's own addopts, and those in PYTEST_ADDOPTS
     return command
 
@@ -55,10 +55,10 @@ def failure(name: str, command: Sequence[str], code: int, output: str, what: str
     return GateError(f"{name}: {what} ({' '.join(command[2:])})\n{tail}", end)
 
 
-def _has_xdist(args: Sequence[str]) -> bool:
-    """Return whether a pytest loads xdist by itself, under which pytest-benchmark times nothing."""
+def has_plugin(name: str, args: Sequence[str]) -> bool:
+    """Return whether a pytest with these arguments loads an installed plugin by itself."""
     given = [*args, *os.environ.get("PYTEST_ADDOPTS", "").split()]
-    refused = any(arg.endswith("no:xdist") or arg == "--disable-plugin-autoload" for arg in given)
+    refused = any(arg.endswith(f"no:{name}") or arg == "--disable-plugin-autoload" for arg in given)
     if refused or os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD"):
         return False
-    return bool(entry_points(group="pytest11", name="xdist"))
+    return bool(entry_points(group="pytest11", name=name))

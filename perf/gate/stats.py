@@ -36,6 +36,7 @@ class Estimate:
     """log(head / base) with its standard error, degrees of freedom, and 95 % interval (low, high).
 
     p_rise, p_fall: one-sided p: how likely a log-ratio so high, or so low, is without any change.
+    fixed: the part of error^2 that more units do not make smaller.
     """
 
     log_ratio: float
@@ -45,6 +46,7 @@ class Estimate:
     high: float
     p_rise: float
     p_fall: float
+    fixed: float = 0.0
 
     def tail(self, sign: int) -> float:
         """The one-sided p in the direction of `sign`, +1 or -1."""
@@ -60,7 +62,8 @@ class Estimate:
             return None
         n = float(rounds)
         while n <= MAX_ROUNDS:
-            error, df = self.error * math.sqrt(rounds / n), max(1.0, self.df * n / rounds)
+            error = math.sqrt((self.error**2 - self.fixed) * rounds / n + self.fixed)
+            df = max(1.0, self.df if self.fixed else self.df * n / rounds)
             if (t_quantile(1 - tail, df) + POWER_Z) * error <= gap:
                 return math.ceil(n)
             n = max(n + 1, n * 1.05)

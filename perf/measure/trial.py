@@ -19,7 +19,7 @@ from engine import EngineMetrics, Workload, make_workload, max_positions
 from perf.backends import Backend, Outcome, Setup, Unavailable, find
 from perf.gate import entries, metrics
 from perf.gate.entries import SCHEMA, Flat, plain
-from perf.gate.pooling import divided, pooled
+from perf.gate.pooling import pooled, sections
 from perf.measure import machine_speed
 from perf.measure.fingerprint import fingerprint
 from perf.measure.host_memory import HostMemory
@@ -188,6 +188,8 @@ class Trial:
         self.rounds.append(Round(seconds or flat["wall_s"], flat, self._monitor.reading, sample))
         return sample
 
+    after.tells_sample = True  # type: ignore[attr-defined]  # to perf/ab/turn_agent.py
+
     def _sample(self, flat: Flat, outcome: Outcome) -> Sample:
         """Return what `after` says."""
         sample: Sample = {}
@@ -202,7 +204,7 @@ class Trial:
                 sample[name] = flat[name]
         if self._monitor.reading.slowdown:
             sample["voided"] = self._monitor.reading.slowdown
-        return sample
+        return plain(sample)
 
     def info(self) -> Flat:
         """Return everything recorded, flat; only `fingerprint` and `rounds` are nested.
@@ -276,7 +278,7 @@ def gathered(samples: Sequence[Sample]) -> tuple[dict[str, list[float]], Flat]:
         found = [sample[name] for sample in samples if name in sample]
         whole, quantile = len(found) == len(samples), metrics.POOLED.get(name)
         if quantile is not None:
-            parts = divided(found, metrics.METRICS[name].needed_n) if whole else []
+            parts = sections(found, quantile) if whole else []
             tails[name] = pooled(found, quantile) if whole else None
             tails[f"{name.removesuffix('_ms')}_n"] = min((sum(map(len, p)) for p in parts), default=None)
             found = [pooled(part, quantile) for part in parts]

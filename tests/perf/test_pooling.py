@@ -38,16 +38,18 @@ def test_which_metrics_are_pooled_and_of_how_many_values():
 )
 def test_a_section_is_as_few_consecutive_rounds_as_have_enough(sizes: list[int], wanted: list[list[int]]):
     rounds = [[float(number)] * size for number, size in enumerate(sizes)]
-    assert divided(rounds, 10) == [[rounds[number] for number in section] for section in wanted]
+    found = divided(rounds, lambda section: sum(map(len, section)) >= 10)
+    assert found == [[rounds[number] for number in section] for section in wanted]
 
 
 def test_a_section_is_numpy_s_percentile_of_all_its_values():
     rng = np.random.default_rng(0)
     rounds = [rng.exponential(1.0, 150).tolist() for _ in range(5)]
     wanted = [np.percentile(np.concatenate(part), 95) for part in (rounds[:2], rounds[2:])]
-    assert sections(rounds, 0.95) == pytest.approx(wanted, rel=1e-12)
+    assert [pooled(part, 0.95) for part in sections(rounds, 0.95)] == pytest.approx(wanted, rel=1e-12)
     assert pooled(rounds, 0.99) == pytest.approx(np.percentile(np.concatenate(rounds), 99), rel=1e-12)
-    assert sections([[1.0, 3.0]], 0.95) == [pytest.approx(2.9)]
+    assert pooled([[1.0, 3.0]], 0.95) == pytest.approx(2.9)
+    assert sections([[1.0, 3.0]], 0.95) == [[[1.0, 3.0]]]  # too few, and all there are
 
 
 def test_of_nothing_there_is_no_percentile():

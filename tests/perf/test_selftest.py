@@ -32,7 +32,7 @@ def fake(monkeypatch):
 
 def test_rates_budgets_and_visible_effects_are_counted(fake):
     said = []
-    effects = ["0", "0.01", "0.1", "0.4@chunks"]
+    effects = ["0", "0.01", "0.2", "0.8@chunks"]
     report = selftest.selftest(effects, 4, plan=PLAN, idle_budget_s=60.0, advance=said.append)
     nothing, little, much, chunks = report.rates
     assert [rate.regressions for rate in report.rates] == [0, 0, 4, 4]

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -43,6 +44,7 @@ def test_told(benchmark):
         calls.append(1)
         gaps = [1.0 * thing.FACTOR] * 1000
         return {"tokens_per_s": 100 / thing.FACTOR, "itl_p99_ms": gaps, "forward_passes": 7}
+    teardown.tells_sample = True
     benchmark.pedantic(work, setup=lambda: None, teardown=teardown, rounds=3)
     rounds = {"tokens_per_s": [1.0], "itl_p99_ms": [1.0], "forward_passes": [7]}
     what = dict(backend="b", model="m", workload="w", group="g", schema=1, fingerprint={"cpu": "any"})
@@ -121,7 +123,7 @@ DIES = TESTS.replace("def work():", "def work():\n    os._exit(3)")
 @pytest.mark.parametrize(("tests", "says"), [
     (WRONG, "(?s)head, process 1: .*wrong tokens"), (STOPS, "(?s)head, process 1: .*a round"),
     (DIES, "head, process 1: pytest ended with code 3"),
-    (TURNED, "cannot take turns: measure them with --interleave blocks"),
+    (TURNED, "cannot take turns: have both in one order"),
 ])  # fmt: skip
 def test_what_goes_wrong_in_a_process_ends_it_with_pytests_own_words(tmp_path, tests, says):
     where = repo(tmp_path / "repo", head_tests=tests)
@@ -176,7 +178,8 @@ def test_threads(benchmark):
     def teardown():
         seen.add(frozenset(fresh()))
         return {"tokens_per_s": 100 / thing.FACTOR}
-    benchmark.pedantic(time.sleep, args=(0.001,), teardown=teardown, rounds=1)
+    teardown.tells_sample = True
+    benchmark.pedantic(lambda: time.sleep(0.001), teardown=teardown, rounds=1)
     rounds = {"tokens_per_s": [100 / thing.FACTOR]}
     what = dict(backend="b", model="m", workload="w", group="g", schema=1, fingerprint={"cpu": "any"})
     benchmark.extra_info.update(what, rounds=rounds)
@@ -190,7 +193,7 @@ def test_a_benchmark_that_both_skip_keeps_nothing_waiting_and_processors_are_giv
     said = []
     found = ab("base", "head", ["test_thing.py"], budget=20, repo=where, advance=said.append)
     assert outcomes(found) == {("test_threads", "tokens_per_s"): Outcome.FAIL}
-    assert said == ["processes 1 of 3"]
+    assert said == ["processes 1 of 3", "processes 2 of 3"]
 
 
 def test_rounds_alternate_in_drawn_abba_order_on_one_processor_at_a_time(two):
@@ -200,7 +203,7 @@ def test_rounds_alternate_in_drawn_abba_order_on_one_processor_at_a_time(two):
         meeting.warm_up(0.001)
         seen.extend(meeting.group(0.01) for _ in range(12))
 
-    two.run(lambda item: item.endswith("test_told"), measure)
+    two.run({"test_thing.py::test_told"}, measure)
     base, head = two.conclude()
     assert {group.order for group in seen} == {(0, 1, 1, 0), (1, 0, 0, 1)}
     assert Counter(side for group in seen for side in group.order) == {0: 24, 1: 24}
@@ -211,7 +214,7 @@ def test_rounds_alternate_in_drawn_abba_order_on_one_processor_at_a_time(two):
 
 
 def test_processes_that_are_left_alone_end(two):
-    two.run(lambda item: False, lambda item, meeting: None)
+    two.run(set(), lambda item, meeting: None)
     assert two.conclude() == [None, None]
 
 
@@ -221,7 +224,7 @@ def test_a_process_that_is_killed_is_said_to_be(two):
         meeting.group(0.01)
 
     with pytest.raises(GateError, match="head: pytest ended with code -9"):
-        two.run(lambda item: True, kill)
+        two.run(two.common, kill)
 
 
 def test_each_side_sees_its_share_of_a_gpu_and_no_more(monkeypatch):
@@ -251,6 +254,56 @@ def test_peers(benchmark):
 """
     where = repo(tmp_path / "repo", tests=tests)
     found = ab("base", "head", ["test_thing.py"], budget=3, pairs=1, repo=where)
-    (verdict,) = found.verdicts
-    assert verdict.outcome is Outcome.ERROR
-    assert "was not told round by round: measure it with --interleave blocks" in verdict.reason
+    assert (found.verdicts, found.outcome) == ((), Outcome.ERROR)  # nothing compared is no pass
+    assert any("not judged: test_thing.py::test_peers: they time themselves" in note for note in found.notes)
+
+
+MODULE = """
+import pytest
+
+@pytest.fixture(scope="module")
+def shared():
+    yield []
+
+class TestOne:
+    def test_fast(self, benchmark, shared):
+        benchmark(sum, range({size}))
+
+    def test_dict(self, benchmark, shared):
+        benchmark.pedantic(sum, args=(range(1000),), teardown=lambda _: {{"round_s": "mine"}}, rounds=1)
+
+def test_asks_late(request):
+    request.getfixturevalue("benchmark")(sum, range(100))
+"""
+
+
+def test_modules_classes_and_strange_tests_run_side_by_side(tmp_path):
+    """What is decided is left out of later processes, whatever module or class comes after it."""
+    where = tmp_path / "repo"
+    where.mkdir()
+    (where / ".gitignore").write_text("__pycache__\n")
+    for name, size in (("base", 5000), ("head", 9000)):
+        for module, length in (("a", 5000), ("b", size), ("c", 5000)):
+            (where / f"test_{module}.py").write_text(MODULE.format(size=length))
+        commit(where, name)
+    found = ab("base", "head", ["."], budget=25, repo=where)
+    got = {(v.benchmark, v.metric.name if v.metric else ""): v.outcome for v in found.verdicts}
+    assert got["test_b.py::TestOne::test_fast", "round_s"] is Outcome.FAIL
+    assert got["test_a.py::test_asks_late", "round_s"] is Outcome.ERROR
+    assert all(f"test_{m}.py::TestOne::test_dict" in {name for name, _ in got} for m in "abc")
+
+
+def test_a_child_that_lives_on_keeps_nobody_waiting(tmp_path):
+    tests = """
+import os, time
+def test_forks(benchmark):
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    os._exit(3)
+"""
+    where = repo(tmp_path / "repo", tests=tests)
+    began = time.monotonic()
+    with pytest.raises(GateError, match="pytest ended with code 3"):
+        ab("base", "head", ["test_thing.py"], budget=5, repo=where)
+    assert time.monotonic() - began < 30
