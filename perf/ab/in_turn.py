@@ -120,13 +120,13 @@ class InTurn:
         if metric not in series.metrics:
             raise GateError("was not told round by round: measure it with --interleave blocks")
         one = self.combined(before.fullname, metric)
-        fixed = min(one.error**2, one.between / len(series.kept))
+        fixed = min(one.error**2, one.between / sum(map(bool, series.sections(metric))))
         return sequential.estimate(one.log_ratio, one.error, one.df, series.look, self.looks, fixed)
 
     def combined(self, benchmark: str, metric: str) -> Combined:
         """What all groups of a benchmark say of a metric. Raises UndecidedError for too few."""
         sections = self.series[benchmark].sections(metric)
-        pairs = [np.array(list(_differences(pair))) for pair in sections]
+        pairs = [np.array(list(_differences(pair))) for pair in sections if pair]
         groups = sum(map(len, pairs))
         if groups < MIN_GROUPS:
             raise too_few((groups, groups), self.unit, MIN_GROUPS)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from perf.ab.groups import Disturbances, Group, Turn
-from perf.ab.in_turn import tell_disturbances
+from perf.ab.in_turn import InTurn, Series, tell_disturbances
+from perf.gate.design import UndecidedError
 
 QUIET = Turn(0.1, 0.1, ({"tokens_per_s": 1.0},), (1e-3, 1e-3), 0.0, 0, 0)
 
@@ -61,6 +62,24 @@ def test_where_most_groups_are_spoiled_this_is_how_the_machine_is():
     assert "this is how the machine is" in found.why_kept
     (said,) = tell_disturbances({"t::a": found})
     assert "judged all the same" in said
+
+
+def test_a_pair_without_enough_values_of_a_tail_says_nothing_of_it():
+    """A pair of processes that measured few groups beside one that measured many."""
+    few, many = [replace(QUIET, samples=({"itl_p99_ms": [1.0 + n] * n},)) for n in (10, 500)]
+    series = Series()
+    for turn, count in ((few, 3), (many, 30)):
+        series.pairs.append([])
+        for _ in range(count):
+            series.add(Group((0, 1, 1, 0), (turn,) * 4))
+    assert [len(pair) for pair in series.sections("itl_p99_ms")] == [0, 30]
+    design = InTurn(24)
+    design.series["t::a"] = series
+    assert design.combined("t::a", "itl_p99_ms").log_ratio == 0.0
+    series.pairs.pop()
+    series.add(Group((0, 1, 1, 0), (few,) * 4))
+    with pytest.raises(UndecidedError, match="0 groups of rounds: too few to tell anything"):
+        design.combined("t::a", "itl_p99_ms")
 
 
 def test_the_rounds_of_a_side_are_those_of_its_turns():
