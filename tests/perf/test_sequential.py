@@ -105,7 +105,10 @@ def recorded(rng):
     return drawn
 
 
-@pytest.mark.parametrize("draw", [normal, few, outliers, drifting, recorded])
+SLOW = [pytest.param(draw, marks=pytest.mark.slow) for draw in (normal, few, outliers, drifting)]
+
+
+@pytest.mark.parametrize("draw", [recorded, *SLOW])
 def test_identical_code_is_called_changed_no_more_often_than_said(draw):
     runs = 250
     allowed = MOST + 2.6 * math.sqrt(MOST / runs)  # what 2.5 % may look like in so many runs

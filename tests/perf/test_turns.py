@@ -92,6 +92,7 @@ def test_a_slower_head_is_found_by_every_kind_of_benchmark_and_marks_hold(tmp_pa
     assert git(where, "worktree", "list").count("\n") == 0
 
 
+@pytest.mark.slow
 def test_nothing_that_differs_is_a_pass_by_exact_numbers(tmp_path):
     where = repo(tmp_path / "repo")
     found = ab("base", "head", ["test_thing.py", "-k", "told"], budget=12, repo=where)
@@ -104,7 +105,7 @@ TURNED = TESTS.replace("def test_plain", "def test_z").replace("def test_told", 
 TURNED = TURNED.replace("def test_z", "def test_told")
 
 
-@pytest.mark.parametrize("tests", [GONE, SKIPS])
+@pytest.mark.parametrize("tests", [GONE, pytest.param(SKIPS, marks=pytest.mark.slow)])
 def test_a_benchmark_that_head_does_not_measure_is_an_error_and_the_others_are_judged(tmp_path, tests):
     where = repo(tmp_path / "repo", head_tests=tests)
     found = ab("base", "head", ["test_thing.py", "-k", "not marked"], budget=12, repo=where)
@@ -277,6 +278,7 @@ def test_asks_late(request):
 """
 
 
+@pytest.mark.slow
 def test_modules_classes_and_strange_tests_run_side_by_side(tmp_path):
     """What is decided is left out of later processes, whatever module or class comes after it."""
     where = tmp_path / "repo"
