@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perf.ab import turns
+from perf.ab.groups import SIDES
 from perf.ab.in_turn import InTurn
 from perf.gate import tolerances
 from perf.gate.comparison import Comparison, Outcome
@@ -75,7 +76,7 @@ class Experiment:
 
     def judged(self, items: Sequence[str], others: int = 0) -> Comparison:
         """Judge what was measured of some benchmarks, by their rounds alone; `others` is as for `compare`."""
-        runs = [{item: self._benchmark(item, side) for item in items} for side in turns.SIDES]
+        runs = [{item: self._benchmark(item, side) for item in items} for side in SIDES]
         base, head = (
             Run(name, Path(), {}, {}, "", one) for name, one in zip(("base", "head"), runs, strict=True)
         )

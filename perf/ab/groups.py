@@ -13,6 +13,7 @@ from typing import Any
 
 import scipy.stats
 
+SIDES = (0, 1)
 ORDERS = ((0, 1, 1, 0), (1, 0, 0, 1))  # 0 is base, 1 is head
 PACE = 1.8  # the machine changed its pace within the group by this much
 STOLEN = 0.05  # of the group's time

@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from perf.ab import sequential
-from perf.ab.groups import Disturbances, Group
+from perf.ab.groups import SIDES, Disturbances, Group
 from perf.errors import GateError
 from perf.gate import stats
 from perf.gate.design import too_few
@@ -35,7 +35,6 @@ from perf.gate.stats import Estimate, Floats
 
 BETWEEN = 0.005  # standard deviation of log(head / base) between pairs of processes of identical code
 PRIOR_PAIRS = 4
-SIDES = (0, 1)
 MIN_GROUPS = 6
 
 T = TypeVar("T")
@@ -158,8 +157,7 @@ def combine(pairs: Sequence[Floats]) -> Combined:
     cuts = [int(stats.TRIM * len(pair)) for pair in pairs]
     kept = np.array([len(pair) - 2 * cut for pair, cut in zip(pairs, cuts, strict=True)], float)
     clipped = [stats.winsorised(pair, cut) for pair, cut in zip(pairs, cuts, strict=True)]
-    sorted_in = zip(map(np.sort, pairs), cuts, strict=True)
-    means = np.array([pair[cut : len(pair) - cut].mean() for pair, cut in sorted_in])
+    means = np.array([stats.trimmed(pair, cut)[0] for pair, cut in zip(pairs, cuts, strict=True)])
     squares = sum(float(((x - x.mean()) ** 2).sum()) for x in clipped)
     df_within = max(1.0, float((kept - 1).sum()))
     of_one = squares / df_within * stats.inflation(clipped)

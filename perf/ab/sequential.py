@@ -19,7 +19,7 @@ import scipy.optimize
 from scipy.special import ndtr, ndtri
 from scipy.stats import t as student_t
 
-from perf.gate.stats import CONFIDENCE, Estimate
+from perf.gate.stats import CONFIDENCE, Estimate, student
 
 GRID = 401  # points over which a path's position is integrated
 # Levels at which boundaries are known exactly; p-values lie between them, linearly in logarithms.
@@ -80,8 +80,7 @@ def estimate(
         fixed: the part of error^2 that more of the same units do not make smaller.
     """
     if not error:
-        rise, fall = float(log_ratio <= 0), float(log_ratio >= 0)
-        return Estimate(log_ratio, error, df, log_ratio, log_ratio, rise, fall)
+        return student(log_ratio, error, df)
     level = nominal(1 - CONFIDENCE, looks)[look - 1]
     half = float(student_t.isf(level / 2, df)) * error
     t = log_ratio / error

@@ -219,7 +219,7 @@ def _turn(order: dict[str, Any], spend: Spend) -> dict[str, Any]:
         "samples": samples,
         "seconds": time.perf_counter() - began,
         "cpu_s": _cpu_s() - cpu,
-        "children": _has_children(),
+        "children": order["cpu"] is None and _has_children(),  # else it is known to have none
         "canary_s": [first, last],
         "stolen_s": _stolen_s(order["cpu"]) - stolen,
         "switches": after.ru_nivcsw - before.ru_nivcsw,

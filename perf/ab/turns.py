@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.ab import turn_agent
-from perf.ab.groups import ORDERS, Group, Turn
+from perf.ab.groups import ORDERS, SIDES, Group, Turn
 from perf.errors import GateError, uninterrupted
 from perf.gate.pytest_process import failure, has_plugin, pytest_command
 from perf.gate.saved_runs import Run, load
@@ -33,7 +33,6 @@ AGENT = "perf_turn_agent"  # what the copy of the plugin is called
 NOTHING_LEFT = 5  # pytest's exit code where no test is run
 LISTEN_S = 1.0  # between looks whether a process that tells nothing is still there
 SINGLE = 1.2  # processors that a process uses at most to count as one that needs a single one
-SIDES = (0, 1)
 
 
 def turns_command(args: Sequence[str], tree: Path, folder: Path) -> list[str]:
@@ -216,8 +215,8 @@ class Meeting:
         self._cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._groups = 0
 
-    def warm_up(self, seconds: float) -> float:
-        """A turn of each side that is not kept. Return how long a turn takes.
+    def warm_up(self, seconds: float) -> None:
+        """A turn of each side that is not kept.
 
         Processes that keep no more than one processor busy and have no children are pinned from now on, both
         to the same one, and to the next in each group: two processors of a shared machine can differ for
@@ -226,7 +225,6 @@ class Meeting:
         turns = [self._turn(side, seconds, None, None) for side in SIDES]
         if any(turn.children or turn.cpu_s > SINGLE * turn.seconds for turn in turns):
             self._cpus = []
-        return max(turn.seconds for turn in turns)
 
     def group(self, seconds: float, slowdown: str | None = None) -> Group:
         """Four turns of so many seconds each, in an order that is drawn; head is slowed down if asked."""

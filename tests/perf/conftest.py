@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,24 @@ def imported_for_measuring() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "unfreeze", lambda: None)  # which a trial that is closed would undo
         yield
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """c0 to c16 in a row, for tests of `perf bisect`."""
+    from tests.perf.bisected import row
+
+    return row(tmp_path_factory.mktemp("line") / "repo")
+
+
+@pytest.fixture
+def repo(line: Path) -> Iterator[Path]:
+    """c0 to c16, which must stay as they are, with all that git knows."""
+    from tests.perf.bisected import state
+
+    before = state(line)
+    yield line
+    assert state(line) == before
 
 
 @pytest.fixture

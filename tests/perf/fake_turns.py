@@ -71,9 +71,8 @@ class FakeMeeting:
     def __init__(self, pairs: FakePairs, name: str) -> None:
         self.pairs, self.name = pairs, name
 
-    def warm_up(self, seconds: float) -> float:
+    def warm_up(self, seconds: float) -> None:
         self.pairs.now += 2 * TURN_S
-        return TURN_S
 
     def group(self, seconds: float, slowdown: str | None = None) -> Group:
         return self.pairs.group(self.name, slowdown)

@@ -10,21 +10,8 @@ from perf.ab.bisect import Bisection, Finding
 from perf.ab.history import History
 from perf.errors import Exit, GateError
 from perf.gate.comparison import Comparison, Outcome, Verdict
-from tests.perf.bisected import LINE, RUN, TEST, Judge, found, made, row, state, verdict
+from tests.perf.bisected import LINE, RUN, TEST, Judge, found, made, verdict
 from tests.perf.repos import commit, git
-
-
-@pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    return row(tmp_path_factory.mktemp("line") / "repo")
-
-
-@pytest.fixture
-def repo(line):
-    """c0 to c16, which must stay as they are, with all that git knows."""
-    before = state(line)
-    yield line
-    assert state(line) == before
 
 
 @pytest.mark.parametrize("position", range(1, 17))

@@ -9,20 +9,7 @@ import pytest
 from perf import cli, console
 from perf.ab.narrow import narrowed
 from perf.errors import GateError
-from tests.perf.bisected import LINE, TEST, Judge, row, state
-
-
-@pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    return row(tmp_path_factory.mktemp("line") / "repo")
-
-
-@pytest.fixture
-def repo(line):
-    """c0 to c16, which must stay as they are, with all that git knows."""
-    before = state(line)
-    yield line
-    assert state(line) == before
+from tests.perf.bisected import LINE, TEST, Judge
 
 
 @pytest.mark.parametrize(("args", "options"), [
