@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer import Option
+from typer import Argument, Option
 
 from perf.errors import Exit, GateError
 
@@ -53,6 +53,7 @@ Json = Annotated[File, Option(help="Write every verdict here.")]
 Budget = Annotated[
     float, Option(parser=seconds, metavar="TIME", help="Time by the clock, all in all: 90s, 5m, 1h.")
 ]
+PytestArgs = Annotated[list[str] | None, Argument(metavar="[-- PYTEST ARGS]", help="What pytest is given.")]
 Counters = Annotated[bool, Option(help="Whether exact counters are judged too.")]
 
 
