@@ -9,13 +9,17 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from engine import InputError
-from perf import console
+from perf import config, console
 from perf.commands import machine, revisions, saved
 from perf.errors import Exit, GateError
+from perf.gate import tolerances
 
 BROKEN = 70  # this program itself is at fault
 NEEDED = ("scipy", "jinja2", "pytest", "pytest_benchmark")  # the extra `perf`
@@ -26,13 +30,31 @@ for room in (saved, revisions, machine):
     app.add_typer(room.app)
 
 
+def defaults() -> dict[str, dict[str, Any]]:
+    """Return the defaults that the settings of the project give, by command and parameter, as click takes
+    them.
+
+    Raises:
+        SettingsError: for settings that cannot be used.
+    """
+    settings = config.load(Path.cwd())
+    tolerances.check_settings(settings)
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    found: dict[str, dict[str, Any]] = {}
+    for name, command in group.commands.items():
+        values = {one.name: settings.default(one.name) for one in command.params if one.name}
+        found[name] = {parameter: value for parameter, value in values.items() if value is not None}
+    return found
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; what the user can mend ends in one message on standard error."""
     try:
-        app(args)
+        app(args, default_map=defaults())
     except GateError as error:
         console.fail(error, error.code)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, config.SettingsError) as error:
         console.fail(error, Exit.USAGE)
     except Exception as error:
         missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Option
 
+from perf import config
 from perf.errors import Exit, GateError
 
 if TYPE_CHECKING:
@@ -24,24 +24,19 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 WIDTH = 180  # columns of a table where there is no terminal
-MOST_SECONDS = 7 * 24 * 3600
 ERRORS = Console(stderr=True)
 
 
 def seconds(text: str | float) -> float:
-    """Return a length of time in seconds, as options give it: `90`, `90s`, `2m`, `1m30s`, `1.5h`.
+    """Return a length of time in seconds, as perf/config.py reads it.
 
     Raises:
-        typer.BadParameter: for what is no length of time, is 0, or is longer than a week.
+        typer.BadParameter: for what is none.
     """
-    number = r"(\d+(?:\.\d*)?)"
-    found = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", str(text).strip())
-    hours, minutes, rest = (float(part or 0) for part in found.groups()) if found else (0.0, 0.0, 0.0)
-    total = 3600 * hours + 60 * minutes + rest
-    if not 0 < total <= MOST_SECONDS:
-        wrong = f"{text!r} is no length of time: give seconds (90 or 90s), minutes (2m) or hours (1h)"
-        raise typer.BadParameter(f"{wrong}, above 0 and {MOST_SECONDS // 3600}h at most")
-    return total
+    try:
+        return config.seconds(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 File = Path | None

@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from perf import config as project
 from perf.gate import saving
 from perf.shadow import USAGE, explain
 
@@ -27,7 +30,11 @@ if TYPE_CHECKING:
 
 RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
 GATE = pytest.StashKey["SessionGate"]()
+SETTINGS = pytest.StashKey[project.Settings]()
+STORAGE = "--benchmark-storage"
+FROM_SETTINGS = ("model", "dtype")  # options whose default is in the project's settings, by their dest
 TURNS = "dynamic-batch-turns"  # see perf/ab/turn_agent.py
+SET = f"default: that of [{'.'.join(project.PATH)}]"
 TABLE_WIDTH, GATE_WIDTH = 100, 160  # columns of what is shown at the end where there is no terminal
 MARKERS = (
     "gpu: needs a CUDA device",
@@ -39,8 +46,8 @@ MARKERS = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("dynamic-batch performance").addoption
     add("--require-gpu", action="store_true", help="fail, rather than skip, gpu tests without a CUDA device")
-    add("--model", help="model spec of the benchmarks (default: random:tiny-llama, on CUDA qwen2.5-0.5b)")
-    add("--dtype", help="dtype of the benchmarks (default: float32, on CUDA float16)")
+    add("--model", help=f"model spec of the benchmarks ({SET}, else random:tiny-llama, on CUDA qwen2.5-0.5b)")
+    add("--dtype", help=f"dtype of the benchmarks ({SET}, else float32, on CUDA float16)")
     add("--batch-sizes", type=_integers, metavar="N,N", help="batch sizes of the sweep")
     add("--rounds", type=_positive, metavar="N", help="timed rounds of each perf_case benchmark")
     seconds = "seconds to time on a CPU, 5 rounds or more, where nothing says how many (default: 1.0)"
@@ -59,8 +66,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     baseline = config.getoption("--perf-baseline")
-    shown = config.getoption("help", False) or config.getoption("markers", False)  # no session follows
-    if baseline is None or shown or hasattr(config, "workerinput"):
+    if config.getoption("help", False) or config.getoption("markers", False):
+        return  # no session follows
+    _use_settings(config)
+    if baseline is None or hasattr(config, "workerinput"):
         return
     _check_whole()
     from perf.errors import GateError
@@ -75,6 +84,12 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(f"error: {error}", returncode=int(error.code))
     config.stash[GATE] = gate
     config.pluginmanager.register(gate)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have the project's tolerances hold for every test, as the farthest of its marks."""
+    for metric, limits in session.config.stash[SETTINGS].tolerances.items():
+        session.add_marker(pytest.mark.perf_gate(metric, **limits))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -198,6 +213,30 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(title)
         for line in drawn(table, width):
             terminalreporter.write_line(line)
+
+
+def _use_settings(config: pytest.Config) -> None:
+    """Read the settings of the project whose tests these are, and give them to options that were not given.
+
+    That of where runs are saved is pytest-benchmark's, whose own default says nothing of who gave it.
+    """
+    try:
+        settings = project.load(config.rootpath)
+        if settings.tolerances:
+            _check_whole()
+            from perf.gate import tolerances
+
+            tolerances.check_settings(settings)
+    except project.SettingsError as error:
+        pytest.exit(f"error: {error}", returncode=USAGE)
+    config.stash[SETTINGS] = settings
+    for name in FROM_SETTINGS:
+        if not config.getoption(name):
+            setattr(config.option, name, settings.default(name))
+    added = [*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *config.getini("addopts")]
+    given = any(str(arg).startswith(STORAGE) for arg in (*added, *config.invocation_params.args))
+    if settings.storage and not given and config.getoption("benchmark_storage", None) is not None:
+        config.option.benchmark_storage = settings.storage
 
 
 def _show_gate(terminalreporter: Any, gate: SessionGate) -> None:

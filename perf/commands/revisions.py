@@ -107,7 +107,7 @@ def bisect(
 
 @app.command()
 def selftest(
-    pytest_args: PytestArgs = None,
+    own_args: PytestArgs = None,
     trials: Annotated[int, Option(help="A/B runs of each slowdown.")] = 20,
     effects: Annotated[
         str,
@@ -142,7 +142,7 @@ def selftest(
     plan = Plan(budget, pairs, min_round)
     with console.progress(trials) as advance:
         report = measure(
-            names, trials, plan=plan, idle_budget_s=idle_budget, args=pytest_args or (), advance=advance
+            names, trials, plan=plan, idle_budget_s=idle_budget, args=own_args or (), advance=advance
         )
     show(selftest_table(report), console.WIDTH)
     if report.noise:

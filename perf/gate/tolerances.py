@@ -1,9 +1,10 @@
 """Tolerances of a test's metrics: the limits of its `perf_gate` marks, and how they hold.
 
 The closest mark wins, limit by limit: a parameter's before its test's, then its class's, a derived one's
-before its base's, then its module's. A mark on a test must be of use to that test; one on a class or a module
-is for those of its benchmarks that record the metric, and there must be one. It imports neither torch nor
-pytest.
+before its base's, then its module's, and last the project's own, which are marks of the whole session. A mark
+on a test must be of use to that test; one on a class or a module is for those of its benchmarks that record
+the metric, and there must be one; the project's are for whatever records the metric. It imports neither torch
+nor pytest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from perf.gate.metrics import GATED, METRICS, TIME, is_amount
 
 if TYPE_CHECKING:
     import pytest
+
+    from perf.config import Settings
 
 MARK = "perf_gate"
 
@@ -40,19 +43,35 @@ def check_tolerance(metric: str, rel: float | None = None, abs: float | None = N
     Raises:
         GateError: for an unknown or exact metric, neither limit given, or one that is no number of 0 or more.
     """
-    mark = f"perf_gate({metric!r})"
+    if fault := _fault(metric, rel, abs):
+        raise _wrong(f"perf_gate({metric!r}): {fault}")
+    return Tolerance(rel, abs)
+
+
+def check_settings(settings: Settings) -> None:
+    """Check the metrics and limits of a project's own tolerances.
+
+    Raises:
+        SettingsError: for one that no mark could have, naming the file and the key.
+    """
+    for metric, limits in settings.tolerances.items():
+        if fault := _fault(metric, limits.get("rel"), limits.get("abs")):
+            raise settings.error(f"tolerances.{metric}", f"cannot be: {fault}")
+
+
+def _fault(metric: str, rel: float | None, abs: float | None) -> str | None:
     if metric not in GATED:
-        raise _wrong(f"{mark}: no such gated metric; they are {', '.join(GATED)}")
+        return f"no such gated metric; they are {', '.join(GATED)}"
     if METRICS[metric].direction == "exact":
-        raise _wrong(f"{mark}: a counter is compared exactly and takes no tolerance")
+        return "a counter is compared exactly and takes no tolerance"
     if rel is None and abs is None:
-        raise _wrong(f"{mark}: give rel=, abs= or both")
+        return "give rel=, abs= or both"
     for limit, value in (("rel", rel), ("abs", abs)):
         if value is not None and not is_amount(value):
-            raise _wrong(f"{mark}: {limit}={value!r} must be a number of 0 or more")
+            return f"{limit}={value!r} must be a number of 0 or more"
     if rel is not None and rel >= 1:
-        raise _wrong(f"{mark}: rel={rel} is a fraction and must be below 1 (0.1 is 10 %)")
-    return Tolerance(rel, abs)
+        return f"rel={rel} is a fraction and must be below 1 (0.1 is 10 %)"
+    return None
 
 
 def _wrong(message: str) -> GateError:
@@ -121,6 +140,8 @@ def check(items: Iterable[pytest.Item], narrowed: bool) -> None:
         except GateError as error:
             raise GateError(f"{item.nodeid}: {error}", error.code) from None
         for node, mark in item.iter_markers_with_node(MARK):
+            if node is item.session:
+                continue
             why, key = _useless(item, mark.args[0]), (_owner(node, mark)[0], id(mark))
             what = f"perf_gate({mark.args[0]!r}) would have no effect"
             if why is None:
