@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def test_every_key_is_read(project):
     )
     tolerances.check_settings(found)
     assert (found.default("slo"), found.default("workload")) == ("ttft=200,tpot=12.5", [*found.workloads])
+
+
+def test_the_readmes_table_is_one_that_works_and_has_every_key(project):
+    readme = (Path(config.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"```toml\n(.*?)```", readme, re.S)
+    tolerances.check_settings(config.load(project(table)))
+    assert re.findall(r"^([\w-]+) = ", table, re.M) == KEYS.split(", ")
 
 
 def test_files_count_from_the_table_wherever_one_stands(project, monkeypatch):

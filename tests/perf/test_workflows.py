@@ -15,6 +15,7 @@ from perf.cli import app
 
 FOLDER = Path(__file__).parents[2] / ".github" / "workflows"
 FILES = sorted(FOLDER.glob("*.yml"))
+GATE = "./.github/actions/perf-gate"
 BY_NAME = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 
 
@@ -30,19 +31,21 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def test_there_is_a_workflow_for_every_machine() -> None:
-    assert [path.name for path in FILES] == ["ci.yml", "perf.yml"]
+    assert [path.name for path in FILES] == ["ci.yml", "perf-comment.yml", "perf.yml"]
 
 
 @BY_NAME
 def test_rights_pins_and_limits(path: Path) -> None:
     workflow = parsed(path)
-    assert workflow["permissions"] == {"contents": "read"}
+    writes = path.name == "perf-comment.yml"
+    assert workflow["permissions"] == ({} if writes else {"contents": "read"})
     assert "pull_request_target" not in workflow["on"]
+    assert ("workflow_run" in workflow["on"]) == writes
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] <= 60
-        assert "permissions" not in job
+        assert ("permissions" in job) == writes
     for step in steps(path):
-        if "uses" in step:
+        if "uses" in step and step["uses"] != GATE:
             assert re.fullmatch(r"actions/[\w/-]+@[0-9a-f]{40}", step["uses"])
         assert "${{" not in step.get("run", ""), "an expression in a script is code from whoever filled it"
         if step.get("uses", "").startswith("actions/checkout@"):
@@ -54,8 +57,28 @@ def test_each_action_has_one_pin_and_names_its_version(path: Path) -> None:
     pins = re.findall(
         r"uses: (actions/[\w-]+)[\w/-]*@(\S+) # (v\d+\.\d+\.\d+)$", path.read_text(encoding="utf-8"), re.M
     )
-    assert len(pins) == sum("uses" in step for step in steps(path))
+    assert len(pins) == sum(step.get("uses", GATE) != GATE for step in steps(path))
     assert len({name for name, _, _ in pins}) == len(set(pins))
+
+
+def test_what_may_write_runs_nothing_of_a_pull_request() -> None:
+    workflow = parsed(FOLDER / "perf-comment.yml")
+    assert workflow["on"] == {"workflow_run": {"workflows": ["perf"], "types": ["completed"]}}
+    assert parsed(FOLDER / "perf.yml")["name"] == "perf"
+    (job,) = workflow["jobs"].values()
+    assert job["permissions"] == {"actions": "read", "contents": "read", "pull-requests": "write"}
+    assert job["if"].startswith("github.event.workflow_run.event == 'pull_request' && ")
+    assert job["runs-on"] == "ubuntu-24.04"
+    checkout, comment = job["steps"]
+    assert checkout["with"]["ref"] == "${{ github.event.repository.default_branch }}"
+    assert comment["run"] == "python3 .github/scripts/perf_comment.py"
+    assert comment["env"].keys() == {
+        "GH_TOKEN", "RUN_ID", "ARTIFACT", "HEAD_SHA", "HEAD_OWNER", "HEAD_BRANCH"
+    }  # fmt: skip
+    (gate,) = [step for step in steps(FOLDER / "perf.yml") if step.get("uses") == GATE]
+    inputs = yaml.safe_load((FOLDER.parent / "actions/perf-gate/action.yml").read_text())["inputs"]
+    name = gate["with"].get("name", inputs["name"]["default"])
+    assert comment["env"]["ARTIFACT"] == f"{name}-${{{{ github.event.workflow_run.run_attempt }}}}"
 
 
 def test_a_gpu_runner_sees_a_pull_request_only_at_the_commit_that_was_labelled() -> None:
@@ -65,11 +88,11 @@ def test_a_gpu_runner_sees_a_pull_request_only_at_the_commit_that_was_labelled()
     nightly, on_label = workflow["jobs"]["nightly"], workflow["jobs"]["pull-request"]
     assert "github.event_name != 'pull_request' && github.ref == 'refs/heads/main'" in nightly["if"]
     assert "github.event.label.name == 'perf'" in on_label["if"]
-    assert (
-        on_label["steps"][0]["with"]["ref"]
-        == on_label["env"]["HEAD"]
-        == "${{ github.event.pull_request.head.sha }}"
-    )
+    checkout, _, gate = on_label["steps"]
+    assert checkout["with"]["ref"] == "${{ github.event.pull_request.head.sha }}"
+    assert checkout["with"]["fetch-depth"] == 0
+    assert (gate["uses"], gate["with"]["install"]) == (GATE, "none")
+    assert not {"command", "base", "head"} & gate["with"].keys(), "the labelled commit, against where it left"
     for job in (nightly, on_label):
         assert job["if"].startswith("vars.PERF_RUNNER == 'on' && ")
         assert job["runs-on"] == ["self-hosted", "linux", "gpu"]
@@ -83,6 +106,8 @@ def test_every_option_in_a_workflow_is_one_that_exists(request: pytest.FixtureRe
     scripts = "\n".join(step.get("run", "") for path in FILES for step in steps(path)).replace("\\\n", " ")
     lines = [line.split("||")[0] for line in scripts.splitlines()]
     calls = [(m[1], m[2]) for line in lines if (m := re.search(r"python -m perf (\S+)(.*)", line))]
+    gated = [step["with"] for path in FILES for step in steps(path) if step.get("uses") == GATE]
+    calls += [(given.get("command", "ab"), f" -- {given['args']}") for given in gated]
     assert {name for name, _ in calls} == {"ab", "compare", "report", "save"}
     for name, arguments in calls:
         own, _, for_pytest = arguments.partition(" -- ")
