@@ -108,6 +108,8 @@ class WorkItem:
     prompt: str | Sequence[int]
     params: SamplingParams
     arrival_s: float = 0.0
+    follows: int | None = None
+    source: str | tuple[Mapping[str, str], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

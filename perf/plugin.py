@@ -7,9 +7,6 @@ perf/gate/session_gate.py.
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from perf import config as project
+from perf import config as project, server_options
 from perf.gate import saving
-from perf.shadow import USAGE, explain
+from perf.option_types import check_whole, integers, names, positive, seconds, slowdown
+from perf.shadow import USAGE
 
 if TYPE_CHECKING:
     from perf.gate.session_gate import SessionGate
@@ -32,7 +30,7 @@ RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
 GATE = pytest.StashKey["SessionGate"]()
 SETTINGS = pytest.StashKey[project.Settings]()
 STORAGE = "--benchmark-storage"
-FROM_SETTINGS = ("model", "dtype")  # options whose default is in the project's settings, by their dest
+FROM_SETTINGS = ("model", "dtype", *server_options.FROM_SETTINGS)  # options whose default is in the project's settings, by their dest
 TURNS = "dynamic-batch-turns"  # see perf/ab/turn_agent.py
 SET = f"default: that of [{'.'.join(project.PATH)}]"
 TABLE_WIDTH, GATE_WIDTH = 100, 160  # columns of what is shown at the end where there is no terminal
@@ -48,21 +46,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--require-gpu", action="store_true", help="fail, rather than skip, gpu tests without a CUDA device")
     add("--model", help=f"model spec of the benchmarks ({SET}, else random:tiny-llama, on CUDA qwen2.5-0.5b)")
     add("--dtype", help=f"dtype of the benchmarks ({SET}, else float32, on CUDA float16)")
-    add("--batch-sizes", type=_integers, metavar="N,N", help="batch sizes of the sweep")
-    add("--rounds", type=_positive, metavar="N", help="timed rounds of each perf_case benchmark")
-    seconds = "seconds to time on a CPU, 5 rounds or more, where nothing says how many (default: 1.0)"
-    add("--min-time", type=_seconds, default=1.0, metavar="SECONDS", help=seconds)
+    add("--batch-sizes", type=integers, metavar="N,N", help="batch sizes of the sweep")
+    add("--rounds", type=positive, metavar="N", help="timed rounds of each perf_case benchmark")
+    timed = "seconds to time on a CPU, 5 rounds or more, where nothing says how many (default: 1.0)"
+    add("--min-time", type=seconds, default=1.0, metavar="SECONDS", help=timed)
     add("--quick", action="store_true", help="fewer points and rounds: 2 minutes on a GPU, not 8")
-    add("--peers", type=_names, metavar="A,B", help="what the peers benchmark compares, in this order")
+    add("--peers", type=names, metavar="A,B", help="what the peers benchmark compares, in this order")
     add("--backend", action="append", default=[], metavar="MODULE:ATTR", help="one more peer; repeatable")
     add("--perf-trace", type=Path, metavar="FOLDER", help="keep the trace of the idle benchmark here")
     add("--perf-baseline", metavar="NAME|FILE", help="compare with this saved run at the end, and gate")
-    slowdown = "slow the engine down, to test the gate: 0.05 (all steps), 0.2@chunks, 1.5@10 (each tenth)"
-    add("--perf-inject-slowdown", type=_slowdown, default=0.0, metavar="FRACTION[@WHICH]", help=slowdown)
+    injected = "slow the engine down, to test the gate: 0.05 (all steps), 0.2@chunks, 1.5@10 (each tenth)"
+    add("--perf-inject-slowdown", type=slowdown, default=0.0, metavar="FRACTION[@WHICH]", help=injected)
+
+    server_options.add_options(add)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(saving)
+    config.pluginmanager.register(server_options)
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     baseline = config.getoption("--perf-baseline")
@@ -71,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _use_settings(config)
     if baseline is None or hasattr(config, "workerinput"):
         return
-    _check_whole()
+    check_whole()
     from perf.errors import GateError
     from perf.gate.session_gate import SessionGate
 
@@ -94,6 +95,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize over (device, NAME) for each `points` mark, and over the device alone without one."""
+    if "server_load" in metafunc.fixturenames:
+        server_options.parametrize(metafunc)
+        return
     if "device" not in metafunc.fixturenames or "perf_case" not in metafunc.fixturenames:
         return
     mark = metafunc.definition.get_closest_marker("points")
@@ -118,14 +122,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for value in values:
             skip = (pytest.mark.skip(reason="left out by --quick"),) if value in left_out else ()
             rows.append(pytest.param(device, value, id=f"{device}-{_label(value)}", marks=(*marks, *skip)))
-    names = ["device"] if mark is None else ["device", mark.args[0]]
-    metafunc.parametrize(names, rows)
+    metafunc.parametrize(["device"] if mark is None else ["device", mark.args[0]], rows)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     marked = any(item.get_closest_marker("perf_gate") for item in items)
     if marked or any("perf_bench" in _fixtures(item) for item in items):
-        _check_whole()
+        check_whole()
     if marked:
         from perf.errors import GateError
         from perf.gate import tolerances
@@ -153,9 +156,9 @@ def perf_bench(request: pytest.FixtureRequest) -> Iterator[BenchSession]:
     """The options and the model that the session's benchmarks share."""
     from perf.measure.session import BenchSession
 
-    names = ("model", "dtype", "rounds", "quick")
+    shared = ("model", "dtype", "rounds", "quick", "slo")
     bench = BenchSession(
-        **{name: request.config.getoption(f"--{name}") for name in names},
+        **{name: request.config.getoption(f"--{name}") for name in shared},
         min_time=request.config.getoption("--min-time"),
         inject_slowdown=request.config.getoption("--perf-inject-slowdown"),
     )
@@ -178,8 +181,8 @@ def peer_rounds(
         if device not in known:
             items = (item for item in request.session.items if "peer_rounds" in _fixtures(item))
             chosen = [_parameters(item) for item in items if not item.get_closest_marker("skip")]
-            names = [params["peer"] for params in chosen if params["device"] == device]
-            known[device] = run_peers(perf_bench, names, workload, device, batch_size, rounds)
+            peers = [params["peer"] for params in chosen if params["device"] == device]
+            known[device] = run_peers(perf_bench, peers, workload, device, batch_size, rounds)
         return known[device]
 
     return get
@@ -223,7 +226,7 @@ def _use_settings(config: pytest.Config) -> None:
     try:
         settings = project.load(config.rootpath)
         if settings.tolerances:
-            _check_whole()
+            check_whole()
             from perf.gate import tolerances
 
             tolerances.check_settings(settings)
@@ -250,15 +253,6 @@ def _show_gate(terminalreporter: Any, gate: SessionGate) -> None:
         show(comparison_table(gate.comparison), GATE_WIDTH, terminalreporter._tw._file)
 
 
-def _check_whole() -> None:
-    """End the session with one line where ours cannot be imported, as where another package has its name."""
-    try:
-        importlib.import_module("perf.errors")
-    except Exception as error:
-        way_out = "rename it, or run pytest where it is not on the path"
-        pytest.exit(f"error: {explain(error, way_out)}", returncode=USAGE)
-
-
 def _label(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -269,39 +263,3 @@ def _fixtures(item: pytest.Item) -> list[str]:
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:
     return getattr(item, "callspec").params  # noqa: B009 (pytest has no public name for it)
-
-
-def _integers(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, 0 or more")
-    return value
-
-
-def _slowdown(text: str) -> str:
-    _check_whole()
-    from engine import InputError
-    from perf.measure.slowdown import Slowdown
-
-    try:
-        Slowdown.parse(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perf.ab.import_proof import Surroundings, Watch, environment
+from perf.ab.serving import IN_PROCESS, Serving
 from perf.gate import saved_runs, stats
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS
@@ -26,16 +27,20 @@ def measure_blocks(
     pairs: int,
     around: Surroundings,
     advance: Callable[[str], object],
+    serving: Serving = IN_PROCESS,
 ) -> tuple[Run, Run]:
     """Run `pairs` blocks of each tree in turn; gives base and head, of which a round is a block's typical
-    value."""
+    value. A block's server is started before it and stopped after it."""
     done: tuple[list[Run], list[Run]] = ([], [])
     folder = trees[0].parent
     for number, side in enumerate(order(pairs), 1):
         advance(f"block {number} of {2 * pairs}: {names[side]}")
         watch = Watch.begin(folder / f"imports-{number}", trees[side], around)
         name = f"block {number}, {names[side]}"
-        done[side].append(block(args, folder / f"{number}.json", trees[side], name, watch))
+        log = watch.folder / "server.log"
+        with serving.at(side, name, trees[side], around.top, log) as served:
+            saved = block([*args, *served], folder / f"{number}.json", trees[side], name, watch)
+        done[side].append(saved)
     return merge(done[0], names[0]), merge(done[1], names[1])
 
 

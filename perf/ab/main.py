@@ -10,7 +10,7 @@ started in stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from perf.ab.experiment import Experiment, Plan
 from perf.ab.import_proof import Surroundings, Watch
 from perf.ab.in_turn import tell_disturbances
 from perf.ab.revisions import commit_of, git
+from perf.ab.serving import IN_PROCESS, Serving
 from perf.ab.turns import Side, turns_command
 from perf.ab.worktrees import worktrees
 from perf.errors import Exit, GateError
@@ -51,6 +52,7 @@ def ab(
     interleave: Interleave = "rounds",
     blocks: int = BLOCKS,
     counters: bool = True,
+    serving: Serving = IN_PROCESS,
     repo: Path | str = ".",
     advance: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
@@ -66,6 +68,7 @@ def ab(
         interleave: what takes turns: rounds of two live processes, or whole processes.
         blocks: pairs of blocks, at least four, where blocks take turns.
         counters: whether exact counters are judged too.
+        serving: the servers that are measured, if any: each side's own, live as long as its process.
         advance: called with a line about what comes next, once before each pair of processes, or each block.
 
     Raises:
@@ -75,17 +78,18 @@ def ab(
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after processes and worktrees are gone.
     """
     _check_numbers(budget, pairs, round_s, interleave, blocks)
+    args = serving.args(args)
     check_args(args, "process")
     top = Path(git(Path(repo), "rev-parse", "--show-toplevel"))
     commits = [commit_of(top, revision) for revision in (base, head)]
     with worktrees(top, commits) as trees:
         around = Surroundings.of(top, trees)
         if interleave == "blocks":
-            runs = measure_blocks((base, head), trees, args, blocks, around, advance)
+            runs = measure_blocks((base, head), trees, args, blocks, around, advance, serving)
             comparison = compare(*runs, design=PairedBlocks(), counters=counters)
         else:
             one = Experiment(Plan(budget, pairs, round_s))
-            sides = _in_trees((base, head), trees, args, around)
+            sides = _in_trees((base, head), trees, args, around, serving)
             saved = list(experiment.run(sides, [one], advance))
             runs = _joined(base, [pair[0] for pair in saved]), _joined(head, [pair[1] for pair in saved])
             comparison = concluded(one, *runs, counters)
@@ -153,25 +157,28 @@ def _check_numbers(budget: float, pairs: int, round_s: float, interleave: str, b
 
 
 def _in_trees(
-    names: Sequence[str], trees: Sequence[Path], args: Sequence[str], around: Surroundings
+    names: Sequence[str], trees: Sequence[Path], args: Sequence[str], around: Surroundings, serving: Serving
 ) -> experiment.Sides:
     """Processes that each measure their own tree, which is proven at their end."""
 
     @contextmanager
     def sides(number: int) -> Iterator[Sequence[Side]]:
         found, watches = [], []
-        for side, tree in enumerate(trees):
-            watch = Watch.begin(trees[0].parent / f"imports-{number}-{side}", tree, around)
-            command = turns_command(args, tree, watch.folder)
-            name = f"{names[side]}, process {number + 1}"
-            found.append(Side(name, command, tree, watch.environment(), watch.folder))
-            watches.append(watch)
-        try:
-            yield found
-        except GateError as error:
-            if error.code is not Exit.USAGE:
-                _prove(found, watches)  # what was imported may be why
-            raise
+        with ExitStack() as servers:
+            for side, tree in enumerate(trees):
+                watch = Watch.begin(trees[0].parent / f"imports-{number}-{side}", tree, around)
+                name = f"{names[side]}, process {number + 1}"
+                log = watch.folder / "server.log"
+                served = servers.enter_context(serving.at(side, name, tree, around.top, log))
+                command = turns_command([*args, *served], tree, watch.folder)
+                found.append(Side(name, command, tree, watch.environment(), watch.folder, bool(served)))
+                watches.append(watch)
+            try:
+                yield found
+            except GateError as error:
+                if error.code is not Exit.USAGE:
+                    _prove(found, watches)  # what was imported may be why
+                raise
         _prove(found, watches)
 
     return sides

@@ -46,13 +46,15 @@ def turns_command(args: Sequence[str], tree: Path, folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Side:
-    """What a process of one side is started with. name: for messages. folder: for its files."""
+    """What a process of one side is started with. name: for messages. folder: for its files. served: whether
+    it only asks a server, which has processors of its own choice."""
 
     name: str
     command: Sequence[str]
     tree: Path
     env: Mapping[str, str]
     folder: Path
+    served: bool = False
 
     @property
     def saved(self) -> Path:
@@ -223,7 +225,8 @@ class Meeting:
         seconds by more than code does.
         """
         turns = [self._turn(side, seconds, None, None) for side in SIDES]
-        if any(turn.children or turn.cpu_s > SINGLE * turn.seconds for turn in turns):
+        served = any(process.side.served for process in self.processes)
+        if served or any(turn.children or turn.cpu_s > SINGLE * turn.seconds for turn in turns):
             self._cpus = []
 
     def group(self, seconds: float, slowdown: str | None = None) -> Group:

@@ -42,6 +42,7 @@ BUILT_IN = {
     "openvino": "perf.backends.peers:OpenVINO",
     "ctranslate2": "perf.backends.peers:CTranslate2",
     "vllm": "perf.backends.peers:VLLM",
+    "http": "perf.backends.http.backend:Http",
 }
 
 
@@ -54,16 +55,22 @@ class Setup:
     """Model that a backend is to load, and how much it may run at once.
 
     `loaded` is the model as Transformers has it, for backends in this process and for the check of the
-    tokens; those that read files take `folder()`. `options` are the backend's own settings by name.
+    tokens; those that read files take `folder()`. `options` are the backend's own settings by name. `held` is
+    the same, and None for a remote backend whose model is not known here.
     """
 
-    loaded: LoadedModel
+    held: LoadedModel | None
     device: str
     dtype: str
     max_batch_size: int
     seed: int = 0
     threads: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        assert self.held is not None, "only a remote backend is opened without a model"
+        return self.held
 
     def folder(self) -> Path:
         """Return the model's folder, as `save_pretrained` writes it: in the cache if it came from nowhere."""
@@ -77,13 +84,33 @@ class Outcome:
     """One run: output tokens in the order of the requests, and what was measured.
 
     `keeps_times` is False for a backend that tells only when requests end: it has no TTFT and no TPOT.
-    `extra` is whatever else it knows of the run, by the names it is to be recorded under.
+    `extra` is whatever else it knows of the run, by the names it is to be recorded under. `voided` says why
+    the run must not count as a round. `exact` is False where its counters may differ from run to run.
     """
 
     tokens: list[tuple[int, ...]]
     metrics: EngineMetrics
     keeps_times: bool = True
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float | str] = field(default_factory=dict)
+    voided: str | None = None
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How many answers were checked, against what; how many were the same, and parted at a near-tie."""
+
+    same: int
+    near_ties: int
+    checked: int
+    against: str = "the model's own choices"
+
+
+class Judge(Protocol):
+    """The model as Transformers runs it, which says whether an answer is its own choice."""
+
+    def judge(self, prompt: Sequence[int], output: Sequence[int]) -> Any:
+        """Return a verdict with `same`, `ties` and `wrong_at`; see perf/measure/token_check.py."""
 
 
 class Session(Protocol):
@@ -91,7 +118,9 @@ class Session(Protocol):
 
     A session that remembers (a prefix cache) has a method `reset()` besides, called before every run,
     untimed. One whose model is in another process has an attribute `in_process = False`: the memory of this
-    process is then not taken for its own.
+    process is then not taken for its own. One that knows better what its times depend on has a property
+    `fingerprint`; one that checks its answers by itself a method `check(items, judge)`, which returns a
+    Checked, where `judge` is None without a model in this process; one of a server `served_model`, its name.
     """
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
@@ -105,7 +134,8 @@ class Backend(Protocol):
     """A way to run a model. `name` is how results are labelled.
 
     An attribute `exact = False` says that its tokens may differ from the model's own (a quantised model, a
-    program of others); they are then counted and recorded rather than failing the test.
+    program of others); they are then counted and recorded rather than failing the test. `remote = True` says
+    that it needs no model in this process: none is loaded for it unless one is named.
     """
 
     name: str

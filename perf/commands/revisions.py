@@ -13,6 +13,7 @@ from perf import console
 from perf.console import Budget, Counters, Csv, Html, Json, Markdown, PytestArgs, Storage
 from perf.errors import Exit
 from perf.gate.storage import STORAGE
+from perf.servers.launch import READY_S
 
 app = typer.Typer()
 
@@ -21,6 +22,13 @@ Pairs = Annotated[int, Option(help="Pairs of processes, one after the other.")]
 MinRound = Annotated[
     float,
     Option(parser=console.seconds, metavar="TIME", help="Rounds are repeated until a turn takes so long."),
+]
+Serve = Annotated[
+    str | None,
+    Option(metavar="CMD", help="Measure a server: its command, run in each tree, with {port} in it."),
+]
+Ready = Annotated[
+    float, Option(parser=console.seconds, metavar="TIME", help="A server must be ready after so long.")
 ]
 
 
@@ -39,6 +47,10 @@ def ab(
         int, Option(help="Pairs of whole processes, where those take turns; four or more.")
     ] = 6,
     counters: Counters = True,
+    serve: Serve = None,
+    serve_base: Annotated[str | None, Option(metavar="CMD", help="The command of base's server.")] = None,
+    serve_head: Annotated[str | None, Option(metavar="CMD", help="The command of head's server.")] = None,
+    ready: Ready = READY_S,
     html: Html = None,
     markdown: Markdown = None,
     csv: Csv = None,
@@ -47,15 +59,17 @@ def ab(
     """Measure two revisions in turn, in worktrees and processes of their own, until it is sure: the way on a
     noisy machine.
 
-    PYTEST ARGS default to: perf
+    PYTEST ARGS default to: perf; where servers are measured, to the benchmark of a server.
     """
     from perf.ab.main import ab as measure
+    from perf.ab.serving import Serving
 
     files = console.writable(html=html, markdown=markdown, csv=csv, json=json)
     options: dict[str, Any] = {"interleave": interleave, "blocks": blocks, "counters": counters}
     options |= {"budget": budget, "pairs": pairs, "round_s": min_round}
+    options["serving"] = Serving.of(serve, serve_base, serve_head, ready)
     with console.progress(2 * blocks if interleave == "blocks" else pairs) as advance:
-        comparison = measure(base, head, pytest_args or ["perf"], **options, advance=advance)
+        comparison = measure(base, head, pytest_args or (), **options, advance=advance)
     console.conclude(comparison, **files)
 
 
@@ -74,22 +88,26 @@ def bisect(
         bool, Option("--first-parent", help="Take a merge for one commit; leave alone what it merged.")
     ] = False,
     counters: Counters = True,
+    serve: Serve = None,
+    ready: Ready = READY_S,
     json: Json = None,
 ) -> None:
     """Find the commit that made a benchmark worse: git's bisection, each commit measured against GOOD_REV.
 
     The checkout stays as it is. Ends with code 0 if the commit is found, with 4 if several remain that cannot
-    be judged. PYTEST ARGS default to: perf
+    be judged. PYTEST ARGS default as those of ab do.
     """
     from perf.ab.bisect import Bisection
     from perf.ab.main import ab as measure
+    from perf.ab.serving import Serving
     from perf.report.bisect_table import bisect_table
     from perf.report.terminal import show
     from perf.report.text import clean
 
     console.writable(json=json)
-    judge = partial(measure, counters=counters)
-    args = pytest_args or ["perf"]
+    serving = Serving.of(serve, None, None, ready)
+    judge = partial(measure, counters=counters, serving=serving)
+    args = serving.args(pytest_args or ())
     search = Bisection(good, bad, args, judge, budget=budget, first_parent=first_parent)
     with console.progress(search.expected) as advance:
         search.advance = lambda line: advance(clean(line))

@@ -11,6 +11,7 @@ from perf.gate.entries import Flat
 from perf.measure import machine_speed
 from perf.measure.costs import ModelCosts, model_costs
 from perf.measure.machine_speed import MachineSpeed
+from perf.measure.slo import Slo
 from perf.measure.token_check import Reference
 
 MIN_TIME_S = 1.0
@@ -32,9 +33,10 @@ class BenchSession:
         quick: bool,
         inject_slowdown: float | str,
         min_time: float = MIN_TIME_S,
+        slo: Slo | None = None,
     ) -> None:
         self.model, self.dtype, self.rounds, self.quick = model, dtype, rounds, quick
-        self.inject_slowdown, self.min_time = inject_slowdown, min_time
+        self.inject_slowdown, self.min_time, self.slo = inject_slowdown, min_time, slo or Slo()
         self.recorded: list[Flat] = []
         self._speeds: dict[str, MachineSpeed] = {}
         self._key: tuple[str, str, str] | None = None

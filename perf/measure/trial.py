@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine import EngineMetrics, Workload, make_workload, max_positions
-from perf.backends import Backend, Outcome, Setup, Unavailable, find
+from perf.backends import Backend, Checked, Outcome, Setup, Unavailable, find
 from perf.gate import entries, metrics
 from perf.gate.entries import SCHEMA, Flat, plain
 from perf.gate.pooling import pooled, sections
@@ -39,13 +39,18 @@ Sample = dict[str, Any]  # by metric a number, or the values of one that is pool
 class Round:
     """One timed run: wall seconds of the call, its flat metrics, what the GPU did, and its sample.
 
-    sample: every gated metric that it has, a number each; of a pooled one the values themselves.
+    sample: every gated metric that it has, a number each; of a pooled one the values themselves; and under
+    "voided" why it does not count, if it does not.
     """
 
     seconds: float
     flat: Flat
     gpu: GpuReading
     sample: Sample
+
+    @property
+    def voided(self) -> str | None:
+        return self.sample.get("voided")
 
 
 class Trial:
@@ -69,18 +74,21 @@ class Trial:
         self.backend = find(backend) if isinstance(backend, str) else backend
         if reason := self.backend.missing(device):
             raise Unavailable(f"{self.backend.name}: {reason}")
-        self.loaded, self.reference, self.costs = bench.hold(device, spec)
-        config = self.loaded.model.config.get_text_config(decoder=True)
-        limits = {"vocab_size": config.vocab_size, "max_positions": max_positions(config)}
-        tokenizer = self.loaded.tokenizer
+        remote = getattr(self.backend, "remote", False)
+        self.held = None if remote and (spec or bench.model) is None else bench.hold(device, spec)
+        limits: dict[str, Any] = {"vocab_size": None}
+        dtype = bench.dtype or "float32"
+        if self.held is not None:
+            model = self.held[0].model
+            config = model.config.get_text_config(decoder=True)
+            limits = {"vocab_size": config.vocab_size, "max_positions": max_positions(config)}
+            limits["tokenizer"] = self.held[0].tokenizer
+            dtype = str(model.dtype).removeprefix("torch.")
         self.workload = (
-            make_workload(workload, tokenizer=tokenizer, arrivals=arrivals, **limits)
-            if isinstance(workload, str)
-            else workload
+            make_workload(workload, arrivals=arrivals, **limits) if isinstance(workload, str) else workload
         )
-        dtype = str(self.loaded.model.dtype).removeprefix("torch.")
         self.setup = Setup(
-            self.loaded,
+            None if self.held is None else self.held[0],
             device,
             dtype,
             max_batch_size,
@@ -91,7 +99,7 @@ class Trial:
         self._lengths = [(len(item.prompt), item.params.resolved().max_new_tokens) for item in items]
         self.speed_before = machine_speed.measure(device, dtype)
         self.rounds: list[Round] = []
-        self.same_tokens = self.near_ties = 0
+        self.checked = Checked(0, 0, 0)
         self._monitor = Monitor(device)
         self._memory = HostMemory()
         self._outcome: Outcome | None = None
@@ -119,6 +127,11 @@ class Trial:
         are the model's own; counts how many requests have exactly its choice, and how many part from it at a
         near-tie."""
         items = self.workload.items
+        judge = None if self.held is None else self.held[1]
+        if hasattr(self.session, "check"):
+            self.checked = self.session.check(items, judge)
+            return
+        assert judge is not None
         for index, (item, tokens) in enumerate(zip(items, outcome.tokens, strict=True)):
             if len(tokens) != item.params.max_new_tokens:
                 asked = item.params.max_new_tokens
@@ -127,18 +140,15 @@ class Trial:
                 )
         count = min(len(items), CHECKED) if self.device == "cuda" else len(items)
         sample = np.linspace(0, len(items) - 1, count).round().astype(int).tolist()
-        verdicts = [
-            (index, self.reference.judge(items[index].prompt, outcome.tokens[index])) for index in sample
-        ]
+        verdicts = [(index, judge.judge(items[index].prompt, outcome.tokens[index])) for index in sample]
         for index, verdict in verdicts:
             if verdict.wrong_at is not None and getattr(self.backend, "exact", True):
                 raise WrongTokens(
                     f"{self.backend.name}: token {verdict.wrong_at} of requests[{index}] is not the model's "
                     f"choice: its logit is {verdict.gap:.3g} below the best"
                 )
-        self.same_tokens = sum(verdict.same for _, verdict in verdicts)
-        self.near_ties = sum(verdict.ties > 0 and verdict.wrong_at is None for _, verdict in verdicts)
-        self.checked = count
+        ties = sum(verdict.ties > 0 and verdict.wrong_at is None for _, verdict in verdicts)
+        self.checked = Checked(sum(verdict.same for _, verdict in verdicts), ties, count)
 
     def before(self) -> None:
         """Prepare a round, untimed."""
@@ -177,9 +187,9 @@ class Trial:
         for what, names in ((f"extra of {self.backend.name}", outcome.extra), ("derive=", derived)):
             entries.check_names(what, names)
             flat |= names
-        if self.workload.arrivals == "all":
+        if self.workload.arrivals == "all" and self.held is not None:
             rate = self.bench.machine_speed(self.device).matmul_gflops
-            flat["useful_flops_pct"] = self.costs.useful_flops_pct(self._lengths, flat["wall_s"], rate)
+            flat["useful_flops_pct"] = self.held[2].useful_flops_pct(self._lengths, flat["wall_s"], rate)
         if self.device == "cuda":
             flat["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
         elif self.device == "cpu" and getattr(self.session, "in_process", True):
@@ -193,17 +203,18 @@ class Trial:
     def _sample(self, flat: Flat, outcome: Outcome) -> Sample:
         """Return what `after` says."""
         sample: Sample = {}
+        counts = self.workload.arrivals == "all" and outcome.exact
         for name in metrics.GATED:
             if name in metrics.POOLED:
                 values = outcome.metrics.latencies(LATENCY_OF[name]) if outcome.keeps_times else []
                 if values:
                     sample[name] = values
-            elif self.workload.arrivals != "all" and metrics.METRICS[name].direction == "exact":
+            elif not counts and metrics.METRICS[name].direction == "exact":
                 continue
             elif flat.get(name) is not None:
                 sample[name] = flat[name]
-        if self._monitor.reading.slowdown:
-            sample["voided"] = self._monitor.reading.slowdown
+        if voided := self._monitor.reading.slowdown or outcome.voided:
+            sample["voided"] = voided
         return plain(sample)
 
     def info(self) -> Flat:
@@ -213,22 +224,23 @@ class Trial:
             RuntimeError: if every round was hit by a slowdown of the hardware.
             ValueError: for a value that JSON has no word for.
         """
-        good = [round_ for round_ in self.rounds if round_.gpu.slowdown is None]
-        reasons = sorted({round_.gpu.slowdown for round_ in self.rounds if round_.gpu.slowdown})
+        good = [round_ for round_ in self.rounds if round_.voided is None]
+        reasons = sorted({round_.voided for round_ in self.rounds if round_.voided})
         if not good:
             raise RuntimeError(
-                f"all {len(self.rounds)} rounds were hit by {', '.join(reasons)}: nothing was measured"
+                f"all {len(self.rounds)} rounds were voided: {', '.join(reasons)}: nothing was measured"
             )
         after = machine_speed.measure(self.device, self.setup.dtype)
         middle = sorted(good, key=lambda round_: round_.flat["tokens_per_s"])[len(good) // 2]
         samples, tails = gathered([round_.sample for round_ in good])
         policy = getattr(self.backend, "policy", self.backend.name)
+        loaded, served = self.setup.held, getattr(self.session, "served_model", None)
         info: Flat = {
             "schema": SCHEMA,
             "group": self.group,
             "backend": self.backend.name,
-            "model": self.loaded.spec,
-            "model_revision": self.loaded.revision,
+            "model": served or (loaded.spec if loaded else None),
+            "model_revision": loaded.revision if loaded else None,
             "dtype": self.setup.dtype,
             "device": self.device,
             "policy": policy,
@@ -239,9 +251,10 @@ class Trial:
             "seed": self.workload.seed,
             **middle.flat,
             **tails,
-            "same_tokens": self.same_tokens,
-            "near_ties": self.near_ties,
-            "checked_requests": self.checked,
+            "same_tokens": self.checked.same,
+            "near_ties": self.checked.near_ties,
+            "checked_requests": self.checked.checked,
+            "checked_against": self.checked.against,
             "canary_matmul_gflops": self.speed_before.matmul_gflops,
             "canary_copy_gbps": self.speed_before.copy_gbps,
             "canary_drift_pct": self.speed_before.drift_pct(after),
@@ -253,7 +266,8 @@ class Trial:
             "void_reason": ", ".join(reasons) or None,
         }
         nested = {
-            "fingerprint": fingerprint(self.device, self.setup.dtype, self.loaded.revision),
+            "fingerprint": getattr(self.session, "fingerprint", None)
+            or fingerprint(self.device, self.setup.dtype, loaded.revision if loaded else None),
             "rounds": samples,
         }
         return plain({**info, **nested})

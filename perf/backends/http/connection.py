@@ -1,0 +1,125 @@
+"""HTTP as the client needs it: JSON both ways, and streams of which every part is stamped as it comes.
+
+Nothing is looked at while a stream lasts: the parts are kept with their times and read afterwards, so that
+the client takes as little of the machine as it can from a server on the same one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from perf.backends.http.reply import error_text, shorten
+from perf.servers.ready import TargetError
+from perf.servers.target import Target
+
+KEEP_S = 300.0  # an idle connection lives so long, if the server lets it
+SILENT_S = 300.0  # after so long without a byte a request has failed
+MOST_OPEN = 256  # connections that are opened before a round
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One streamed request: when it was sent, what came and when, and why it failed, if it did."""
+
+    sent_s: float
+    parts: list[tuple[float, bytes]] = field(default_factory=list)
+    status: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Status, body and headers of a request that is not streamed. json: None if the body is none."""
+
+    status: int
+    text: str
+    json: Any
+
+
+class Connection:
+    """Connections to one server, kept open between requests; used inside one event loop."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        headers = {"Accept-Encoding": "identity"}
+        if target.key:
+            headers["Authorization"] = f"Bearer {target.key}"
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=SILENT_S),
+            headers=headers,
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    async def get(self, path: str, timeout_s: float = 30.0) -> Answer:
+        """Ask for a path. Raises TargetError if nothing answers."""
+        return await self._whole("GET", path, None, timeout_s)
+
+    async def post(self, path: str, body: dict[str, Any], timeout_s: float = SILENT_S) -> Answer:
+        """Send JSON and read the whole answer. Raises TargetError if nothing answers."""
+        return await self._whole("POST", path, body, timeout_s)
+
+    async def _whole(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Answer:
+        try:
+            async with self._session.request(
+                method, self.target.at(path), json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
+            ) as response:
+                text = await response.text(errors="replace")
+                status = response.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise TargetError(
+                f"{self.target.url} does not answer {method} {path}: {reason(error)}"
+            ) from error
+        try:
+            return Answer(status, text, json.loads(text))
+        except ValueError:
+            return Answer(status, text, None)
+
+    async def stream(self, path: str, body: bytes) -> Exchange:
+        """Send a request and keep what comes, whatever comes: a failure is in the exchange."""
+        exchange = Exchange(time.perf_counter())
+        parts = exchange.parts
+        try:
+            async with self._session.post(
+                self.target.at(path), data=body, headers={"Content-Type": "application/json"}
+            ) as response:
+                exchange.status = response.status
+                async for part in response.content.iter_any():
+                    parts.append((time.perf_counter(), part))
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            exchange.error = f"broke off: {reason(error)}"
+        if exchange.status is not None and exchange.status != 200:
+            exchange.error = f"HTTP {exchange.status}: {_message(b''.join(part for _, part in parts))}"
+        return exchange
+
+    async def open(self, count: int) -> None:
+        """Have so many connections open: requests that follow at once find them. A server that closes each
+        is let be."""
+        await asyncio.gather(*(self.get("/v1/models") for _ in range(min(count, MOST_OPEN))))
+
+
+def _message(body: bytes) -> str:
+    text = body.decode("utf-8", errors="replace")
+    try:
+        return error_text(json.loads(text))
+    except ValueError:
+        return shorten(text) or "no message"
+
+
+def reason(error: BaseException) -> str:
+    """Return why a connection failed, in a few words."""
+    if isinstance(error, TimeoutError):
+        return "it took too long"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the answer was cut short"
+    return shorten(str(error)) or type(error).__name__
