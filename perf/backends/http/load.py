@@ -60,8 +60,8 @@ async def send_all(
         places: requests on their way at once, at most; one that waits for a place is due when it gets it.
             None: no bound.
     """
-    start = time.perf_counter()
     ended: list[Sent | None] = [None] * len(due)
+    known = {i: body(i, ended) for i, when in enumerate(due) if when.follows is None}
     over = [asyncio.Event() for _ in due]
     room: AbstractAsyncContextManager[object] = nullcontext() if places is None else asyncio.Semaphore(places)
 
@@ -71,7 +71,7 @@ async def send_all(
             await over[when.follows].wait()
             since = time.perf_counter()
         at = since + when.after_s
-        ready = body(index, ended)
+        ready = known.get(index) or body(index, ended)
         await _until(at)
         async with room:
             if places is not None:
@@ -80,6 +80,7 @@ async def send_all(
         ended[index] = Sent(at, exchange, read(exchange))
         over[index].set()
 
+    start = time.perf_counter()
     await asyncio.gather(*(one(index) for index in range(len(due))))
     return [sent for sent in ended if sent is not None]
 

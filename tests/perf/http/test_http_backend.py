@@ -10,12 +10,18 @@ import pytest
 
 from engine import SamplingParams, WorkItem
 from perf.backends import Setup
+from perf.backends.http import backend
 from perf.backends.http.backend import Http, HttpSession
 from perf.servers.ready import TargetError
 from perf.servers.target import KEY, Target
 from tests.perf.scripted_server import Script, scripted_server, words
 
 TOKENS = 6
+
+
+@pytest.fixture(autouse=True)
+def _however_busy_this_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "LATE_MS", 1e6)
 
 
 def ids(count: int = 4, **how: Any) -> list[WorkItem]:
@@ -170,6 +176,13 @@ def test_requests_are_sent_when_they_are_due() -> None:
     arrivals = [record.arrival_s for record in outcome.metrics.records]
     assert [round(at - arrivals[0], 6) for at in arrivals] == [0.0, 0.03, 0.06, 0.09]
     assert outcome.extra["send_lag_p99_ms"] >= 0
+
+
+def test_a_round_that_was_sent_late_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "LATE_MS", -1.0)
+    with session(Script()) as one:
+        for _ in range(3):  # it is the client's fault, and ends nothing
+            assert "requests were sent late" in str(one.run(ids()).voided)
 
 
 def test_a_conversation_waits_for_the_answer_and_repeats_it() -> None:
