@@ -18,7 +18,7 @@ from perf.measure.case import PerfCase
 @pytest.mark.points("rate", cpu=[40, 160], cuda=[8, 16, 32], quick=[16])
 def test_open_load(perf_case: PerfCase, device: str, rate: int) -> None:
     def derive(flat: Flat, metrics: EngineMetrics) -> Flat:
-        return {"offered_rate": float(rate), **perf_case.bench.slo.of(flat, metrics)}
+        return {"offered_rate": float(rate), **perf_case.bench.slo.of(metrics)}
 
     workload = "mixed-32" if perf_case.bench.real(device) else "mixed-16"
     arrivals = f"poisson:{rate}"

@@ -20,7 +20,7 @@ def test_server(perf_case: PerfCase, device: str, server_target: Any, server_loa
 
     def derive(flat: Flat, metrics: EngineMetrics) -> Flat:
         offered = {} if rate is None else {"offered_rate": rate}
-        return {**offered, **perf_case.bench.slo.of(flat, metrics)}
+        return {**offered, **perf_case.bench.slo.of(metrics)}
 
     perf_case.measure(
         "server",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine import EngineMetrics, InputError
+from engine import EngineMetrics, InputError, RequestMetrics
 from perf.gate.entries import Flat
 
 NAMES = ("ttft", "tpot")
@@ -34,10 +34,19 @@ class Slo:
             found[name] = value
         return cls(found.get("ttft", math.inf), found.get("tpot", math.inf))
 
-    def of(self, flat: Flat, metrics: EngineMetrics) -> Flat:
-        """Return what a record says of the limits, and the goodput: requests a second that met them."""
-        limits = {"slo_ttft_ms": self.ttft_ms, "slo_tpot_ms": self.tpot_ms}
-        finite = {name: limit for name, limit in limits.items() if math.isfinite(limit)}
-        requests = len(metrics.records)
-        met = metrics.goodput(self.ttft_ms, self.tpot_ms) * metrics.wall_s / requests if requests else 0.0
-        return {**finite, "slo_met_pct": 100 * met, "goodput": metrics.goodput(self.ttft_ms, self.tpot_ms)}
+    def met(self, request: RequestMetrics) -> bool:
+        """Return whether a request ended by itself and within both limits; a single token has no TPOT."""
+        ended = request.finish_reason in ("stop", "length") and request.ttft_ms is not None
+        return ended and (request.ttft_ms or 0.0) <= self.ttft_ms and (request.tpot_ms or 0.0) <= self.tpot_ms
+
+    def limits(self) -> Flat:
+        """Return what a record says of the limits."""
+        both = {"slo_ttft_ms": self.ttft_ms, "slo_tpot_ms": self.tpot_ms}
+        return {name: limit for name, limit in both.items() if math.isfinite(limit)}
+
+    def of(self, metrics: EngineMetrics) -> Flat:
+        """Return the limits, how many requests met them, and the goodput: how many a second."""
+        met = sum(map(self.met, metrics.records))
+        share = 100.0 * met / len(metrics.records) if metrics.records else 0.0
+        goodput = metrics.goodput(self.ttft_ms, self.tpot_ms)
+        return {**self.limits(), "slo_met_pct": share, "goodput": goodput}

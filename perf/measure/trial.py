@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine import EngineMetrics, Workload, make_workload, max_positions
-from perf.backends import Backend, Checked, Outcome, Setup, Unavailable, find
+from perf.backends import Backend, Checked, Outcome, Session, Setup, Unavailable, find
 from perf.gate import entries, metrics
 from perf.gate.entries import SCHEMA, Flat, plain
 from perf.gate.pooling import pooled, sections
@@ -54,7 +54,10 @@ class Round:
 
 
 class Trial:
-    """One workload on one backend, opened once and then run round after round."""
+    """One workload on one backend, opened once and then run round after round.
+
+    session: one that is open already, of the same backend and model; else it is opened.
+    """
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class Trial:
         spec: str | None = None,
         options: Mapping[str, Any] | None = None,
         derive: Derive | None = None,
+        session: Session | None = None,
     ) -> None:
         self.bench, self.group, self.device, self.derive = bench, group, device, derive
         self.backend = find(backend) if isinstance(backend, str) else backend
@@ -103,7 +107,7 @@ class Trial:
         self._monitor = Monitor(device)
         self._memory = HostMemory()
         self._outcome: Outcome | None = None
-        self.session = self.backend.open(self.setup)
+        self.session = session or self.backend.open(self.setup)
 
     def prove(self) -> float:
         """Run once, not as a round, and check the tokens; return the seconds of the run. It also warms up.

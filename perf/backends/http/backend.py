@@ -120,9 +120,9 @@ class HttpSession:
             return dialect.body(prompt, _most_tokens(items[index]))
 
         async def measure() -> tuple[list[Sent], dict[str, float]]:
-            await self.connection.open(len(items))
-            before = await scrape.read(self.connection)
             places = self.setup.max_batch_size if at_once else None
+            await self.connection.open(min(len(items), places or len(items)))
+            before = await scrape.read(self.connection)
             sent = await send_all(self.connection, dialect.path, due, body, self._read, places)
             return sent, scrape.changes(before, await scrape.read(self.connection))
 

@@ -1,0 +1,164 @@
+"""The curve of throughput against latency: one workload offered at rising rates, until the server falls
+behind.
+
+At each rate the requests come by chance (Poisson) and are judged in the steady part of the load alone
+(perf/measure/steady.py). The answer is the highest rate at which 99 of 100 requests meet the limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine import EngineMetrics, Workload
+from perf.gate.entries import Flat
+from perf.measure.session import BenchSession
+from perf.measure.slo import Slo
+from perf.measure.steady import SATURATED, Steady
+from perf.measure.trial import Trial
+
+MET_PCT = 99.0
+BELOW = (0.25, 0.5, 0.75, 1.0)  # of the rate at which all requests at once are served, tried by `auto`
+HALVINGS = 3  # between the highest rate that was met and the lowest that was not
+DIGITS = 3  # of a rate
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One rate: requests a second that were offered, and what was measured. info: the trial's record."""
+
+    rate: float
+    info: Flat
+
+    @property
+    def met_pct(self) -> float:
+        return float(self.info["slo_met_pct"])
+
+    @property
+    def met(self) -> bool:
+        return self.met_pct >= MET_PCT and not self.saturated
+
+    @property
+    def saturated(self) -> bool:
+        """Return whether fewer requests ended than were offered: the queue grows as long as it lasts."""
+        return float(self.info["steady_ended_rate"]) < SATURATED * self.rate
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points by rising rate. capacity: requests a second, where all come at once. ended_by: why no higher
+    rate was tried; None if all that were asked for were."""
+
+    workload: str
+    slo: Slo
+    capacity: float
+    points: tuple[Point, ...]
+    ended_by: str | None = None
+
+    @property
+    def best(self) -> Point | None:
+        """The highest rate that met the limits, as did all below it; None if none did."""
+        found = None
+        for point in self.points:
+            if not point.met:
+                break
+            found = point
+        return found
+
+    def plain(self) -> Flat:
+        """Return all of it as plain Python, for JSON."""
+        best = self.best
+        return {
+            "workload": self.workload,
+            **self.slo.limits(),
+            "met_pct_wanted": MET_PCT,
+            "capacity": self.capacity,
+            "best_rate": best.rate if best else None,
+            "ended_by": self.ended_by,
+            "points": [{"rate": point.rate, **point.info} for point in self.points],
+        }
+
+
+def sweep(
+    bench: BenchSession,
+    backend: str,
+    workload: str | Workload,
+    rates: Sequence[float] | None,
+    *,
+    slo: Slo,
+    max_batch_size: int,
+    options: dict[str, Any] | None = None,
+    advance: Callable[[str], object] = lambda _: None,
+) -> Curve:
+    """Measure a curve.
+
+    Args:
+        rates: requests a second, or None: fractions of what is served at most, and then halves between the
+            highest that met the limits and the lowest that did not.
+        slo: limits of a request.
+        max_batch_size: requests on their way at once where all come together, and the batch of an engine.
+        advance: called with a line before each load.
+
+    Raises:
+        InputError: as Trial does; TargetError if a server fails.
+    """
+    how: dict[str, Any] = {"device": "cpu", "max_batch_size": max_batch_size, "options": options}
+    advance("all requests at once")
+    first = Trial(bench, "sweep", backend, workload, **how)
+    points: dict[float, Point] = {}
+    ended_by = None
+    try:
+        capacity = len(first.workload.items) / first.prove()
+        found = sorted({_rounded(rate) for rate in rates or [share * capacity for share in BELOW]})
+        for rate in found:
+            advance(f"{rate:g} requests a second")
+            points[rate] = point = _measure(bench, backend, workload, rate, slo, first, how)
+            if point.saturated:
+                ended_by = f"at {rate:g} requests a second it falls behind"
+                break
+        for _ in range(0 if rates else HALVINGS):
+            between = _between(points)
+            if between is None or between in points:
+                break
+            advance(f"{between:g} requests a second")
+            points[between] = _measure(bench, backend, workload, between, slo, first, how)
+    finally:
+        first.close()
+    by_rate = tuple(points[rate] for rate in sorted(points))
+    return Curve(first.workload.name, slo, capacity, by_rate, ended_by)
+
+
+def _measure(
+    bench: BenchSession,
+    backend: str,
+    workload: str | Workload,
+    rate: float,
+    slo: Slo,
+    first: Trial,
+    how: dict[str, Any],
+) -> Point:
+    def derive(flat: Flat, metrics: EngineMetrics) -> Flat:
+        return {"offered_rate": rate, **slo.limits(), **Steady.of(metrics).flat(slo)}
+
+    trial = Trial(
+        bench, "sweep", backend, workload, arrivals=f"poisson:{rate}", derive=derive,
+        session=first.session, **how,
+    )  # fmt: skip
+    trial.before()
+    trial.run()
+    trial.after()
+    return Point(rate, trial.info())
+
+
+def _between(points: dict[float, Point]) -> float | None:
+    """Return the rate half way between the highest that was met and the lowest that was not; None if there
+    is none."""
+    missed = min((rate for rate, point in points.items() if not point.met), default=math.inf)
+    met = max((rate for rate, point in points.items() if point.met and rate < missed), default=0.0)
+    return None if missed == math.inf else _rounded((met + missed) / 2)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.{DIGITS}g}")
