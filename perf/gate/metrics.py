@@ -135,6 +135,7 @@ _SHOWN = (
     _shown("offered_rate", "offered load", "req/s", "higher"),
     _shown("slo_met_pct", "requests within the limits", "%", "higher"),
     _shown("steady_requests", "requests of the steady part", "", "higher"),
+    _shown("steady_offered_rate", "offered in the steady part", "req/s", "higher"),
     _shown("steady_ended_rate", "ended in the steady part", "req/s", "higher"),
     _shown("steady_ttft_p95_ms", "TTFT P95 of the steady part", "ms"),
     _shown("send_lag_p99_ms", "send lag P99", "ms"),

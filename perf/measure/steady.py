@@ -15,7 +15,7 @@ from perf.gate.entries import Flat
 from perf.measure.slo import Slo
 
 FILLING = 0.2  # of the time in which requests come
-SATURATED = 0.9  # of the offered rate: a server that ends fewer requests falls behind
+KEEPS_UP = 0.9  # as many requests must end in it as 90 % of those that were due in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class Steady:
         ttfts = [record.ttft_ms for record in self.requests if record.ttft_ms is not None]
         return {
             "steady_requests": len(self.requests),
+            "steady_offered_rate": len(self.requests) / self.seconds if self.seconds else 0.0,
             "steady_ended_rate": self.ended / self.seconds if self.seconds else 0.0,
             "slo_met_pct": self.met_pct(slo),
             "goodput": met / self.seconds if self.seconds else 0.0,

@@ -16,7 +16,7 @@ from engine import EngineMetrics, Workload
 from perf.gate.entries import Flat
 from perf.measure.session import BenchSession
 from perf.measure.slo import Slo
-from perf.measure.steady import SATURATED, Steady
+from perf.measure.steady import KEEPS_UP, Steady
 from perf.measure.trial import Trial
 
 MET_PCT = 99.0
@@ -38,12 +38,14 @@ class Point:
 
     @property
     def met(self) -> bool:
-        return self.met_pct >= MET_PCT and not self.saturated
+        return self.met_pct >= MET_PCT
 
     @property
     def saturated(self) -> bool:
-        """Return whether fewer requests ended than were offered: the queue grows as long as it lasts."""
-        return float(self.info["steady_ended_rate"]) < SATURATED * self.rate
+        """Return whether the limits are missed and fewer requests end than come: the queue grows as long as
+        it lasts."""
+        offered, ended = (float(self.info[f"steady_{what}_rate"]) for what in ("offered", "ended"))
+        return not self.met and ended < KEEPS_UP * offered
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def sweep(
     points: dict[float, Point] = {}
     ended_by = None
     try:
-        capacity = len(first.workload.items) / first.prove()
+        first.prove()
+        _round(first)
+        capacity = len(first.workload.items) / first.info()["wall_s"]
         found = sorted({_rounded(rate) for rate in rates or [share * capacity for share in BELOW]})
         for rate in found:
             advance(f"{rate:g} requests a second")
@@ -146,10 +150,14 @@ def _measure(
         bench, "sweep", backend, workload, arrivals=f"poisson:{rate}", derive=derive,
         session=first.session, **how,
     )  # fmt: skip
+    _round(trial)
+    return Point(rate, trial.info())
+
+
+def _round(trial: Trial) -> None:
     trial.before()
     trial.run()
     trial.after()
-    return Point(rate, trial.info())
 
 
 def _between(points: dict[float, Point]) -> float | None:
