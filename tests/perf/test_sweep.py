@@ -10,7 +10,8 @@ import pytest
 
 from engine import SamplingParams, WorkItem, Workload
 from perf.backends import Checked, Judge, Outcome, Setup, timeline
-from perf.measure import sweep as module
+from perf.measure import machine_speed, sweep as module
+from perf.measure.machine_speed import MachineSpeed
 from perf.measure.session import BenchSession
 from perf.measure.slo import Slo
 from perf.measure.sweep import Curve, Point, sweep
@@ -68,6 +69,7 @@ def curve_of(imported_for_measuring: None, monkeypatch: pytest.MonkeyPatch) -> M
         return Workload(name, 0, arrivals, items)
 
     monkeypatch.setattr("perf.measure.trial.make_workload", workload)
+    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: MachineSpeed(100.0, 10.0))
     bench = BenchSession(model=None, dtype=None, rounds=1, quick=False, inject_slowdown=0.0)
 
     def make(rates: list[float] | None, slo: Slo = LIMITS) -> Curve:
