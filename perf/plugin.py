@@ -30,7 +30,11 @@ RECORDED = pytest.StashKey[Sequence[dict[str, Any]]]()
 GATE = pytest.StashKey["SessionGate"]()
 SETTINGS = pytest.StashKey[project.Settings]()
 STORAGE = "--benchmark-storage"
-FROM_SETTINGS = ("model", "dtype", *server_options.FROM_SETTINGS)  # options whose default is in the project's settings, by their dest
+FROM_SETTINGS = (
+    "model",
+    "dtype",
+    *server_options.FROM_SETTINGS,
+)  # options whose default is in the project's settings, by their dest
 TURNS = "dynamic-batch-turns"  # see perf/ab/turn_agent.py
 SET = f"default: that of [{'.'.join(project.PATH)}]"
 TABLE_WIDTH, GATE_WIDTH = 100, 160  # columns of what is shown at the end where there is no terminal
@@ -155,11 +159,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def perf_bench(request: pytest.FixtureRequest) -> Iterator[BenchSession]:
     """The options and the model that the session's benchmarks share."""
     from perf.measure.session import BenchSession
+    from perf.measure.slo import Slo
 
-    shared = ("model", "dtype", "rounds", "quick", "slo")
+    shared = ("model", "dtype", "rounds", "quick")
+    slo = request.config.getoption("--slo")
     bench = BenchSession(
         **{name: request.config.getoption(f"--{name}") for name in shared},
         min_time=request.config.getoption("--min-time"),
+        slo=None if slo is None else Slo.parse(slo),
         inject_slowdown=request.config.getoption("--perf-inject-slowdown"),
     )
     request.config.stash[RECORDED] = bench.recorded

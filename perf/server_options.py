@@ -16,6 +16,7 @@ from perf.option_types import integers, rates, slo, target
 
 WORKLOAD = "mixed-32"
 CONCURRENCY = [32]
+FROM_SETTINGS = ("target", "served_model", "api", "workload", "slo")  # by dest, as perf/config.py has them
 NO_TARGET = "needs a server: --target http://127.0.0.1:8000"
 
 

@@ -47,8 +47,12 @@ class Serving:
             check_command(option if both is None else "--serve", command)
         return cls((base, head), ready_s)
 
-    def args(self, given: Sequence[str]) -> list[str]:
+    def args(self, given: Sequence[str], typed: bool = True) -> list[str]:
         """Return pytest's arguments: what is given, else the benchmark of a server, else all of perf.
+
+        Args:
+            typed: whether they were given with this command; those of a project's settings name benchmarks
+                of its own process, and are left out where a server is measured.
 
         Raises:
             GateError: with code 2, if they name a server besides.
@@ -57,7 +61,7 @@ class Serving:
             return list(given or ("perf",))
         if any(arg.split("=")[0] == "--target" for arg in given):
             raise GateError("--target is set by --serve: leave it out", Exit.USAGE)
-        return list(given or BENCHMARK)
+        return list(given if given and typed else BENCHMARK)
 
     @contextmanager
     def at(self, side: int, name: str, tree: Path, top: Path, log: Path) -> Iterator[list[str]]:

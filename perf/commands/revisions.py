@@ -67,9 +67,10 @@ def ab(
     files = console.writable(html=html, markdown=markdown, csv=csv, json=json)
     options: dict[str, Any] = {"interleave": interleave, "blocks": blocks, "counters": counters}
     options |= {"budget": budget, "pairs": pairs, "round_s": min_round}
-    options["serving"] = Serving.of(serve, serve_base, serve_head, ready)
+    options["serving"] = serving = Serving.of(serve, serve_base, serve_head, ready)
+    args = serving.args(pytest_args or (), console.typed("pytest_args"))
     with console.progress(2 * blocks if interleave == "blocks" else pairs) as advance:
-        comparison = measure(base, head, pytest_args or (), **options, advance=advance)
+        comparison = measure(base, head, args, **options, advance=advance)
     console.conclude(comparison, **files)
 
 
@@ -107,7 +108,7 @@ def bisect(
     console.writable(json=json)
     serving = Serving.of(serve, None, None, ready)
     judge = partial(measure, counters=counters, serving=serving)
-    args = serving.args(pytest_args or ())
+    args = serving.args(pytest_args or (), console.typed("pytest_args"))
     search = Bisection(good, bad, args, judge, budget=budget, first_parent=first_parent)
     with console.progress(search.expected) as advance:
         search.advance = lambda line: advance(clean(line))

@@ -23,7 +23,7 @@ def sweep(
     api: Annotated[str | None, Option(help="How it is asked: chat or completions.")] = None,
     backend: Annotated[str | None, Option(help="Of an engine here; continuous, if none is named.")] = None,
     model: Annotated[str | None, Option(help="What an engine runs, or is served.")] = None,
-    workload: Annotated[str, Option(metavar="NAME|FILE", help="What is asked.")] = "mixed-64",
+    asked: Annotated[str, Option("--workload", metavar="NAME|FILE", help="What is asked.")] = "mixed-64",
     rates: Annotated[str, Option(help="Requests a second, comma-separated, or auto.")] = "auto",
     slo: Annotated[str, Option(metavar="ttft=MS,tpot=MS", help="Limits of a request.")] = "ttft=200,tpot=50",
     max_batch_size: Annotated[int, Option(min=1, help="Of an engine; sent at once to a server.")] = 32,
@@ -56,12 +56,11 @@ def sweep(
     limits = Slo.parse(slo)
     options: dict[str, Any] = {} if target is None else {"target": Target.parse(target, served_model, api)}
     found = None if rates == "auto" else read_rates(rates)
-    where = folder(storage) if save else None
     bench = BenchSession(model=model, dtype=None, rounds=1, quick=False, inject_slowdown=0.0, slo=limits)
     name = "http" if target else backend or "continuous"
     with console.progress(len(found) + 1 if found else 8) as advance:
         curve = measure(
-            bench, name, workload, found, slo=limits, max_batch_size=max_batch_size, options=options,
+            bench, name, asked, found, slo=limits, max_batch_size=max_batch_size, options=options,
             advance=advance,
         )  # fmt: skip
     show(sweep_table(curve), console.WIDTH)
