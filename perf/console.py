@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from click import get_current_context
-from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Option
@@ -124,9 +122,10 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
             raise typer.Exit(INTERRUPTED) from None
 
 
-def typed(parameter: str) -> bool:
+def typed(context: typer.Context, parameter: str) -> bool:
     """Return whether a parameter of the command that runs was given by its user, not by the settings."""
-    return get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def fail(error: Exception, code: int) -> NoReturn:

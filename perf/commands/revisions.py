@@ -34,6 +34,7 @@ Ready = Annotated[
 
 @app.command()
 def ab(
+    context: typer.Context,
     base: Annotated[str, Argument(metavar="BASE_REV", help="A branch, tag or commit.")],
     head: Annotated[str, Argument(metavar="HEAD_REV", help="Likewise; '.' is the working tree as it is.")],
     pytest_args: PytestArgs = None,
@@ -68,7 +69,7 @@ def ab(
     options: dict[str, Any] = {"interleave": interleave, "blocks": blocks, "counters": counters}
     options |= {"budget": budget, "pairs": pairs, "round_s": min_round}
     options["serving"] = serving = Serving.of(serve, serve_base, serve_head, ready)
-    args = serving.args(pytest_args or (), console.typed("pytest_args"))
+    args = serving.args(pytest_args or (), console.typed(context, "pytest_args"))
     with console.progress(2 * blocks if interleave == "blocks" else pairs) as advance:
         comparison = measure(base, head, args, **options, advance=advance)
     console.conclude(comparison, **files)
@@ -76,6 +77,7 @@ def ab(
 
 @app.command()
 def bisect(
+    context: typer.Context,
     good: Annotated[str, Argument(metavar="GOOD_REV", help="An ancestor of BAD_REV that is fast enough.")],
     bad: Annotated[str, Argument(metavar="BAD_REV", help="One that is not; '.' is the working tree.")],
     pytest_args: PytestArgs = None,
@@ -108,7 +110,7 @@ def bisect(
     console.writable(json=json)
     serving = Serving.of(serve, None, None, ready)
     judge = partial(measure, counters=counters, serving=serving)
-    args = serving.args(pytest_args or (), console.typed("pytest_args"))
+    args = serving.args(pytest_args or (), console.typed(context, "pytest_args"))
     search = Bisection(good, bad, args, judge, budget=budget, first_parent=first_parent)
     with console.progress(search.expected) as advance:
         search.advance = lambda line: advance(clean(line))
