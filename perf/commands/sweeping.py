@@ -39,7 +39,6 @@ def sweep(
     """
     from importlib.util import find_spec
 
-    from perf.gate.storage import folder
     from perf.measure.session import BenchSession
     from perf.measure.slo import Slo
     from perf.measure.sweep import sweep as measure

@@ -46,7 +46,7 @@ def run(repo, monkeypatch, capsys):
     """`run(judge, args)` gives the exit code of `perf bisect` there, what was printed, and the errors."""
 
     def call(judge, *args):
-        def measure(base, head, args, *, budget, counters):
+        def measure(base, head, args, *, budget, counters, serving):
             measure.counters = counters
             return judge(base, head, args, budget=budget)
 

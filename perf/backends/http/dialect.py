@@ -33,6 +33,9 @@ WISHES: dict[str, Any] = {
     "return_token_ids": True,
     "return_tokens": True,
 }
+# What is asked for instead of one that is refused: `transformers serve` takes its generation config as text.
+INSTEAD = {"ignore_eos": "generation_config"}
+SECOND_BEST = {"generation_config": json.dumps({"eos_token_id": -1, "do_sample": False})}
 REFUSED = frozenset({400, 422})
 BUSY = frozenset({429, 503})
 TRIES, PAUSE_S = 20, 0.5  # of a server that is busy
@@ -63,7 +66,7 @@ class Dialect:
     def body(self, prompt: Prompt, tokens: int) -> bytes:
         """Return the JSON of a streamed, greedy request for so many tokens."""
         asked = {"messages" if self.api == "chat" else "prompt": prompt}
-        wishes = {name: WISHES[name] for name in self.fields}
+        wishes = {name: (WISHES | SECOND_BEST)[name] for name in self.fields}
         what = {"model": self.model, **asked, self.limit: tokens, "stream": True, **wishes}
         return json.dumps(what).encode()
 
@@ -72,6 +75,7 @@ class Dialect:
         return {
             "api": f"{self.api}, {'token ids' if self.ids else 'text'}",
             "refused_fields": ", ".join(self.refused) or "none",
+            "fields": ", ".join(self.fields),
             "tells": " and ".join(
                 name for name, told in (("token ids", self.tells_ids), ("usage", self.tells_usage)) if told
             ) or "text alone",
@@ -147,7 +151,8 @@ async def _agree(connection: Connection, dialect: Dialect, prompt: Prompt) -> tu
 
 def _without(dialect: Dialect, names: Sequence[str]) -> Dialect:
     kept = tuple(name for name in dialect.fields if name not in names)
-    return replace(dialect, fields=kept, refused=(*dialect.refused, *names))
+    instead = tuple(INSTEAD[name] for name in names if name in INSTEAD)
+    return replace(dialect, fields=(*kept, *instead), refused=(*dialect.refused, *names))
 
 
 def _others(names: Sequence[str], one: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ COUNTERS = {
     "vllm:request_queue_time_seconds_count": "_queued",
     "sglang:queue_time_seconds_sum": "_queue_s",
     "sglang:queue_time_seconds_count": "_queued",
+    "llamacpp:prompt_tokens_cached_total": "server_prefix_hits",
     "llamacpp:n_decode_total": "server_decode_calls",
 }
 

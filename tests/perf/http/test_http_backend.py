@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,6 +99,20 @@ def test_what_a_server_refuses_is_left_out_and_said() -> None:
     assert asked["max_tokens"] == TOKENS
     assert not set(refused) & set(asked)
     assert asked["ignore_eos"] is True
+
+
+def test_what_stands_for_a_refused_field_is_tried() -> None:
+    script = Script(refuse=("ignore_eos", "seed"))
+    with session(script) as one:
+        one.run(ids())
+        assert one.fingerprint["refused_fields"] == "ignore_eos, seed"
+    assert json.loads(script.seen[-1]["generation_config"]) == {"eos_token_id": -1, "do_sample": False}
+
+
+def test_what_stands_for_it_may_be_refused_too() -> None:
+    with session(Script(refuse=("ignore_eos", "generation_config"))) as one:
+        one.run(ids())
+        assert one.fingerprint["refused_fields"] == "ignore_eos, generation_config"
 
 
 @pytest.mark.parametrize("names", [("ignore_eos",), ("seed", "return_token_ids")])
