@@ -45,6 +45,7 @@ from engine.request import (
 from engine.runner import make_runner
 from engine.runner.memory import kv_memory
 from engine.scheduler import Scheduler
+from engine.timetable import Timetable, checked_items, longest_prompt
 
 LOG = logging.getLogger(__name__)
 BAR_AFTER_S = 2.0
@@ -212,31 +213,33 @@ class Engine(Loop):
     ) -> list[RequestOutput]:
         """As `generate`, for requests that are each due at a time of their own, `arrival_s` after now.
 
+        An item that `follows` another is due after that one's answer has ended, and if it ended by an error
+        or was aborted, ends like it. The longest that a conversation may become is checked before any work.
+
         `on_step` is called with the chunks of each step; text may come with a request's last alone.
         """
         check("progress", progress, bool)
-        listed = check_list("items", items, "a list of WorkItem, such as a workload's items")
-        requests, due = [], []
-        for i, item in enumerate(listed):
-            check_type(f"items[{i}]", item, WorkItem, "give the prompt, its parameters and when it is due")
-            due.append(check(f"items[{i}].arrival_s", item.arrival_s, float))
-            params = _params(f"params[{i}]", item.params)
-            requests.append(self._make(f"prompts[{i}]", item.prompt, params, None, None))
+        known, requests = checked_items(items), list[Request]()
+        for i, item in enumerate(known):
+            params, name, prompt = _params(f"params[{i}]", item.params), f"prompts[{i}]", item.prompt
+            if item.follows is not None:
+                own = self._input.encode(prompt, name, continues=True)
+                prompt = longest_prompt(requests[item.follows], own)
+                name += " with what it follows"
+            requests.append(self._make(name, prompt, params, None, None))
         if not requests:
             raise InputError("prompts is empty: give at least one")
-        start = time.perf_counter()
-        for request, after in zip(requests, due, strict=True):
-            request.arrival = start + after
+        for request in requests:
             self._accept(request)
-        pending = deque(sorted(requests, key=lambda request: request.arrival))
+        timetable = Timetable(requests, known, time.perf_counter())
         options: Any = dict(unit="requests", shown=progress, delay_s=BAR_AFTER_S)
         with Progress("generate", len(requests), **options) as bar:
             try:
                 while any(request.result is None for request in requests):
-                    while pending and pending[0].arrival <= time.perf_counter():
-                        self._queue(pending.popleft())
+                    for request in timetable.due(self._end):
+                        self._queue(request)
                     if not self.has_work:
-                        time.sleep(min(max(0.0, pending[0].arrival - time.perf_counter()), NAP_S))
+                        time.sleep(min(timetable.pause_s, NAP_S))
                     chunks = self.step()
                     bar.advance(sum(chunk.output is not None for chunk in chunks))
                     if on_step is not None:

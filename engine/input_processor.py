@@ -33,9 +33,15 @@ class InputProcessor:
     max_positions: int
     why_no_more: str = ""
 
-    def encode(self, prompt: Prompt, name: str = "prompt") -> list[int]:
-        """Return a prompt's token ids, checked; `name` is what errors call it."""
-        ids = self._encode_text(name, prompt) if isinstance(prompt, str) else self._listed(name, prompt)
+    def encode(self, prompt: Prompt, name: str = "prompt", *, continues: bool = False) -> list[int]:
+        """Return a prompt's token ids, checked; `name` is what errors call it.
+
+        `continues` is for text that comes after other tokens: it gets no special tokens that begin a text.
+        """
+        if isinstance(prompt, str):
+            ids = self._encode_text(name, prompt, continues)
+        else:
+            ids = self._listed(name, prompt)
         if not ids:
             raise InputError(f"{name} is empty: give at least one token")
         return ids
@@ -46,7 +52,7 @@ class InputProcessor:
             raise InputError(f"{self.spec} has no chat template: give the message as a plain prompt")
         messages = [{"role": "user", "content": check_text("message", message)}]
         options = {"add_generation_prompt": True, "return_dict": False}
-        return self._tokens("message", lambda: self.tokenizer.apply_chat_template(messages, **options))
+        return self.tokens("message", lambda: self.tokenizer.apply_chat_template(messages, **options))
 
     def check_positions(self, name: str, prompt_tokens: int, max_new_tokens: int) -> None:
         """Raise InputError unless there is a position for each token but the last, which is not fed back."""
@@ -66,16 +72,19 @@ class InputProcessor:
             problem = f"needs text, but {self.spec} has no tokenizer: use stop_token_ids"
             raise InputError(f"stop={shown(stop)} {problem}")
 
-    def _encode_text(self, name: str, text: str) -> list[int]:
+    def _encode_text(self, name: str, text: str, continues: bool) -> list[int]:
         if self.tokenizer is None:
             raise InputError(f"{name} is text, but {self.spec} has no tokenizer: give token ids")
-        return self._tokens(name, lambda: self.tokenizer(text).input_ids) if check_text(name, text) else []
+        options = {"add_special_tokens": False} if continues else {}
+        if not check_text(name, text):
+            return []
+        return self.tokens(name, lambda: self.tokenizer(text, **options).input_ids)
 
-    def _tokens(self, name: str, encode: Callable[[], Any]) -> list[int]:
+    def tokens(self, name: str, encode: Callable[[], Any]) -> list[int]:
         """Have the tokenizer encode; InputError for whatever it raises, which is the fault of the text."""
         try:
             ids = [int(token) for token in encode()]
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, InputError):
             raise
         except BaseException as error:  # a panic of a tokenizer's Rust code is no Exception
             problem = f"{name} is text that the tokenizer of {self.spec} can't encode: {shown(error)}"

@@ -214,6 +214,8 @@ class Loop:
         output = request.close(whole, time.perf_counter())
         chunk = StreamChunk(request.id, ids, text, output)
         self.metrics.add(output.metrics)
+        if request.on_end is not None:
+            request.on_end(request)
         if request.on_chunk is not None:
             try:
                 request.on_chunk(chunk)

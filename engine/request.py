@@ -8,7 +8,17 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import UNBOUNDED, InputError, bounded, check, check_fields, check_list, check_text, shown
+from engine.errors import (
+    UNBOUNDED,
+    InputError,
+    bounded,
+    check,
+    check_fields,
+    check_list,
+    check_text,
+    plain,
+    shown,
+)
 from engine.metrics import RequestMetrics
 from engine.step import TokenLogprob
 
@@ -103,7 +113,16 @@ class ResolvedParams(SamplingParams):
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A request to come: text or token ids, how to sample, and when it is due, seconds after the start."""
+    """A request to come: what is asked, how to sample, and when it is due.
+
+    Args:
+        prompt: text or token ids. A follow-up has only what is new: its whole prompt is that of the item it
+            follows, then that item's answer without the stop token that ended it, then this.
+        arrival_s: when it is due, seconds after the start; a follow-up, seconds after the answer before.
+        follows: index of the item whose answer it waits for, an earlier one; None: it waits for nobody.
+        source: the text or the chat messages that the prompt was made from, for backends that speak text; of
+            a follow-up only the new ones. None if it was made from neither.
+    """
 
     prompt: str | Sequence[int]
     params: SamplingParams
@@ -112,10 +131,20 @@ class WorkItem:
     source: str | tuple[Mapping[str, str], ...] | None = None
 
 
+def check_follows(items: Sequence[WorkItem]) -> None:
+    """Raise InputError unless every follow-up follows an earlier item, so that no answer waits for itself."""
+    for index, item in enumerate(items):
+        before = plain(item.follows)
+        is_index = isinstance(before, int) and not isinstance(before, bool)
+        if before is not None and not (is_index and 0 <= before < index):
+            problem = "must be the index of an earlier item, or None"
+            raise InputError(f"items[{index}].follows={shown(item.follows)} {problem}")
+
+
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What a request gave. `text` is None without a tokenizer; `error` says why, where the reason is
-    "error"."""
+    """What a request gave. `text` is None without a tokenizer; `error` says why, where the reason is "error"
+    or its conversation had ended before it."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -155,8 +184,9 @@ class Request:
     tokens: list[int]
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
-    arrival: float = 0.0
+    arrival: float = 0.0  # infinite while it waits for another's answer
     on_chunk: OnChunk = None
+    on_end: Callable[[Request], object] | None = None  # called once, when it has its result
     text: TextStream | None = None
     stop_names: dict[int, str] = field(default_factory=dict)  # of stop ids that were asked for as strings
     computed: int = 0
@@ -177,9 +207,17 @@ class Request:
 
     def __post_init__(self) -> None:
         params = self.params = self.params.resolved()
-        self.max_len = self.prompt_len + params.max_new_tokens
-        self.max_positions = self.max_len - 1
         self.greedy = params.temperature == 0 and params.repetition_penalty == 1.0 and params.logprobs is None
+        self._set_bounds()
+
+    def _set_bounds(self) -> None:
+        self.max_len = self.prompt_len + self.params.max_new_tokens
+        self.max_positions = self.max_len - 1
+
+    def set_prompt(self, tokens: list[int]) -> None:
+        """Take these tokens for its prompt, before any is computed."""
+        self.tokens, self.prompt_len = tokens, len(tokens)
+        self._set_bounds()
 
     @property
     def output_ids(self) -> list[int]:
@@ -225,7 +263,7 @@ class Request:
         metrics = RequestMetrics.from_times(
             self.id,
             prompt_tokens=self.prompt_len,
-            arrival_s=self.arrival,
+            arrival_s=min(self.arrival, finished),  # one that ends before it is due has waited for nothing
             scheduled_s=self.scheduled,
             token_times_s=self.token_times,
             finished_s=finished,
