@@ -55,11 +55,14 @@ def bench(
         str, typer.Option(help="Comma-separated, for the policies that batch.")
     ] = "1,8,16",
     workload: Annotated[
-        str, typer.Option(help="N requests: brief-N, chat-N, paper-N, mixed-N or shared-prefix-N.")
+        str,
+        typer.Option(
+            help="N requests: brief-N, chat-N, mixed-N, nano-N, paper-N, shared-prefix-N; or a file."
+        ),
     ] = "brief-24",
     arrivals: Annotated[
-        str, typer.Option(help="When they are due: all, poisson:RATE or burst:SIZE:GAP_S.")
-    ] = "all",
+        str, typer.Option(help="all, poisson:RATE, burst:SIZE:GAP_S or trace (a file's); auto: trace or all.")
+    ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, interleaved; the median one is shown.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -76,8 +79,10 @@ def bench(
     """Run one workload by several policies at several batch sizes and compare them in one table.
 
     'sequential' is the batch=1 baseline, whose tokens the others' are compared with; 'generate' is
-    Transformers' own. Workloads: chat is English with 8-64 tokens out, brief the same with 8-24, paper 128
-    tokens in and 256 out, mixed log-normal. Ctrl-C shows what has finished.
+    Transformers' own. Workloads have N requests: chat is English with 8-64 tokens out, brief the
+    same with 8-24, paper 128 tokens in and 256 out, mixed log-normal, nano 100-1024 in and out; files
+    are rows of our own, ShareGPT's or a Mooncake trace (engine/README.md). Ctrl-C shows what has
+    finished.
     """
     from engine.bench.options import BenchOptions
 

@@ -147,6 +147,7 @@ WRONG = {
     "no size": ([*BENCH, "--batch-sizes", ""], "batch-sizes='' must be whole numbers"),
     "nothing": ([*BENCH, "--policies", "dynamic", "--batch-sizes", "1"], "nothing to run: .* above 1"),
     "workload": (["bench", "--workload", "chats-32"], "workload='chats-32' must be one of chat-N, "),
+    "workload file": (["bench", "--workload", "no/chats"], "workload='no/chats' can't be read: No such file"),
     "workload N": (["bench", "--workload", "chat-0"], "workload='chat-0' must .* N from 1 to "),
     "arrivals": (["bench", "--arrivals", "poisson:0"],
      "arrivals='poisson:0' must be all, poisson:RATE or burst:"),
@@ -335,6 +336,24 @@ def test_bench_needs_room_for_the_longest_request(run):
         code, out, err = run("bench", "--model", TINY, "--workload", "paper-2")
     assert (code, out) == (2, "")
     assert err == "error: max_positions=300 is too small: the longest request of paper-2 needs 383\n"
+
+
+def test_bench_replays_a_file_and_says_which(run, elsewhere, speaking):
+    rows = [{"prompt": text, "output_tokens": 3, "conversation": 1} for text in ("Hi", " and more", " yet")]
+    (elsewhere / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run("bench", "--workload", "mine.jsonl", "--batch-sizes", "2", "--json", "out.json")
+    assert (code, err.strip()) == (0, "")
+    assert re.match(r"mine\.jsonl@[0-9a-f]{8}, arrivals all, on smollm2 ", out), out
+    data = strict(elsewhere / "out.json")
+    assert out.startswith(data["environment"]["workload"])
+    assert {row["prompt_tokens_cached"] for row in data["summary"] if row["policy"] == "sequential"} == {0}
+    assert [row["same_tokens"] for row in data["summary"]] == [3, 3, 3]
+    code, out, err = run("bench", "--workload", "mine.jsonl", "--policies", "generate,continuous")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "policies has 'generate', which holds no conversations, and workload='mine.jsonl' has some" in err
+    (elsewhere / "mine.jsonl").write_text('{"prompt": "Hi"}')
+    code, out, err = run("bench", "--workload", "mine.jsonl")
+    assert (code, out, err) == (2, "", "error: mine.jsonl, line 1: output_tokens is missing\n")
 
 
 def test_bench_in_int8_says_so_and_wide_shows_every_column(run):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from engine.bench.workload import NAMES, Workload, make_workload
+from engine.bench.workload import NAMES, Workload, check_workload, make_workload
+from engine.bench.workload_texts import WORDS
 from engine.errors import InputError
 
 BOUNDS = {  # family -> shortest and longest prompt, fewest and most new tokens
@@ -20,6 +21,7 @@ BOUNDS = {  # family -> shortest and longest prompt, fewest and most new tokens
     "mixed": (12, 260, 8, 64),
     "shared-prefix": (272, 320, 8, 32),
     "brief": (12, 260, 8, 24),
+    "nano": (100, 1024, 100, 1024),
 }
 FAMILIES = st.sampled_from(sorted(BOUNDS))
 
@@ -142,6 +144,61 @@ def test_chat_goes_through_the_template() -> None:
     assert ids(chat) == [before + prompt + after for prompt in ids(plain)]
 
 
+def test_what_a_prompt_was_made_from_is_kept_with_it() -> None:
+    for template, kind in ((None, str), ("any", tuple)):
+        work = make_workload("chat-3", vocab_size=256, tokenizer=CharTokenizer(chat_template=template))
+        assert all(isinstance(item.source, kind) for item in work.items)
+    texts = ["".join(map(chr, prompt)) for prompt in ids(work)]
+    assert [f"<user>{item.source[0]['content']}<assistant>" for item in work.items] == texts
+    assert {item.source for item in make_workload("chat-3", vocab_size=256).items} == {None}
+    assert {item.source for item in make_workload("mixed-3", vocab_size=256).items} == {None}
+
+
+def test_nano_has_the_lengths_of_nano_vllm() -> None:
+    """Its published run of 256 requests has 142,827 tokens in and 133,966 out."""
+    work = make_workload("nano-256", vocab_size=300)
+    assert (sum(lengths(work)), sum(limits(work))) == (142_827, 133_966)
+    assert (lengths(work)[:3], limits(work)[:3]) == ([964, 724, 484], [845, 312, 607])
+
+
+# Without a model
+
+
+@pytest.mark.parametrize("family", sorted(BOUNDS))
+def test_without_a_model_prompts_are_text_of_as_many_words(family: str) -> None:
+    text, tokens = (make_workload(f"{family}-8", vocab_size=size, seed=2) for size in (None, 999))
+    assert text == make_workload(f"{family}-8", seed=2)
+    assert (text.name, limits(text), dues(text)) == (tokens.name, limits(tokens), dues(tokens))
+    assert all(isinstance(item.prompt, str) for item in text.items)
+    if family in ("chat", "brief"):
+        spoken = make_workload(f"{family}-8", vocab_size=256, seed=2, tokenizer=CharTokenizer())
+        assert [item.prompt for item in text.items] == ["".join(map(chr, prompt)) for prompt in ids(spoken)]
+        assert [item.source for item in text.items] == [
+            ({"role": "user", "content": item.prompt},) for item in text.items
+        ]
+        return
+    words = [item.prompt.split(" ") for item in text.items]
+    assert [len(prompt) for prompt in words] == lengths(tokens)
+    assert {word for prompt in words for word in prompt} <= set(WORDS)
+    assert [item.source for item in text.items] == [item.prompt for item in text.items]
+    assert len({tuple(prompt[-16:]) for prompt in words}) == 8
+    assert (len({tuple(prompt[:256]) for prompt in words}) == 1) == (family == "shared-prefix")
+
+
+def test_words_are_common_and_short() -> None:
+    assert len(WORDS) == len(set(WORDS)) > 150
+    assert all(word.isalpha() and word.islower() and 2 <= len(word) <= 6 for word in WORDS)
+
+
+def test_text_has_no_known_length_in_tokens() -> None:
+    work = make_workload("mixed-3")
+    for call in (work.lengths, lambda: work.whole_prompt(0, [])):
+        with pytest.raises(InputError, match=r"items\[0\].prompt is text, of no known tokens: make the"):
+            call()
+    with pytest.raises(InputError, match="max_positions=9 is of tokens, and without vocab_size"):
+        make_workload("mixed-3", max_positions=9)
+
+
 def test_mixed_is_log_normal() -> None:
     work = make_workload("mixed-20000", vocab_size=256)
     prompts, outputs = np.array(lengths(work)), np.array(limits(work))
@@ -180,23 +237,25 @@ def test_bursts() -> None:
 
 BAD_NAMES = ["", None, "chat", "chat-0", "chat-", "chat--1", "chat-08", "chat-1e3", "Chat-3", "chat-1000000",
              "paper-3.0", "prefix-3", "chat-3\n", "chat-N"]  # fmt: skip
-BAD_ARRIVALS = ["", None, "none", "all:1", "poisson", "poisson:", "poisson:0", "poisson:-1", "poisson:nan",
-                "poisson:inf", "poisson:1:2", "burst:3", "burst:0:1", "burst:1.5:1", "burst:2:0",
-                "burst:2:nan"]  # fmt: skip
+BAD_ARRIVALS = ["", None, "none", "trace", "all:1", "poisson", "poisson:", "poisson:0", "poisson:-1",
+                "poisson:nan", "poisson:inf", "poisson:1:2", "burst:3", "burst:0:1", "burst:1.5:1",
+                "burst:2:0", "burst:2:nan"]  # fmt: skip
 BAD_NUMBERS = [("vocab_size", 1), ("vocab_size", 2.5), ("vocab_size", True), ("seed", -1), ("seed", None),
                ("max_positions", 0), ("max_positions", "9")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_bad_names(name: str) -> None:
-    with pytest.raises(InputError, match="must be one of chat-N, paper-N, mixed-N, shared-prefix-N"):
-        make_workload(name, vocab_size=256)
+    for call in (check_workload, make_workload):
+        with pytest.raises(InputError, match="must be one of chat-N, paper-N, mixed-N, shared-prefix-N"):
+            call(name)
 
 
 @pytest.mark.parametrize("arrivals", BAD_ARRIVALS)
 def test_bad_arrivals(arrivals: str) -> None:
-    with pytest.raises(InputError, match="poisson:RATE"):
-        make_workload("mixed-3", vocab_size=256, arrivals=arrivals)
+    for call in (check_workload, make_workload):
+        with pytest.raises(InputError, match="poisson:RATE"):
+            call("mixed-3", arrivals=arrivals)
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_NUMBERS)

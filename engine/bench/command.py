@@ -34,7 +34,7 @@ def run(options: BenchOptions) -> bool:
         max_positions=engine.max_positions,
     )
     runs: list[Run] = []
-    with Progress(f"{options.workload} on {options.model}", redraw_s=REDRAW_EVERY_S) as progress:
+    with Progress(f"{workload.name} on {options.model}", redraw_s=REDRAW_EVERY_S) as progress:
         asked = options.combinations, options.config, options.rounds
         try:
             for finished in compare(engine.loaded, workload, *asked, progress):
@@ -42,6 +42,6 @@ def run(options: BenchOptions) -> bool:
         except KeyboardInterrupt:
             progress.write("interrupted: showing the runs that finished")
     if runs:
-        found = {"workload": options.workload, "arrivals": options.arrivals, "seed": options.seed}
+        found = {"workload": workload.name, "arrivals": workload.arrivals, "seed": options.seed}
         show(runs, options, {**found, **environment(engine.loaded), "dtype": engine.config.dtype})
     return len(runs) == len(options.combinations) * options.rounds

@@ -102,7 +102,13 @@ def transformers_generate(
     A batch runs until its last request has ended. The engine checks the prompts and knows the model; it runs
     nothing. Outputs are in the order of `items`. `on_tokens` is called with how many tokens each forward pass
     gave.
+
+    Raises:
+        InputError: for items that follow others, and prompts that cannot be served.
     """
+    if (index := next((i for i, item in enumerate(items) if item.follows is not None), None)) is not None:
+        problem = f"{GENERATE} holds no conversations: use a policy of the engine"
+        raise InputError(f"items[{index}] follows items[{items[index].follows}], and {problem}")
     metrics, start = EngineMetrics(), time.perf_counter()
     requests = []
     for index, item in enumerate(items):
@@ -110,7 +116,7 @@ def transformers_generate(
         stops = frozenset() if item.params.ignore_eos else engine.eos_ids
         arrival, params = start + item.arrival_s, item.params.resolved(engine.defaults)
         requests.append(Request(f"request-{index}", len(tokens), params, tokens, stops, arrival=arrival))
-    pending = requests
+    pending = sorted(requests, key=lambda request: request.arrival)
     while pending:
         time.sleep(max(0.0, pending[0].arrival - time.perf_counter()))
         now = time.perf_counter()

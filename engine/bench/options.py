@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from engine.bench.workload import make_workload
+from engine.bench.workload import check_workload
 from engine.config import POLICIES, EngineConfig
 from engine.errors import InputError, check, shown
 
@@ -76,7 +76,10 @@ class BenchOptions:
             raise InputError(f"plot={str(self.plot)!r} must end in one of {', '.join(PLOTS)}")
         if self.plot and find_spec("matplotlib") is None:
             raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
-        make_workload(self.workload, vocab_size=2, seed=self.seed, arrivals=self.arrivals)
+        if check_workload(self.workload, seed=self.seed, arrivals=self.arrivals) and GENERATE in names:
+            has = f"and workload={shown(self.workload)} has some"
+            problem = f"which holds no conversations, {has}: leave it out"
+            raise InputError(f"policies has {GENERATE!r}, {problem}")
         if self.dtype == "int8" and GENERATE in names:
             problem = "which is Transformers' own: leave it out of dtype='int8'"
             raise InputError(f"policies has {GENERATE!r}, {problem}")

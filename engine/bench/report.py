@@ -41,7 +41,7 @@ S_FROM_MS = 1000.0  # times are in seconds where the longest of their metric tak
 def show(runs: Sequence[Run], options: BenchOptions, environment: dict[str, Any]) -> None:
     """Show runs as a table and write the files that the options name."""
     on = f"{options.model} ({environment['dtype']}, {environment['device']})"
-    title = f"{options.workload}, arrivals {options.arrivals}, on {on}"
+    title = f"{environment['workload']}, arrivals {environment['arrivals']}, on {on}"
     summary, out = summarise(runs), Output()
     below = [caption(summary), *notes(summary, environment)]
     out.show(columns(summary), title, below, "--wide shows every column", options.wide)
