@@ -135,7 +135,8 @@ class Backend(Protocol):
 
     An attribute `exact = False` says that its tokens may differ from the model's own (a quantised model, a
     program of others); they are then counted and recorded rather than failing the test. `remote = True` says
-    that it needs no model in this process: none is loaded for it unless one is named.
+    that it needs no model in this process: none is loaded for it unless one is named. `conversations =
+    True` says that its sessions serve items that follow others, as `engine.WorkItem` describes them.
     """
 
     name: str
@@ -171,6 +172,12 @@ def find(name: str) -> Backend:
     return backend
 
 
+def check_takes(backend: Backend, items: Sequence[WorkItem]) -> None:
+    """Raise Unavailable if there are conversations among the items and the backend holds none."""
+    if any(item.follows is not None for item in items) and not getattr(backend, "conversations", False):
+        raise Unavailable(f"{backend.name}: it holds no conversations, and the workload has some")
+
+
 def timeline(
     items: Sequence[WorkItem],
     tokens: Sequence[Sequence[int]],
@@ -200,18 +207,23 @@ def timeline(
     metrics.counters.output_tokens = sum(map(len, tokens))
     if not len(items) == len(tokens) == len(seconds):
         raise InputError(f"{len(items)} requests got {len(tokens)} outputs and {len(seconds)} lists of times")
+    prompts: list[int] = []  # tokens of each, with all that it follows
     for index, (item, output, times) in enumerate(zip(items, tokens, seconds, strict=True)):
         if not len(output) == len(times) == item.params.max_new_tokens:
             raise InputError(
                 f"requests[{index}] asked for {item.params.max_new_tokens} tokens and got {len(output)}, "
                 f"with {len(times)} times"
             )
-        arrival = start + item.arrival_s
+        arrival, before = start + item.arrival_s, 0
+        if item.follows is not None:
+            arrival += seconds[item.follows][-1]
+            before = prompts[item.follows] + len(tokens[item.follows])
+        prompts.append(before + len(item.prompt))
         token_times_s = [start + at for at in times]
         metrics.add(
             RequestMetrics.from_times(
                 f"request-{index}",
-                prompt_tokens=len(item.prompt),
+                prompt_tokens=prompts[index],
                 arrival_s=arrival,
                 scheduled_s=arrival,
                 token_times_s=token_times_s,

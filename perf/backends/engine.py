@@ -48,6 +48,7 @@ class Continuous:
     """Requests join and leave the batch at every step; packed, paged."""
 
     name = policy = "continuous"
+    conversations = True
 
     def missing(self, device: str) -> str | None:
         """Return None: it is always here."""

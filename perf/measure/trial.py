@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine import EngineMetrics, Workload, make_workload, max_positions
-from perf.backends import Backend, Checked, Outcome, Session, Setup, Unavailable, find
+from perf.backends import Backend, Checked, Outcome, Session, Setup, Unavailable, check_takes, find
 from perf.gate import entries, metrics
 from perf.gate.entries import SCHEMA, Flat, plain
 from perf.gate.pooling import pooled, sections
@@ -68,7 +68,7 @@ class Trial:
         *,
         device: str,
         max_batch_size: int,
-        arrivals: str = "all",
+        arrivals: str = "auto",
         spec: str | None = None,
         options: Mapping[str, Any] | None = None,
         derive: Derive | None = None,
@@ -91,6 +91,7 @@ class Trial:
         self.workload = (
             make_workload(workload, arrivals=arrivals, **limits) if isinstance(workload, str) else workload
         )
+        check_takes(self.backend, self.workload.items)
         self.setup = Setup(
             None if self.held is None else self.held[0],
             device,
@@ -99,8 +100,7 @@ class Trial:
             threads=torch.get_num_threads(),
             options=dict(options or {}),
         )
-        items = self.workload.items
-        self._lengths = [(len(item.prompt), item.params.resolved().max_new_tokens) for item in items]
+        self._lengths = [] if self.held is None else self.workload.lengths()
         self.speed_before = machine_speed.measure(device, dtype)
         self.rounds: list[Round] = []
         self.checked = Checked(0, 0, 0)
@@ -144,7 +144,10 @@ class Trial:
                 )
         count = min(len(items), CHECKED) if self.device == "cuda" else len(items)
         sample = np.linspace(0, len(items) - 1, count).round().astype(int).tolist()
-        verdicts = [(index, judge.judge(items[index].prompt, outcome.tokens[index])) for index in sample]
+        verdicts = [
+            (index, judge.judge(self.workload.whole_prompt(index, outcome.tokens), outcome.tokens[index]))
+            for index in sample
+        ]
         for index, verdict in verdicts:
             if verdict.wrong_at is not None and getattr(self.backend, "exact", True):
                 raise WrongTokens(
