@@ -28,7 +28,7 @@ def test_server(perf_case: PerfCase, device: str, server_target: Any, server_loa
         server_load.workload,
         device=device,
         max_batch_size=concurrency or 1,
-        arrivals="all" if rate is None else f"poisson:{rate}",
+        arrivals="auto" if rate is None else f"poisson:{rate}",
         options={"target": server_target},
         derive=derive,
     )
