@@ -33,7 +33,8 @@ class Script:
     after which it ends by itself, whatever is asked. busy: so many requests are first answered with 429.
     loading: so many looks at /health are answered with 503. health: whether there is one. only: the API that
     it has. key: that it wants. metrics: the page of /metrics. split: bytes of a write. fail_every: requests
-    after which one is answered with 500. dies_after: requests after which the program ends.
+    after which one is answered with 500. hangs_up: whether it closes a connection after a stream, unsaid.
+    dies_after: requests after which the program ends.
     """
 
     refuse: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class Script:
     metrics: str | None = None
     split: int | None = None
     fail_every: int | None = None
+    hangs_up: bool = False
     dies_after: int | None = None
     answers: int = 0
     seen: list[dict[str, Any]] = field(default_factory=list)
@@ -210,7 +212,7 @@ class _Session:
         if script.done:
             await self._event("[DONE]")
         await self._write_chunk(b"")
-        return True
+        return not script.hangs_up
 
     def _chunk(
         self, api: str, delta: dict[str, str], ids: list[int] | None = None, finish: str | None = None

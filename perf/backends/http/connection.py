@@ -18,8 +18,11 @@ from perf.backends.http.reply import error_text, shorten
 from perf.servers.ready import TargetError
 from perf.servers.target import Target
 
-KEEP_S = 300.0  # an idle connection lives so long, if the server lets it
+KEEP_S = (
+    3.0  # an idle connection lives so long: servers close one after 5 s, perhaps just as it is used again
+)
 SILENT_S = 300.0  # after so long without a byte a request has failed
+STALE = (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError, aiohttp.ClientOSError)
 MOST_OPEN = 32  # connections that are opened before a round: some servers have a thread for each
 
 
@@ -86,21 +89,33 @@ class Connection:
             return Answer(status, text, None)
 
     async def stream(self, path: str, body: bytes) -> Exchange:
-        """Send a request and keep what comes, whatever comes: a failure is in the exchange."""
+        """Send a request and keep what comes, whatever comes: a failure is in the exchange.
+
+        One that meets a connection which the server has just closed is sent again on a new one, as curl does:
+        HTTP has no way to tell beforehand.
+        """
         exchange = Exchange(time.perf_counter())
-        parts = exchange.parts
         try:
-            async with self._session.post(
-                self.target.at(path), data=body, headers={"Content-Type": "application/json"}
-            ) as response:
-                exchange.status = response.status
-                async for part in response.content.iter_any():
-                    parts.append((time.perf_counter(), part))
+            try:
+                await self._read(path, body, exchange)
+            except STALE:
+                if exchange.status is not None:
+                    raise
+                await self._read(path, body, exchange)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             exchange.error = f"broke off: {reason(error)}"
         if exchange.status is not None and exchange.status != 200:
-            exchange.error = f"HTTP {exchange.status}: {_message(b''.join(part for _, part in parts))}"
+            exchange.error = (
+                f"HTTP {exchange.status}: {_message(b''.join(part for _, part in exchange.parts))}"
+            )
         return exchange
+
+    async def _read(self, path: str, body: bytes, exchange: Exchange) -> None:
+        headers = {"Content-Type": "application/json"}
+        async with self._session.post(self.target.at(path), data=body, headers=headers) as response:
+            exchange.status = response.status
+            async for part in response.content.iter_any():
+                exchange.parts.append((time.perf_counter(), part))
 
     async def open(self, count: int) -> None:
         """Have so many connections open: requests that follow at once find them. A server that closes each

@@ -284,6 +284,13 @@ def test_a_key_is_sent_and_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         one.close()
 
 
+def test_a_server_that_hangs_up_after_each_answer() -> None:
+    with session(Script(hangs_up=True), places=2) as one:
+        for _ in range(5):
+            assert one.run(ids(8)).voided is None
+        assert one.check(ids(8), None).same == 8
+
+
 def test_a_busy_server_is_asked_again_before_timing() -> None:
     with session(Script(busy=2)) as one:
         assert one.run(ids()).voided is None
