@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from engine import InputError
 from perf import config, console
-from perf.commands import machine, revisions, saved, sweeping
+from perf.commands import machine, revisions, saved, storing, sweeping
 from perf.errors import Exit, GateError
 from perf.gate import tolerances
 
@@ -26,7 +26,7 @@ NEEDED = ("scipy", "jinja2", "pytest", "pytest_benchmark")  # the extra `perf`
 CODES = "Exit codes: 0 pass, 1 regression, 2 usage, 3 not comparable, 4 inconclusive."
 HELP = f"The performance gate. {CODES}"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
-for room in (saved, revisions, sweeping, machine):
+for room in (saved, storing, revisions, sweeping, machine):
     app.add_typer(room.app)
 
 
@@ -41,10 +41,16 @@ def defaults() -> dict[str, dict[str, Any]]:
     tolerances.check_settings(settings)
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
+    return _defaults(group, settings)
+
+
+def _defaults(group: TyperGroup, settings: config.Settings) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, command in group.commands.items():
         values = {one.name: settings.default(one.name) for one in command.params if one.name}
         found[name] = {parameter: value for parameter, value in values.items() if value is not None}
+        if isinstance(command, TyperGroup):
+            found[name] |= _defaults(command, settings)
     return found
 
 

@@ -49,6 +49,10 @@ Budget = Annotated[
     float, Option(parser=seconds, metavar="TIME", help="Time by the clock, all in all: 90s, 5m, 1h.")
 ]
 PytestArgs = Annotated[list[str] | None, Argument(metavar="[-- PYTEST ARGS]", help="What pytest is given.")]
+Remote = Annotated[
+    str | None, Option(help="The remote that has the runs: origin, if there is one; '.' is this repository.")
+]
+Branch = Annotated[str, Option(help="The branch they are on.")]
 Counters = Annotated[bool, Option(help="Whether exact counters are judged too.")]
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from perf.errors import Exit, GateError
@@ -20,27 +21,41 @@ PLACES = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_P
 PLACES |= {"GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES"}
 
 
-def git(where: Path, *args: str, extra: dict[str, str] | None = None) -> str:
-    """Run git in a folder; return its output without the last line's end.
+def ask_git(
+    where: Path, *args: str, extra: Mapping[str, str] | None = None, given: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    """Run git in a folder; return how it ended and what it said, whatever that is.
+
+    Args:
+        extra: environment variables beside those of this process.
+        given: what git reads on its standard input.
+
+    Raises:
+        GateError: code 2, if git is not installed.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in PLACES}
+    try:
+        return subprocess.run(
+            ["git", "-C", str(where), *args],
+            input=given,
+            capture_output=True,
+            env={**environment, "GIT_TERMINAL_PROMPT": "0", **(extra or {})},
+        )
+    except FileNotFoundError:
+        raise GateError("git is not installed: perf needs it", Exit.USAGE) from None
+
+
+def git(where: Path, *args: str, extra: Mapping[str, str] | None = None, given: bytes = b"") -> str:
+    """Run git as `ask_git` does; return its output without the last line's end.
 
     Raises:
         GateError: code 2, with what git said, if it fails or is not installed.
     """
-    environment = {key: value for key, value in os.environ.items() if key not in PLACES}
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(where), *args],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="surrogateescape",
-            env={**environment, "GIT_TERMINAL_PROMPT": "0", **(extra or {})},
-        )
-    except FileNotFoundError:
-        raise GateError("git is not installed: perf ab needs it", Exit.USAGE) from None
+    done = ask_git(where, *args, extra=extra, given=given)
     if done.returncode:
-        raise GateError(f"git {' '.join(args)} failed: {done.stderr.strip() or done.returncode}", Exit.USAGE)
-    return done.stdout.strip()
+        why = done.stderr.decode(errors="replace").strip() or done.returncode
+        raise GateError(f"git {' '.join(args)} failed: {why}", Exit.USAGE)
+    return done.stdout.decode(errors="surrogateescape").strip()
 
 
 def commit_of(top: Path, revision: str) -> str:
