@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 WIDTH = 180  # columns of a table where there is no terminal
+MOST_COMMANDS = 5  # that look for a commit
 ERRORS = Console(stderr=True)
 
 
@@ -37,6 +39,19 @@ def seconds(text: str | float) -> float:
         return config.seconds(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def iso_time(text: str) -> str:
+    """Return a day or a time of ISO 8601 as saved runs have theirs, in UTC, such that the texts compare.
+
+    Raises:
+        GateError: code 2, for what is neither.
+    """
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise GateError(f"{text!r} is no date: give one as 2026-11-30", Exit.USAGE) from None
+    return (found.astimezone(UTC) if found.tzinfo else found).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 File = Path | None
@@ -72,10 +87,16 @@ def show_reading(found: Reading, markdown: File, **files: File) -> None:
 
     judged, left_out = found.comparison, found.left_out
     table = reports.comparison_table(judged, left_out) if judged else reports.runs_table(found.runs, left_out)
+    if found.steps.searched:
+        show(reports.steps_table(found.steps), WIDTH)
+        for command in reports.commands(found.steps)[:MOST_COMMANDS]:
+            typer.echo(command)  # in one line, to be copied
     show(table, WIDTH)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     append = markdown is not None and summary is not None and Path(summary).resolve() == markdown.resolve()
-    written = reports.write(found.runs, judged, left_out, markdown=markdown, append=append, **files)
+    written = reports.write(
+        found.runs, judged, left_out, markdown=markdown, append=append, steps=found.steps, **files
+    )
     if markdown and markdown not in written:
         say(f"note: --markdown {markdown} has no room left for a summary: GitHub shows 1 MiB a step")
 

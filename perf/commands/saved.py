@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from perf import console
-from perf.console import Counters, Csv, Html, Json, Markdown, PytestArgs, Storage
-from perf.errors import Exit, GateError
+from perf.console import Branch, Counters, Csv, Html, Json, Markdown, PytestArgs, Remote, Storage
+from perf.errors import Exit, GateError, sigterm_interrupts
 from perf.gate.saved_runs import load, shared
 from perf.gate.storage import STORAGE, folder
+from perf.store.branch import BRANCH
 
 app = typer.Typer()
 
@@ -74,23 +77,47 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[str], Argument(help="Names, numbers or files, oldest first.")],
+    runs: Annotated[
+        list[str] | None, Argument(help="Names, numbers or files, oldest first; with --store, names.")
+    ] = None,
     base: Annotated[
         str | None, Option(help="What the last is judged against; the first, if there are two.")
     ] = None,
     storage: Storage = str(STORAGE),
+    store: Annotated[
+        bool, Option("--store", help="Show the runs on the branch (perf store list), all or those named.")
+    ] = False,
+    since: Annotated[
+        str | None, Option(metavar="DATE", help="Of --store: none before it, as 2026-11-30.")
+    ] = None,
+    last: Annotated[int | None, Option(min=1, help="Of --store: the latest so many runs.")] = None,
+    remote: Remote = None,
+    branch: Branch = BRANCH,
     html: Html = None,
     markdown: Markdown = None,
     csv: Csv = None,
 ) -> None:
-    """Show saved runs, as a table and as files. It judges, but ends with code 0 whatever it finds.
+    """Show saved runs, as a table and as files: the last of them, its verdict, and the steps in the history.
 
-    What cannot be read of them is left out, and named. Where nothing can be, that is an error.
+    It judges, but ends with code 0 whatever it finds. What cannot be read of them is left out, and named.
+    Where nothing can be, that is an error.
     """
     from perf import report as reports
+    from perf.store import open_branch, stored
 
     files = console.writable(html=html, markdown=markdown, csv=csv)
-    found = reports.read(runs, base, folder(storage))
+    if not store and (since or last or not runs):
+        need = "report needs runs" if not runs else f"--{'since' if since else 'last'} is of --store"
+        raise GateError(f"{need}: name some, or give --store for those on the branch", Exit.USAGE)
+    if store:
+        day = console.iso_time(since) if since else ""
+        with sigterm_interrupts(), TemporaryDirectory(prefix="perf-store-") as place:
+            into = Path(place)
+            kept = stored(open_branch(Path.cwd(), remote, branch), into)
+            options: dict[str, Any] = {"names": runs or (), "since": day, "last": last}
+            found = reports.read_runs(kept.runs, base, into, kept.left_out, **options)
+    else:
+        found = reports.read(runs or (), base, folder(storage))
     said = found.comparison.notes if found.comparison else ()
     for note in dict.fromkeys(note for run in found.runs for note in run.notes if note not in said):
         console.say(f"note: {note}")

@@ -89,6 +89,22 @@ def centre(values: Sequence[float]) -> float:
     return float(np.exp(ordered[cut : len(ordered) - cut].mean()))
 
 
+def typical(sessions: Sequence[Sequence[float]]) -> float:
+    """The geometric mean of each session's typical value."""
+    values = [centre(rounds) for rounds in sessions]
+    if len(values) == 1 or not any(values):
+        return values[0]
+    return math.exp(sum(mean.value for mean in means(sessions)) / len(sessions))
+
+
+def change(log_ratio: float) -> float:
+    """head / base - 1; infinite where a float has no room for it."""
+    try:
+        return math.expm1(log_ratio)
+    except OverflowError:
+        return math.inf
+
+
 def means(samples: Sequence[Sequence[float]]) -> list[Mean]:
     """The mean of each sample's logarithms, of one value or more, all 0 or more; a 0 counts as very small
     among all. All are taken to be as correlated in series as they are on average."""

@@ -10,12 +10,13 @@ nor pytest.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from perf.errors import Exit, GateError
-from perf.gate.metrics import GATED, METRICS, TIME, is_amount
+from perf.gate.metrics import GATED, METRICS, TIME, Metric, is_amount
 
 if TYPE_CHECKING:
     import pytest
@@ -72,6 +73,21 @@ def _fault(metric: str, rel: float | None, abs: float | None) -> str | None:
     if rel is not None and rel >= 1:
         return f"rel={rel} is a fraction and must be below 1 (0.1 is 10 %)"
     return None
+
+
+def allowed(metric: Metric, own: Tolerance | None, base: float) -> tuple[float, float]:
+    """Return how much worse a metric may get, its floor included: a fraction of base, and a log-ratio.
+
+    Args:
+        own: the test's limits, if it has any.
+        base: the typical value that it would get worse than, in the metric's unit.
+    """
+    rel = metric.rel if own is None else own.rel or 0.0
+    floor = metric.floor if own is None or own.abs is None else own.abs
+    tolerance = max(rel, floor / base) if base else (math.inf if floor else rel)
+    if base and math.isinf(tolerance) and metric.direction == "lower":
+        return tolerance, math.log(floor) - math.log(base)  # the quotient is too large for a float
+    return tolerance, metric.log_limit(tolerance)
 
 
 def _wrong(message: str) -> GateError:

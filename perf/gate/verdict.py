@@ -11,7 +11,7 @@ nothing here measures or prints.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from statistics import harmonic_mean, median
 
@@ -24,7 +24,7 @@ from perf.gate.metrics import METRICS, Metric
 from perf.gate.noise import Noise
 from perf.gate.saved_runs import Run
 from perf.gate.sessions import BetweenSessions
-from perf.gate.tolerances import Tolerance
+from perf.gate.tolerances import allowed
 
 CANARIES = ("canary_matmul_gflops", "canary_copy_gbps")
 CANARY_NOISE = 0.03
@@ -109,7 +109,7 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
     base, head = before.rounds[metric.name], after.rounds[metric.name]
     if metric.direction == "exact":
         return _exact(replace(start, rounds=(len(base), len(head))), metric, base, head)
-    typical, now = (_typical(side.rounds_by_session(metric.name)) for side in (before, after))
+    typical, now = (stats.typical(side.rounds_by_session(metric.name)) for side in (before, after))
     start = replace(start, base=typical, head=now, effect=now / typical - 1 if typical else None)
     start = replace(start, rounds=design.count(before, after, metric.name))
     try:
@@ -118,7 +118,7 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
         return replace(start, outcome=Outcome.INCONCLUSIVE, reason=str(error), rounds_needed=error.needed)
     except GateError as error:
         return replace(start, reason=str(error))
-    tolerance, limit = _allowed(metric, after.tolerances.get(metric.name), typical)
+    tolerance, limit = allowed(metric, after.tolerances.get(metric.name), typical)
     start = replace(start, tolerance=tolerance)
     return _timed(
         start,
@@ -128,14 +128,6 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
         (0.0, "") if design.side_by_side else _canary(before, after),
         design.unit,
     )
-
-
-def _typical(sessions: Sequence[Sequence[float]]) -> float:
-    """The geometric mean of each session's typical value."""
-    values = [stats.centre(rounds) for rounds in sessions]
-    if len(values) == 1 or not any(values):
-        return values[0]
-    return math.exp(sum(mean.value for mean in stats.means(sessions)) / len(sessions))
 
 
 def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[float, ...]) -> Verdict:
@@ -156,16 +148,6 @@ def _exact(start: Verdict, metric: Metric, base: tuple[float, ...], head: tuple[
     return replace(start, outcome=Outcome.FAIL, reason=why, effect=effect, tolerance=0.0)
 
 
-def _allowed(metric: Metric, own: Tolerance | None, base: float) -> tuple[float, float]:
-    """Return how much worse a metric may get, its floor included: a fraction of base, and a log-ratio."""
-    rel = metric.rel if own is None else own.rel or 0.0
-    floor = metric.floor if own is None or own.abs is None else own.abs
-    tolerance = max(rel, floor / base) if base else (math.inf if floor else rel)
-    if base and math.isinf(tolerance) and metric.direction == "lower":
-        return tolerance, math.log(floor) - math.log(base)  # the quotient is too large for a float
-    return tolerance, metric.log_limit(tolerance)
-
-
 def _timed(
     start: Verdict,
     metric: Metric,
@@ -177,22 +159,22 @@ def _timed(
     """The verdict on a timing; `limit` is how large a log-ratio on the bad side may be."""
     bad = -1 if metric.direction == "higher" else 1
     harm, best, worst = bad * estimate.log_ratio, *sorted((bad * estimate.low, bad * estimate.high))
-    low, effect, high = (_change(log) for log in (estimate.low, estimate.log_ratio, estimate.high))
+    low, effect, high = (stats.change(log) for log in (estimate.low, estimate.log_ratio, estimate.high))
     known = replace(start, effect=effect, low=low, high=high, p=estimate.tail(bad))
-    allowed = f"{start.tolerance:.1%} allowed"
+    permitted = f"{start.tolerance:.1%} allowed"
     elsewhere = metric.unit != "bytes" and moved[0] > max(abs(estimate.log_ratio), CANARY_NOISE)
     machine = f"; but the machine changed: {moved[1]}" if elsewhere else ""
     if best > 0 and harm > limit:
-        why = f"{_percent(harm, bad)}, {abs(_change(bad * best)):.1%} at least; {allowed}{machine}"
+        why = f"{_percent(harm, bad)}, {abs(stats.change(bad * best)):.1%} at least; {permitted}{machine}"
         return replace(known, outcome=Outcome.FAIL, reason=why)
     if worst <= limit:
-        why = f"{_percent(worst, bad)} {'at least' if worst < 0 else 'at most'}; {allowed}"
+        why = f"{_percent(worst, bad)} {'at least' if worst < 0 else 'at most'}; {permitted}"
         return replace(known, outcome=Outcome.PASS, reason=why, improved=worst < 0 and -harm > limit)
     balanced = harmonic_mean(start.rounds)  # so many a side would be as sure
     needed = estimate.rounds_needed(balanced, harm if harm > limit else limit - harm)
     things = unit.removesuffix(" a side")
     more = f"about {needed} {unit} would probably tell" if needed else NO_NUMBER_TELLS.format(things)
-    why = f"anything from {_percent(best, bad)} to {_percent(worst, bad)}; {allowed}; {more}{machine}"
+    why = f"anything from {_percent(best, bad)} to {_percent(worst, bad)}; {permitted}; {more}{machine}"
     return replace(known, outcome=Outcome.INCONCLUSIVE, reason=why, rounds_needed=needed)
 
 
@@ -224,7 +206,7 @@ def _notes(base: Run, head: Run, design: Design, counters: bool) -> Iterator[str
     if loosened := [b.fullname for a, b in both if a.tolerances != b.tolerances]:
         yield f"tolerances are others than in the baseline: {_listed(loosened)}"
     for key in () if design.side_by_side else CANARIES:
-        ratios = [1 + _change(c[key]) for a, b in both if key in (c := _canaries(a, b))]
+        ratios = [1 + stats.change(c[key]) for a, b in both if key in (c := _canaries(a, b))]
         if ratios and abs(change := median(ratios) - 1) > CANARY_NOISE:
             yield f"the machine changed: {METRICS[key].label} {change:+.1%} from base to head"
     for side, run in (("base", base), ("head", head)):
@@ -249,23 +231,15 @@ def _canary(before: Benchmark, after: Benchmark) -> tuple[float, str]:
     key = max(moves, key=lambda name: abs(moves[name]), default=None)
     if key is None:
         return 0.0, ""
-    return abs(moves[key]), f"{METRICS[key].label} {_change(moves[key]):+.1%}"
+    return abs(moves[key]), f"{METRICS[key].label} {stats.change(moves[key]):+.1%}"
 
 
 def _listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _change(log_ratio: float) -> float:
-    """head / base - 1; infinite where a float has no room for it."""
-    try:
-        return math.expm1(log_ratio)
-    except OverflowError:
-        return math.inf
-
-
 def _percent(harm: float, bad: int) -> str:
-    return f"{abs(_change(bad * harm)):.1%} {'worse' if harm > 0 else 'better'}"
+    return f"{abs(stats.change(bad * harm)):.1%} {'worse' if harm > 0 else 'better'}"
 
 
 def _span(metric: Metric, values: tuple[float, ...]) -> str:

@@ -13,15 +13,29 @@ from typing import TYPE_CHECKING
 
 from perf.gate.comparison import Comparison
 from perf.gate.saved_runs import Run
+from perf.gate.steps import NO_STEPS, Steps
 from perf.report.markdown import ROOM, markdown, markdown as _markdown
 from perf.report.page import page
-from perf.report.reading import Reading, read
-from perf.report.terminal import comparison_table, runs_table
+from perf.report.reading import Reading, read, read_runs
+from perf.report.steps import commands
+from perf.report.terminal import comparison_table, runs_table, steps_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Reading", "comparison_table", "frame", "markdown", "page", "read", "runs_table", "write"]
+__all__ = [
+    "Reading",
+    "commands",
+    "comparison_table",
+    "frame",
+    "markdown",
+    "page",
+    "read",
+    "read_runs",
+    "runs_table",
+    "steps_table",
+    "write",
+]
 
 
 def write(
@@ -33,6 +47,7 @@ def write(
     markdown: str | Path | None = None,
     csv: str | Path | None = None,
     append: bool = False,
+    steps: Steps = NO_STEPS,
 ) -> list[Path]:
     """Write the reports asked for, of runs oldest first; gives the files written. Raises OSError where it
     can't.
@@ -41,14 +56,15 @@ def write(
     """
     written = []
     if html is not None:
-        Path(html).write_text(page(runs, comparison, left_out), encoding="utf-8")
+        Path(html).write_text(page(runs, comparison, left_out, steps), encoding="utf-8")
         written.append(Path(html))
     if markdown is not None:
         path = Path(markdown)
         before = path.read_bytes() if append and path.exists() else b""
         gap = "" if not before or before.endswith(b"\n") else "\n\n"
         room = ROOM - len(before) - len(gap)
-        text = _markdown(runs, comparison, left_out, room=room, whole=str(html) if html else None)
+        page_name = str(html) if html else None
+        text = _markdown(runs, comparison, left_out, steps=steps, room=room, whole=page_name)
         if text:
             with path.open("a" if append else "w", encoding="utf-8") as file:
                 file.write(gap + text)

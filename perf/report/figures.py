@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS, Metric
 from perf.gate.saved_runs import Run
+from perf.gate.steps import is_like
 from perf.report.charts import Bar, Chart, Line
 from perf.report.text import number
 from perf.report.verdicts import named, shorten, value
@@ -65,12 +66,13 @@ def sections(head: Run, base: Run | None = None) -> dict[str, list[Chart]]:
 def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]]], int]:
     """The last run's benchmarks and gated time metrics that have two values or more in all runs, and those.
 
-    Only runs with the last one's fingerprint count; the second result is how many values that left out.
+    Only runs of the same machine and work as the last one count; the second result is how many values that
+    left out.
     """
     series, left_out = [], 0
     for name, last in runs[-1].benchmarks.items():
         past = [run.benchmarks[name] for run in runs if name in run.benchmarks]
-        same = [benchmark for benchmark in past if benchmark.fingerprint == last.fingerprint]
+        same = [benchmark for benchmark in past if is_like(benchmark, last)]
         left_out += len(past) - len(same)
         for metric in last.rounds:
             values = [found for b in same if (found := value(b, metric)) is not None]

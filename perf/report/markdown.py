@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from perf.gate.comparison import Comparison, Outcome
 from perf.gate.saved_runs import Run
+from perf.gate.steps import NO_STEPS, Steps
 from perf.report.figures import figures
+from perf.report.steps import HEADING, RIGHT as STEPS_RIGHT, commands, rows as step_rows, says
 from perf.report.terminal import CELL_LENGTH
 from perf.report.text import clean, middle
 from perf.report.verdicts import COLUMNS, RIGHT, brief, headline, parts, sides, title
@@ -56,6 +58,7 @@ def markdown(
     comparison: Comparison | None = None,
     left_out: Sequence[str] = (),
     *,
+    steps: Steps = NO_STEPS,
     room: int = ROOM,
     whole: str | None = None,
 ) -> str:
@@ -65,7 +68,7 @@ def markdown(
     last; it is said how much, and that the whole is in `whole`, an HTML page. Empty where not even the
     verdict has room.
     """
-    sections = _sections(runs, comparison, left_out)
+    sections = _sections(runs, comparison, left_out, steps)
     start = ""
     if comparison is not None:
         start = f"## {MARKS[comparison.outcome]} {_prose(headline(comparison))}\n\n"
@@ -84,7 +87,9 @@ def markdown(
     return text(fits) if fits >= 0 else ""
 
 
-def _sections(runs: Sequence[Run], comparison: Comparison | None, left_out: Sequence[str]) -> list[Section]:
+def _sections(
+    runs: Sequence[Run], comparison: Comparison | None, left_out: Sequence[str], steps: Steps
+) -> list[Section]:
     """Sections in the order of showing."""
     compared = [] if comparison is None else [comparison.base, comparison.head]
     found = [
@@ -96,6 +101,12 @@ def _sections(runs: Sequence[Run], comparison: Comparison | None, left_out: Sequ
             table, rows = _grid(COLUMNS, part.rows, RIGHT)
             found.append(Section(part.heading, rows, rank, mark, table, part.count))
         found.append(Section("Notes", _list(brief(comparison.notes, compared, NAME_LENGTH)), 1, None))
+    if steps.searched:
+        table, rows = _grid(HEADING, step_rows(steps, NAME_LENGTH), STEPS_RIGHT)
+        ways = tuple(f"- {_prose(line) if '`' in line else f'`{clean(line)}`'}" for line in commands(steps))
+        found.append(Section("Steps in the history", rows, 97, table=table))
+        found.append(Section("What looks for their commits", ways, 98, None))
+        found.append(Section("Steps in the history", _list([says(steps)]), 96, None))
     heading, *cells = figures(runs[-1], NAME_LENGTH)
     table, rows = _grid(heading, cells, heading[1:])
     name = f"All figures of {title(runs[-1])}"

@@ -17,8 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from perf.gate.comparison import Comparison, Outcome
 from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Run
+from perf.gate.steps import NO_STEPS, Steps
 from perf.report import charts
 from perf.report.figures import figures, filled, history, sections
+from perf.report.steps import HEADING, commands, rows, says
 from perf.report.text import clean, middle, number, signed
 from perf.report.verdicts import COLUMNS, day, headline, named, parts, shorten, sides, title, value
 
@@ -26,7 +28,12 @@ CLASSES = {Outcome.FAIL: "bad", Outcome.ERROR: "bad", Outcome.INCONCLUSIVE: "uns
 PRINTS = ("gpu", "cpu", "threads", "dtype", "torch", "transformers", "triton", "cuda", "driver", "python")
 
 
-def page(runs: Sequence[Run], comparison: Comparison | None = None, left_out: Sequence[str] = ()) -> str:
+def page(
+    runs: Sequence[Run],
+    comparison: Comparison | None = None,
+    left_out: Sequence[str] = (),
+    steps: Steps = NO_STEPS,
+) -> str:
     """The page for runs oldest first: what could not be read, the verdict, the last run's charts, history."""
     head = runs[-1]
     return (
@@ -40,6 +47,7 @@ def page(runs: Sequence[Run], comparison: Comparison | None = None, left_out: Se
             columns=COLUMNS,
             sections=sections(head, comparison.base if comparison else None),
             history=_history(runs),
+            steps=_steps(steps),
             figures=figures(head),
             runs=_runs(runs),
         )
@@ -86,9 +94,15 @@ def _history(runs: Sequence[Run]) -> dict[str, Any]:
     says = f"{len(runs)} runs, from {day(runs[0])} to {day(runs[-1])}; what gates each benchmark first."
     if left_out:
         says += f" {left_out} earlier results are left out: another fingerprint "
-        says += "(machine, driver, library or model)."
+        says += "(machine, driver, library or model) or other work."
     heading = ("benchmark", "metric", "trend", "first", "last", "change")
     return {"says": says, "heading": heading, "gating": list(gating.values()), "others": others}
+
+
+def _steps(steps: Steps) -> dict[str, Any]:
+    """What there is to say of steps: a sentence, rows of a table, commands."""
+    found = {"says": says(steps), "heading": HEADING, "rows": rows(steps), "commands": commands(steps)}
+    return found if steps.searched else {}
 
 
 def _runs(runs: Sequence[Run]) -> list[list[str]]:

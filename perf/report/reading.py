@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS
 from perf.gate.noise import read_noise
 from perf.gate.saved_runs import Run, load, parse, shared
+from perf.gate.steps import NO_STEPS, Steps, find_steps
 from perf.gate.storage import resolve
 from perf.gate.verdict import compare_saved
 from perf.report.text import FLOAT_MAX
@@ -31,12 +32,13 @@ class Reading:
 
     runs: oldest first, each with the benchmarks that can be shown. comparison: of the runs as they were
     saved, by the gate's own rules; None where one of the two is not whole. left_out: a line for each thing
-    not shown, and why.
+    not shown, and why. steps: those in the history of the last run's benchmarks.
     """
 
     runs: tuple[Run, ...]
     comparison: Comparison | None
     left_out: tuple[str, ...]
+    steps: Steps = NO_STEPS
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,61 @@ def read(which: Sequence[str], base: str | None, storage: Path | str) -> Reading
     """
     names = [*which] if base is None else [*which, base]
     members = {name: _member(name, storage) for name in dict.fromkeys(names)}
-    left_out = dict.fromkeys(line for member in members.values() for line in member.wrong)
+    return _with_steps(_reading(members, which, base, storage))
+
+
+def read_runs(
+    runs: Sequence[Run],
+    base: str | None,
+    storage: Path,
+    left_out: Sequence[str] = (),
+    *,
+    names: Collection[str] = (),
+    since: str = "",
+    last: int | None = None,
+) -> Reading:
+    """Read runs that are at hand, oldest first, with their files in `storage`; as `read` does.
+
+    Args:
+        base: what the last is judged against: the latest run of that name, whether it is shown or not.
+        left_out: what could not be read, and why.
+        names: of the runs to be shown; all without any.
+        since: the time, in ISO 8601, before which none is shown.
+        last: how many are shown at most, the latest.
+
+    Raises:
+        GateError: code 3, for a name that no run has, or if there is nothing to show.
+    """
+    for name in [*names, *([base] if base is not None else [])]:
+        if not any(run.name == name for run in runs):
+            known = ", ".join(sorted({run.name for run in runs})) or "none"
+            raise GateError(f"no run {name!r} is kept (there: {known}): give one of these names")
+    wanted = [run for run in runs if run.datetime >= since and (not names or run.name in names)]
+    wanted = wanted[-last:] if last else wanted
+    if not wanted:
+        raise GateError(
+            f"there is nothing to show since {since}: give an earlier day" if since else "no run is kept"
+        )
+    against = next((run for run in reversed(runs) if run.name == base), None)
+    key = {id(run): run.path.relative_to(storage).as_posix() for run in runs}
+    members = {key[id(run)]: Member(_tamed(run), True, tuple(_problems(run))) for run in runs}
+    which = [key[id(run)] for run in wanted]
+    found = _reading(members, which, key[id(against)] if against else None, storage)
+    return _with_steps(replace(found, left_out=(*left_out, *found.left_out)))
+
+
+def _with_steps(found: Reading) -> Reading:
+    return replace(found, steps=find_steps(found.runs))
+
+
+def _reading(
+    members: Mapping[str, Member], which: Sequence[str], base: str | None, storage: Path | str
+) -> Reading:
+    """What to show of `members`, by name: those of `which`, the last of them judged against `base`."""
+    asked = {name: members[name] for name in ([*which] if base is None else [*which, base])}
+    left_out = dict.fromkeys(line for member in asked.values() for line in member.wrong)
     first: dict[object, str] = {}
-    alike = {name: first.setdefault(_file(member, name), name) for name, member in members.items()}
+    alike = {name: first.setdefault(_file(member, name), name) for name, member in asked.items()}
     left_out |= {f"{name} is the same file as {same}": None for name, same in alike.items() if name != same}
     which, base = list(dict.fromkeys(alike[name] for name in which)), None if base is None else alike[base]
     shown = [run for name in which if (run := _showable(members[name].run)) is not None]

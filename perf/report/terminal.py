@@ -20,7 +20,9 @@ from rich.text import Text
 from perf.gate.comparison import Comparison, Outcome
 from perf.gate.metrics import METRICS
 from perf.gate.saved_runs import Run
+from perf.gate.steps import Steps
 from perf.report.figures import figures
+from perf.report.steps import HEADING, RIGHT as STEPS_RIGHT, rows, says
 from perf.report.text import clean, middle, width
 from perf.report.verdicts import COLUMNS, RIGHT, brief, day, headline, parts, sides, title
 
@@ -31,6 +33,7 @@ COLOURS = {Outcome.FAIL: "red", Outcome.ERROR: "red", Outcome.INCONCLUSIVE: "yel
 NAME_SHARE = 3 / 8  # of the terminal's width, at most, is for test ids
 NAME_LENGTH = 20  # cells, which they have in any case
 CELL_LENGTH = 1000  # of the terminal's cells, for any other cell
+MOST_STEPS = 20  # that are shown
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,21 @@ def comparison_table(comparison: Comparison, left_out: Sequence[str] = ()) -> Re
         pair = " -> ".join(sides(comparison))
         last = Text(f"{headline(comparison)}   {clean(pair)}", style=f"bold {COLOURS[comparison.outcome]}")
         return Group(*tables, *notes, *_left_out(left_out, runs, room), last)
+
+    return Fitted(make)
+
+
+def steps_table(steps: Steps) -> RenderableType:
+    """The latest steps of the history, and what else there is in a line."""
+
+    def make(room: int) -> RenderableType:
+        found = rows(steps, name_length(room))
+        shown = (
+            [table(HEADING, found[:MOST_STEPS], STEPS_RIGHT, room, "Steps in the history")] if found else []
+        )
+        more = len(found) - MOST_STEPS
+        last = f"{says(steps)}; {more} older ones are in the HTML page" if more > 0 else says(steps)
+        return Group(*shown, Text(last))
 
     return Fitted(make)
 

@@ -220,7 +220,8 @@ def test_torch_is_not_imported_where_it_is_not_used(storage):
     code = """
 import sys
 from perf.cli import main
-for args in (["--help"], ["compare", "main", "slow"], ["report", "main", "--csv", "out.csv"]):
+report = ["report", "main", "--csv", "out.csv"]
+for args in (["--help"], ["compare", "main", "slow"], report, ["store", "list"]):
     try:
         main(args)
     except SystemExit:
