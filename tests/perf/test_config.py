@@ -14,6 +14,7 @@ from perf.gate import saved_runs, tolerances
 from perf.gate.comparison import Outcome
 from perf.gate.verdict import compare
 from tests.perf import fake_runs
+from tests.perf.repos import git
 
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.usefixtures("imported", "processor_unasked")
@@ -211,7 +212,7 @@ def asked(monkeypatch):
 
 
 def test_commands_take_their_defaults_from_the_table(project, asked, capsys):
-    project(WHOLE)
+    git(project(WHOLE), "init", "-q")
     assert command(capsys, "ab", "main", ".") == (2, "", "error: no more\n")
     (base, head, args), options = asked["ab"]
     assert (base, head, args) == ("main", ".", ["speed", "-k", "a and b"])
@@ -221,8 +222,9 @@ def test_commands_take_their_defaults_from_the_table(project, asked, capsys):
     command(capsys, "selftest")  # whose arguments do not default to perf
     _, options = asked["selftest"]
     assert (options["args"], options["plan"].budget_s, options["plan"].pairs) == ((), 90.0, 2)
-    code, _, err = command(capsys, "compare", "a", "b")
-    assert (code, err.split(";")[0]) == (3, "error: no run 'a': there is no storage 'runs'")
+    for words in (("compare", "a", "b"), ("store", "push", "a")):
+        code, _, err = command(capsys, *words)
+        assert (code, err.split(";")[0]) == (3, "error: no run 'a': there is no storage 'runs'")
 
 
 def test_options_win_over_the_table(project, asked, capsys):

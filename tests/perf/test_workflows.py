@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,13 +45,52 @@ def test_rights_pins_and_limits(path: Path) -> None:
     assert ("workflow_run" in workflow["on"]) == writes
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] <= 60
-        assert ("permissions" in job) == writes
+        assert ("permissions" in job) == (writes or job is workflow["jobs"].get("nightly"))
     for step in steps(path):
         if "uses" in step and step["uses"] != GATE:
             assert re.fullmatch(r"actions/[\w/-]+@[0-9a-f]{40}", step["uses"])
         assert "${{" not in step.get("run", ""), "an expression in a script is code from whoever filled it"
         if step.get("uses", "").startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] is False
+
+
+def test_only_the_nightly_job_of_those_that_measure_may_write_and_only_its_git_has_the_token() -> None:
+    jobs = parsed(FOLDER / "perf.yml")["jobs"] | parsed(FOLDER / "ci.yml")["jobs"]
+    writing = {name: job["permissions"] for name, job in jobs.items() if "permissions" in job}
+    assert writing == {"nightly": {"contents": "write"}}
+    assert "github.event_name != 'pull_request'" in jobs["nightly"]["if"]
+    for name, job in jobs.items():
+        assert "github.token" not in str(job.get("env"))
+        for step in job["steps"]:
+            if "github.token" in str(step):
+                assert name == "nightly"
+                assert re.search(r"python -m perf (store (pull|push)|report --store)", step["run"])
+            elif "run" in step:
+                assert "perf store" not in step["run"]
+
+
+def test_git_is_given_the_token_of_a_step_that_has_one_and_nothing_else(tmp_path: Path) -> None:
+    env = parsed(FOLDER / "perf.yml")["jobs"]["nightly"]["env"]
+    known = {key: str(value) for key, value in env.items() if key.startswith("GIT_CONFIG_")}
+    known["GIT_CONFIG_KEY_0"] = known["GIT_CONFIG_KEY_0"].replace(
+        "${{ github.server_url }}", "https://git.example"
+    )
+    alone = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_TERMINAL_PROMPT": "0",
+    }
+
+    def ask(host: str, **more: str) -> subprocess.CompletedProcess[str]:
+        asked = f"protocol=https\nhost={host}\n\n"
+        return subprocess.run(["git", "credential", "fill"], input=asked, env={**alone, **known, **more},
+                              capture_output=True, text=True)  # fmt: skip
+
+    answer = ask("git.example", GITHUB_TOKEN="a token").stdout.splitlines()
+    assert {"username=x-access-token", "password=a token"} <= set(answer)
+    assert ask("git.example").returncode != 0
+    assert ask("elsewhere.example", GITHUB_TOKEN="a token").returncode != 0
 
 
 @BY_NAME
@@ -105,10 +146,12 @@ def test_every_option_in_a_workflow_is_one_that_exists(request: pytest.FixtureRe
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     scripts = "\n".join(step.get("run", "") for path in FILES for step in steps(path)).replace("\\\n", " ")
     lines = [line.split("||")[0] for line in scripts.splitlines()]
-    calls = [(m[1], m[2]) for line in lines if (m := re.search(r"python -m perf (\S+)(.*)", line))]
+    commands |= {f"store {name}": command for name, command in commands["store"].commands.items()}
+    pattern = r"python -m perf (store \S+|\S+)(.*)"
+    calls = [(m[1], m[2]) for line in lines if (m := re.search(pattern, line))]
     gated = [step["with"] for path in FILES for step in steps(path) if step.get("uses") == GATE]
     calls += [(given.get("command", "ab"), f" -- {given['args']}") for given in gated]
-    assert {name for name, _ in calls} == {"ab", "compare", "report", "save"}
+    assert {name for name, _ in calls} == {"ab", "compare", "report", "save", "store pull", "store push"}
     for name, arguments in calls:
         own, _, for_pytest = arguments.partition(" -- ")
         known = {option for parameter in commands[name].params for option in parameter.opts}
