@@ -9,69 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import tempfile
 import time
-import venv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine import InputError, LoadedModel, WorkItem, cache_dir
 from perf.backends import Outcome, Setup, Unavailable, timeline
+from perf.servers import environments
+from perf.servers.environments import PACKAGES, last_line
 
 WORKER = Path(__file__).with_name("worker.py")
-# Exactly what each was proven with. The converters want Transformers 4; the engine wants 5: hence the
-# environments.
-PACKAGES = {
-    "openvino": ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0",
-                 "transformers==4.57.6", "torch==2.13.0"),
-    "ctranslate2": ("ctranslate2==4.8.5", "transformers==4.57.6", "torch==2.13.0"),
-    "vllm": ("vllm==0.33.0",),
-}  # fmt: skip
-
-
-def home(name: str) -> Path:
-    """Return the folder of a peer's virtual environment."""
-    return cache_dir() / "peers" / name
-
-
-def setup_peer(name: str) -> Path:
-    """Make the virtual environment of a peer, unless it is there already with the same packages; gives its
-    folder.
-
-    Raises:
-        InputError: for an unknown name, or packages that pip cannot install, with pip's last line.
-    """
-    if name not in PACKAGES:
-        raise InputError(f"peer {name!r} must be one of {', '.join(PACKAGES)}")
-    folder = home(name)
-    if _installed(name):
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-q"]
-    orders = [["install", *PACKAGES[name]]]
-    # optimum-intel brings it for images; one that does not fit torch breaks every import
-    if name == "openvino":
-        orders.append(["uninstall", "--yes", "torchvision"])
-    for order in orders:
-        done = subprocess.run([*pip, *order], capture_output=True, text=True)
-        if done.returncode:
-            raise InputError(f"peer {name} was not installed: {_last_line(done.stderr)}")
-    (folder / "packages.json").write_text(json.dumps(PACKAGES[name]))
-    return folder
-
-
-def _installed(name: str) -> bool:
-    marker = home(name) / "packages.json"
-    return marker.is_file() and json.loads(marker.read_text()) == list(PACKAGES[name])
-
-
-def _last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2][:500]
 
 
 class PeerSession:
@@ -83,7 +33,7 @@ class PeerSession:
         self.name = name
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process that writes it)
         self._process = subprocess.Popen(
-            [str(home(name) / "bin" / "python"), str(WORKER)],
+            [str(environments.home(name) / "bin" / "python"), str(WORKER)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
         model = {"peer": name, "folder": str(folder), "device": setup.device, "dtype": setup.dtype}
@@ -104,7 +54,7 @@ class PeerSession:
             self._process.wait()
             self._log.seek(0)
             raise RuntimeError(
-                f"{self.name}'s worker ended: {_last_line(self._log.read()) or 'it said nothing'}"
+                f"{self.name}'s worker ended: {last_line(self._log.read()) or 'it said nothing'}"
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -148,9 +98,7 @@ class Peer:
         """Return what it lacks, a device or its environment, or None."""
         if device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, not on {device}"
-        return (
-            None if _installed(self.name) else f"make its environment: python -m perf setup-peer {self.name}"
-        )
+        return None if environments.installed(self.name) else environments.way_to_get(self.name)
 
     def open(self, setup: Setup) -> PeerSession:
         """Convert the model if that was not done before, and start the worker with it."""
@@ -184,12 +132,12 @@ class Peer:
             plain, fresh = for_transformers_4(source, Path(scratch, "source")), Path(scratch, "converted")
             program, *arguments = self.command(plain, fresh, setup.dtype)
             done = subprocess.run(
-                [str(home(self.name) / "bin" / program), *arguments], capture_output=True, text=True
+                [str(environments.home(self.name) / "bin" / program), *arguments],
+                capture_output=True,
+                text=True,
             )
             if done.returncode:
-                raise InputError(
-                    f"{self.name} did not convert {setup.loaded.spec}: {_last_line(done.stderr)}"
-                )
+                raise InputError(f"{self.name} did not convert {setup.loaded.spec}: {last_line(done.stderr)}")
             fresh.rename(target)
         return target
 

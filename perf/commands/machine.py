@@ -69,8 +69,8 @@ def check_gpu(
 
 
 @app.command(name="setup-peer")
-def setup_peer(name: Annotated[str, Argument(help="Which peer; see perf/backends.")]) -> None:
-    """Make the virtual environment of a peer whose dependencies clash with ours."""
-    from perf.backends.peers import setup_peer as make
+def setup_peer(name: Annotated[str, Argument(help="Which peer; see perf/servers/environments.py.")]) -> None:
+    """Make the virtual environment of a peer, a backend or a server whose dependencies clash with ours."""
+    from perf.servers.environments import setup_peer as make
 
     typer.echo(f"{name} is ready in {make(name)}")

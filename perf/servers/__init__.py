@@ -1,4 +1,5 @@
-"""Servers that are measured: how they are named, when they are ready, and how one is started and stopped.
+"""Servers that are measured: how they are named, when they are ready, how one is started and stopped; and
+those that others wrote, each in an environment of its own.
 
-Standard library alone: the gate starts servers without torch, and without an HTTP client of its own.
+It imports neither torch nor a server, nor an HTTP client but that of the standard library.
 """

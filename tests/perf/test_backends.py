@@ -16,9 +16,10 @@ import pytest
 import engine
 from engine import InputError, LoadedModel, RequestMetrics, SamplingParams, WorkItem, load
 from perf import backends
-from perf.backends import BUILT_IN, Outcome, Setup, Unavailable, find, peers, timeline
-from perf.backends.peers import OpenVINO, PeerSession, for_transformers_4, model_folder, setup_peer
+from perf.backends import BUILT_IN, Outcome, Setup, Unavailable, find, timeline
+from perf.backends.peers import OpenVINO, PeerSession, for_transformers_4, model_folder
 from perf.benchmarks.workloads import fixed
+from perf.servers import environments
 from tests.oracle import Oracle
 
 
@@ -246,7 +247,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     launcher = tmp_path / "bin" / "python"  # a link would lose this interpreter's own packages
     launcher.write_text(f'#!/bin/sh\nPYTHONPATH={modules} exec {sys.executable} "$@"\n')
     launcher.chmod(0o755)
-    monkeypatch.setattr(peers, "home", lambda name: tmp_path)
+    monkeypatch.setattr(environments, "home", lambda name: tmp_path)
     (tmp_path / "vocabulary.json").write_text(json.dumps([f"w{at}" for at in range(256)]))
     return tmp_path
 
@@ -289,31 +290,10 @@ def test_what_a_peer_lacks_is_said_with_the_way_to_get_it(tmp_path: Path, monkey
     monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
     assert find("openvino").missing("cpu") == "make its environment: python -m perf setup-peer openvino"
     assert find("vllm").missing("cpu") == "it runs on cuda, not on cpu"
-    with pytest.raises(InputError, match="peer 'nobody' must be one of openvino, ctranslate2, vllm"):
-        setup_peer("nobody")
-    (tmp_path / "peers" / "openvino").mkdir(parents=True)
     marker = tmp_path / "peers" / "openvino" / "packages.json"
-    marker.write_text(json.dumps(["openvino-genai==1"]))
-    assert find("openvino").missing("cpu") is not None  # of other versions than these
-    marker.write_text(json.dumps(peers.PACKAGES["openvino"]))
+    marker.parent.mkdir(parents=True)
+    marker.write_text(json.dumps(environments.PACKAGES["openvino"]))
     assert find("openvino").missing("cpu") is None
-    assert setup_peer("openvino") == marker.parent
-
-
-def test_setup_reports_what_pip_said_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
-
-    def create(folder: Path, with_pip: bool) -> None:
-        (folder / "bin").mkdir(parents=True)
-        (folder / "bin" / "python").write_text(
-            "#!/bin/sh\necho noise >&2\necho no matching distribution >&2\nexit 1\n"
-        )
-        (folder / "bin" / "python").chmod(0o755)
-
-    monkeypatch.setattr(peers.venv, "create", create)
-    with pytest.raises(InputError, match="peer ctranslate2 was not installed: no matching distribution"):
-        setup_peer("ctranslate2")
-    assert find("ctranslate2").missing("cpu") is not None
 
 
 def test_a_model_from_nowhere_is_saved_once_and_one_from_a_folder_is_used_there(

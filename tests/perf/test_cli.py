@@ -210,7 +210,7 @@ def test_counters_and_peers_are_passed_on(run, monkeypatch):
     assert run("counters")[0] == 0
     assert run("counters", "--record")[0] == 1
     monkeypatch.setitem(
-        sys.modules, "perf.backends.peers", SimpleNamespace(setup_peer=lambda name: Path("/env") / name)
+        sys.modules, "perf.servers.environments", SimpleNamespace(setup_peer=lambda name: Path("/env") / name)
     )
     code, out, _ = run("setup-peer", "openvino")
     assert (code, out) == (0, "openvino is ready in /env/openvino\n")
