@@ -221,7 +221,8 @@ def test_torch_is_not_imported_where_it_is_not_used(storage):
 import sys
 from perf.cli import main
 report = ["report", "main", "--csv", "out.csv"]
-for args in (["--help"], ["compare", "main", "slow"], report, ["store", "list"]):
+peer = ["serve-peer", "nobody", "--model", "smollm2", "--port", "8000"]
+for args in (["--help"], ["compare", "main", "slow"], report, ["store", "list"], peer):
     try:
         main(args)
     except SystemExit:
