@@ -247,7 +247,7 @@ def test_rounds_hit_by_a_slowdown_are_voided_and_said_so(bench: BenchSession):
     assert (info["rounds_voided"], info["void_reason"]) == (2, "hardware thermal slowdown")
     assert info["rounds"]["tokens_per_s"] == [round_.flat["tokens_per_s"] for round_ in good]
     trial.rounds = [replace(round_, gpu=hot) for round_ in trial.rounds]
-    with pytest.raises(RuntimeError, match="all 4 rounds were hit by hardware thermal slowdown"):
+    with pytest.raises(RuntimeError, match="all 4 rounds were voided: hardware thermal slowdown"):
         trial.info()
 
 

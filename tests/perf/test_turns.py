@@ -77,7 +77,9 @@ def outcomes(comparison):
 def test_a_slower_head_is_found_by_every_kind_of_benchmark_and_marks_hold(tmp_path):
     where = repo(tmp_path / "repo", head_factor=1.3)
     said = []
-    found = ab("base", "head", ["test_thing.py"], budget=15, repo=where, advance=said.append)
+    found = ab(
+        "base", "head", ["test_thing.py"], budget=120, repo=where, advance=said.append
+    )  # it ends before
     assert outcomes(found) == {
         ("test_plain", "round_s"): Outcome.FAIL,
         ("test_marked", "round_s"): Outcome.PASS,
