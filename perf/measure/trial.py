@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from engine import EngineMetrics, Workload, make_workload, max_positions
 from perf.backends import Backend, Checked, Outcome, Session, Setup, Unavailable, check_takes, find
 from perf.gate import entries, metrics
 from perf.gate.entries import SCHEMA, Flat, plain
-from perf.gate.pooling import pooled, sections
+from perf.gate.pooling import Sample, gathered
 from perf.measure import machine_speed
 from perf.measure.fingerprint import fingerprint
 from perf.measure.host_memory import HostMemory
@@ -32,7 +32,6 @@ CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CP
 TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")
 LATENCY_OF = {"tpot_p95_ms": "tpot_ms", "itl_p99_ms": "itl_ms"}  # whose values a pooled metric is of
 Derive = Callable[[Flat, EngineMetrics], Flat]
-Sample = dict[str, Any]  # by metric a number, or the values of one that is pooled
 
 
 @dataclass(frozen=True)
@@ -284,25 +283,3 @@ class Trial:
         gc.unfreeze()
         self.session.close()
         free()
-
-
-def gathered(samples: Sequence[Sample]) -> tuple[dict[str, list[float]], Flat]:
-    """Return the samples of rounds by metric, as they are recorded, and what is flat of the pooled metrics.
-
-    Of a metric that every round has, there is a value for each round, in their order; of a pooled one, for
-    each section of rounds that has enough values. The second result has, of every pooled metric, its value
-    over all rounds, and under `..._n` the values in the smallest section; None where they have none.
-    """
-    rounds: dict[str, list[float]] = {}
-    tails: Flat = {}
-    for name in metrics.GATED:
-        found = [sample[name] for sample in samples if name in sample]
-        whole, quantile = len(found) == len(samples), metrics.POOLED.get(name)
-        if quantile is not None:
-            parts = sections(found, quantile) if whole else []
-            tails[name] = pooled(found, quantile) if whole else None
-            tails[f"{name.removesuffix('_ms')}_n"] = min((sum(map(len, p)) for p in parts), default=None)
-            found = [pooled(part, quantile) for part in parts]
-        if whole:
-            rounds[name] = found
-    return rounds, tails

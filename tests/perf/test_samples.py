@@ -12,12 +12,13 @@ import pytest
 
 from perf.benchmarks.workloads import fixed
 from perf.gate.metrics import GATED, METRICS, POOLED
+from perf.gate.pooling import gathered
 from perf.measure import host_memory, machine_speed
 from perf.measure.host_memory import HostMemory
 from perf.measure.machine_speed import MachineSpeed
 from perf.measure.nvml import GpuReading
 from perf.measure.session import BenchSession
-from perf.measure.trial import Trial, gathered
+from perf.measure.trial import Trial
 from tests.perf.test_case import Scripted
 
 pytestmark = pytest.mark.usefixtures("imported_for_measuring")
