@@ -16,7 +16,7 @@ from pathlib import Path
 
 from perf.errors import Exit, GateError, sigterm_interrupts
 from perf.gate.pytest_process import check_args, failure, pytest_command
-from perf.gate.storage import NOT_IN_A_NAME
+from perf.gate.storage import check_name
 
 SAVED = re.compile(r"Saved benchmark data in: (.+?\.json)(?:\x1b\[0m)?$", re.MULTILINE)  # pytest-benchmark's
 
@@ -36,9 +36,7 @@ def save_sessions(
             fails or measures nothing: with the end of its output, and how many are saved.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the session is ended.
     """
-    if not name or NOT_IN_A_NAME & set(name):
-        bad = " ".join(sorted(NOT_IN_A_NAME))
-        raise GateError(f"{name!r} is no name to save by: give one without any of {bad}", Exit.USAGE)
+    check_name(name)
     if sessions < 1:
         raise GateError(f"sessions={sessions} must be 1 or more", Exit.USAGE)
     check_args(args, "session")

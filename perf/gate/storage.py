@@ -56,6 +56,13 @@ def folder(storage: Path | str) -> Path:
     raise GateError(f"storage {scheme}://... {what}: only saved files can be compared; {way_out}", Exit.USAGE)
 
 
+def check_name(name: str) -> None:
+    """Raise GateError, with code 2, for a name that no run can be saved by."""
+    if not name or NOT_IN_A_NAME & set(name):
+        bad = " ".join(sorted(NOT_IN_A_NAME))
+        raise GateError(f"{name!r} is no name to save by: give one without any of {bad}", Exit.USAGE)
+
+
 def resolve(which: str | Path, storage: Path | str = STORAGE) -> Found:
     """Find a saved run.
 
