@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from engine import InputError
 from perf import config, console
-from perf.commands import machine, revisions, saved, serving, storing, sweeping
+from perf.commands import importing, machine, revisions, saved, serving, storing, sweeping
 from perf.errors import Exit, GateError
 from perf.gate import tolerances
 
@@ -26,7 +26,7 @@ NEEDED = ("scipy", "jinja2", "pytest", "pytest_benchmark")  # the extra `perf`
 CODES = "Exit codes: 0 pass, 1 regression, 2 usage, 3 not comparable, 4 inconclusive."
 HELP = f"The performance gate. {CODES}"
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
-for room in (saved, storing, revisions, sweeping, machine, serving):
+for room in (saved, importing, storing, revisions, sweeping, machine, serving):
     app.add_typer(room.app)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -81,3 +81,23 @@ def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 def processor_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have pytest-benchmark not ask for the processor, which takes it a second a session."""
     monkeypatch.setattr("pytest_benchmark.plugin.get_cpu_info", dict)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """`refused(tool, *paths)` gives the code and the message, after it has seen that nothing was saved."""
+    from perf import cli
+
+    def call(tool: str, *paths: Path, **options: str) -> tuple[int, str]:
+        storage = tmp_path / "storage"
+        args = ["import", tool, *map(str, paths), "--save", options.get("save", "main")]
+        with pytest.raises(SystemExit) as end:
+            cli.main([*args, "--storage", str(storage)])
+        assert not storage.exists()
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return int(str(end.value.code)), err.removeprefix("error: ").rstrip("\n")
+
+    return call
