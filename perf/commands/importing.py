@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from perf import console
+from perf import config, console
 from perf.console import Storage
 from perf.gate.storage import STORAGE, check_name, folder
 from perf.importers import Tool
@@ -34,7 +34,7 @@ def import_(
     check_name(save)
     where = folder(storage)
     rounds = rounds_of(tool, files)
-    path = save_run(run_of(tool, rounds), save, where)
+    path = save_run(run_of(tool, rounds, config.load(Path.cwd()).tolerances), save, where)
     for note in dict.fromkeys(note for some in rounds.values() for note in notes(some)):
         console.say(f"note: {note}")
     counts = (f"{name} ({len(some)} round{'s' if len(some) > 1 else ''})" for name, some in rounds.items())

@@ -5,14 +5,16 @@ It is as pytest-benchmark saves one. Of the machine nothing is said, for no file
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 from perf.errors import Exit, GateError
-from perf.gate import entries
+from perf.gate import entries, tolerances
 from perf.gate.entries import Flat, differences
 from perf.gate.metrics import GATED, METRICS, POOLED
 from perf.gate.pooling import Sample, gathered
@@ -21,6 +23,8 @@ from perf.importers.readers import read
 
 GROUP = "imported"
 Round = tuple[str, Measured]  # where it is written, in words, and what it says
+Limits = Mapping[str, Mapping[str, float]]  # rel and abs, by metric
+_NONE: Limits = MappingProxyType({})
 
 
 def rounds_of(tool: Tool, paths: Sequence[Path]) -> dict[str, list[Round]]:
@@ -49,8 +53,11 @@ def rounds_of(tool: Tool, paths: Sequence[Path]) -> dict[str, list[Round]]:
     return found
 
 
-def run_of(tool: Tool, rounds: Mapping[str, Sequence[Round]]) -> Flat:
+def run_of(tool: Tool, rounds: Mapping[str, Sequence[Round]], limits: Limits = _NONE) -> Flat:
     """Return the run as pytest-benchmark's JSON has it, with the commit of the folder that we stand in.
+
+    Args:
+        limits: the project's tolerances, by metric; those hold whose metric is recorded.
 
     Raises:
         GateError: for a value that the gate could not judge, a TTFT of 0 say.
@@ -61,7 +68,7 @@ def run_of(tool: Tool, rounds: Mapping[str, Sequence[Round]]) -> Flat:
     return {
         "machine_info": {},
         "commit_info": get_commit_info(),
-        "benchmarks": [_entry(tool, name, some) for name, some in rounds.items()],
+        "benchmarks": [_entry(tool, name, some, limits) for name, some in rounds.items()],
         "datetime": datetime.now(UTC).isoformat(),
         "version": __version__,
     }
@@ -87,7 +94,7 @@ def _records(measured: Measured) -> str:
     return "of each request" if measured.by_request else "summaries"
 
 
-def _entry(tool: Tool, name: str, rounds: Sequence[Round]) -> Flat:
+def _entry(tool: Tool, name: str, rounds: Sequence[Round], limits: Limits) -> Flat:
     """A benchmark's entry: the time that each round took, and our record."""
     from pytest_benchmark.stats import Stats
 
@@ -96,7 +103,11 @@ def _entry(tool: Tool, name: str, rounds: Sequence[Round]) -> Flat:
         seconds.update(measured.seconds)
     about = {"group": GROUP, "name": name.partition("::")[2], "fullname": name, "params": None, "param": None}
     extra: Flat = {}
-    entries.write(extra, _record(tool, rounds))
+    record = _record(tool, rounds)
+    text = json.dumps({metric: dict(limit) for metric, limit in limits.items()})
+    if gate := tolerances.used(text, (), record["rounds"]):
+        record["gate"] = gate
+    entries.write(extra, record)
     stats = {**seconds.as_dict(), "data": seconds.data, "iterations": 1}
     return {**about, "extra_info": extra, "options": {}, "stats": stats}
 

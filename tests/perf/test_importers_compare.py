@@ -13,6 +13,7 @@ import pytest
 
 from perf import cli
 from perf.gate.saved_runs import load
+from perf.gate.tolerances import Tolerance
 from perf.importers import Tool
 from tests.perf.imported import RUNS, copied, slowed
 
@@ -124,6 +125,14 @@ def test_a_run_is_saved_as_pytest_benchmark_does_with_what_was_noted(run, tmp_pa
     assert saved["stats"]["mean"] == pytest.approx(np.mean(durations))
     assert run("import", "vllm-bench", files[0], "--save", "next")[0] == 0
     assert list(Path(".benchmarks").glob("*/0002_next.json"))
+
+
+def test_a_project_s_tolerances_hold_as_far_as_their_metrics_are_recorded(run, tmp_path):
+    limits = "ttft_p95_ms = { rel = 0.5, abs = 2.0 }\nround_s = { rel = 0.1 }\n"
+    Path("pyproject.toml").write_text(f"[tool.dynamic-batch.perf.tolerances]\n{limits}")
+    run("import", "aiperf", copied(Tool.AIPERF, RUNS[Tool.AIPERF][0], tmp_path / "files"), "--save", "main")
+    (benchmark,) = load("main").benchmarks.values()
+    assert benchmark.tolerances == {"ttft_p95_ms": Tolerance(rel=0.5, abs=2.0)}
 
 
 def test_a_sweep_is_a_benchmark_a_rate(run, tmp_path):
