@@ -28,8 +28,8 @@ def import_(
     Several files are rounds of one session: of one process of the server. Import what another process of it
     gave under the same name again: sessions are what compare counts.
     """
+    from perf.gate.writing import save as save_run
     from perf.importers.record import notes, rounds_of, run_of
-    from perf.importers.saving import save as save_run
 
     check_name(save)
     where = folder(storage)

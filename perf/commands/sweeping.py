@@ -39,6 +39,10 @@ def sweep(
     """
     from importlib.util import find_spec
 
+    from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info as generate_machine_info
+
+    from perf.gate.storage import check_name, folder
+    from perf.gate.writing import run_of, save as save_run
     from perf.measure.session import BenchSession
     from perf.measure.slo import Slo
     from perf.measure.sweep import sweep as measure
@@ -52,6 +56,9 @@ def sweep(
         raise InputError("plot needs matplotlib: pip install 'dynamic-batch[plot]'")
     if target is not None and backend is not None:
         raise InputError("target and backend are two things to measure: give one")
+    where = folder(storage)
+    if save is not None:
+        check_name(save)
     limits = Slo.parse(slo)
     options: dict[str, Any] = {} if target is None else {"target": Target.parse(target, served_model, api)}
     found = None if rates == "auto" else read_rates(rates)
@@ -65,4 +72,7 @@ def sweep(
     show(sweep_table(curve), console.WIDTH)
     if plot:
         write_plot(plot, curve)
+    if save:
+        path = save_run(run_of(curve.entries(), generate_machine_info()), save, where)
+        console.say(f"saved as {save!r} in {path}")
     console.write_json(json, curve.plain())

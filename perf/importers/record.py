@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
 from perf.errors import Exit, GateError
-from perf.gate import entries, tolerances
+from perf.gate import entries, tolerances, writing
 from perf.gate.entries import Flat, differences
 from perf.gate.metrics import GATED, METRICS, POOLED
 from perf.gate.pooling import Sample, gathered
@@ -62,16 +61,7 @@ def run_of(tool: Tool, rounds: Mapping[str, Sequence[Round]], limits: Limits = _
     Raises:
         GateError: for a value that the gate could not judge, a TTFT of 0 say.
     """
-    from pytest_benchmark import __version__
-    from pytest_benchmark.utils import get_commit_info
-
-    return {
-        "machine_info": {},
-        "commit_info": get_commit_info(),
-        "benchmarks": [_entry(tool, name, some, limits) for name, some in rounds.items()],
-        "datetime": datetime.now(UTC).isoformat(),
-        "version": __version__,
-    }
+    return writing.run_of([_entry(tool, name, some, limits) for name, some in rounds.items()], {})
 
 
 def notes(rounds: Sequence[Round]) -> list[str]:
@@ -96,20 +86,11 @@ def _records(measured: Measured) -> str:
 
 def _entry(tool: Tool, name: str, rounds: Sequence[Round], limits: Limits) -> Flat:
     """A benchmark's entry: the time that each round took, and our record."""
-    from pytest_benchmark.stats import Stats
-
-    seconds = Stats()
-    for _, measured in rounds:
-        seconds.update(measured.seconds)
-    about = {"group": GROUP, "name": name.partition("::")[2], "fullname": name, "params": None, "param": None}
-    extra: Flat = {}
     record = _record(tool, rounds)
     text = json.dumps({metric: dict(limit) for metric, limit in limits.items()})
     if gate := tolerances.used(text, (), record["rounds"]):
         record["gate"] = gate
-    entries.write(extra, record)
-    stats = {**seconds.as_dict(), "data": seconds.data, "iterations": 1}
-    return {**about, "extra_info": extra, "options": {}, "stats": stats}
+    return writing.entry(name, GROUP, [measured.seconds for _, measured in rounds], record)
 
 
 def _record(tool: Tool, rounds: Sequence[Round]) -> Flat:

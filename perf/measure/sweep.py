@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine import EngineMetrics, Workload
-from perf.gate.entries import Flat
+from perf.gate import writing
+from perf.gate.entries import SETUP, Flat
 from perf.measure.session import BenchSession
 from perf.measure.slo import Slo
 from perf.measure.steady import KEEPS_UP, Steady
@@ -23,14 +24,29 @@ MET_PCT = 99.0
 BELOW = (0.25, 0.5, 0.75, 1.0)  # of the rate at which all requests at once are served, tried by `auto`
 HALVINGS = 3  # between the highest rate that was met and the lowest that was not
 DIGITS = 3  # of a rate
+LIMITS = ("slo_ttft_ms", "slo_tpot_ms")
+# What a record of all rates has in common with that of each.
+ALIKE = (
+    "fingerprint",
+    "schema",
+    "group",
+    *SETUP,
+    "workload",
+    "seed",
+    "backend",
+    "slo_ttft_ms",
+    "slo_tpot_ms",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One rate: requests a second that were offered, and what was measured. info: the trial's record."""
+    """One rate: requests a second that were offered, and what was measured. info: the trial's record.
+    seconds: how long it took."""
 
     rate: float
     info: Flat
+    seconds: float
 
     @property
     def met_pct(self) -> float:
@@ -68,6 +84,23 @@ class Curve:
                 break
             found = point
         return found
+
+    def entries(self) -> list[Flat]:
+        """Return a benchmark a rate, and one of the highest that met the limits, as a saved run has them.
+
+        What each rate came to is comparable where the rates are the same, as where they were named; the
+        highest always is.
+        """
+        found = [
+            writing.entry(f"sweep::{self.workload}-r{point.rate:g}", "sweep", [point.seconds], point.info)
+            for point in self.points
+        ]
+        rate = self.best.rate if self.best else 0.0
+        first = self.points[0].info
+        same = {name: first[name] for name in ALIKE if name in first}
+        highest = {**same, "rate_within_limits": rate, "rounds": {"rate_within_limits": [rate]}}
+        seconds = [sum(point.seconds for point in self.points)]
+        return [*found, writing.entry(f"sweep::{self.workload}", "sweep", seconds, highest)]
 
     def plain(self) -> Flat:
         """Return all of it as plain Python, for JSON."""
@@ -151,7 +184,7 @@ def _measure(
         session=first.session, **how,
     )  # fmt: skip
     _round(trial)
-    return Point(rate, trial.info())
+    return Point(rate, trial.info(), trial.rounds[0].seconds)
 
 
 def _round(trial: Trial) -> None:

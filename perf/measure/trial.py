@@ -245,7 +245,7 @@ class Trial:
             "schema": SCHEMA,
             "group": self.group,
             "backend": self.backend.name,
-            "model": served or (loaded.spec if loaded else None),
+            "model": served or (loaded.spec if loaded else "unknown"),
             "model_revision": loaded.revision if loaded else None,
             "dtype": self.setup.dtype,
             "device": self.device,

@@ -27,7 +27,7 @@ from perf.measure.machine_speed import MachineSpeed
 from perf.measure.nvml import GpuReading
 from perf.measure.session import BenchSession
 from perf.measure.token_check import TIE, Judgement, Reference, WrongTokens
-from perf.measure.trial import Trial
+from perf.measure.trial import Round, Trial
 from tests.oracle import Oracle
 
 pytestmark = pytest.mark.usefixtures("imported_for_measuring")
@@ -242,11 +242,15 @@ def test_rounds_hit_by_a_slowdown_are_voided_and_said_so(bench: BenchSession):
         trial.after()
     hot = GpuReading(slowdown="hardware thermal slowdown")
     good = trial.rounds[2:]
-    trial.rounds[:2] = [replace(round_, gpu=hot) for round_ in trial.rounds[:2]]
+
+    def heated(round_: Round) -> Round:
+        return replace(round_, gpu=hot, sample={**round_.sample, "voided": hot.slowdown})
+
+    trial.rounds[:2] = map(heated, trial.rounds[:2])
     info = trial.info()
     assert (info["rounds_voided"], info["void_reason"]) == (2, "hardware thermal slowdown")
     assert info["rounds"]["tokens_per_s"] == [round_.flat["tokens_per_s"] for round_ in good]
-    trial.rounds = [replace(round_, gpu=hot) for round_ in trial.rounds]
+    trial.rounds = list(map(heated, trial.rounds))
     with pytest.raises(RuntimeError, match="all 4 rounds were voided: hardware thermal slowdown"):
         trial.info()
 

@@ -10,6 +10,10 @@ import pytest
 
 from engine import SamplingParams, WorkItem, Workload
 from perf.backends import Checked, Judge, Outcome, Setup, timeline
+from perf.errors import Exit
+from perf.gate.saved_runs import load
+from perf.gate.verdict import compare_saved
+from perf.gate.writing import run_of, save
 from perf.measure import machine_speed, sweep as module
 from perf.measure.machine_speed import MachineSpeed
 from perf.measure.session import BenchSession
@@ -132,9 +136,26 @@ def test_the_table_and_the_picture(curve_of: Measure, tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 1000
 
 
+def test_a_saved_sweep_is_a_run(curve_of: Measure, tmp_path: Path) -> None:
+    for name in ("main", "same"):
+        save(run_of(curve_of([5, 10, 40]).entries(), {}), name, tmp_path)
+    runs = [load(name, tmp_path) for name in ("main", "same")]
+    assert sorted(runs[0].benchmarks) == [
+        "sweep::queue-200", "sweep::queue-200-r10", "sweep::queue-200-r40", "sweep::queue-200-r5",
+    ]  # fmt: skip
+    highest = runs[0].benchmarks["sweep::queue-200"]
+    assert highest.rounds == {"rate_within_limits": (10.0,)}
+    assert not highest.problems
+    assert "goodput" in runs[0].benchmarks["sweep::queue-200-r5"].rounds
+    found = compare_saved(*runs, {})
+    assert found.exit is not Exit.NOT_COMPARABLE, found
+
+
 def test_a_rate_above_one_that_missed_is_not_the_best() -> None:
     info = {"steady_ended_rate": 9.0, "steady_offered_rate": 9.0}
-    points = tuple(Point(rate, {**info, "slo_met_pct": met}) for rate, met in ((1, 100), (2, 90), (3, 100)))
+    points = tuple(
+        Point(rate, {**info, "slo_met_pct": met}, 1.0) for rate, met in ((1, 100), (2, 90), (3, 100))
+    )
     best = Curve("w", Slo(), 10.0, points).best
     assert best is not None
     assert best.rate == 1
