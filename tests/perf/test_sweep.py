@@ -11,6 +11,7 @@ import pytest
 from engine import SamplingParams, WorkItem, Workload
 from perf.backends import Checked, Judge, Outcome, Setup, timeline
 from perf.errors import Exit
+from perf.gate.noise import read_noise
 from perf.gate.saved_runs import load
 from perf.gate.verdict import compare_saved
 from perf.gate.writing import run_of, save
@@ -147,7 +148,7 @@ def test_a_saved_sweep_is_a_run(curve_of: Measure, tmp_path: Path) -> None:
     assert highest.rounds == {"rate_within_limits": (10.0,)}
     assert not highest.problems
     assert "goodput" in runs[0].benchmarks["sweep::queue-200-r5"].rounds
-    found = compare_saved(*runs, {})
+    found = compare_saved(*runs, read_noise(tmp_path, runs))
     assert found.exit is not Exit.NOT_COMPARABLE, found
 
 
