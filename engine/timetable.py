@@ -60,6 +60,7 @@ class Timetable:
         self._known: list[tuple[float, int, Request]] = []  # a heap of those whose time is known
         self._waiting: dict[str, list[FollowUp]] = {}  # by the id of the request that they wait for
         self._ended: deque[Request] = deque()  # those that somebody waits for
+        self._faults: dict[str, Request] = {}  # by the id of one that could not follow: who ended before it
         for index in reversed(range(len(requests))):  # while those before still have their longest prompts
             request, item = requests[index], items[index]
             if item.follows is None:
@@ -92,8 +93,11 @@ class Timetable:
         assert before.result is not None
         request, reason = follow_up.request, before.result.finish_reason
         if reason in (FinishReason.ABORT, FinishReason.ERROR):
-            told = f": {before.error}" if before.error else ""
-            end(request, reason, f"{request.id} follows {before.id}, which ended with reason {reason}{told}")
+            fault = self._faults[request.id] = self._faults.get(before.id, before)
+            told = f"{fault.id}, which ended with reason {reason}" + (
+                f": {fault.error}" if fault.error else ""
+            )
+            end(request, reason, f"{request.id} comes after {told}")
             return
         request.set_prompt([*before.tokens[: before.prompt_len], *before.shown_ids, *follow_up.own])
         request.arrival = before.result.metrics.finished_s + follow_up.after_s
