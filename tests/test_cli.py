@@ -338,24 +338,6 @@ def test_bench_needs_room_for_the_longest_request(run):
     assert err == "error: max_positions=300 is too small: the longest request of paper-2 needs 383\n"
 
 
-def test_bench_replays_a_file_and_says_which(run, elsewhere, speaking):
-    rows = [{"prompt": text, "output_tokens": 3, "conversation": 1} for text in ("Hi", " and more", " yet")]
-    (elsewhere / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, out, err = run("bench", "--workload", "mine.jsonl", "--batch-sizes", "2", "--json", "out.json")
-    assert (code, err.strip()) == (0, "")
-    assert re.match(r"mine\.jsonl@[0-9a-f]{8}, arrivals all, on smollm2 ", out), out
-    data = strict(elsewhere / "out.json")
-    assert out.startswith(data["environment"]["workload"])
-    assert {row["prompt_tokens_cached"] for row in data["summary"] if row["policy"] == "sequential"} == {0}
-    assert [row["same_tokens"] for row in data["summary"]] == [3, 3, 3]
-    code, out, err = run("bench", "--workload", "mine.jsonl", "--policies", "generate,continuous")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "policies has 'generate', which holds no conversations, and workload='mine.jsonl' has some" in err
-    (elsewhere / "mine.jsonl").write_text('{"prompt": "Hi"}')
-    code, out, err = run("bench", "--workload", "mine.jsonl")
-    assert (code, out, err) == (2, "", "error: mine.jsonl, line 1: output_tokens is missing\n")
-
-
 def test_bench_in_int8_says_so_and_wide_shows_every_column(run):
     code, out, _ = run(*BENCH, "--dtype", "int8", "--batch-sizes", "3", "--json", "out.json", "--wide")
     assert code == 0

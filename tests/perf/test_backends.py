@@ -124,16 +124,6 @@ def test_a_timeline_becomes_the_metrics_of_its_times():
     assert (record.finish_reason, record.queue_ms) == ("length", 0.0)
 
 
-def test_a_follow_up_is_due_after_the_answer_before_and_has_all_of_it_in_its_prompt():
-    params = SamplingParams(max_new_tokens=2)
-    items = [WorkItem([1, 2, 3], params), WorkItem([4], params, 0.5, 0), WorkItem([5, 6], params, 0.0, 1)]
-    seconds = [[0.1, 0.2], [1.0, 1.1], [1.3, 1.5]]
-    records = timeline(items, [[7, 8]] * 3, seconds, began=100.0).metrics.records
-    assert [record.prompt_tokens for record in records] == [3, 3 + 2 + 1, 6 + 2 + 2]
-    assert [record.arrival_s for record in records] == pytest.approx([100.0, 100.7, 101.1])
-    assert [record.ttft_ms for record in records] == pytest.approx([100.0, 300.0, 200.0])
-
-
 @pytest.mark.parametrize(
     ("tokens", "seconds", "said"),
     [

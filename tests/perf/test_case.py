@@ -7,14 +7,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine import InputError, WorkItem, Workload, load
+from engine import InputError, WorkItem, load
 from perf.backends import Outcome, Setup, Unavailable, timeline
 from perf.benchmarks.workloads import fixed
 from perf.gate.entries import plain
@@ -290,59 +289,6 @@ def test_a_backend_that_is_not_here_is_unavailable_by_name(bench: BenchSession):
     with pytest.raises(Unavailable, match="scripted: run setup"):
         measure(bench, Scripted(absent="run setup"), fixture)
     assert fixture.has_error
-
-
-# Conversations
-
-
-def conversation() -> Workload:
-    items = fixed(4, 8, 4, 256).items
-    follows = None, 0, 1, None
-    items = tuple(replace(item, follows=before) for item, before in zip(items, follows, strict=True))
-    return Workload("talk", 0, "all", items)
-
-
-@pytest.mark.parametrize("caching", [False, True])
-def test_answers_of_a_conversation_are_judged_after_all_that_was_said(bench: BenchSession, caching: bool):
-    case = PerfCase(bench, Fixture(), None)
-    how: dict[str, Any] = {"device": "cpu", "max_batch_size": 2, "rounds": 2}
-    options = {"prefix_caching": caching, "page_size": 4}
-    info = case.measure("talk", "continuous", conversation(), options=options, **how)
-    assert (info["same_tokens"], info["checked_requests"], info["workload"]) == (4, 4, "talk")
-    cached = 8 + 20 if caching else 0  # of 8 + 4 tokens and of 8 + 4 + 8 + 4, all but the last, in pages of 4
-    assert info["rounds"]["prompt_tokens_cached"] == [cached, cached]
-    assert len(set(info["rounds"]["forward_passes"])) == 1  # turns begin at the same steps
-    trial = Trial(bench, "talk", "continuous", conversation(), device="cpu", max_batch_size=2)
-    lengths = trial._lengths
-    outcome = trial.session.run(trial.workload.items)
-    trial.check(outcome)
-    swapped = [outcome.tokens[0][::-1], *outcome.tokens[1:]]  # then the second was asked something else
-    with pytest.raises(WrongTokens):
-        trial.check(Outcome(swapped, outcome.metrics))
-    trial.close()
-    assert lengths == [(8, 4), (20, 4), (32, 4), (8, 4)]
-
-
-def test_a_backend_that_holds_no_conversations_is_unavailable_by_name(bench: BenchSession):
-    backend = Scripted()
-    for found in (backend, "generate", "transformers-cb"):
-        name = found if isinstance(found, str) else "scripted"
-        with pytest.raises(
-            Unavailable, match=f"^{name}: it holds no conversations, and the workload has some"
-        ):
-            Trial(bench, "talk", found, conversation(), device="cpu", max_batch_size=2)
-    assert backend.log == []
-
-
-def test_a_file_is_a_workload_with_its_own_arrivals(bench: BenchSession, tmp_path: Path):
-    rows = [{"token_ids": [3, 4, at], "output_tokens": 2, "timestamp": at / 1e3} for at in range(5, 8)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    case = PerfCase(bench, Fixture(), None)
-    how: dict[str, Any] = {"device": "cpu", "max_batch_size": 2, "rounds": 1}
-    info = case.measure("mine", "dynamic", str(tmp_path / "mine.jsonl"), **how)
-    assert info["workload"].startswith("mine.jsonl@")
-    assert (info["arrivals"], info["same_tokens"]) == ("trace", 3)
-    assert "forward_passes" not in info["rounds"]
 
 
 # How many rounds
