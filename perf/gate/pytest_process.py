@@ -16,6 +16,7 @@ from perf.errors import Exit, GateError
 OWN_OPTIONS = {"--benchmark-json", "--benchmark-save", "--benchmark-autosave"}
 OWN_OPTIONS |= {"--perf-baseline", "--perf-inject-slowdown"}
 NO_TIMINGS = ("--benchmark-disable", "--benchmark-skip", "--numprocesses", "--dist", "-n")
+FILES = ("--workload", "--perf-baseline")  # options whose value may be a file
 TAIL = 30  # lines of a failed session's output that are shown
 PYTEST_USAGE = 4
 
@@ -37,13 +38,26 @@ def pytest_command(args: Sequence[str], tree: Path, *own: str) -> list[str]:
         args: what the user gives pytest.
         own: options of ours.
     """
-    command = [sys.executable, "-m", "pytest", *args, "-q", "-p", "no:cacheprovider", *own]
+    command = [sys.executable, "-m", "pytest", *_joined(args), "-q", "-p", "no:cacheprovider", *own]
     unwanted = any(arg.endswith("no:perf.plugin") for arg in args)
     if not unwanted and (not (tree / "perf").is_dir() or (tree / "perf" / "plugin.py").is_file()):
         command += ["-p", "perf.plugin"]  # or nobody would look at a tolerance mark
     if has_plugin("xdist", args):
         command.append("-n0")  # outranks the project's own addopts, and those in PYTEST_ADDOPTS
     return command
+
+
+def _joined(args: Sequence[str]) -> list[str]:
+    """Return the arguments with `--workload FILE` as `--workload=FILE`: pytest takes every argument that is a
+    path for one of its tests', and would look for its root above both, so that test ids would have the
+    tree's own name in them."""
+    found: list[str] = []
+    for arg in args:
+        if found and found[-1] in FILES:
+            found[-1] = f"{found[-1]}={arg}"
+        else:
+            found.append(arg)
+    return found
 
 
 def failure(name: str, command: Sequence[str], code: int, output: str, what: str = "") -> GateError:

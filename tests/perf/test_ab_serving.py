@@ -14,6 +14,7 @@ from perf.ab.main import ab
 from perf.ab.serving import BENCHMARK, IN_PROCESS, Serving
 from perf.errors import Exit, GateError
 from perf.gate.comparison import Outcome
+from perf.gate.pytest_process import pytest_command
 from tests.perf import scripted_server
 from tests.perf.repos import commit
 
@@ -97,3 +98,8 @@ def test_what_pytest_is_given() -> None:
     assert SERVING.args(["a"], typed=False) == list(BENCHMARK)
     with pytest.raises(GateError, match="--target is set by --serve: leave it out"):
         SERVING.args(["--target=http://h"])
+
+
+def test_a_workload_in_a_file_does_not_move_pytests_root() -> None:
+    command = pytest_command(["a", "--workload", "/w.jsonl", "-k", "b"], Path())
+    assert command[3:7] == ["a", "--workload=/w.jsonl", "-k", "b"]

@@ -68,6 +68,8 @@ class Prompts:
 
     def text(self, item: WorkItem) -> str:
         """Return an item's own text; of messages, their contents in a row."""
+        if isinstance(item.prompt, str):
+            return item.prompt
         source = _source(item)
         if isinstance(source, str):
             return source
