@@ -23,8 +23,11 @@ def serve_peer(
         int | None, Option(min=1, help="Of a step; as many as there are processors, if not given.")
     ] = None,
     dtype: Annotated[
-        str, Option(help="float32, float16 or bfloat16; of llama-cpp its KV cache.")
-    ] = "float32",
+        str | None,
+        Option(
+            help="float32, float16 or bfloat16; float32, if not given. Of llama-cpp its KV cache: float16."
+        ),
+    ] = None,
     max_batch_size: Annotated[int, Option(min=1, help="Requests at once.")] = 32,
     context: Annotated[int, Option(min=1, help="Tokens of a request, prompt and output.")] = 1024,
 ) -> None:

@@ -38,13 +38,13 @@ NO_TRAFFIC = {
 class Wanted:
     """How a server is to run.
 
-    `max_batch_size` requests at once, each with at most `context` tokens, prompt and output; `extra` goes to
-    the server as it is, last.
+    `max_batch_size` requests at once, each with at most `context` tokens, prompt and output. No `dtype` is
+    float32, and for llama.cpp its own choice. `extra` goes to the server as it is, last.
     """
 
     port: int
     threads: int
-    dtype: str = "float32"
+    dtype: str | None = None
     max_batch_size: int = 32
     context: int = 1024
     extra: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ def transformers_serve(model: Model, wanted: Wanted) -> Launch:
     pages = wanted.max_batch_size * math.ceil(wanted.context / PAGE)
     command = (
         program("transformers-serve", "transformers"), "serve", model.name, "--continuous-batching",
-        "--host", HOST, "--port", str(wanted.port), "--device", "cpu", "--dtype", wanted.dtype,
+        "--host", HOST, "--port", str(wanted.port), "--device", "cpu", "--dtype", wanted.dtype or "float32",
         "--attn-implementation", "sdpa", "--cb-num-blocks", str(pages),
         "--cb-max-batch-tokens", str(STEP_TOKENS), *wanted.extra,
     )  # fmt: skip
@@ -79,12 +79,16 @@ def transformers_serve(model: Model, wanted: Wanted) -> Launch:
 
 
 def llama_cpp(model: Model, wanted: Wanted) -> Launch:
-    """Return llama.cpp's own server. `dtype` is that of its KV cache; weights are as the file has them."""
+    """Return llama.cpp's own server.
+
+    Weights are as the file has them. `dtype` is that of the KV cache; float16, llama.cpp's own choice, if not
+    given.
+    """
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     command = (
         program("llama-cpp", "python"), str(LLAMA_CPP), "--model", str(model.path), "--alias", model.name,
         "--port", str(wanted.port), "--threads", str(wanted.threads), "--slots", str(wanted.max_batch_size),
-        "--context", str(wanted.context), "--cache-type", kinds[wanted.dtype], *wanted.extra,
+        "--context", str(wanted.context), "--cache-type", kinds[wanted.dtype or "float16"], *wanted.extra,
     )  # fmt: skip
     return Launch(command)
 
@@ -95,19 +99,20 @@ def vllm_cpu(model: Model, wanted: Wanted) -> Launch:
     A step is not compiled, which takes a C++ compiler. Threads are not bound to processors, as those of
     the others are not.
     """
+    dtype = wanted.dtype or "float32"
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     context = min(wanted.context, config.get("max_position_embeddings", wanted.context))
     command = (
         program("vllm-cpu", "python"), "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model.path), "--served-model-name", model.name,
-        "--host", HOST, "--port", str(wanted.port), "--dtype", wanted.dtype,
+        "--host", HOST, "--port", str(wanted.port), "--dtype", dtype,
         "--max-num-seqs", str(wanted.max_batch_size), "--max-model-len", str(context),
         "--no-enable-prefix-caching", "--enforce-eager", "--disable-uvicorn-access-log", *wanted.extra,
     )  # fmt: skip
     defaults = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
     if KV_SPACE not in os.environ:
         tokens = wanted.max_batch_size * context
-        defaults[KV_SPACE] = str(kv_gibibytes(config, tokens, DTYPES[wanted.dtype]))
+        defaults[KV_SPACE] = str(kv_gibibytes(config, tokens, DTYPES[dtype]))
     return Launch(command, {"OMP_NUM_THREADS": str(wanted.threads)}, defaults)
 
 
@@ -129,7 +134,7 @@ def serve(name: str, spec: str, wanted: Wanted, tell: Callable[[str], object]) -
         raise refused(f"peer {name!r} is no server: it must be one of {', '.join(PEERS)}")
     if not environments.installed(name):
         raise refused(f"{name} is not set up: {environments.way_to_get(name)}")
-    if wanted.dtype not in DTYPES:
+    if wanted.dtype not in (None, *DTYPES):
         raise refused(f"--dtype {wanted.dtype!r} must be one of {', '.join(DTYPES)}")
     check_port(wanted.port)
     launch = PEERS[name](find_model(name, spec, tell, gguf=name == "llama-cpp"), wanted)

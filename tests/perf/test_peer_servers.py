@@ -109,8 +109,10 @@ def test_a_hub_s_cache_is_made_once_and_again_for_other_files(cache, folder):
 def test_llama_cpp_has_a_slot_for_each_request(cache, folder, became, port):
     (folder / "weights.gguf").write_bytes(b"GGUF")
     order = ["serve-peer", "llama-cpp", "--model", str(folder), "--port", str(port), "--threads", "1"]
-    cli.app([*order, "--dtype", "float16", "--", "--set", "n_ubatch=256"], standalone_mode=False)
-    [(command, _)] = became
+    cli.app([*order, "--", "--set", "n_ubatch=256"], standalone_mode=False)
+    cli.app([*order, "--dtype", "float32"], standalone_mode=False)
+    [(command, _), (other, _)] = became
+    assert other[-2:] == ["--cache-type", "F32"]
     assert command == [
         str(cache / "peers" / "llama-cpp" / "bin" / "python"), llama_cpp.__file__,
         "--model", str(folder / "weights.gguf"), "--alias", "my-model", "--port", str(port), "--threads", "1",
