@@ -24,7 +24,9 @@ HOST = "127.0.0.1"
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of an element
 LLAMA_CPP = Path(__file__).with_name("llama_cpp.py")
 PAGE = 256  # tokens of a page of Transformers' cache
-STEP_TOKENS = 2048  # of one step of Transformers' continuous batching: vLLM's default
+STEP_TOKENS = (
+    512  # of one step of Transformers' continuous batching: its mask is dense, of these and the cache
+)
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 NO_TRAFFIC = {
     "HF_HUB_OFFLINE": "1",

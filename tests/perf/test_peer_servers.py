@@ -84,7 +84,7 @@ def test_transformers_serve_is_given_a_hub_s_cache_with_the_one_model(cache, fol
     assert command == [
         program, "serve", "my-model", "--continuous-batching", "--host", "127.0.0.1", "--port", str(port),
         "--device", "cpu", "--dtype", "float32", "--attn-implementation", "sdpa", "--cb-num-blocks", "8",
-        "--cb-max-batch-tokens", "2048", "--default-seed", "1",
+        "--cb-max-batch-tokens", "512", "--default-seed", "1",
     ]  # fmt: skip
     assert environment["OMP_NUM_THREADS"] == "2"
     served = scan_cache_dir(environment["HF_HUB_CACHE"])
