@@ -24,9 +24,7 @@ HOST = "127.0.0.1"
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of an element
 LLAMA_CPP = Path(__file__).with_name("llama_cpp.py")
 PAGE = 256  # tokens of a page of Transformers' cache
-STEP_TOKENS = (
-    512  # of one step of Transformers' continuous batching: its mask is dense, of these and the cache
-)
+STEP_TOKENS = 512  # of a step of Transformers' continuous batching: its mask is dense, of these and the cache
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 NO_TRAFFIC = {
     "HF_HUB_OFFLINE": "1",
@@ -98,8 +96,8 @@ def llama_cpp(model: Model, wanted: Wanted) -> Launch:
 def vllm_cpu(model: Model, wanted: Wanted) -> Launch:
     """Return vLLM's server, by its module: the command `vllm` of this package does not start.
 
-    A step is not compiled, which takes a C++ compiler. Threads are not bound to processors, as those of
-    the others are not.
+    A step is not compiled, which takes a C++ compiler and minutes at each start. Threads are not bound to
+    processors, as those of the others are not.
     """
     dtype = wanted.dtype or "float32"
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
