@@ -76,6 +76,12 @@ class RequestMetrics:
             itl_ms=gaps,
         )  # fmt: skip
 
+    def meets(self, ttft_ms: float, tpot_ms: float) -> bool:
+        """Return whether the request ended by itself and within both limits; a single token has no TPOT."""
+        ended = self.finish_reason in ("stop", "length")
+        in_time = self.ttft_ms is not None and self.ttft_ms <= ttft_ms
+        return ended and in_time and (self.tpot_ms or 0.0) <= tpot_ms
+
 
 def _ms(begin_s: float | None, end_s: float | None) -> float | None:
     """Return the milliseconds between two times; None if one of them never came."""
@@ -190,11 +196,7 @@ class EngineMetrics:
         tpot_ms = check("tpot_ms", tpot_ms, float, 0, math.inf)
         if not self.records:
             return 0.0
-        good = 0
-        for record in self.records:
-            ended = record.finish_reason in ("stop", "length")
-            in_time = record.ttft_ms is not None and record.ttft_ms <= ttft_ms
-            good += ended and in_time and (record.tpot_ms or 0.0) <= tpot_ms
+        good = sum(record.meets(ttft_ms, tpot_ms) for record in self.records)
         first = min(record.arrival_s for record in self.records)
         wall_s = max(record.finished_s for record in self.records) - first
         return good / wall_s if wall_s > 0 else 0.0

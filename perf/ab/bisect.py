@@ -15,11 +15,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from perf.ab.history import SHORT, Commit, History
+from perf.ab.history import Commit, History
 from perf.ab.narrow import narrowed
 from perf.ab.revisions import git
 from perf.errors import Exit, GateError, sigterm_interrupts
 from perf.gate.comparison import Comparison, Outcome, Verdict
+from perf.gate.saved_runs import SHORT
 
 
 class Judge(Protocol):

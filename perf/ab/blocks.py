@@ -76,6 +76,6 @@ def merge(blocks: Sequence[Run], name: str) -> Run:
 
 
 def _typical(benchmark: Benchmark) -> Benchmark:
-    timed = [metric for metric in benchmark.rounds if METRICS[metric].direction != "exact"]
+    timed = [metric for metric in benchmark.rounds if not METRICS[metric].is_counter]
     values = {metric: tuple(map(stats.centre, benchmark.rounds_by_session(metric))) for metric in timed}
     return replace(benchmark, rounds={**benchmark.rounds, **values})

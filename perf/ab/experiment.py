@@ -25,7 +25,7 @@ from perf.gate.verdict import compare
 
 LOOKS = 8  # of a benchmark in each pair of processes
 DECISIVE_PAIRS = 2  # of processes, without which nothing is decided: one may lie luckily in memory
-MOST_TIMINGS = sum(METRICS[name].direction != "exact" for name in GATED)  # of a benchmark
+MOST_TIMINGS = sum(not METRICS[name].is_counter for name in GATED)  # of a benchmark
 LEAST_GROUPS = 2  # of a benchmark in each pair of processes, whatever is left of the budget
 CONCLUDE_S = 1.0  # kept for the ends of two processes
 SEED = 25  # of the order of turns
@@ -100,7 +100,7 @@ class Experiment:
     def _timings(self, item: str) -> int:
         """How many timings a benchmark has; as long as it has not been met, at most."""
         metrics = self.design.series[item].metrics
-        return sum(METRICS[name].direction != "exact" for name in metrics) if metrics else MOST_TIMINGS
+        return sum(not METRICS[name].is_counter for name in metrics) if metrics else MOST_TIMINGS
 
 
 Sides = Callable[[int], AbstractContextManager[Sequence[turns.Side]]]

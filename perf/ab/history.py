@@ -13,8 +13,8 @@ from pathlib import Path
 
 from perf.ab.revisions import commit_of, git
 from perf.errors import Exit, GateError
+from perf.gate.saved_runs import SHORT
 
-SHORT = 9  # hex digits of a commit that people are shown
 FIELDS = ("%H", "%an <%ae>", "%aI", "%s")
 
 

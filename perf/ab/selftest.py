@@ -195,7 +195,7 @@ def between_processes(fresh: Sequence[Run]) -> Iterator[Found]:
     for run in fresh:
         for name, benchmark in run.benchmarks.items():
             for metric, rounds in benchmark.rounds.items():
-                if METRICS[metric].direction != "exact":
+                if not METRICS[metric].is_counter:
                     value = stats.means([rounds[:SESSION_ROUNDS]])[0].value
                     values.setdefault((name, metric), []).append((benchmark, value))
     for (name, metric), known in values.items():

@@ -62,6 +62,11 @@ class Metric:
         """
         return 1 if self.pooled is None else needed_values(self.pooled)
 
+    @property
+    def is_counter(self) -> bool:
+        """Whether it depends on the code alone, so that no change at all is allowed."""
+        return self.direction == "exact"
+
     def unfit(self, value: object) -> str | None:
         """The fault of a recorded value, or None: it must be finite, and above 0 but for `zero`."""
         least = "of 0 or more" if self.zero else "above 0"
@@ -79,7 +84,7 @@ class Metric:
             return "-"
         if self.unit == "bytes":
             return f"{value / MIB:,.1f} MiB" if abs(value) < 1024 * MIB else f"{value / MIB / 1024:,.2f} GiB"
-        if self.direction == "exact" or (float(value).is_integer() and abs(value) >= 100):
+        if self.is_counter or (float(value).is_integer() and abs(value) >= 100):
             return f"{value:,.0f}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 

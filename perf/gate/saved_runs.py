@@ -21,6 +21,8 @@ from perf.gate.storage import STORAGE, resolve
 
 # This project's own benchmarks were in perf/ itself: runs of then have them there, and still compare.
 LISTED = 5  # names of files in a note
+SHORT = 9  # hex digits of a commit that people are shown
+UNVERSIONED = "unversioned"  # what pytest-benchmark calls the commit of a folder that has none
 MOVED = re.compile(
     r"perf/(test_(?:batch_size|load|memory|peers|policies|roofline|scale|startup)\.py::"
     r"test_(?:batch_size|open_load|prefix_reuse|memory|peers|policy|prefill|decode|scale|startup)\[.*)",
@@ -116,6 +118,15 @@ def shared(base: Run, head: Run) -> Path | None:
     """The file of a session that both runs have, or None: a session always equals itself."""
     both = (path for path in head.paths if any(path.samefile(other) for other in base.paths))
     return next(both, None)
+
+
+def short_commit(run: Run, absent: str) -> str:
+    """Return the commit that a run measured, as people are shown it, `absent` for a run of none; `+` marks
+    uncommitted changes."""
+    commit = str(run.commit.get("id") or UNVERSIONED)
+    if commit == UNVERSIONED:
+        return absent
+    return f"{commit[:SHORT]}{'+' if run.commit.get('dirty') else ''}"
 
 
 def is_same_code(one: Run, other: Run) -> bool:

@@ -27,7 +27,7 @@ import numpy as np
 from perf.gate import stats
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import METRICS, Metric
-from perf.gate.saved_runs import Run, is_same_code
+from perf.gate.saved_runs import SHORT, Run, is_same_code, short_commit
 from perf.gate.stats import Floats
 from perf.gate.tolerances import allowed
 
@@ -38,7 +38,6 @@ NEIGHBOURHOOD = 5  # runs, of which a segment is more than half
 NORMAL = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 LEAST_NOISE = 0.1  # of the tolerance: no series is so quiet that a rounding is a step
 COMMIT = re.compile("[0-9a-f]{7,64}")
-SHORT = 9  # hex digits of a commit that people are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class Step:
     @property
     def commits(self) -> str:
         """The commits that were measured before and after it, as people are shown them."""
-        last, first = _shown(self.last), _shown(self.first)
+        last, first = (short_commit(run, "no commit") for run in (self.last, self.first))
         return f"{first} alone: not the code" if self._is_one_commit() else f"{last}..{first}"
 
     @property
@@ -106,7 +105,7 @@ def find_steps(runs: Sequence[Run]) -> Steps:
     found, searched = [], 0
     for name, last in runs[-1].benchmarks.items():
         past = [(run, b) for run in runs if (b := run.benchmarks.get(name)) and is_like(b, last)]
-        for metric in (METRICS[key] for key in last.rounds if METRICS[key].direction != "exact"):
+        for metric in (METRICS[key] for key in last.rounds if not METRICS[key].is_counter):
             known = [(run, b) for run, b in past if metric.name in b.rounds]
             if len(known) >= 2 * LEAST:
                 searched += 1
@@ -191,8 +190,3 @@ def _steps(metric: Metric, like: Benchmark, known: Sequence[tuple[Run, Benchmark
         Step(like.fullname, metric, math.exp(one), math.exp(two), two - one, known[cut - 1][0], known[cut][0])
         for cut, (one, two) in zip(cuts, pairwise(levels), strict=True)
     ]
-
-
-def _shown(run: Run) -> str:
-    commit = str(run.commit.get("id") or "no commit")
-    return f"{commit[:SHORT]}{'+' if run.commit.get('dirty') else ''}"

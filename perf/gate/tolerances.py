@@ -63,7 +63,7 @@ def check_settings(settings: Settings) -> None:
 def _fault(metric: str, rel: float | None, abs: float | None) -> str | None:
     if metric not in GATED:
         return f"no such gated metric; they are {', '.join(GATED)}"
-    if METRICS[metric].direction == "exact":
+    if METRICS[metric].is_counter:
         return "a counter is compared exactly and takes no tolerance"
     if rel is None and abs is None:
         return "give rel=, abs= or both"
@@ -180,7 +180,7 @@ def used(text: str | None, own: Collection[str], recorded: Collection[str]) -> s
     limits: Mapping[str, Any] = json.loads(text) if text else {}
     for metric in limits:
         if metric in own and metric not in recorded:
-            timed = [name for name in GATED if METRICS[name].direction != "exact"]
+            timed = [name for name in GATED if not METRICS[name].is_counter]
             known = ", ".join(name for name in timed if name in recorded) or "no such metric"
             raise _wrong(f"perf_gate({metric!r}) has no effect: this benchmark records {known}")
     kept = {metric: limit for metric, limit in limits.items() if metric in recorded}

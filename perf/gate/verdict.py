@@ -83,7 +83,7 @@ def _benchmark(
     exact = counters and before.info.get("arrivals", "all") == "all"
     for name in dict.fromkeys([*before.rounds, *before.problems, *after.problems]):
         metric = METRICS.get(name)
-        if metric is not None and (exact or metric.direction != "exact"):
+        if metric is not None and (exact or not metric.is_counter):
             yield _metric(replace(whole, metric=metric), metric, before, after, design)
 
 
@@ -107,7 +107,7 @@ def _metric(start: Verdict, metric: Metric, before: Benchmark, after: Benchmark,
             problem = benchmark.problems.get(metric.name, "was not recorded")
             return replace(start, reason=f"{metric.label} {problem} in {side}")
     base, head = before.rounds[metric.name], after.rounds[metric.name]
-    if metric.direction == "exact":
+    if metric.is_counter:
         return _exact(replace(start, rounds=(len(base), len(head))), metric, base, head)
     typical, now = (stats.typical(side.rounds_by_session(metric.name)) for side in (before, after))
     start = replace(start, base=typical, head=now, effect=now / typical - 1 if typical else None)

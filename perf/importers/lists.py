@@ -7,7 +7,24 @@ from perf.importers.fields import Fields
 from perf.importers.loads import refuse_failed
 from perf.importers.samples import Request
 
+SUMMARIES = {
+    "output_throughput": "tokens_per_s",
+    "median_ttft_ms": "ttft_p50_ms",
+    "p95_ttft_ms": "ttft_p95_ms",
+    "median_tpot_ms": "tpot_p50_ms",
+    "total_output_tokens": "output_tokens",
+    "mean_ttft_ms": "ttft_mean_ms",
+    "p99_ttft_ms": "ttft_p99_ms",
+    "mean_tpot_ms": "tpot_mean_ms",
+    "p99_tpot_ms": "tpot_p99_ms",
+}
+LATENCIES = {"p95": "p95", "mean": "mean", "median": "p50", "p99": "p99"}  # ours by theirs
 LISTS = ("ttfts", "itls", "output_lens", "errors")
+
+
+def summaries(latency: str) -> dict[str, str]:
+    """Return our names of what they sum up, by theirs; `latency` is how the tool calls that of a request."""
+    return SUMMARIES | {f"{theirs}_{latency}_ms": f"latency_{ours}_ms" for theirs, ours in LATENCIES.items()}
 
 
 def requests_of(found: Fields) -> list[Request]:

@@ -9,7 +9,7 @@ import math
 
 from perf.importers import NOT_STATED, Identity, Measured
 from perf.importers.fields import Fields
-from perf.importers.lists import requests_of
+from perf.importers.lists import requests_of, summaries
 from perf.importers.loads import FROM_SENT, NEED_VALUES, arrivals, rate_of, refuse_empty
 from perf.importers.samples import sampled, summed_up
 
@@ -26,21 +26,7 @@ TO_LAST_TOKEN = (
 )
 TO_DONE = "latency and TPOT end with [DONE], not with the last token"
 UNKNOWN_FAILED = "whether requests failed is not known without --output-details"
-SUMMARIES = {
-    "output_throughput": "tokens_per_s",
-    "median_ttft_ms": "ttft_p50_ms",
-    "p95_ttft_ms": "ttft_p95_ms",
-    "median_tpot_ms": "tpot_p50_ms",
-    "p95_e2e_latency_ms": "latency_p95_ms",
-    "total_output_tokens": "output_tokens",
-    "mean_ttft_ms": "ttft_mean_ms",
-    "p99_ttft_ms": "ttft_p99_ms",
-    "mean_tpot_ms": "tpot_mean_ms",
-    "p99_tpot_ms": "tpot_p99_ms",
-    "mean_e2e_latency_ms": "latency_mean_ms",
-    "median_e2e_latency_ms": "latency_p50_ms",
-    "p99_e2e_latency_ms": "latency_p99_ms",
-}
+SUMMARIES = summaries("e2e_latency")
 
 
 def owns(found: Fields) -> bool:

@@ -9,7 +9,7 @@ import math
 
 from perf.importers import Identity, Measured
 from perf.importers.fields import Fields
-from perf.importers.lists import requests_of
+from perf.importers.lists import requests_of, summaries
 from perf.importers.loads import FROM_SENT, NEED_VALUES, arrivals, rate_of, refuse_empty, refuse_failed
 from perf.importers.samples import sampled, summed_up
 
@@ -21,21 +21,7 @@ NOTES = (
     "the file does not say vllm's version: use one for base and head",
 )
 NO_RECORDS = NEED_VALUES.format("save with --save-detailed")
-SUMMARIES = {
-    "output_throughput": "tokens_per_s",
-    "median_ttft_ms": "ttft_p50_ms",
-    "p95_ttft_ms": "ttft_p95_ms",
-    "median_tpot_ms": "tpot_p50_ms",
-    "p95_e2el_ms": "latency_p95_ms",
-    "total_output_tokens": "output_tokens",
-    "mean_ttft_ms": "ttft_mean_ms",
-    "p99_ttft_ms": "ttft_p99_ms",
-    "mean_tpot_ms": "tpot_mean_ms",
-    "p99_tpot_ms": "tpot_p99_ms",
-    "mean_e2el_ms": "latency_mean_ms",
-    "median_e2el_ms": "latency_p50_ms",
-    "p99_e2el_ms": "latency_p99_ms",
-}
+SUMMARIES = summaries("e2el")
 
 
 def owns(found: Fields) -> bool:

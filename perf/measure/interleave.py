@@ -6,7 +6,6 @@ replayed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,10 +53,7 @@ def interleave(trials: Sequence[Trial], rounds: int) -> dict[str, Exception]:
             if trial.backend.name in failed:
                 continue
             try:
-                trial.before()
-                started = time.perf_counter()
-                trial.run()
-                trial.after(time.perf_counter() - started)
+                trial.time_round()
             except Exception as error:
                 failed[trial.backend.name] = error
     return failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,14 @@ from perf.measure.slo import Slo
 from perf.measure.token_check import Reference
 
 MIN_TIME_S = 1.0
+
+
+class Held(NamedTuple):
+    """A model on its device, what its tokens are checked against, and what they cost at least."""
+
+    loaded: LoadedModel
+    reference: Reference
+    costs: ModelCosts
 
 
 class BenchSession:
@@ -40,21 +49,21 @@ class BenchSession:
         self.recorded: list[Flat] = []
         self._speeds: dict[str, MachineSpeed] = {}
         self._key: tuple[str, str, str] | None = None
-        self._held: tuple[LoadedModel, Reference, ModelCosts] | None = None
+        self._held: Held | None = None
 
     def spec(self, device: str) -> str:
         """Return the model to run on a device: `--model`, else a small one on a CPU and the published 0.5B
         shape on CUDA."""
         return self.model or ("random:qwen2.5-0.5b" if device == "cuda" else "random:tiny-llama")
 
-    def hold(self, device: str, spec: str | None = None) -> tuple[LoadedModel, Reference, ModelCosts]:
+    def hold(self, device: str, spec: str | None = None) -> Held:
         """Return the model on its device; the one held before goes first, so that two never share memory."""
         dtype = self.dtype or ("float16" if device == "cuda" else "float32")
         key = (spec or self.spec(device), device, dtype)
         if self._held is None or key != self._key:
             self.drop()
             loaded = load(key[0], device=device, dtype=dtype)
-            self._held, self._key = (loaded, Reference(loaded), model_costs(loaded.model)), key
+            self._held, self._key = Held(loaded, Reference(loaded), model_costs(loaded.model)), key
         return self._held
 
     def machine_speed(self, device: str) -> MachineSpeed:

@@ -35,9 +35,8 @@ class Slo:
         return cls(found.get("ttft", math.inf), found.get("tpot", math.inf))
 
     def met(self, request: RequestMetrics) -> bool:
-        """Return whether a request ended by itself and within both limits; a single token has no TPOT."""
-        ended = request.finish_reason in ("stop", "length") and request.ttft_ms is not None
-        return ended and (request.ttft_ms or 0.0) <= self.ttft_ms and (request.tpot_ms or 0.0) <= self.tpot_ms
+        """Return whether a request ended by itself and within both limits."""
+        return request.meets(self.ttft_ms, self.tpot_ms)
 
     def limits(self) -> Flat:
         """Return what a record says of the limits."""

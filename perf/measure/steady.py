@@ -37,10 +37,6 @@ class Steady:
         ended = sum(begin <= record.finished_s <= end for record in records)
         return cls(within, end - begin, ended)
 
-    def met_pct(self, slo: Slo) -> float:
-        """Return the percentage of its requests that met the limits."""
-        return 100.0 * sum(map(slo.met, self.requests)) / len(self.requests)
-
     def flat(self, slo: Slo) -> Flat:
         """Return what a record says of it: the rate at which requests were offered and ended, and goodput."""
         met = sum(map(slo.met, self.requests))
@@ -49,7 +45,7 @@ class Steady:
             "steady_requests": len(self.requests),
             "steady_offered_rate": len(self.requests) / self.seconds if self.seconds else 0.0,
             "steady_ended_rate": self.ended / self.seconds if self.seconds else 0.0,
-            "slo_met_pct": self.met_pct(slo),
+            "slo_met_pct": 100.0 * met / len(self.requests),
             "goodput": met / self.seconds if self.seconds else 0.0,
             "steady_ttft_p95_ms": float(np.percentile(ttfts, 95)) if ttfts else None,
         }

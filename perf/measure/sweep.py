@@ -146,7 +146,7 @@ def sweep(
     ended_by = None
     try:
         first.prove()
-        _round(first)
+        first.time_round()
         capacity = len(first.workload.items) / first.info()["wall_s"]
         found = sorted({_rounded(rate) for rate in rates or [share * capacity for share in BELOW]})
         for rate in found:
@@ -183,14 +183,8 @@ def _measure(
         bench, "sweep", backend, workload, arrivals=f"poisson:{rate}", derive=derive,
         session=first.session, **how,
     )  # fmt: skip
-    _round(trial)
+    trial.time_round()
     return Point(rate, trial.info(), trial.rounds[0].seconds)
-
-
-def _round(trial: Trial) -> None:
-    trial.before()
-    trial.run()
-    trial.after()
 
 
 def _between(points: dict[float, Point]) -> float | None:

@@ -82,17 +82,17 @@ class Trial:
         limits: dict[str, Any] = {"vocab_size": None}
         dtype = bench.dtype or "float32"
         if self.held is not None:
-            model = self.held[0].model
+            model = self.held.loaded.model
             config = model.config.get_text_config(decoder=True)
             limits = {"vocab_size": config.vocab_size, "max_positions": max_positions(config)}
-            limits["tokenizer"] = self.held[0].tokenizer
+            limits["tokenizer"] = self.held.loaded.tokenizer
             dtype = str(model.dtype).removeprefix("torch.")
         self.workload = (
             make_workload(workload, arrivals=arrivals, **limits) if isinstance(workload, str) else workload
         )
         check_takes(self.backend, self.workload.items)
         self.setup = Setup(
-            None if self.held is None else self.held[0],
+            None if self.held is None else self.held.loaded,
             device,
             dtype,
             max_batch_size,
@@ -130,7 +130,7 @@ class Trial:
         are the model's own; counts how many requests have exactly its choice, and how many part from it at a
         near-tie."""
         items = self.workload.items
-        judge = None if self.held is None else self.held[1]
+        judge = None if self.held is None else self.held.reference
         if hasattr(self.session, "check"):
             self.checked = self.session.check(items, judge)
             return
@@ -195,7 +195,7 @@ class Trial:
             flat |= names
         if self.workload.arrivals == "all" and self.held is not None:
             rate = self.bench.machine_speed(self.device).matmul_gflops
-            flat["useful_flops_pct"] = self.held[2].useful_flops_pct(self._lengths, flat["wall_s"], rate)
+            flat["useful_flops_pct"] = self.held.costs.useful_flops_pct(self._lengths, flat["wall_s"], rate)
         if self.device == "cuda":
             flat["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
         elif self.device == "cpu" and getattr(self.session, "in_process", True):
@@ -215,13 +215,20 @@ class Trial:
                 values = outcome.metrics.latencies(LATENCY_OF[name]) if outcome.keeps_times else []
                 if values:
                     sample[name] = values
-            elif not counts and metrics.METRICS[name].direction == "exact":
+            elif not counts and metrics.METRICS[name].is_counter:
                 continue
             elif flat.get(name) is not None:
                 sample[name] = flat[name]
         if voided := self._monitor.reading.slowdown or outcome.voided:
             sample["voided"] = voided
         return plain(sample)
+
+    def time_round(self) -> None:
+        """Prepare, time and conclude a round, where nobody else does."""
+        self.before()
+        started = time.perf_counter()
+        self.run()
+        self.after(time.perf_counter() - started)
 
     def info(self) -> Flat:
         """Return everything recorded, flat; only `fingerprint` and `rounds` are nested.

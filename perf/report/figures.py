@@ -76,7 +76,7 @@ def history(runs: Sequence[Run]) -> tuple[list[tuple[Benchmark, str, list[float]
         left_out += len(past) - len(same)
         for metric in last.rounds:
             values = [found for b in same if (found := value(b, metric)) is not None]
-            if len(values) > 1 and METRICS[metric].direction != "exact":
+            if len(values) > 1 and not METRICS[metric].is_counter:
                 series.append((last, metric, values))
     return series, left_out
 

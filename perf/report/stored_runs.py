@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from perf.gate.saved_runs import Run
+from perf.gate.saved_runs import Run, short_commit
 from perf.report.terminal import Fitted, table
 from perf.report.text import clean
 from perf.report.verdicts import day
@@ -21,7 +21,7 @@ NO_FOLDER = "-"
 def stored_table(where: str, runs: Sequence[Run], left_out: Sequence[str], root: Path) -> RenderableType:
     """A row a run, oldest first, and what could not be read; `root` is the folder that files are in."""
     rows = [
-        [run.name, str(run.sessions), _machine(run, root) or NO_FOLDER, _commit(run), day(run)]
+        [run.name, str(run.sessions), _machine(run, root) or NO_FOLDER, short_commit(run, "-"), day(run)]
         for run in runs
     ]
     lines = [Text(f"left out: {clean(line)}", style="yellow") for line in left_out]
@@ -51,7 +51,3 @@ def plain(runs: Sequence[Run], left_out: Sequence[str], root: Path) -> dict[str,
 def _machine(run: Run, root: Path) -> str:
     folder = run.path.parent.relative_to(root).as_posix()
     return "" if folder == "." else folder
-
-
-def _commit(run: Run) -> str:
-    return f"{str(run.commit.get('id') or '-')[:9]}{'+' if run.commit.get('dirty') else ''}"

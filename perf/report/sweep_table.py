@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,8 @@ def write_plot(path: Path, curve: Curve) -> None:
 
 
 def _limits(curve: Curve) -> list[tuple[str, float]]:
-    return [(name[4:8].upper(), limit) for name, limit in curve.slo.limits().items()]
+    both = (("TTFT", curve.slo.ttft_ms), ("TPOT", curve.slo.tpot_ms))
+    return [(name, limit) for name, limit in both if math.isfinite(limit)]
 
 
 def _row(point: Point, best: bool) -> list[str]:

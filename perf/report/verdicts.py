@@ -15,7 +15,7 @@ from statistics import median
 from perf.gate.comparison import SESSIONS, Comparison, Outcome, Verdict
 from perf.gate.entries import Benchmark
 from perf.gate.metrics import Metric
-from perf.gate.saved_runs import Run
+from perf.gate.saved_runs import Run, short_commit
 from perf.report.text import FLOAT_MAX, middle, signed, width
 
 COLUMNS = ("benchmark", "metric", "base", "head", "change", "95 % interval", "allowed", "why")
@@ -62,9 +62,7 @@ def title(run: Run, counted: bool = False) -> str:
 
     `+` marks a tree with uncommitted changes. With `counted` a single session is said to be one, too.
     """
-    commit = str(run.commit.get("id") or "unversioned")
-    changed = "+" if run.commit.get("dirty") else ""
-    about = [] if commit == "unversioned" else [f"{commit[:9]}{changed}"]
+    about = [commit] if (commit := short_commit(run, "")) else []
     if counted or run.sessions > 1:
         about.append(f"{run.sessions} session{'s' if run.sessions > 1 else ''}")
     return f"{run.name} ({', '.join(about)})" if about else run.name
@@ -147,6 +145,6 @@ def _cells(verdict: Verdict, short: dict[str, str]) -> tuple[str, ...]:
         return (name, *["-"] * (len(COLUMNS) - 2), verdict.reason)
     interval = f"{signed(verdict.low)[:-1]} to {signed(verdict.high)}" if verdict.low is not None else "-"
     allowed = "-" if verdict.tolerance is None else f"{verdict.tolerance:.1%}"
-    allowed = "none" if metric.direction == "exact" else allowed
+    allowed = "none" if metric.is_counter else allowed
     values = (metric.format(verdict.base), metric.format(verdict.head), signed(verdict.effect))
     return (name, named(metric), *values, interval, allowed, verdict.reason)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from perf.servers import environments
+from perf.servers.launch import HOST
 from perf.servers.models import Model, find_model, hub_cache_of, refused
 
-HOST = "127.0.0.1"
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of an element
 LLAMA_CPP = Path(__file__).with_name("llama_cpp.py")
 PAGE = 256  # tokens of a page of Transformers' cache

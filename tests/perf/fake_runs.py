@@ -183,6 +183,6 @@ def quiet(storage: Path, runs: Iterable[Path], deviation: float = 1e-4) -> None:
         for path in runs
         for benchmark in saved_runs.read(path).benchmarks.values()
         for metric in benchmark.rounds
-        if METRICS[metric].direction != "exact"
+        if not METRICS[metric].is_counter
     ]
     write_noise(storage, found)

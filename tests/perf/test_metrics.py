@@ -6,7 +6,7 @@ import pytest
 
 from perf.gate.metrics import GATED, METRICS
 
-EXACT = {name for name, metric in METRICS.items() if metric.direction == "exact"}
+EXACT = {name for name, metric in METRICS.items() if metric.is_counter}
 
 
 def test_what_the_design_promises_is_gated_with_its_tolerance():
@@ -37,7 +37,7 @@ def test_every_metric_is_named_once_and_judged_as_its_direction_says():
     assert EXACT < set(GATED) <= set(METRICS)
     for metric in METRICS.values():
         assert metric.gated == (metric.name in GATED)
-        assert (metric.rel > 0) == (metric.gated and metric.direction != "exact")
+        assert (metric.rel > 0) == (metric.gated and not metric.is_counter)
 
 
 @pytest.mark.parametrize(("name", "value", "text"), [

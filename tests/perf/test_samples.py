@@ -22,7 +22,7 @@ from perf.measure.trial import Trial
 from tests.perf.test_case import Scripted
 
 pytestmark = pytest.mark.usefixtures("imported_for_measuring")
-COUNTERS = {name for name in GATED if METRICS[name].direction == "exact"}
+COUNTERS = {name for name in GATED if METRICS[name].is_counter}
 
 
 @pytest.fixture(scope="module")

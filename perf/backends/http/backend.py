@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -16,9 +16,9 @@ from engine import EngineMetrics, RequestMetrics, WorkItem, cpu_name
 from perf.backends import Checked, Judge, Outcome, Setup
 from perf.backends.http import scrape
 from perf.backends.http.connection import Connection, Exchange
-from perf.backends.http.dialect import Dialect, find_model, identity, negotiate
-from perf.backends.http.load import Due, Sent, send_all
-from perf.backends.http.prompts import Prompts
+from perf.backends.http.dialect import Dialect, find_model, negotiate, server_name
+from perf.backends.http.load import Sent, send_all
+from perf.backends.http.prompts import Prompts, RoundPrompts
 from perf.backends.http.reply import Reply, read_reply
 from perf.servers.ready import TargetError, wait_until_ready
 from perf.servers.target import Target
@@ -33,7 +33,7 @@ CHUNKS = 0.9  # of the requests whose chunks are tokens, for ITL to be the serve
 class HttpSession:
     """A server, agreed with on how it is asked.
 
-    setup.options: `target` (a Target), and `ready_s`. At most `max_batch_size` requests are on their way at
+    setup.options: `target`, a Target. At most `max_batch_size` requests are on their way at
     once where all are due at the start; those that come at times of their own are all sent.
     """
 
@@ -44,21 +44,22 @@ class HttpSession:
         self.target: Target = setup.options["target"]
         self._loop = asyncio.new_event_loop()
         self._connection: Connection | None = None
+        self._prompts: Prompts | None = None
         self._dialect: Dialect | None = None
         self._round = self._void = 0
         self._early = False  # whether any request got fewer tokens than it asked for
         self._checked: Checked | None = None
-        self._prompts: Prompts | None = None
         self._sent: list[Sent] = []
-        self.identity: dict[str, str] = {}
-        wait_until_ready(self.target, float(setup.options.get("ready_s", READY_S)))
+        self._server = "unknown"
+        self._tokenizer: Any = setup.held.tokenizer if setup.held else None
+        self.runner = "http"
+        wait_until_ready(self.target, READY_S)
         try:
             self._connection = self._wait(self._connect())
             self.served_model = self.target.model or self._wait(find_model(self._connection))
         except BaseException:
             self.close()
             raise
-        self.runner = "http"
 
     async def _connect(self) -> Connection:
         return Connection(self.target)
@@ -75,29 +76,25 @@ class HttpSession:
     def fingerprint(self) -> Mapping[str, str | None]:
         """What the times depend on besides the server: the client's machine, and how the server is asked."""
         assert self._dialect is not None
-        about = {
+        early = "some requests: it does not honour ignore_eos" if self._early else "no"
+        return {
             "cpu": cpu_name(),
             "python": platform.python_version(),
             "client": f"aiohttp {version('aiohttp')}",
+            "served_model": self.served_model,
+            **self._dialect.plain(),
+            "ends_early": early,
         }
-        early = "some requests: it does not honour ignore_eos" if self._early else "no"
-        return {
-            **about, "served_model": self.served_model, **self._dialect.plain(), "ends_early": early
-        }  # fmt: skip
 
-    def begin(self, items: Sequence[WorkItem]) -> Dialect:
-        """Agree with the server on how these requests are asked, once; connections are open then."""
+    def begin(self, items: Sequence[WorkItem]) -> RoundPrompts:
+        """Agree with the server on how it is asked, once; return these requests as they are in this round."""
+        if self._prompts is None or self._prompts.items is not items:
+            self._prompts = Prompts(items, self._tokenizer, self.setup.seed)
         if self._dialect is None:
-            tokenizer = self.setup.held.tokenizer if self.setup.held else None
-            self._prompts = Prompts(items, tokenizer, self.setup.seed)
-            self._dialect = self._wait(self._agree(self._prompts))
-        return self._dialect
-
-    async def _agree(self, prompts: Prompts) -> Dialect:
-        dialect = await negotiate(self.connection, self.served_model, prompts.kinds(self.target.api))
-        exchange = await self.connection.stream(dialect.path, dialect.body(prompts.trial(dialect), 1))
-        self.identity = await identity(self.connection, read_reply(exchange.parts).system_fingerprint)
-        return dialect
+            kinds = self._prompts.kinds(self.target.api)
+            self._dialect = self._wait(negotiate(self.connection, self.served_model, kinds))
+            self._server = self._wait(server_name(self.connection))
+        return RoundPrompts(self._prompts, self._dialect, self._round)
 
     def reset(self) -> None:
         """Begin another round: other prompts in the server's prefix cache's eyes."""
@@ -109,21 +106,14 @@ class HttpSession:
         Raises:
             TargetError: if the server is gone, or the second round fails.
         """
-        dialect = self.begin(items)
-        assert self._prompts is not None
-        prompts = self._prompts.of_round(self._round, dialect)
-        due = [Due(item.arrival_s, item.follows) for item in items]
+        prompts = self.begin(items)
         at_once = not any(item.arrival_s for item in items if item.follows is None)
-
-        def body(index: int, ended: Sequence[Sent | None]) -> bytes:
-            prompt = prompts.whole(index, [sent.reply if sent else None for sent in ended])
-            return dialect.body(prompt, _most_tokens(items[index]))
+        places = self.setup.max_batch_size if at_once else None
 
         async def measure() -> tuple[list[Sent], dict[str, float]]:
-            places = self.setup.max_batch_size if at_once else None
             await self.connection.open(min(len(items), places or len(items)))
             before = await scrape.read(self.connection)
-            sent = await send_all(self.connection, dialect.path, due, body, self._read, places)
+            sent = await send_all(self.connection, prompts, self._read, places)
             return sent, scrape.changes(before, await scrape.read(self.connection))
 
         self._sent, server = self._wait(measure())
@@ -132,7 +122,11 @@ class HttpSession:
     def _read(self, exchange: Exchange) -> Reply:
         if exchange.error is not None:
             return Reply(error=exchange.error)
-        return read_reply(exchange.parts, self._prompts.tokenize if self._prompts else None)
+        return read_reply(exchange.parts, None if self._tokenizer is None else self._count)
+
+    def _count(self, text: str) -> Sequence[int]:
+        ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
     def _outcome(
         self, items: Sequence[WorkItem], sent: Sequence[Sent], server: Mapping[str, float]
@@ -153,13 +147,15 @@ class HttpSession:
             metrics.add(_record(f"request-{index}", item, one, by_chunk))
         metrics.counters.output_tokens = sum(one.reply.tokens for one in sent)
         early = sum(
-            one.error is None and one.reply.tokens < _most_tokens(item)
+            one.error is None and one.reply.tokens < item.params.resolved().max_new_tokens
             for item, one in zip(items, sent, strict=True)
         )
         self._early = self._early or early > 0
         extra: dict[str, Any] = {"send_lag_p99_ms": lag_ms, "ended_early": early, **server}
         counted = sorted({one.reply.counted_by for one in sent})
-        extra |= {"tokens_counted_by": ", ".join(counted), "server": self.identity.get("server", "unknown")}
+        extra |= {"tokens_counted_by": ", ".join(counted), "server": self._server}
+        if names := [one.reply.system_fingerprint for one in sent if one.reply.system_fingerprint]:
+            extra["system_fingerprint"] = names[0]
         tokens = [one.reply.token_ids or () for one in sent]
         return Outcome(tokens, metrics, extra=extra, voided=voided, exact=not early)
 
@@ -170,37 +166,23 @@ class HttpSession:
         against what the server answers to the same request alone.
         """
         if self._checked is None:
-            dialect = self.begin(items)
-            by_model = judge is not None and dialect.tells_ids and dialect.ids
-            self._checked = self._by_model(items, judge) if by_model else self._one_by_one(items)
+            prompts = self.begin(items)
+            replies = [one.reply for one in self._sent]
+            if judge is not None and prompts.dialect.tells_ids and prompts.dialect.ids:
+                self._checked = _by_model(prompts, replies, judge)
+            else:
+                self._checked = self._one_by_one(prompts, replies)
         return self._checked
 
-    def _by_model(self, items: Sequence[WorkItem], judge: Judge | None) -> Checked:
-        assert judge is not None
-        assert self._prompts is not None
-        prompts = self._prompts.of_round(self._round, self.begin(items))
-        replies = [one.reply for one in self._sent]
-        verdicts = [
-            judge.judge(prompts.token_ids(index, replies), reply.token_ids or ())
-            for index, reply in enumerate(replies)
-        ]
-        same = sum(verdict.same for verdict in verdicts)
-        ties = sum(verdict.ties > 0 and verdict.wrong_at is None for verdict in verdicts)
-        return Checked(same, ties, len(verdicts), "the model's own choices")
-
-    def _one_by_one(self, items: Sequence[WorkItem]) -> Checked:
-        dialect = self.begin(items)
-        assert self._prompts is not None
-        prompts = self._prompts.of_round(self._round, dialect)
-        replies = [one.reply for one in self._sent]
-        sample = np.linspace(0, len(items) - 1, min(len(items), CHECKED)).round().astype(int).tolist()
+    def _one_by_one(self, prompts: RoundPrompts, replies: Sequence[Reply]) -> Checked:
+        path = prompts.dialect.path
+        sample = np.linspace(0, len(replies) - 1, min(len(replies), CHECKED)).round().astype(int).tolist()
 
         async def again() -> list[Reply]:
-            found = []
-            for index in sample:
-                body = dialect.body(prompts.whole(index, replies), _most_tokens(items[index]))
-                found.append(self._read(await self.connection.stream(dialect.path, body)))
-            return found
+            return [
+                self._read(await self.connection.stream(path, prompts.body(index, replies)))
+                for index in sample
+            ]
 
         alone = self._wait(again())
         for index, reply in zip(sample, alone, strict=True):
@@ -216,8 +198,14 @@ class HttpSession:
         self._loop.close()
 
 
-def _most_tokens(item: WorkItem) -> int:
-    return item.params.resolved().max_new_tokens
+def _by_model(prompts: RoundPrompts, replies: Sequence[Reply], judge: Judge) -> Checked:
+    verdicts = [
+        judge.judge(prompts.token_ids(index, replies), reply.token_ids or ())
+        for index, reply in enumerate(replies)
+    ]
+    same = sum(verdict.same for verdict in verdicts)
+    ties = sum(verdict.ties > 0 and verdict.wrong_at is None for verdict in verdicts)
+    return Checked(same, ties, len(verdicts), "the model's own choices")
 
 
 def _answers(reply: Reply) -> object:
@@ -225,22 +213,22 @@ def _answers(reply: Reply) -> object:
 
 
 def _record(name: str, item: WorkItem, sent: Sent, by_chunk: bool) -> RequestMetrics:
-    """Return one request's metrics; of a failed one only that it failed."""
-    reply = sent.reply
-    times = reply.chunk_times
-    first, last = (times[0], times[-1]) if times else (None, sent.exchange.sent_s)
-    decode_ms = (last - first) * 1e3 if first is not None else None
-    gaps = tuple((b - a) * 1e3 for a, b in itertools.pairwise(times))
-    return RequestMetrics(
-        name, "error" if sent.error else reply.finish_reason or "stop",
-        prompt_tokens=reply.prompt_tokens or _length(item), output_tokens=reply.tokens,
-        prompt_tokens_cached=reply.cached_tokens or 0, preemptions=0,
-        arrival_s=sent.due_s, finished_s=last, queue_ms=None,
-        ttft_ms=(first - sent.due_s) * 1e3 if first is not None else None,
-        prefill_ms=None, decode_ms=decode_ms, latency_ms=(last - sent.due_s) * 1e3,
-        tpot_ms=decode_ms / (reply.tokens - 1) if decode_ms is not None and reply.tokens > 1 else None,
-        itl_ms=gaps if by_chunk and reply.chunks_are_tokens else (),
+    """Return one request's metrics: a chunk may hold several tokens, and only the first and last times are
+    surely of tokens."""
+    reply, times = sent.reply, sent.reply.chunk_times
+    by_times = RequestMetrics.from_times(
+        name, prompt_tokens=reply.prompt_tokens or _length(item), arrival_s=sent.due_s, scheduled_s=None,
+        token_times_s=times, finished_s=times[-1] if times else sent.exchange.sent_s,
+        finish_reason="error" if sent.error else reply.finish_reason or "stop",
+        prompt_tokens_cached=reply.cached_tokens or 0,
     )  # fmt: skip
+    decode_ms = by_times.decode_ms
+    return replace(
+        by_times,
+        output_tokens=reply.tokens,
+        tpot_ms=decode_ms / (reply.tokens - 1) if decode_ms is not None and reply.tokens > 1 else None,
+        itl_ms=by_times.itl_ms if by_chunk and reply.chunks_are_tokens else (),
+    )
 
 
 def _length(item: WorkItem) -> int:

@@ -21,6 +21,7 @@ from perf.servers.target import Target
 KEEP_S = (
     3.0  # an idle connection lives so long: servers close one after 5 s, perhaps just as it is used again
 )
+ANSWER_S = 30.0  # within which a server answers what is not streamed
 SILENT_S = 300.0  # after so long without a byte a request has failed
 STALE = (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError, aiohttp.ClientOSError)
 MOST_OPEN = 32  # connections that are opened before a round: some servers have a thread for each
@@ -64,25 +65,16 @@ class Connection:
         """Close every connection."""
         await self._session.close()
 
-    async def get(self, path: str, timeout_s: float = 30.0) -> Answer:
+    async def get(self, path: str) -> Answer:
         """Ask for a path. Raises TargetError if nothing answers."""
-        return await self._whole("GET", path, None, timeout_s)
-
-    async def post(self, path: str, body: dict[str, Any], timeout_s: float = SILENT_S) -> Answer:
-        """Send JSON and read the whole answer. Raises TargetError if nothing answers."""
-        return await self._whole("POST", path, body, timeout_s)
-
-    async def _whole(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Answer:
+        timeout = aiohttp.ClientTimeout(total=ANSWER_S)
         try:
-            async with self._session.request(
-                method, self.target.at(path), json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
-            ) as response:
+            async with self._session.get(self.target.at(path), timeout=timeout) as response:
                 text = await response.text(errors="replace")
                 status = response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise TargetError(
-                f"{self.target.url} does not answer {method} {path}: {reason(error)}"
-            ) from error
+            why = f"does not answer GET {path}: {reason(error)}"
+            raise TargetError(f"{self.target.url} {why}") from error
         try:
             return Answer(status, text, json.loads(text))
         except ValueError:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perf.backends.http.connection import Answer, Connection, Exchange
+from perf.backends.http.connection import Connection, Exchange
 from perf.backends.http.reply import read_reply
 from perf.servers.ready import TargetError
 from perf.servers.target import KEY, Api
@@ -40,6 +40,11 @@ REFUSED = frozenset({400, 422})
 BUSY = frozenset({429, 503})
 TRIES, PAUSE_S = 20, 0.5  # of a server that is busy
 TRIAL_TOKENS = 4
+VERSIONS = (  # where servers tell theirs, and by what key
+    ("/version", "version", "vLLM"),
+    ("/server_info", "version", "SGLang"),
+    ("/props", "build_info", "llama.cpp"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +144,8 @@ async def _agree(connection: Connection, dialect: Dialect, prompt: Prompt) -> tu
             guessed += named
         dialect = _without(dialect, named)
     for name in guessed[:-1]:  # the last one left out is what made it answer
-        fuller = replace(dialect, fields=(*dialect.fields, name), refused=_others(dialect.refused, name))
+        refused = tuple(other for other in dialect.refused if other != name)
+        fuller = replace(dialect, fields=(*dialect.fields, name), refused=refused)
         again = await _ask(connection, fuller, prompt)
         dialect, exchange = (fuller, again) if again.status == 200 else (dialect, exchange)
     reply = read_reply(exchange.parts)
@@ -153,10 +159,6 @@ def _without(dialect: Dialect, names: Sequence[str]) -> Dialect:
     kept = tuple(name for name in dialect.fields if name not in names)
     instead = tuple(INSTEAD[name] for name in names if name in INSTEAD)
     return replace(dialect, fields=(*kept, *instead), refused=(*dialect.refused, *names))
-
-
-def _others(names: Sequence[str], one: str) -> tuple[str, ...]:
-    return tuple(name for name in names if name != one)
 
 
 async def _ask(connection: Connection, dialect: Dialect, prompt: Prompt) -> Exchange:
@@ -178,24 +180,11 @@ def check_key(connection: Connection, status: int | None) -> None:
         raise TargetError(f"{connection.target.url} {has} (HTTP {status}): give it in ${KEY}")
 
 
-async def identity(connection: Connection, fingerprint: str | None) -> dict[str, str]:
-    """Return what the server says of itself, for a reader: its name and version, where it tells them."""
-    found: dict[str, str] = {}
-    for path, key, read in (
-        ("/version", "version", "vLLM"),
-        ("/server_info", "version", "SGLang"),
-        ("/props", "build_info", "llama.cpp"),
-    ):
-        answer = await _maybe(connection, path)
-        value = answer.json.get(key) if answer and isinstance(answer.json, dict) else None
+async def server_name(connection: Connection) -> str:
+    """Return the server's name and version, for a reader; "unknown" where it does not tell them."""
+    for path, key, name in VERSIONS:
+        answer = await connection.get(path)
+        value = answer.json.get(key) if answer.status == 200 and isinstance(answer.json, dict) else None
         if isinstance(value, str | int):
-            found["server"] = f"{read} {value}"
-            break
-    if fingerprint:
-        found["system_fingerprint"] = fingerprint
-    return found
-
-
-async def _maybe(connection: Connection, path: str) -> Answer | None:
-    answer = await connection.get(path)
-    return answer if answer.status == 200 else None
+            return f"{name} {value}"
+    return "unknown"

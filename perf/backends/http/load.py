@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from perf.backends.http.connection import Connection, Exchange
+from perf.backends.http.prompts import RoundPrompts
 from perf.backends.http.reply import Reply
 
 NAP_S = 0.002  # before a request is due it is waited for without sleeping: timers are a millisecond late
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """When a request is sent: seconds after the start, or after the end of the request that it follows."""
-
-    after_s: float
-    follows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,44 +37,41 @@ class Sent:
 
 
 async def send_all(
-    connection: Connection,
-    path: str,
-    due: Sequence[Due],
-    body: Callable[[int, Sequence[Sent | None]], bytes],
-    read: Callable[[Exchange], Reply],
-    places: int | None,
+    connection: Connection, prompts: RoundPrompts, read: Callable[[Exchange], Reply], places: int | None
 ) -> list[Sent]:
     """Send every request and wait for all of them.
 
     Args:
-        due: of each request; one that follows another comes after it.
-        body: makes a request's JSON, given its index and those that have ended.
+        prompts: of a round; each says when it is due.
         read: reads a stream that has ended.
         places: requests on their way at once, at most; one that waits for a place is due when it gets it.
             None: no bound.
     """
-    ended: list[Sent | None] = [None] * len(due)
-    known = {i: body(i, ended) for i, when in enumerate(due) if when.follows is None}
-    over = [asyncio.Event() for _ in due]
+    items, path = prompts.items, prompts.dialect.path
+    ended: list[Sent | None] = [None] * len(items)
+    replies: list[Reply | None] = [None] * len(items)
+    known = {i: prompts.body(i, replies) for i, item in enumerate(items) if item.follows is None}
+    over = [asyncio.Event() for _ in items]
     room: AbstractAsyncContextManager[object] = nullcontext() if places is None else asyncio.Semaphore(places)
 
     async def one(index: int) -> None:
-        when, since = due[index], start
-        if when.follows is not None:
-            await over[when.follows].wait()
+        item, since = items[index], start
+        if item.follows is not None:
+            await over[item.follows].wait()
             since = time.perf_counter()
-        at = since + when.after_s
-        ready = known.get(index) or body(index, ended)
+        at = since + item.arrival_s
+        body = known.get(index) or prompts.body(index, replies)
         await _until(at)
         async with room:
             if places is not None:
                 at = max(at, time.perf_counter())
-            exchange = await connection.stream(path, ready)
-        ended[index] = Sent(at, exchange, read(exchange))
+            exchange = await connection.stream(path, body)
+        replies[index] = reply = read(exchange)
+        ended[index] = Sent(at, exchange, reply)
         over[index].set()
 
     start = time.perf_counter()
-    await asyncio.gather(*(one(index) for index in range(len(due))))
+    await asyncio.gather(*(one(index) for index in range(len(items))))
     return [sent for sent in ended if sent is not None]
 
 

@@ -62,10 +62,6 @@ class Prompts:
         text = self.text(first)[:SHORT] or "Hello"
         return [{"role": "user", "content": text}] if dialect.api == "chat" else text
 
-    def of_round(self, number: int, dialect: Dialect) -> RoundPrompts:
-        """Return the prompts as they are sent in a round."""
-        return RoundPrompts(self, number, dialect)
-
     def text(self, item: WorkItem) -> str:
         """Return an item's own text; of messages, their contents in a row."""
         if isinstance(item.prompt, str):
@@ -84,13 +80,6 @@ class Prompts:
             return [dict(message) for message in source]
         return [{"role": "user", "content": self.text(item)}]
 
-    @property
-    def tokenize(self) -> Any:
-        """Return what counts the tokens of a text; None without a tokenizer."""
-        if self.tokenizer is None:
-            return None
-        return lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
-
     def drawn(self, number: int) -> tuple[list[int], str]:
         """Return what a round begins its prompts with: token ids that occur in them, and a word."""
         draw = np.random.default_rng([self.seed, number])
@@ -101,27 +90,37 @@ class Prompts:
 class RoundPrompts:
     """Prompts of one round, as a server is asked."""
 
-    def __init__(self, prompts: Prompts, number: int, dialect: Dialect) -> None:
-        self._prompts, self._dialect = prompts, dialect
+    def __init__(self, prompts: Prompts, dialect: Dialect, number: int) -> None:
+        self._prompts, self.dialect = prompts, dialect
         self._ids, self._word = prompts.drawn(number)
+
+    @property
+    def items(self) -> Sequence[WorkItem]:
+        return self._prompts.items
+
+    def body(self, index: int, replies: Sequence[Reply | None]) -> bytes:
+        """Return a request's JSON; `replies` has those of all that have ended."""
+        return self.dialect.body(
+            self.whole(index, replies), self.items[index].params.resolved().max_new_tokens
+        )
 
     def whole(self, index: int, replies: Sequence[Reply | None]) -> Prompt:
         """Return a request's prompt; of one that follows another, with all that was said before."""
-        if self._dialect.ids:
+        if self.dialect.ids:
             return self.token_ids(index, replies)
-        item = self._prompts.items[index]
+        item = self.items[index]
         if item.follows is None:
             return self._begun(item)
         before, reply = self.whole(item.follows, replies), replies[item.follows]
         assert reply is not None  # it has ended
-        if self._dialect.api == "chat":
+        if self.dialect.api == "chat":
             answer = {"role": "assistant", "content": reply.text}
             return [*before, answer, *self._prompts.messages(item)]
         return f"{before}{reply.text}{self._prompts.text(item)}"
 
     def token_ids(self, index: int, replies: Sequence[Reply | None]) -> list[int]:
         """Return a request's whole prompt as token ids, where the server is asked in them."""
-        item = self._prompts.items[index]
+        item = self.items[index]
         own = [int(token) for token in item.prompt]
         if item.follows is None:
             fresh = min(FRESH, len(own) // 2)
@@ -135,7 +134,7 @@ class RoundPrompts:
         return [*self.token_ids(item.follows, replies), *reply.token_ids, *own]
 
     def _begun(self, item: WorkItem) -> Prompt:
-        if self._dialect.api == "completions":
+        if self.dialect.api == "completions":
             return self._word + self._prompts.text(item)
         first, *others = self._prompts.messages(item)
         return [{**first, "content": self._word + first["content"]}, *others]
