@@ -31,7 +31,8 @@ class Turn:
     seconds: wall time of the whole turn. cpu_s: processor time of all threads. samples: one a round.
     canary_s: a fixed piece of work, before and after. stolen_s: what the hypervisor gave to others, of a
     processor. switches: involuntary. faults: pages read from a disk. children: whether
-    the process had some.
+    the process had some. served: whether a server did the work, which may be on the same processors: then
+    neither the canary's pace nor switches tell what the machine did.
     """
 
     seconds: float
@@ -42,13 +43,14 @@ class Turn:
     switches: int
     faults: int
     children: bool = False
+    served: bool = False
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Turn:
+    def of(cls, told: Mapping[str, Any], served: bool) -> Turn:
         """Read it from a process's message."""
         samples, canary = tuple(told["samples"]), (told["canary_s"][0], told["canary_s"][1])
         marks = told["stolen_s"], told["switches"], told["faults"], told["children"]
-        return cls(told["seconds"], told["cpu_s"], samples, canary, *marks)
+        return cls(told["seconds"], told["cpu_s"], samples, canary, *marks, served)
 
     @property
     def voided(self) -> bool:
@@ -63,7 +65,7 @@ class Turn:
             return "steal"
         if self.faults:
             return "page faults"
-        if self.switches > SWITCHES + SWITCHES_PER_S * self.seconds:
+        if not self.served and self.switches > SWITCHES + SWITCHES_PER_S * self.seconds:
             return "context switches"
         return None
 
@@ -89,14 +91,16 @@ class Group:
         reasons = [reason for turn in self.turns if (reason := turn.disturbed())]
         if reasons:
             return reasons[0]
-        canaries = [seconds for turn in self.turns for seconds in turn.canary_s]
-        return "pace" if max(canaries) > PACE * min(canaries) else None
+        return "pace" if any(self._is_slow(turn) for turn in self.turns) else None
 
     def disturbed_sides(self) -> list[int]:
         """The side of each turn that was disturbed by itself, or slower than the others by its canary."""
-        slow = PACE * min(min(turn.canary_s) for turn in self.turns)
         both = zip(self.order, self.turns, strict=True)
-        return [side for side, turn in both if turn.disturbed() or max(turn.canary_s) > slow]
+        return [side for side, turn in both if turn.disturbed() or self._is_slow(turn)]
+
+    def _is_slow(self, turn: Turn) -> bool:
+        fastest = min(min(one.canary_s) for one in self.turns)
+        return not turn.served and max(turn.canary_s) > PACE * fastest
 
 
 @dataclass(frozen=True, slots=True)

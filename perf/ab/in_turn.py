@@ -29,7 +29,7 @@ from perf.errors import GateError
 from perf.gate import stats
 from perf.gate.design import too_few
 from perf.gate.entries import Benchmark
-from perf.gate.metrics import METRICS
+from perf.gate.metrics import METRICS, POOLED
 from perf.gate.pooling import divided, pooled
 from perf.gate.stats import Estimate, Floats
 
@@ -43,11 +43,14 @@ Section = tuple[list[float], list[float]]
 
 
 class Series:
-    """All groups of one benchmark, by pair of processes; look: the last one that it came to."""
+    """All groups of one benchmark, by pair of processes.
 
-    def __init__(self) -> None:
+    looks: planned, over all pairs of processes. look: the last one that it came to.
+    """
+
+    def __init__(self, looks: int) -> None:
         self.pairs: list[list[Group]] = []
-        self.look = 1
+        self.looks, self.look = looks, 1
         self._known: dict[object, Any] = {}  # what follows from the groups, until there are more
 
     def add(self, group: Group) -> None:
@@ -70,8 +73,32 @@ class Series:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that every round of both sides told."""
+        """The metrics that are judged: those that every round of both sides told, but for tails that are too
+        rare."""
+        return [name for name in self._told if name not in self.too_rare]
 
+    @property
+    def too_rare(self) -> dict[str, int]:
+        """The tails of which the whole plan, at this pace, has too few values, with the planned values a
+        side.
+
+        How many there are depends on the workload, and on neither side's times: a round of three requests has
+        three values of TPOT, and no number of looks makes a P95 of them.
+        """
+        return {
+            name: int(self._values(name) * self.looks / self.look)
+            for name in self._told
+            if name in POOLED and sum(map(len, self.sections(name))) * self.looks < MIN_GROUPS * self.look
+        }
+
+    def _values(self, metric: str) -> int:
+        groups = [group for pair in self.kept for group in pair]
+        return min(
+            sum(len(sample[metric]) for group in groups for sample in group.of(side)) for side in SIDES
+        )
+
+    @property
+    def _told(self) -> list[str]:
         def find() -> list[str]:
             samples = [
                 sample for pair in self.pairs for group in pair for side in SIDES for sample in group.of(side)
@@ -79,7 +106,7 @@ class Series:
             names = [name for name in METRICS if samples and name in samples[0]]
             return [name for name in names if all(name in sample for sample in samples)]
 
-        return self._once("metrics", find)
+        return self._once("told", find)
 
     def sections(self, metric: str) -> list[list[Section]]:
         """Its sections by pair of processes."""
@@ -108,7 +135,7 @@ class InTurn:
 
     def __init__(self, looks: int) -> None:
         self.looks = looks
-        self.series: defaultdict[str, Series] = defaultdict(Series)
+        self.series: defaultdict[str, Series] = defaultdict(lambda: Series(looks))
 
     def count(self, before: Benchmark, after: Benchmark, metric: str) -> tuple[int, int]:
         groups = sum(map(len, self.series[before.fullname].sections(metric)))
@@ -197,6 +224,14 @@ def _differences(sections: Sequence[Section]) -> Iterator[float]:
     sides = stats.logs(*(side for section in sections for side in section))
     for base, head in zip(sides[::2], sides[1::2], strict=True):
         yield float(head.mean() - base.mean())
+
+
+def tell_too_rare(benchmark: str, series: Series) -> Iterator[str]:
+    """What a reader should know of the tails that were not judged."""
+    for name, values in series.too_rare.items():
+        needed = MIN_GROUPS * METRICS[name].needed_n
+        what = f"a tail of about {values:,} values a side; it needs {needed:,}"
+        yield f"{benchmark}: {METRICS[name].label} is not judged: {what}"
 
 
 def tell_disturbances(found: Mapping[str, Disturbances]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from perf.ab import experiment
 from perf.ab.blocks import measure_blocks
 from perf.ab.experiment import Experiment, Plan
 from perf.ab.import_proof import Surroundings, Watch
-from perf.ab.in_turn import tell_disturbances
+from perf.ab.in_turn import tell_disturbances, tell_too_rare
 from perf.ab.revisions import commit_of, git
 from perf.ab.serving import IN_PROCESS, Serving
 from perf.ab.turns import Side, turns_command
@@ -78,7 +78,6 @@ def ab(
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after processes and worktrees are gone.
     """
     _check_numbers(budget, pairs, round_s, interleave, blocks)
-    args = serving.args(args)
     check_args(args, "process")
     top = Path(git(Path(repo), "rev-parse", "--show-toplevel"))
     commits = [commit_of(top, revision) for revision in (base, head)]
@@ -107,12 +106,9 @@ def concluded(one: Experiment, base: Run, head: Run, counters: bool = True) -> C
     if one.replayed:
         what = "they time themselves and take no turns; --interleave blocks measures them"
         notes.append(f"not judged: {', '.join(sorted(one.replayed))}: {what}")
-    timed = {
-        v.benchmark: one.design.series[v.benchmark].disturbances
-        for v in comparison.verdicts
-        if v.p is not None
-    }
-    notes += tell_disturbances(timed)
+    timed = {v.benchmark: one.design.series[v.benchmark] for v in comparison.verdicts if v.p is not None}
+    notes += tell_disturbances({name: series.disturbances for name, series in timed.items()})
+    notes += [line for name, series in timed.items() for line in tell_too_rare(name, series)]
     turns_s, shares = sum(one.measured_s.values()), f"{one.pairs} of {one.plan.pairs} pairs of processes"
     took = f"it took {one.seconds:.0f} s, {turns_s:.0f} s of them in turns, and {shares}"
     if open_ := [v for v in comparison.verdicts if v.outcome is Outcome.INCONCLUSIVE and v.rounds_needed]:
@@ -132,10 +128,15 @@ def _as_judged(one: Experiment, run: Run, side: int) -> Run:
     for name, benchmark in run.benchmarks.items():
         if name in one.replayed:
             continue
-        told = one.design.series[name].rounds(side)
-        timed = {key: values for key, values in told.items() if METRICS[key].direction != "exact"}
-        kept = {key: values for key, values in timed.items() if key in benchmark.rounds}
-        benchmarks[name] = replace(benchmark, rounds={**benchmark.rounds, **kept}, sessions=())
+        series = one.design.series[name]
+        told = series.rounds(side)
+        timed = {key: values for key, values in told.items() if not METRICS[key].is_counter}
+        judged = {
+            key: timed.get(key, values)
+            for key, values in benchmark.rounds.items()
+            if key not in series.too_rare
+        }
+        benchmarks[name] = replace(benchmark, rounds=judged, sessions=())
     return replace(run, benchmarks=benchmarks)
 
 

@@ -245,7 +245,7 @@ class Meeting:
         if told["kind"] != "turn":
             process.conclude()
             raise process.failed("a round failed")
-        return Turn.of(told)
+        return Turn.of(told, process.side.served)
 
 
 @contextmanager

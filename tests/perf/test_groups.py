@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from perf.ab.groups import Disturbances, Group, Turn
-from perf.ab.in_turn import InTurn, Series, tell_disturbances
+from perf.ab.in_turn import InTurn, Series, tell_disturbances, tell_too_rare
 from perf.gate.design import UndecidedError
 
 QUIET = Turn(0.1, 0.1, ({"tokens_per_s": 1.0},), (1e-3, 1e-3), 0.0, 0, 0)
@@ -30,6 +30,13 @@ def group(*changed, order=(0, 1, 1, 0), **how):
 @pytest.mark.parametrize("which", range(4))
 def test_each_mark_counts_on_whichever_side_it_falls(which, how, reason):
     assert group(which, **how).spoiled() == reason
+
+
+@pytest.mark.parametrize("how", [{"switches": 99}, {"canary_s": (1e-3, 9e-3)}])
+def test_a_servers_own_work_is_no_sign_that_the_machine_was_taken_away(how):
+    assert group(1, served=True, **how).spoiled() is None
+    assert group(1, served=True, **how).disturbed_sides() == []
+    assert group(1, served=True, stolen_s=0.03, **how).spoiled() == "steal"
 
 
 def test_spoiled_groups_are_left_out_and_counted_with_their_time():
@@ -67,7 +74,7 @@ def test_where_most_groups_are_spoiled_this_is_how_the_machine_is():
 def test_a_pair_without_enough_values_of_a_tail_says_nothing_of_it():
     """A pair of processes that measured few groups beside one that measured many."""
     few, many = [replace(QUIET, samples=({"itl_p99_ms": [1.0 + n] * n},)) for n in (10, 500)]
-    series = Series()
+    series = Series(24)
     for turn, count in ((few, 3), (many, 30)):
         series.pairs.append([])
         for _ in range(count):
@@ -80,6 +87,24 @@ def test_a_pair_without_enough_values_of_a_tail_says_nothing_of_it():
     series.add(Group((0, 1, 1, 0), (few,) * 4))
     with pytest.raises(UndecidedError, match="0 groups of rounds: too few to tell anything"):
         design.combined("t::a", "itl_p99_ms")
+
+
+@pytest.mark.parametrize(("values", "look", "judged"), [
+    (1000, 12, True), (100, 12, False), (100, 2, True), (101, 12, False), (250, 24, True), (249, 24, False),
+])  # fmt: skip
+def test_a_tail_of_which_the_plan_has_too_few_values_is_not_judged(values, look, judged):
+    """A thousand gaps make an ITL P99, and six of those a verdict: 12 groups of two turns a side."""
+    turn = replace(QUIET, samples=({"tokens_per_s": 1.0, "itl_p99_ms": [1.0] * values},))
+    series = Series(24)
+    series.look = look
+    series.pairs.append([])
+    for _ in range(12):
+        series.add(Group((0, 1, 1, 0), (turn,) * 4))
+    assert ("itl_p99_ms" in series.metrics) is judged
+    assert "tokens_per_s" in series.metrics
+    planned = 24 * values * 24 // look
+    said = f"t::a: ITL P99 is not judged: a tail of about {planned:,} values a side; it needs 6,000"
+    assert list(tell_too_rare("t::a", series)) == ([] if judged else [said])
 
 
 def test_the_rounds_of_a_side_are_those_of_its_turns():
