@@ -5,7 +5,9 @@ coordinator's language, whatever perf it has itself: it imports pytest, pytest-b
 library. Coordinator and process exchange JSON objects, a line each, over two file descriptors that the
 environment names; "kind" says which. The process tells, the coordinator (perf/ab/turns.py) answers:
 
-    {"kind": "collected", "items": [node ids that take a benchmark]}         {"run": [ids], "others": bool}
+    {"kind": "collected", "items": [node ids that take a benchmark]}         {"run": [ids], "others": bool,
+                                                                              "asks": bool}
+    {"kind": "begin", "item": id}, before it is proven, if it "asks"         {}, once it may
     {"kind": "at", "item": id, "gate": its tolerances}, a benchmark's begin  an order, see below
     {"kind": "turn", "samples": [...], "seconds": s, ...}                    the next order
     {"kind": "end", "item": id, "replayed": bool}                            no answer
@@ -76,13 +78,13 @@ class Agent:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.item: pytest.Item | None = None
-        self.replayed = False
+        self.replayed = self.asks = False
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Tell what there is, and leave out what the coordinator has no use for."""
         order = self.link.ask("collected", items=[item.nodeid for item in session.items if _measures(item)])
-        wanted = set(order["run"])
+        wanted, self.asks = set(order["run"]), order["asks"]
         session.items[:] = [
             item for item in session.items if (item.nodeid in wanted if _measures(item) else order["others"])
         ]
@@ -93,6 +95,8 @@ class Agent:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
         self.item, self.replayed = item, False
+        if self.asks and _measures(item):
+            self.link.ask("begin", item=item.nodeid)
         return (yield)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:

@@ -47,7 +47,8 @@ def turns_command(args: Sequence[str], tree: Path, folder: Path) -> list[str]:
 @dataclass(frozen=True)
 class Side:
     """What a process of one side is started with. name: for messages. folder: for its files. served: whether
-    it only asks a server, which has processors of its own choice."""
+    it only asks a server, which has processors of its own choice; two servers that compute at once can take
+    many times as long as one after the other, so that only one side at a time proves its tokens."""
 
     name: str
     command: Sequence[str]
@@ -82,7 +83,15 @@ class Process:
         self._told, self._heard = told[0], bytearray()
 
     def hear(self) -> dict[str, Any]:
-        """The next thing that it tells; `{"kind": "gone"}` when it has ended, whatever its children do."""
+        """The next thing that it tells; `{"kind": "gone"}` when it has ended, whatever its children do.
+
+        One that asks whether it may begin may, as soon as it is listened to.
+        """
+        while (told := self._hear())["kind"] == "begin":
+            self.order()
+        return told
+
+    def _hear(self) -> dict[str, Any]:
         while (end := self._heard.find(b"\n")) < 0:
             if not select.select([self._told], [], [], LISTEN_S)[0]:
                 if self.process.poll() is not None:
@@ -171,7 +180,7 @@ class Pair:
         common = set(self.common)
         for process, items in zip(self.processes, self._items, strict=True):
             own = [item for item in items if item in wanted or (alone and item not in common)]
-            process.order(run=own, others=alone)
+            process.order(run=own, others=alone, asks=process.side.served)
         for item in [*(item for item in self.common if item in wanted), None]:
             told = [self._come(process, item) for process in self.processes]
             if item is None:

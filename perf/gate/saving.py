@@ -1,6 +1,8 @@
 """Saving of a pytest session: nothing that failed, no run without a timing, every benchmark's tolerances.
 
-A part of the plugin. It imports pytest alone: the rest of the gate is for sessions that have a use for it.
+A benchmark that failed by what its user can mend (a server that is gone, a file that is none) says so in one
+line, and a session in which nothing else failed has the exit code of that. A part of the plugin. It imports
+pytest alone: the rest of the gate is for sessions that have a use for it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,11 @@ from typing import Any
 
 import pytest
 
+from engine import InputError
+from perf.errors import Exit, GateError
+
 BENCHMARK = pytest.StashKey[Any]()  # a test's own `benchmark` fixture
+TOLD = pytest.StashKey[list[Exit]]()  # of each benchmark that failed by what its user can mend
 UNSAVED = pytest.StashKey[str]()  # the option that saved nothing
 XDIST, DISABLE, SKIP = "-n (xdist)", "--benchmark-disable", "--benchmark-skip"
 SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
@@ -56,9 +62,15 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Leave out what failed: pytest-benchmark alone would keep the time of a test that failed after it."""
     fixture = item.stash.get(BENCHMARK, None)
+    report = yield
     if fixture is not None and call.excinfo is not None:
         fixture.has_error = True
-    return (yield)
+        error = call.excinfo.value
+        if isinstance(error, InputError) and report.failed:
+            report.longrepr = f"error: {error}"
+            code = error.code if isinstance(error, GateError) else Exit.USAGE
+            item.config.stash.setdefault(TOLD, []).append(code)
+    return report
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -68,6 +80,9 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     The file of --benchmark-json is written even if every benchmark failed: no older one may be in its place.
     """
     config = session.config
+    told = config.stash.get(TOLD, [])
+    if told and len(told) == session.testsfailed and session.exitstatus == pytest.ExitCode.TESTS_FAILED:
+        session.exitstatus = int(Exit.USAGE if Exit.USAGE in told else Exit.NOT_COMPARABLE)
     found: Any = config.pluginmanager.get_plugin("pytest-benchmark")
     if found is not None and all(benchmark.has_error for benchmark in found.benchmarks):
         found.save = found.autosave = None

@@ -30,6 +30,11 @@ from perf.measure.token_check import WrongTokens
 CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are
 # what a backend that tells only the end can't have
 TIMES = ("queue", "ttft", "prefill", "decode", "tpot", "itl")
+# what only an engine that counts its steps knows
+OF_STEPS = (
+    "steps", "forward_passes", "tokens_computed", "padded_tokens", "padding_ratio", "preemptions", "host_pct",
+    "kv_bytes_peak", "kv_unused_tokens", "kv_unused_mean", "batch_size_mean",
+)  # fmt: skip
 LATENCY_OF = {"tpot_p95_ms": "tpot_ms", "itl_p99_ms": "itl_ms"}  # whose values a pooled metric is of
 Derive = Callable[[Flat, EngineMetrics], Flat]
 
@@ -187,6 +192,8 @@ class Trial:
         outcome, self._outcome = self._outcome, None
         self.check(outcome)
         flat: Flat = outcome.metrics.flat()
+        if not outcome.metrics.counters.steps:
+            flat |= dict.fromkeys(OF_STEPS)
         if not outcome.keeps_times:
             flat |= {name: None for name in flat if name.split("_")[0] in TIMES}
         derived = self.derive({**flat, **outcome.extra}, outcome.metrics) if self.derive else {}

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-from engine import InputError
+from perf.errors import GateError
 from perf.servers.target import KEY, Target
 
 POLL_S = 0.2
@@ -21,7 +21,7 @@ ABSENT = frozenset({404, 405, 501})
 NOT_YET = 503
 
 
-class TargetError(InputError):
+class TargetError(GateError):
     """The server is not there, or cannot do what is asked of it."""
 
 

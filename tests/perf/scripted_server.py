@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -186,7 +187,7 @@ class _Session:
         )
         if api == "chat" and script.role_first:
             await self._event(self._chunk(api, {"role": "assistant"}))
-        await asyncio.sleep(script.first_ms / 1e3)
+        await _exactly(script.first_ms / 1e3)
         said = words(prompt, count)
         for at in range(0, count, script.together):
             if at:
@@ -248,6 +249,14 @@ class _Session:
         self.writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(data), data))
         await self.writer.drain()
         return True
+
+
+async def _exactly(seconds: float) -> None:
+    """Sleep, and be awake when it is over: a timer alone is a millisecond late."""
+    until = time.perf_counter() + seconds
+    await asyncio.sleep(max(0.0, seconds - 0.002))
+    while time.perf_counter() < until:
+        await asyncio.sleep(0)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,16 @@ from tests.perf import scripted_server
 from tests.perf.repos import commit
 
 ASK = """
-import json, urllib.request
+import json, os, pytest, time, urllib.request
 
-def test_ask(benchmark, request):
+@pytest.fixture
+def proven():
+    with open(os.environ.get("PROOFS", os.devnull), "a") as log:
+        print(time.monotonic(), file=log, flush=True)
+        time.sleep(0.3)
+        print(time.monotonic(), file=log, flush=True)
+
+def test_ask(proven, benchmark, request):
     url = request.config.getoption("--target") + "/v1/completions"
     body = json.dumps({"prompt": "a", "max_tokens": 2}).encode()
     benchmark(lambda: urllib.request.urlopen(url, data=body).read())
@@ -55,7 +62,11 @@ BLOCKS = pytest.param({"interleave": "blocks", "blocks": 4}, marks=pytest.mark.s
 
 
 @pytest.mark.parametrize("how", [pytest.param({"budget": 12.0, "pairs": 2}, id="rounds"), BLOCKS])
-def test_a_slower_server_is_a_regression(repo: Path, how: dict[str, Any]) -> None:
+def test_a_slower_server_is_a_regression(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    """And only one side at a time proves its tokens, for two servers that compute at once are slow."""
+    monkeypatch.setenv("PROOFS", str(tmp_path / "proofs"))
     found = ab("fast", "slow", ["test_ask.py"], serving=SERVING, repo=repo, **how)
     assert found.exit is Exit.REGRESSION
     (verdict,) = found.verdicts
@@ -63,6 +74,10 @@ def test_a_slower_server_is_a_regression(repo: Path, how: dict[str, Any]) -> Non
     assert verdict.effect is not None
     assert verdict.effect > 0.5
     assert not servers()
+    times = [float(line) for line in (tmp_path / "proofs").read_text().split()]
+    assert len(times) >= 8
+    assert times == sorted(times)
+    assert all(end - begin >= 0.3 for begin, end in zip(times[::2], times[1::2], strict=True))
 
 
 def test_a_server_that_ends_is_not_comparable(repo: Path) -> None:

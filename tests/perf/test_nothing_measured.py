@@ -78,6 +78,26 @@ def test_only_failures_are_nothing_to_save(pytester: pytest.Pytester):
         saved_runs.load("x.json")
 
 
+GONE = "raise TargetError('http://there does not answer')"
+WRONG = "raise InputError('workload=17 must be text')"
+
+
+@pytest.mark.parametrize(("bodies", "code"), [
+    ((GONE,), 3), ((WRONG,), 2), ((GONE, WRONG), 2), ((GONE, "assert 0"), 1), ((GONE, "benchmark(int)"), 3),
+])  # fmt: skip
+def test_what_the_user_can_mend_is_said_in_a_line_with_its_code(
+    pytester: pytest.Pytester, bodies: tuple[str, ...], code: int
+):
+    suite = "from engine import InputError\nfrom perf.servers.ready import TargetError\n"
+    for number, body in enumerate(bodies):
+        suite += f"def test_{number}(benchmark):\n    {body}\n"
+    found, text = run(pytester, "--benchmark-save=x", suite=suite)
+    assert found == code
+    assert ("error: http://there does not answer" in text) == (GONE in bodies)
+    assert ("error: workload=17 must be text" in text) == (WRONG in bodies)
+    assert ("Traceback" in text, "suite.py" in text) == (False, False)
+
+
 def test_without_pytest_benchmark_the_plugin_asks_for_nothing(pytester: pytest.Pytester):
     plain = "import pytest\n@pytest.fixture\ndef benchmark(): return 3\n"
     plain += "def test_it(benchmark): assert benchmark == {}\n"

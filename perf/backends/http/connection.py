@@ -54,16 +54,16 @@ class Connection:
         headers = {"Accept-Encoding": "identity"}
         if target.key:
             headers["Authorization"] = f"Bearer {target.key}"
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=SILENT_S),
-            headers=headers,
-            trust_env=False,
-        )
+        kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=SILENT_S)
+        self._session = aiohttp.ClientSession(connector=kept, timeout=timeout, headers=headers)
+        own = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._unshared = aiohttp.ClientSession(connector=own, timeout=timeout, headers=headers)
 
     async def close(self) -> None:
         """Close every connection."""
         await self._session.close()
+        await self._unshared.close()
 
     async def get(self, path: str) -> Answer:
         """Ask for a path. Raises TargetError if nothing answers."""
@@ -84,16 +84,16 @@ class Connection:
         """Send a request and keep what comes, whatever comes: a failure is in the exchange.
 
         One that meets a connection which the server has just closed is sent again on a new one, as curl does:
-        HTTP has no way to tell beforehand.
+        HTTP has no way to tell beforehand. Others that are kept may be as stale, so the new one is its own.
         """
         exchange = Exchange(time.perf_counter())
         try:
             try:
-                await self._read(path, body, exchange)
+                await self._read(self._session, path, body, exchange)
             except STALE:
                 if exchange.status is not None:
                     raise
-                await self._read(path, body, exchange)
+                await self._read(self._unshared, path, body, exchange)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             exchange.error = f"broke off: {reason(error)}"
         if exchange.status is not None and exchange.status != 200:
@@ -102,9 +102,9 @@ class Connection:
             )
         return exchange
 
-    async def _read(self, path: str, body: bytes, exchange: Exchange) -> None:
+    async def _read(self, session: aiohttp.ClientSession, path: str, body: bytes, exchange: Exchange) -> None:
         headers = {"Content-Type": "application/json"}
-        async with self._session.post(self.target.at(path), data=body, headers=headers) as response:
+        async with session.post(self.target.at(path), data=body, headers=headers) as response:
             exchange.status = response.status
             async for part in response.content.iter_any():
                 exchange.parts.append((time.perf_counter(), part))
