@@ -7,7 +7,8 @@ import atexit
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 
 from engine.engine import Engine
 from engine.errors import check_type
@@ -16,34 +17,35 @@ from engine.request import Request, RequestOutput, SamplingParams, StreamChunk
 
 LOG = logging.getLogger(__name__)
 MAX_FAILURES = 3  # steps in a row that raise, before the engine must show that it can compute anything
+Item = tuple[int, StreamChunk] | BaseException  # a chunk of a prompt, by its number, or why none comes
 
 
 class Waiter:
-    """A coroutine that waits for the chunks of its request, in an event loop of its own."""
+    """A coroutine that waits for the chunks of its requests, in an event loop of its own."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.items = asyncio.Queue[StreamChunk | BaseException]()
-        self.request: Request | None = None
+        self.items = asyncio.Queue[Item]()
+        self.requests: list[Request] = []
 
-    def give(self, item: StreamChunk | BaseException) -> bool:
-        """Hand something over, from any thread; return False if the event loop is closed: nobody waits."""
-        try:
-            self.loop.call_soon_threadsafe(self.items.put_nowait, item)
-        except RuntimeError:
-            if not self.loop.is_closed():
-                raise
-            return False
-        return True
+    async def next(self) -> tuple[int, StreamChunk]:
+        """Return the next chunk, with the index of its prompt, or raise what came instead."""
+        item = await self.items.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
 
 class AsyncEngine:
     """An engine that coroutines share; nothing else may use it meanwhile.
 
-    A coroutine that is cancelled, or leaves its stream, aborts its request. The requests of a step that
+    A coroutine that is cancelled, or leaves its stream, aborts its requests. The requests of a step that
     raises end with reason "error", and the engine goes on for all others. Only when several steps in a row
     have raised, and so has one for a request of the engine's own, the worker ends, and every waiter, present
     and future, gets a RuntimeError. Use it as `async with AsyncEngine(engine) as served:`.
+
+    What a step gives is handed to an event loop in one call, however many requests it is for: each call wakes
+    the loop's thread, which the worker would otherwise wait for.
 
     Raises:
         InputError: for what is no Engine.
@@ -54,12 +56,18 @@ class AsyncEngine:
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._waiting: set[Waiter] = set()
+        self._outbox: list[tuple[Waiter, Item]] = []  # of the worker alone
         self._lock = threading.Lock()
         self._ended: str | None = None  # why, once the worker has
         self._failures = 0  # steps that raised, with no token in between
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
         atexit.register(self.close)  # a thread in the middle of a step must not outlive the interpreter
+
+    @property
+    def ended(self) -> str | None:
+        """Why the worker has ended; None while it works."""
+        return self._ended
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
         """Return the output for one prompt.
@@ -74,22 +82,31 @@ class AsyncEngine:
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
-    ) -> AsyncIterator[StreamChunk]:
+    ) -> AsyncGenerator[StreamChunk, None]:
         """Yield the chunks for one prompt as they come. Raises as `generate` does."""
-        waiter = Waiter()
-        with self._lock:
-            if self._ended is not None:
-                raise RuntimeError(self._ended)
-            self._waiting.add(waiter)
-        self._commands.put(lambda: self._add(waiter, prompt, params))
+        waiter = self._enter([prompt], params)
         try:
             while True:
-                item = await waiter.items.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item.output is not None:
+                _, chunk = await waiter.next()
+                yield chunk
+                if chunk.output is not None:
                     return
+        finally:
+            self._commands.put(lambda: self._leave(waiter))
+
+    async def stream_all(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+    ) -> AsyncGenerator[tuple[int, StreamChunk], None]:
+        """Yield the chunks for several prompts as they come, each with its prompt's index.
+
+        Raises as `generate` does; if one prompt is refused, none is served.
+        """
+        waiter, left = self._enter(prompts, params), len(prompts)
+        try:
+            while left:
+                index, chunk = await waiter.next()
+                left -= chunk.output is not None
+                yield index, chunk
         finally:
             self._commands.put(lambda: self._leave(waiter))
 
@@ -106,39 +123,71 @@ class AsyncEngine:
     async def __aexit__(self, *error: object) -> None:
         await asyncio.to_thread(self.close)
 
-    def _add(self, waiter: Waiter, prompt: Prompt, params: SamplingParams | None) -> None:
-        """Queue a request; its caller hears what is wrong with it."""
+    def _enter(self, prompts: Sequence[Prompt], params: SamplingParams | None) -> Waiter:
+        """Have the worker queue requests for the coroutine that calls; it must `_leave` in the end.
 
-        def give(chunk: StreamChunk) -> None:
-            if not waiter.give(chunk):
-                self._leave(waiter)
+        Raises:
+            RuntimeError: if the worker has ended.
+        """
+        waiter = Waiter()
+        with self._lock:
+            if self._ended is not None:
+                raise RuntimeError(self._ended)
+            self._waiting.add(waiter)
+        self._commands.put(lambda: self._add(waiter, prompts, params))
+        return waiter
 
+    def _add(self, waiter: Waiter, prompts: Sequence[Prompt], params: SamplingParams | None) -> None:
+        """Queue requests; their caller hears what is wrong with one of them."""
         try:
-            waiter.request = self._engine.add_request(prompt, params, on_chunk=give)
+            for index, prompt in enumerate(prompts):
+                give = partial(self._give, waiter, index)
+                waiter.requests.append(self._engine.add_request(prompt, params, on_chunk=give))
         except Exception as error:
-            waiter.give(error)
+            self._outbox.append((waiter, error))
+            self._leave(waiter)
+
+    def _give(self, waiter: Waiter, index: int, chunk: StreamChunk) -> None:
+        self._outbox.append((waiter, (index, chunk)))
 
     def _leave(self, waiter: Waiter) -> None:
-        """Forget a coroutine that waits no more, and end its request if it has not ended."""
+        """Forget a coroutine that waits no more, and end its requests that have not ended."""
         with self._lock:
             self._waiting.discard(waiter)
-        if waiter.request is not None:
-            self._engine.abort(waiter.request.id)
+        for request in waiter.requests:
+            self._engine.abort(request.id)
+
+    def _deliver(self) -> None:
+        """Hand over what has come, to each event loop in one call; who was in a closed one waits no more."""
+        while self._outbox:
+            loop = self._outbox[0][0].loop
+            for_it = [(waiter, item) for waiter, item in self._outbox if waiter.loop is loop]
+            self._outbox = [(waiter, item) for waiter, item in self._outbox if waiter.loop is not loop]
+            try:
+                loop.call_soon_threadsafe(_put, for_it)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
+                for waiter in {waiter for waiter, _ in for_it}:
+                    self._leave(waiter)
+                self._outbox = [(waiter, item) for waiter, item in self._outbox if waiter.loop is not loop]
 
     def _work(self) -> None:
         why = "the engine has been closed"
         try:
             while (command := self._next()) is not None:
                 command()
+                self._deliver()
         except BaseException as error:
             LOG.exception("the engine has ended")
             why = f"the engine has ended: {error}"
         with self._lock:
             self._ended = why
             waiting = list(self._waiting)
+        self._outbox += [(waiter, RuntimeError(why)) for waiter in waiting]
         for waiter in waiting:
-            waiter.give(RuntimeError(why))
             self._leave(waiter)
+        self._deliver()
 
     def _next(self) -> Callable[[], object] | None:
         """Return a command, else a step, else wait for a command; None is the command to end."""
@@ -164,3 +213,8 @@ class AsyncEngine:
                 failed = f"{self._failures} steps in a row failed, and so did one for a request of its own"
                 raise RuntimeError(f"{failed}; the last said {error!r}") from error
             self._failures = 0
+
+
+def _put(items: list[tuple[Waiter, Item]]) -> None:
+    for waiter, item in items:
+        waiter.items.put_nowait(item)

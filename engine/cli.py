@@ -1,9 +1,13 @@
-"""`python -m engine bench | generate | models`: arguments and one-line errors; torch is imported on use."""
+"""`python -m engine bench | generate | serve | batch | models`: arguments and one-line errors.
+
+Torch is imported on use.
+"""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +31,9 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str, typer.Option(help="auto, float32, float16, bfloat16, float64 or int8 (packed on a CPU).")
+]
+KvMemory = Annotated[
+    str, typer.Option(help="For keys and values: bytes, or a fraction of the memory that is free.")
 ]
 Seed = Annotated[int, typer.Option(help="Seeds the workload, random weights and sampling.")]
 
@@ -145,6 +152,125 @@ def generate(
     rate = f", {1e3 / m.tpot_ms:.1f} tok/s" if m.tpot_ms else ""
     tokens = f"{m.prompt_tokens} tokens in, {m.output_tokens} out ({m.finish_reason})"
     typer.echo(f"{tokens}, TTFT {m.ttft_ms:.0f} ms{rate}", err=True)
+
+
+@app.command()
+@ending()
+def serve(
+    model: Model = "smollm2",
+    host: Annotated[str, typer.Option(help="Another than this machine's own needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with the key that requests must have; else $ENGINE_API_KEY.")
+    ] = None,
+    without_key: Annotated[
+        bool, typer.Option("--without-key", help="Let whoever reaches another host's port use it.")
+    ] = False,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model (its spec).")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests that run together at most.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beyond those.")] = 256,
+    request_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for a whole answer.")] = 600.0,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds for what is on its way, once told to end.")
+    ] = 30.0,
+    generation_config: Annotated[
+        str, typer.Option(help="auto: what a request leaves open is as the model says; none: it is not.")
+    ] = "auto",
+    kv_memory: KvMemory = "0.6",
+    prefix_caching: Annotated[bool, typer.Option(help="Share what prompts begin with alike.")] = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Serve a model by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.
+
+    SIGTERM or Ctrl-C takes nothing new, and lets what is on its way end.
+    """
+    config = EngineConfig(
+        max_batch_size=max_batch_size,
+        generation_config=generation_config,
+        kv_memory=_bytes_or_share(kv_memory),
+        prefix_caching=prefix_caching,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    with Progress(IMPORTING):
+        serving = _extra("engine.serve.command", "serve")
+    asked = model, config, host, port, api_key_file, without_key, served_model_name
+    serving.run(serving.ServeOptions(*asked, max_queue, request_timeout, drain_timeout))
+
+
+@app.command()
+@ending()
+def batch(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="JSON lines, as OpenAI's Batch API takes them.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Its answers; those that are there stand.")],
+    model: Model = "smollm2",
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What the requests call the model (its spec).")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests that run together at most.")] = 32,
+    generation_config: Annotated[
+        str, typer.Option(help="auto: what a request leaves open is as the model says; none: it is not.")
+    ] = "auto",
+    kv_memory: KvMemory = "0.6",
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread it over a Ray cluster: $RAY_ADDRESS, else this machine.")
+    ] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines, with --ray.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each, or a share of one, with --ray.")] = 0.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Answer a file of requests. A run that was killed goes on where it was, if it is given again."""
+    config = EngineConfig(
+        max_batch_size=max_batch_size,
+        generation_config=generation_config,
+        kv_memory=_bytes_or_share(kv_memory),
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    for path in (source, target.parent):
+        if not path.exists():
+            raise InputError(f"{str(path)!r} is not there")
+    name = served_model_name or model
+    with Progress(IMPORTING):
+        from engine import batch as work
+        from engine.engine import Engine
+
+        spread = _extra("engine.cluster", "ray") if ray else None
+    if spread is None:
+        found = work.run(Engine.from_pretrained(model, config), name, source, target)
+    else:
+        found = spread.run(source, target, model, config, name, spread.Cluster(replicas, gpus))
+    before = f", {found.before:,} of them before" if found.before else ""
+    failed = f", {found.failed:,} refused or failed" if found.failed else ""
+    typer.echo(f"{found.rows:,} requests{before}: {found.answered:,} answered{failed}", err=True)
+
+
+def _bytes_or_share(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise InputError(f"kv_memory={text!r} must be bytes, or a fraction such as 0.6") from None
+
+
+def _extra(module: str, name: str) -> Any:
+    """Return a module that needs an extra. Raises InputError where that is not installed."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("engine"):
+            raise
+        problem = f"`engine {name}` needs {error.name}, which is not installed"
+        raise InputError(f"{problem}: pip install 'dynamic-batch[{name}]'") from None
 
 
 def _standard_input() -> str:

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -135,9 +135,15 @@ class Engine(Loop):
         """Return a prompt's token ids, checked; `name` is what errors call it."""
         return self._input.encode(prompt, name)
 
-    def chat(self, message: str) -> list[int]:
-        """Return the token ids of a user's message in the model's chat template, up to its answer."""
-        return self._input.chat(message)
+    def chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the token ids of a user's message, or of messages of a `role` and a `content` each, in the
+        model's chat template, up to its answer."""
+        return self._input.chat(messages)
+
+    def room(self, prompt_tokens: int) -> int:
+        """Return the most output tokens that a request with so long a prompt can ask for; 0: none."""
+        positions = min(self.max_positions, self.scheduler.memory.capacity)
+        return max(0, positions - prompt_tokens + 1)
 
     def add_request(
         self,

@@ -5,7 +5,7 @@ Whatever is wrong with a prompt is an InputError that names it, and so is what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,21 @@ class InputProcessor:
             raise InputError(f"{name} is empty: give at least one token")
         return ids
 
-    def chat(self, message: str) -> list[int]:
-        """Return the token ids of a user's message in the model's chat template, up to its answer."""
+    def chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the token ids of a conversation in the model's chat template, up to its answer.
+
+        Args:
+            messages: a user's message, or messages of a `role` and a `content` each.
+        """
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise InputError(f"{self.spec} has no chat template: give the message as a plain prompt")
-        messages = [{"role": "user", "content": check_text("message", message)}]
+        name = "message" if isinstance(messages, str) else "messages"
+        told = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        for message in told:
+            for text in message.values():
+                check_text(name, text)
         options = {"add_generation_prompt": True, "return_dict": False}
-        return self.tokens("message", lambda: self.tokenizer.apply_chat_template(messages, **options))
+        return self.tokens(name, lambda: self.tokenizer.apply_chat_template(told, **options))
 
     def check_positions(self, name: str, prompt_tokens: int, max_new_tokens: int) -> None:
         """Raise InputError unless there is a position for each token but the last, which is not fed back."""

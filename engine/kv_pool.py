@@ -139,6 +139,11 @@ class PagePool(_Pool):
         """Pages that some request holds."""
         return self.pages - len(self._free)
 
+    @property
+    def usage(self) -> float:
+        """The share of all pages that some request holds."""
+        return 1 - len(self._free) / self.pages
+
     def unused(self, request: Request, tokens: int) -> int:
         """Positions of its pages beyond its first `tokens` tokens."""
         return len(self.tables[request]) * self.page_size - tokens
@@ -208,6 +213,11 @@ class RowPool(_Pool):
     def release(self, request: Request) -> None:
         """Give the row back."""
         self._held.remove(request)
+
+    @property
+    def usage(self) -> float:
+        """The share of all positions that rows hold."""
+        return len(self._held) * _width(self._held) / self.capacity if self._held else 0.0
 
     def unused(self, request: Request, tokens: int) -> int:
         """Positions of its row beyond its first `tokens` tokens."""

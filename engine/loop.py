@@ -20,7 +20,7 @@ from engine.request import FinishReason, Request, RequestOutput, StreamChunk
 from engine.runner import Runner
 from engine.runner.memory import out_of_memory
 from engine.scheduler import Scheduler, Step
-from engine.step import Choice, Ticket
+from engine.step import Choice, Ticket, TokenLogprob
 
 LOG = logging.getLogger(__name__)
 
@@ -176,26 +176,32 @@ class Loop:
     def _publish(self, request: Request, choice: Choice) -> StreamChunk:
         """Turn what a step gave a request into its chunk; whatever fails in here fails this request alone."""
         ids, text = () if choice.token is None else (choice.token,), ""
+        logprobs = () if choice.logprob is None else (choice.logprob,)
         if choice.error is not None:
             request.finish(FinishReason.ERROR, error=choice.error)
         try:
-            if choice.logprob is not None:
-                request.logprobs.append(choice.logprob)
+            request.logprobs += logprobs
             if request.text is not None and ids and not request.stopped_by_token:
                 text = request.text.push(*ids, look=request.output_len >= request.params.min_new_tokens)
                 if request.text.stopped is not None:
                     request.finish(FinishReason.STOP, request.text.stopped)
-            chunk = StreamChunk(request.id, ids, text)
+            chunk = StreamChunk(request.id, ids, text, logprobs=logprobs)
             if request.on_chunk is not None and request.finish_reason is None:
                 request.on_chunk(chunk)
         except Exception as failure:
             if request.result is None:
                 request.finish(FinishReason.ERROR, error=_told(failure))
         if request.result is not None:  # its callback aborted it
-            return StreamChunk(request.id, ids, text, request.result)
-        return chunk if request.finish_reason is None else self._close(request, ids, text)
+            return StreamChunk(request.id, ids, text, request.result, logprobs)
+        return chunk if request.finish_reason is None else self._close(request, ids, text, logprobs)
 
-    def _close(self, request: Request, ids: tuple[int, ...] = (), text: str = "") -> StreamChunk:
+    def _close(
+        self,
+        request: Request,
+        ids: tuple[int, ...] = (),
+        text: str = "",
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> StreamChunk:
         """Let a request go that has a finish reason: free its place, record its metrics, give its output."""
         self.scheduler.release(request)
         self._requests.pop(request.id, None)
@@ -212,7 +218,7 @@ class Loop:
         except Exception as failure:
             request.finish(FinishReason.ERROR, error=_told(failure))
         output = request.close(whole, time.perf_counter())
-        chunk = StreamChunk(request.id, ids, text, output)
+        chunk = StreamChunk(request.id, ids, text, output, logprobs)
         self.metrics.add(output.metrics)
         if request.on_end is not None:
             request.on_end(request)

@@ -136,6 +136,8 @@ class EngineMetrics:
         self.counters = Counters()
         self.records: deque[RequestMetrics] = deque(maxlen=window)
         self.requests = 0  # that ended
+        self.finish_reasons: Counter[str] = Counter()  # of those
+        self.prompt_tokens = 0
         self.tokens_delivered = 0
         self.step_s = 0.0
         self.model_s = 0.0
@@ -161,6 +163,8 @@ class EngineMetrics:
         """Add a request that has ended."""
         self.records.append(record)
         self.requests += 1
+        self.finish_reasons[record.finish_reason] += 1
+        self.prompt_tokens += record.prompt_tokens
         self.tokens_delivered += record.output_tokens
         self._first_arrival_s = min(self._first_arrival_s, record.arrival_s)
         self._last_finished_s = max(self._last_finished_s, record.finished_s)

@@ -71,9 +71,10 @@ class Progress:
         self._erase()
         self._show(at_once=True)
 
-    def advance(self, parts: int = 1) -> None:
-        """Count parts that are done."""
+    def advance(self, parts: int = 1, what: str | None = None) -> None:
+        """Count parts that are done; `what` is how the work is called from now on."""
         self._done += parts
+        self._what = self._what if what is None else what
         self._show()
 
     def write(self, line: str) -> None:

@@ -159,12 +159,14 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class StreamChunk:
-    """What one step added to one request; `output` is set on its last chunk."""
+    """What one step added to one request; `output` is set on its last chunk, `logprobs` where they were asked
+    for."""
 
     request_id: str
     token_ids: tuple[int, ...]
     text: str
     output: RequestOutput | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 OnChunk = Callable[[StreamChunk], object] | None

@@ -160,6 +160,7 @@ _SHOWN = (
     _shown("ready_s", "from a loaded model to a first batch", "s"),
     _shown("useful_flops_pct", "useful FLOPs", "%", "higher"),
     _shown("same_tokens", "requests with the very same tokens", "", "higher"),
+    _shown("http_ttft_ms", "TTFT over the engine's", "ms"),
     _shown("near_ties", "requests that part at a near-tie", ""),
     _shown("checked_requests", "requests checked", "", "higher"),
     _shown("canary_matmul_gflops", "canary matmul", "GFLOP/s", "higher"),

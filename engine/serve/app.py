@@ -1,0 +1,310 @@
+"""The ASGI application: OpenAI's endpoints on an engine that all requests share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from engine.async_engine import AsyncEngine
+from engine.engine import Engine
+from engine.errors import InputError
+from engine.openai_api.answers import DONE, Answer, event
+from engine.openai_api.api_error import ApiError
+from engine.openai_api.fields import Asked, parse, refused
+from engine.openai_api.served_model import ServedModel
+from engine.serve.prometheus import CONTENT_TYPE, Prometheus
+
+LOG = logging.getLogger(__name__)
+MOST_BYTES = 4 << 20  # of a body
+INLINE_BYTES = 8192  # of a body whose text is encoded in the event loop: a millisecond at most
+BODY_S = 30.0  # within which it must have come
+RETRY_S = "1"
+JSON = [(b"content-type", b"application/json")]
+STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """max_requests: that may be on their way, waiting ones included. timeout_s: for a whole answer."""
+
+    max_requests: int
+    timeout_s: float
+
+
+class Server:
+    """An engine, as soon as it is there, and what is asked of it.
+
+    Args:
+        name: of the model, as clients know it.
+        limits: of all requests together, and of each.
+    """
+
+    def __init__(self, name: str, limits: Limits) -> None:
+        self.name, self.limits = name, limits
+        self.model: ServedModel | None = None
+        self.draining = False
+        self.requests = 0  # on their way
+        self.created = int(time.time())
+        self._shared: AsyncEngine | None = None
+        self._prometheus: Prometheus | None = None
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # beside the event loop, not in it
+        self.app = Starlette(
+            routes=[
+                Route("/health", self.health),
+                Route("/metrics", self.metrics),
+                Route("/v1/models", self.models),
+                Route("/v1/models/{name:path}", self.one_model),
+                Route("/v1/chat/completions", Endpoint(self, chat=True), methods=["POST"]),
+                Route("/v1/completions", Endpoint(self, chat=False), methods=["POST"]),
+            ],
+            exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _fault},
+        )
+
+    def start(self, engine: Engine) -> None:
+        """Serve from now on."""
+        self.model, self._prometheus = ServedModel(engine, self.name), Prometheus(engine, self.name)
+        self._shared = AsyncEngine(engine)
+
+    def close(self) -> None:
+        """End the engine after the step it is in."""
+        if self._shared is not None:
+            self._shared.close()
+        self._tokenizing.shutdown()
+
+    @property
+    def ended(self) -> str | None:
+        """Why the engine has ended; None while it has not."""
+        return None if self._shared is None else self._shared.ended
+
+    @property
+    def shared(self) -> AsyncEngine:
+        """The engine. Raises ApiError while there is none, or none any more."""
+        why = "the server is ending" if self.draining else "the model is being loaded"
+        if self._shared is not None and not self.draining:
+            if self.ended is None:
+                return self._shared
+            why = self.ended
+        raise ApiError(503, why, headers={"Retry-After": RETRY_S})
+
+    async def health(self, request: Request) -> Response:
+        self.shared  # noqa: B018 (it raises)
+        return Response("ok\n", media_type="text/plain")
+
+    async def metrics(self, request: Request) -> Response:
+        self.shared  # noqa: B018 (it raises)
+        assert self._prometheus is not None
+        return Response(self._prometheus.text(), media_type=CONTENT_TYPE)
+
+    async def models(self, request: Request) -> Response:
+        self.shared  # noqa: B018 (it raises)
+        return _json({"object": "list", "data": [self._about()]})
+
+    async def one_model(self, request: Request) -> Response:
+        self.shared  # noqa: B018 (it raises)
+        assert self.model is not None
+        self.model.check_name(request.path_params["name"])
+        return _json(self._about())
+
+    def _about(self) -> dict[str, Any]:
+        assert self.model is not None
+        about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "dynamic-batch"}
+        return about | {"root": self.model.engine.spec, "max_model_len": self.model.engine.room(1)}
+
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Take so many places among the requests on their way.
+
+        Raises:
+            ApiError: with status 429 while there are not so many free, 400 if there never are.
+        """
+        if count > self.limits.max_requests:
+            most = f"at most {self.limits.max_requests} requests may be on their way"
+            raise ApiError(400, f"{count} prompts: {most}: send fewer at once", "prompt")
+        if self.requests + count > self.limits.max_requests:
+            problem = f"{self.requests} requests are on their way, of {self.limits.max_requests} at most"
+            raise ApiError(429, f"{problem}: come again later", headers={"Retry-After": RETRY_S})
+        self.requests += count
+        try:
+            yield
+        finally:
+            self.requests -= count
+
+    async def prompts(self, asked: Asked, size: int) -> list[list[int]]:
+        """Return the token ids of every prompt, checked; `size` is that of the body, bytes.
+
+        A long text is encoded beside the event loop; for a short one that would take longer than encoding it,
+        since the processors are busy computing, and a thread that wakes waits for one.
+        """
+        assert self.model is not None
+        if size <= INLINE_BYTES:
+            return self.model.prompts(asked)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, self.model.prompts, asked)
+
+    def count(self, answer: Answer) -> None:
+        """Count an answer that is whole."""
+        assert self._prometheus is not None
+        for choice in answer.choices:
+            if choice.output is not None:
+                self._prometheus.count(choice.output)
+
+
+class Endpoint:
+    """An endpoint that generates."""
+
+    def __init__(self, server: Server, chat: bool) -> None:
+        self.server, self.chat = server, chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. A client that leaves takes its request with it."""
+        exchange = Exchange(self.server, self.chat, scope, receive, send)
+        try:
+            async with asyncio.timeout(self.server.limits.timeout_s):
+                await exchange.run()
+        except TimeoutError:
+            limit = f"the answer took longer than {self.server.limits.timeout_s:g} s"
+            await exchange.fail(ApiError(504, limit))
+        except ApiError as error:
+            await exchange.fail(error)
+        except InputError as error:
+            await exchange.fail(refused(error))
+        except ClientDisconnect:
+            scope["state"]["told"]["left"] = True
+        except Exception as error:
+            if self.server.ended is None:
+                LOG.exception("a request failed by a fault of this program")
+                await exchange.fail(ApiError(500, f"a fault of the server: {type(error).__name__}"))
+            else:
+                await exchange.fail(ApiError(503, self.server.ended))
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, server: Server, chat: bool, scope: Scope, receive: Receive, send: Send) -> None:
+        self.server, self.chat, self._scope, self._receive, self._send = server, chat, scope, receive, send
+        self._begun = False  # whether the status has been sent
+
+    async def run(self) -> None:
+        """Read, answer, and stop where the client leaves."""
+        body = await self._body()
+        shared = self.server.shared
+        assert self.server.model is not None
+        asked = self.server.model.read(parse(body), self.chat)
+        with self.server.places(max(1, len(asked.prompts))):
+            await self._until_left(self._answer(shared, asked, len(body)))
+
+    async def fail(self, error: ApiError) -> None:
+        """Tell the client what went wrong: in the stream, if that has begun."""
+        self._scope["state"]["told"]["error"] = error.message
+        if not self._begun:
+            headers = [(key.lower().encode(), value.encode()) for key, value in error.headers.items()]
+            await self._respond(error.status, [*JSON, *headers], error.json())
+        else:
+            self._scope["state"]["told"]["status"] = error.status
+            await self._part(event(error.body()) + DONE, more=False)
+
+    async def _body(self) -> bytes:
+        """Return the body, of which no more than MOST_BYTES are ever held."""
+        request, body = Request(self._scope, self._receive), bytearray()
+        too_large = ApiError(413, f"the body is larger than {MOST_BYTES} bytes")
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > MOST_BYTES:
+            raise too_large
+        try:
+            async with asyncio.timeout(BODY_S), aclosing(request.stream()) as parts:
+                async for part in parts:
+                    body += part
+                    if len(body) > MOST_BYTES:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(408, f"the body took longer than {BODY_S:g} s") from None
+        return bytes(body)
+
+    async def _until_left(self, answering: Awaitable[None]) -> None:
+        """Wait for an answer; raise ClientDisconnect if the client leaves before, and end the answer."""
+        answer, left = asyncio.ensure_future(answering), asyncio.ensure_future(self._left())
+        try:
+            await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise ClientDisconnect
+            await answer
+        finally:
+            for task in (answer, left):
+                task.cancel()
+            await asyncio.gather(answer, left, return_exceptions=True)
+
+    async def _left(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _answer(self, shared: AsyncEngine, asked: Asked, size: int) -> None:
+        model = self.server.model
+        assert model is not None
+        prompts = await self.server.prompts(asked, size)
+        answer = model.answer(asked, prompts)
+        told = self._scope["state"]["told"]
+        told |= {"answer": answer.id, "tokens_in": sum(map(len, prompts))}
+        began = time.perf_counter()
+        async with aclosing(shared.stream_all(prompts, model.params(asked, prompts))) as chunks:
+            async for index, chunk in chunks:
+                told.setdefault("ttft_ms", (time.perf_counter() - began) * 1e3)
+                if not asked.stream:
+                    if chunk.output is not None:
+                        answer.choices[index].take(chunk.output)
+                elif (frame := answer.event(index, chunk)) is not None:
+                    await self._part(frame)
+        whole = b"" if asked.stream else json.dumps(answer.whole()).encode()
+        told["tokens_out"] = sum(choice.tokens for choice in answer.choices)
+        self.server.count(answer)
+        if asked.stream:
+            await self._part((answer.last_event() or b"") + DONE, more=False)
+        else:
+            await self._respond(200, JSON, whole)
+
+    async def _respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        self._begun = True
+        whole = [*headers, (b"content-length", str(len(body)).encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": whole})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _part(self, body: bytes, more: bool = True) -> None:
+        if not self._begun:
+            self._begun = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _json(told: object, status: int = 200) -> Response:
+    return Response(json.dumps(told), status, media_type="application/json")
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return Response(error.json(), error.status, error.headers, "application/json")
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return _json(ApiError(500, f"a fault of the server: {type(error).__name__}").body(), 500)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = {404: f"there is no {request.url.path[:200]} here", 405: f"{request.method} is not for this path"}
+    return _json(
+        ApiError(error.status_code, what.get(error.status_code, error.detail)).body(), error.status_code
+    )
