@@ -136,14 +136,12 @@ class Engine(Loop):
         return self._input.encode(prompt, name)
 
     def chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of a user's message, or of messages of a `role` and a `content` each, in the
-        model's chat template, up to its answer."""
+        """Return the token ids of a conversation in the model's chat template; see `InputProcessor.chat`."""
         return self._input.chat(messages)
 
     def room(self, prompt_tokens: int) -> int:
         """Return the most output tokens that a request with so long a prompt can ask for; 0: none."""
-        positions = min(self.max_positions, self.scheduler.memory.capacity)
-        return max(0, positions - prompt_tokens + 1)
+        return max(0, min(self.max_positions, self.scheduler.memory.capacity) - prompt_tokens + 1)
 
     def add_request(
         self,
@@ -191,8 +189,7 @@ class Engine(Loop):
 
         Returns:
             An output a prompt. A request that failed alone says so in its `finish_reason` and `error`. Ctrl-C
-                ends
-            the call early: unfinished requests have reason "abort" and the tokens they got.
+            ends the call early: unfinished requests have reason "abort" and the tokens they got.
 
         Raises:
             InputError: before any work, if any prompt or its parameters cannot be served; it says which.
