@@ -265,7 +265,10 @@ def _custom_id(line: bytes) -> str | None:
 
 def _request(row: Row) -> tuple[dict[str, Any], bool]:
     """Return the body of a line's request, and whether it is a chat. Raises ApiError for what is none."""
-    fields = parse(row.text)
+    try:
+        fields = parse(row.text)
+    except ApiError as error:
+        raise ApiError(400, f"line {row.number}: {error.message}") from None
     if row.custom_id is None:
         raise ApiError(400, f"line {row.number}: custom_id={shown(fields.get('custom_id'))} must be text")
     url, body = fields.get("url"), fields.get("body")

@@ -252,7 +252,8 @@ def batch(
         found = spread.run(source, target, model, config, name, spread.Cluster(replicas, gpus))
     before = f", {found.before:,} of them before" if found.before else ""
     failed = f", {found.failed:,} refused or failed" if found.failed else ""
-    typer.echo(f"{found.rows:,} requests{before}: {found.answered:,} answered{failed}", err=True)
+    now = f"{found.answered:,} answered{failed}" if found.rows > found.before else "nothing was left to do"
+    typer.echo(f"{found.rows:,} requests{before}: {now}", err=True)
 
 
 def _bytes_or_share(text: str) -> int | float:

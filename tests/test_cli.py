@@ -181,7 +181,7 @@ def test_bad_input_is_one_line_before_any_work(run, elsewhere, monkeypatch, args
 
 
 @pytest.mark.parametrize("args", [["bench", "--nope"], ["bench", "--rounds", "0"], ["bench", "--seed", "one"],
-                                  ["generate"], ["serve"]])  # fmt: skip
+                                  ["generate"], ["batch"], ["nothing"]])  # fmt: skip
 def test_usage_errors_are_typers(run, args):
     code, out, err = run(*args)
     assert (code, out) == (2, "")

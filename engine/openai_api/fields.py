@@ -103,9 +103,10 @@ def parse(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body)
     except (ValueError, RecursionError) as error:  # also of bytes that are no UTF-8, and of endless numbers
-        raise ApiError(400, f"the body is no JSON: {shown(error)}") from None
+        why = " ".join(str(error).split())[:100] or type(error).__name__
+        raise ApiError(400, f"this is no JSON: {why}") from None
     if not isinstance(found, dict):
-        raise ApiError(400, "the body must be a JSON object")
+        raise ApiError(400, "this must be a JSON object")
     return found
 
 

@@ -298,13 +298,20 @@ async def _api_error(request: Request, error: Exception) -> Response:
     return Response(error.json(), error.status, error.headers, "application/json")
 
 
+def _allowed(error: HTTPException) -> str:
+    return f"use {(error.headers or {}).get('Allow', 'POST')}"
+
+
 async def _fault(request: Request, error: Exception) -> Response:
     return _json(ApiError(500, f"a fault of the server: {type(error).__name__}").body(), 500)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = {404: f"there is no {request.url.path[:200]} here", 405: f"{request.method} is not for this path"}
+    what = {
+        404: f"there is no {request.url.path[:200]} here",
+        405: f"{request.method} is not for this path: {_allowed(error)}",
+    }
     return _json(
         ApiError(error.status_code, what.get(error.status_code, error.detail)).body(), error.status_code
     )

@@ -110,17 +110,19 @@ async def negotiate(connection: Connection, model: str, prompts: Sequence[tuple[
     Raises:
         TargetError: if it takes none of them, with what it said to each.
     """
-    said: dict[str, None] = {}
+    said: dict[str, list[str]] = {}  # the paths that it said it to
     for api, prompt in prompts:
         ids = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
         for limit in LIMITS[api]:
             found, error = await _agree(connection, Dialect(api, model, ids, limit), prompt)
             if found is not None:
                 return found
-            said[f"{PATHS[api]}: {error}"] = None
+            said.setdefault(error, []).append(PATHS[api])
             if limit not in error:
                 break
-    raise TargetError(f"{connection.target.url} does not answer as it should: {'; '.join(said)}")
+    told = "; ".join(f"{' and '.join(dict.fromkeys(paths))}: {error}" for error, paths in said.items())
+    way_out = f", asked for the model {model!r} (--served-model names another)"
+    raise TargetError(f"{connection.target.url} does not answer as it should: {told}{way_out}")
 
 
 async def _agree(connection: Connection, dialect: Dialect, prompt: Prompt) -> tuple[Dialect | None, str]:
