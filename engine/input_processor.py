@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import InputError, check_text, plain, shown
+from engine.errors import InputError, check_list, check_text, plain, shown
 
 Prompt = str | Sequence[int]
 
@@ -55,10 +55,11 @@ class InputProcessor:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise InputError(f"{self.spec} has no chat template: give the message as a plain prompt")
         name = "message" if isinstance(messages, str) else "messages"
-        told = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        for message in told:
-            for text in message.values():
-                check_text(name, text)
+        if isinstance(messages, str):
+            told = [{"role": "user", "content": check_text(name, messages)}]
+        else:
+            listed = check_list(name, messages, "text, or a list of messages")
+            told = [_message(f"{name}[{number}]", message) for number, message in enumerate(listed)]
         options = {"add_generation_prompt": True, "return_dict": False}
         return self.tokens(name, lambda: self.tokenizer.apply_chat_template(told, **options))
 
@@ -128,3 +129,10 @@ class InputProcessor:
         except Exception as error:  # a caller's own sequence, a tensor that lies nowhere
             raise InputError(f"{name} can't be read as a list of token ids: {shown(error)}") from error
         return ids
+
+
+def _message(name: str, message: Any) -> dict[str, str]:
+    """Return a message, checked: its role and its content."""
+    if not isinstance(message, Mapping):
+        raise InputError(f"{name}={shown(message)} must have a role and a content")
+    return {key: check_text(f"{name}.{key}", message.get(key)) for key in ("role", "content")}

@@ -65,11 +65,13 @@ def run(options: ServeOptions) -> None:
     )  # fmt: skip
     _log()
     process = Process(config, server, options)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end, to end by it
-    signal.signal(signal.SIGINT, lambda *_: None)
+    # Uvicorn raises the signal that ended it once more, so that the process would end by it.
+    before = [(number, signal.signal(number, _heard)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         process.run(sockets=[listening])
     finally:
+        for number, handler in before:
+            signal.signal(number, handler)
         server.close()
     if process.failed is not None:
         raise process.failed
@@ -140,6 +142,10 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise InputError(f"host={host!r}, port={port} cannot be listened at: {error.strerror}") from None
     return listening
+
+
+def _heard(number: int, frame: object) -> None:
+    """Do nothing about a signal that has been obeyed."""
 
 
 def _log() -> None:

@@ -7,16 +7,16 @@ pytest alone: the rest of the gate is for sessions that have a use for it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from engine import InputError
-from perf.errors import Exit, GateError
+from perf.shadow import USAGE
 
 BENCHMARK = pytest.StashKey[Any]()  # a test's own `benchmark` fixture
-TOLD = pytest.StashKey[list[Exit]]()  # of each benchmark that failed by what its user can mend
+TOLD = pytest.StashKey[list[int]]()  # of each benchmark that failed by what its user can mend
 UNSAVED = pytest.StashKey[str]()  # the option that saved nothing
 XDIST, DISABLE, SKIP = "-n (xdist)", "--benchmark-disable", "--benchmark-skip"
 SAVING = ("--benchmark-save", "--benchmark-autosave", "--benchmark-json")
@@ -65,11 +65,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if fixture is not None and call.excinfo is not None:
         fixture.has_error = True
-        error = call.excinfo.value
-        if isinstance(error, InputError) and report.failed:
+        error, errors = (
+            call.excinfo.value,
+            sys.modules.get("engine.errors"),
+        )  # else none of its errors is there
+        if errors is not None and isinstance(error, errors.InputError) and report.failed:
             report.longrepr = f"error: {error}"
-            code = error.code if isinstance(error, GateError) else Exit.USAGE
-            item.config.stash.setdefault(TOLD, []).append(code)
+            item.config.stash.setdefault(TOLD, []).append(int(getattr(error, "code", USAGE)))
     return report
 
 
@@ -82,7 +84,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     config = session.config
     told = config.stash.get(TOLD, [])
     if told and len(told) == session.testsfailed and session.exitstatus == pytest.ExitCode.TESTS_FAILED:
-        session.exitstatus = int(Exit.USAGE if Exit.USAGE in told else Exit.NOT_COMPARABLE)
+        session.exitstatus = min(told)
     found: Any = config.pluginmanager.get_plugin("pytest-benchmark")
     if found is not None and all(benchmark.has_error for benchmark in found.benchmarks):
         found.save = found.autosave = None
