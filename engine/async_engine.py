@@ -159,18 +159,19 @@ class AsyncEngine:
 
     def _deliver(self) -> None:
         """Hand over what has come, to each event loop in one call; who was in a closed one waits no more."""
-        while self._outbox:
-            loop = self._outbox[0][0].loop
-            for_it = [(waiter, item) for waiter, item in self._outbox if waiter.loop is loop]
-            self._outbox = [(waiter, item) for waiter, item in self._outbox if waiter.loop is not loop]
-            try:
-                loop.call_soon_threadsafe(_put, for_it)
-            except RuntimeError:
-                if not loop.is_closed():
-                    raise
-                for waiter in {waiter for waiter, _ in for_it}:
-                    self._leave(waiter)
-                self._outbox = [(waiter, item) for waiter, item in self._outbox if waiter.loop is not loop]
+        while self._outbox:  # who leaves may add to it
+            by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Waiter, Item]]] = {}
+            for waiter, item in self._outbox:
+                by_loop.setdefault(waiter.loop, []).append((waiter, item))
+            self._outbox = []
+            for loop, items in by_loop.items():
+                try:
+                    loop.call_soon_threadsafe(_put, items)
+                except RuntimeError:
+                    if not loop.is_closed():
+                        raise
+                    for waiter, _ in items:
+                        self._leave(waiter)
 
     def _work(self) -> None:
         why = "the engine has been closed"

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,14 +45,7 @@ class Row:
     custom_id: str | None
 
 
-@dataclass
-class Job:
-    """A request that is on its way. left: of its choices, how many have not ended."""
-
-    row: Row
-    answer: Answer
-    left: int
-    requests: list[Request] = field(default_factory=list)
+Answering = Callable[[Iterator[Row]], Iterator[list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +71,6 @@ def run(engine: Engine, name: str, source: Path, target: Path, *, progress: bool
     """
     batch = Batch(ServedModel(engine, name))
     return answer_file(source, target, batch.answer, lambda: batch.rate, progress)
-
-
-Answering = Callable[[Iterator["Row"]], Iterator[list[dict[str, Any]]]]
 
 
 def answer_file(
@@ -113,7 +103,7 @@ class Batch:
 
     def __init__(self, model: ServedModel) -> None:
         self._model, self._engine = model, model.engine
-        self._jobs: dict[Request, tuple[Job, int]] = {}  # of which it is which choice
+        self._jobs: dict[Request, tuple[Row, Answer, int]] = {}  # of which answer it is which choice
         self._ended: list[Request] = []
         self._began = time.perf_counter()
 
@@ -151,26 +141,30 @@ class Batch:
         except ApiError as error:
             return [_record(row, None, {"code": "invalid_line", "message": error.message})]
         try:
-            asked = self._model.read(fields, chat)
-            if asked.stream:
-                raise ApiError(400, "stream=true is not for a batch: leave it out", "stream")
-            prompts = self._model.prompts(asked)
-            job = Job(row, self._model.answer(asked, prompts), len(prompts))
-            params = self._model.params(asked, prompts)
-            try:
-                for index, prompt in enumerate(prompts):
-                    own = replace(params, seed=self._seed(row, index)) if params.seed is None else params
-                    job.requests.append(self._engine.add_request(prompt, own))
-            except InputError as error:
-                for request in job.requests:
-                    self._engine.abort(request.id)
-                raise refused(error) from None
+            self._queue(row, fields, chat)
         except ApiError as error:
             return [_record(row, error)]
-        for index, request in enumerate(job.requests):
-            self._jobs[request] = job, index
-            request.on_end = self._ended.append
         return []
+
+    def _queue(self, row: Row, fields: dict[str, Any], chat: bool) -> None:
+        """Queue the requests of a line, one for each prompt. Raises ApiError where one cannot be served."""
+        asked = self._model.read(fields, chat)
+        if asked.stream:
+            raise ApiError(400, "stream=true is not for a batch: leave it out", "stream")
+        prompts = self._model.prompts(asked)
+        answer, params = self._model.answer(asked, prompts), self._model.params(asked, prompts)
+        requests: list[Request] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                own = replace(params, seed=self._seed(row, index)) if params.seed is None else params
+                requests.append(self._engine.add_request(prompt, own))
+        except InputError as error:
+            for request in requests:
+                self._engine.abort(request.id)
+            raise refused(error) from None
+        for index, request in enumerate(requests):
+            self._jobs[request] = row, answer, index
+            request.on_end = self._ended.append
 
     def _seed(self, row: Row, index: int) -> int:
         """Return a seed that depends on the line alone, however often a run was killed."""
@@ -193,15 +187,14 @@ class Batch:
     def _take(self, request: Request) -> list[dict[str, Any]]:
         """Take what an ended request gave; give the record of a line whose last it was."""
         assert request.result is not None
-        job, index = self._jobs.pop(request)
-        job.answer.choices[index].take(request.result)
-        job.left -= 1
-        if job.left:
+        row, answer, index = self._jobs.pop(request)
+        answer.choices[index].take(request.result)
+        if any(choice.output is None for choice in answer.choices):
             return []
         try:
-            return [_record(job.row, job.answer.whole())]
+            return [_record(row, answer.whole())]
         except ApiError as error:
-            return [_record(job.row, error)]
+            return [_record(row, error)]
 
 
 def _record(row: Row, told: dict[str, Any] | ApiError | None, error: Any = None) -> dict[str, Any]:

@@ -32,6 +32,11 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str, typer.Option(help="auto, float32, float16, bfloat16, float64 or int8 (packed on a CPU).")
 ]
+ServedName = Annotated[str | None, typer.Option(help="What requests call the model (its spec).")]
+MaxBatchSize = Annotated[int, typer.Option(min=1, help="Requests that run together at most.")]
+Unstated = Annotated[
+    str, typer.Option(help="auto: what a request leaves open is as the model says; none: it is not.")
+]
 KvMemory = Annotated[
     str, typer.Option(help="For keys and values: bytes, or a fraction of the memory that is free.")
 ]
@@ -166,18 +171,14 @@ def serve(
     without_key: Annotated[
         bool, typer.Option("--without-key", help="Let whoever reaches another host's port use it.")
     ] = False,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call the model (its spec).")
-    ] = None,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests that run together at most.")] = 32,
+    served_model_name: ServedName = None,
+    max_batch_size: MaxBatchSize = 32,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait beyond those.")] = 256,
     request_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for a whole answer.")] = 600.0,
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds for what is on its way, once told to end.")
     ] = 30.0,
-    generation_config: Annotated[
-        str, typer.Option(help="auto: what a request leaves open is as the model says; none: it is not.")
-    ] = "auto",
+    generation_config: Unstated = "auto",
     kv_memory: KvMemory = "0.6",
     prefix_caching: Annotated[bool, typer.Option(help="Share what prompts begin with alike.")] = True,
     device: Device = "auto",
@@ -211,13 +212,9 @@ def batch(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Its answers; those that are there stand.")],
     model: Model = "smollm2",
-    served_model_name: Annotated[
-        str | None, typer.Option(help="What the requests call the model (its spec).")
-    ] = None,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests that run together at most.")] = 32,
-    generation_config: Annotated[
-        str, typer.Option(help="auto: what a request leaves open is as the model says; none: it is not.")
-    ] = "auto",
+    served_model_name: ServedName = None,
+    max_batch_size: MaxBatchSize = 32,
+    generation_config: Unstated = "auto",
     kv_memory: KvMemory = "0.6",
     ray: Annotated[
         bool, typer.Option("--ray", help="Spread it over a Ray cluster: $RAY_ADDRESS, else this machine.")

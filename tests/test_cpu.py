@@ -4,7 +4,6 @@ threads."""
 from __future__ import annotations
 
 import logging
-import re
 from itertools import chain
 
 import numpy as np
@@ -123,7 +122,8 @@ def test_a_norm_loads_its_numbers_as_vectors_wherever_they_begin():
         exact = (x_TN[1, begin : begin + 90].astype(float) ** 2).mean() + 1e-5
         assert inverse_rms(x_TN, 1, begin, 90) == pytest.approx(exact**-0.5, rel=1e-6)
     [code] = inverse_rms.inspect_llvm().values()
-    assert re.search(r"load <(4|8|16) x float>", code)  # LLVM has its own mind of how wide
+    widths = {simd.LANES, min(simd.LANES, 8)}  # of 512 bits LLVM takes half, on a processor that prefers it
+    assert any(f"load <{lanes} x float>" in code for lanes in widths)
     assert "masked.gather" not in code
 
 

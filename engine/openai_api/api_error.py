@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +45,3 @@ class ApiError(Exception):
         """Return it as OpenAI's API tells errors."""
         kind = KINDS.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    def json(self) -> bytes:
-        """Return the body as it is sent."""
-        return json.dumps(self.body()).encode()

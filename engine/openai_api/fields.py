@@ -41,15 +41,8 @@ SAMPLING = {
     "max_completion_tokens": "max_new_tokens",
 }
 OWN = {
-    "model",
-    "messages",
-    "prompt",
-    "stream",
-    "stream_options",
-    "logprobs",
-    "top_logprobs",
-    "return_token_ids",
-}
+    "model", "messages", "prompt", "stream", "stream_options", "logprobs", "top_logprobs", "return_token_ids",
+}  # fmt: skip
 # What is not done here, and the values that do not ask for it.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "presence_penalty": (0,),

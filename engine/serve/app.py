@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -22,18 +21,18 @@ from starlette.types import Receive, Scope, Send
 from engine.async_engine import AsyncEngine
 from engine.engine import Engine
 from engine.errors import InputError
-from engine.openai_api.answers import DONE, Answer, event
+from engine.openai_api.answers import DONE, event
 from engine.openai_api.api_error import ApiError
 from engine.openai_api.fields import Asked, parse, refused
 from engine.openai_api.served_model import ServedModel
 from engine.serve.prometheus import CONTENT_TYPE, Prometheus
+from engine.serve.responses import error_response, json_response
 
 LOG = logging.getLogger(__name__)
 MOST_BYTES = 4 << 20  # of a body
 INLINE_BYTES = 8192  # of a body whose text is encoded in the event loop: a millisecond at most
 BODY_S = 30.0  # within which it must have come
 RETRY_S = "1"
-JSON = [(b"content-type", b"application/json")]
 STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
@@ -43,6 +42,15 @@ class Limits:
 
     max_requests: int
     timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is served: as clients know it, its engine, and what Prometheus is told."""
+
+    model: ServedModel
+    engine: AsyncEngine
+    prometheus: Prometheus
 
 
 class Server:
@@ -55,12 +63,10 @@ class Server:
 
     def __init__(self, name: str, limits: Limits) -> None:
         self.name, self.limits = name, limits
-        self.model: ServedModel | None = None
+        self.loaded: Loaded | None = None
         self.draining = False
         self.requests = 0  # on their way
         self.created = int(time.time())
-        self._shared: AsyncEngine | None = None
-        self._prometheus: Prometheus | None = None
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # beside the event loop, not in it
         self.app = Starlette(
             routes=[
@@ -76,53 +82,45 @@ class Server:
 
     def start(self, engine: Engine) -> None:
         """Serve from now on."""
-        self.model, self._prometheus = ServedModel(engine, self.name), Prometheus(engine, self.name)
-        self._shared = AsyncEngine(engine)
+        model = ServedModel(engine, self.name)
+        self.loaded = Loaded(model, AsyncEngine(engine), Prometheus(engine, self.name))
 
     def close(self) -> None:
         """End the engine after the step it is in."""
-        if self._shared is not None:
-            self._shared.close()
+        if self.loaded is not None:
+            self.loaded.engine.close()
         self._tokenizing.shutdown()
 
     @property
     def ended(self) -> str | None:
         """Why the engine has ended; None while it has not."""
-        return None if self._shared is None else self._shared.ended
+        return None if self.loaded is None else self.loaded.engine.ended
 
-    @property
-    def shared(self) -> AsyncEngine:
-        """The engine. Raises ApiError while there is none, or none any more."""
-        why = "the server is ending" if self.draining else "the model is being loaded"
-        if self._shared is not None and not self.draining:
-            if self.ended is None:
-                return self._shared
-            why = self.ended
+    def ready(self) -> Loaded:
+        """Return what is served. Raises ApiError while there is nothing, or nothing any more."""
+        if self.loaded is not None and not self.draining and self.ended is None:
+            return self.loaded
+        why = "the server is ending" if self.draining else self.ended or "the model is being loaded"
         raise ApiError(503, why, headers={"Retry-After": RETRY_S})
 
     async def health(self, request: Request) -> Response:
-        self.shared  # noqa: B018 (it raises)
+        self.ready()
         return Response("ok\n", media_type="text/plain")
 
     async def metrics(self, request: Request) -> Response:
-        self.shared  # noqa: B018 (it raises)
-        assert self._prometheus is not None
-        return Response(self._prometheus.text(), media_type=CONTENT_TYPE)
+        return Response(self.ready().prometheus.text(), media_type=CONTENT_TYPE)
 
     async def models(self, request: Request) -> Response:
-        self.shared  # noqa: B018 (it raises)
-        return _json({"object": "list", "data": [self._about()]})
+        return json_response({"object": "list", "data": [self._about(self.ready().model)]})
 
     async def one_model(self, request: Request) -> Response:
-        self.shared  # noqa: B018 (it raises)
-        assert self.model is not None
-        self.model.check_name(request.path_params["name"])
-        return _json(self._about())
+        model = self.ready().model
+        model.check_name(request.path_params["name"])
+        return json_response(self._about(model))
 
-    def _about(self) -> dict[str, Any]:
-        assert self.model is not None
+    def _about(self, model: ServedModel) -> dict[str, Any]:
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "dynamic-batch"}
-        return about | {"root": self.model.engine.spec, "max_model_len": self.model.engine.room(1)}
+        return about | {"root": model.engine.spec, "max_model_len": model.engine.room(1)}
 
     @contextmanager
     def places(self, count: int) -> Iterator[None]:
@@ -143,24 +141,15 @@ class Server:
         finally:
             self.requests -= count
 
-    async def prompts(self, asked: Asked, size: int) -> list[list[int]]:
+    async def prompts(self, model: ServedModel, asked: Asked, size: int) -> list[list[int]]:
         """Return the token ids of every prompt, checked; `size` is that of the body, bytes.
 
         A long text is encoded beside the event loop; for a short one that would take longer than encoding it,
         since the processors are busy computing, and a thread that wakes waits for one.
         """
-        assert self.model is not None
         if size <= INLINE_BYTES:
-            return self.model.prompts(asked)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizing, self.model.prompts, asked)
-
-    def count(self, answer: Answer) -> None:
-        """Count an answer that is whole."""
-        assert self._prometheus is not None
-        for choice in answer.choices:
-            if choice.output is not None:
-                self._prometheus.count(choice.output)
+            return model.prompts(asked)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, model.prompts, asked)
 
 
 class Endpoint:
@@ -187,7 +176,7 @@ class Endpoint:
         except Exception as error:
             if self.server.ended is None:
                 LOG.exception("a request failed by a fault of this program")
-                await exchange.fail(ApiError(500, f"a fault of the server: {type(error).__name__}"))
+                await exchange.fail(_told(error))
             else:
                 await exchange.fail(ApiError(503, self.server.ended))
 
@@ -202,18 +191,16 @@ class Exchange:
     async def run(self) -> None:
         """Read, answer, and stop where the client leaves."""
         body = await self._body()
-        shared = self.server.shared
-        assert self.server.model is not None
-        asked = self.server.model.read(parse(body), self.chat)
+        loaded = self.server.ready()
+        asked = loaded.model.read(parse(body), self.chat)
         with self.server.places(max(1, len(asked.prompts))):
-            await self._until_left(self._answer(shared, asked, len(body)))
+            await self._until_left(self._answer(loaded, asked, len(body)))
 
     async def fail(self, error: ApiError) -> None:
         """Tell the client what went wrong: in the stream, if that has begun."""
         self._scope["state"]["told"]["error"] = error.message
         if not self._begun:
-            headers = [(key.lower().encode(), value.encode()) for key, value in error.headers.items()]
-            await self._respond(error.status, [*JSON, *headers], error.json())
+            await self._respond(error_response(error))
         else:
             self._scope["state"]["told"]["status"] = error.status
             await self._part(event(error.body()) + DONE, more=False)
@@ -252,15 +239,14 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def _answer(self, shared: AsyncEngine, asked: Asked, size: int) -> None:
-        model = self.server.model
-        assert model is not None
-        prompts = await self.server.prompts(asked, size)
+    async def _answer(self, loaded: Loaded, asked: Asked, size: int) -> None:
+        model = loaded.model
+        prompts = await self.server.prompts(model, asked, size)
         answer = model.answer(asked, prompts)
         told = self._scope["state"]["told"]
         told |= {"answer": answer.id, "tokens_in": sum(map(len, prompts))}
         began = time.perf_counter()
-        async with aclosing(shared.stream_all(prompts, model.params(asked, prompts))) as chunks:
+        async with aclosing(loaded.engine.stream_all(prompts, model.params(asked, prompts))) as chunks:
             async for index, chunk in chunks:
                 told.setdefault("ttft_ms", (time.perf_counter() - began) * 1e3)
                 if not asked.stream:
@@ -268,19 +254,19 @@ class Exchange:
                         answer.choices[index].take(chunk.output)
                 elif (frame := answer.event(index, chunk)) is not None:
                     await self._part(frame)
-        whole = b"" if asked.stream else json.dumps(answer.whole()).encode()
+        whole = None if asked.stream else json_response(answer.whole())
         told["tokens_out"] = sum(choice.tokens for choice in answer.choices)
-        self.server.count(answer)
-        if asked.stream:
+        for choice in answer.choices:
+            if choice.output is not None:
+                loaded.prometheus.count(choice.output)
+        if whole is None:
             await self._part((answer.last_event() or b"") + DONE, more=False)
         else:
-            await self._respond(200, JSON, whole)
+            await self._respond(whole)
 
-    async def _respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+    async def _respond(self, response: Response) -> None:
         self._begun = True
-        whole = [*headers, (b"content-length", str(len(body)).encode())]
-        await self._send({"type": "http.response.start", "status": status, "headers": whole})
-        await self._send({"type": "http.response.body", "body": body})
+        await response(self._scope, self._receive, self._send)
 
     async def _part(self, body: bytes, more: bool = True) -> None:
         if not self._begun:
@@ -289,29 +275,25 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-def _json(told: object, status: int = 200) -> Response:
-    return Response(json.dumps(told), status, media_type="application/json")
-
-
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return Response(error.json(), error.status, error.headers, "application/json")
-
-
-def _allowed(error: HTTPException) -> str:
-    return f"use {(error.headers or {}).get('Allow', 'POST')}"
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    return _json(ApiError(500, f"a fault of the server: {type(error).__name__}").body(), 500)
+    return error_response(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    allowed = (error.headers or {}).get("Allow", "POST")
     what = {
         404: f"there is no {request.url.path[:200]} here",
-        405: f"{request.method} is not for this path: {_allowed(error)}",
+        405: f"{request.method} is not for this path: use {allowed}",
     }
-    return _json(
-        ApiError(error.status_code, what.get(error.status_code, error.detail)).body(), error.status_code
-    )
+    return error_response(ApiError(error.status_code, what.get(error.status_code, error.detail)))
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return error_response(_told(error))
+
+
+def _told(error: Exception) -> ApiError:
+    """Return what a client is told of a fault of this program."""
+    return ApiError(500, f"a fault of the server: {type(error).__name__}")

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.openai_api.api_error import ApiError
+from engine.serve.responses import error_response
 
 ACCESS = logging.getLogger("engine.serve.access")
 OPEN = frozenset({"/health"})  # without a key: load balancers have none
@@ -55,15 +56,7 @@ class Guard:
             if (error := self._refusal(scope["path"], headers)) is None:
                 await self._app(scope, receive, answer)
             else:
-                body = error.json()
-                whole = {
-                    "content-type": "application/json",
-                    "content-length": str(len(body)),
-                    **error.headers,
-                }
-                coded = [(name.lower().encode(), value.encode()) for name, value in whole.items()]
-                await answer({"type": "http.response.start", "status": error.status, "headers": coded})
-                await answer({"type": "http.response.body", "body": body})
+                await error_response(error)(scope, receive, answer)
         finally:
             told["latency_ms"] = (time.perf_counter() - began) * 1e3
             _log(request_id.decode(), scope, told)

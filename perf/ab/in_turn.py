@@ -78,24 +78,20 @@ class Series:
         return [name for name in self._told if name not in self.too_rare]
 
     @property
-    def too_rare(self) -> dict[str, int]:
-        """The tails of which the whole plan, at this pace, has too few values, with the planned values a
-        side.
+    def too_rare(self) -> list[str]:
+        """The tails of which the whole plan, at this pace, has too few values.
 
         How many there are depends on the workload, and on neither side's times: a round of three requests has
         three values of TPOT, and no number of looks makes a P95 of them.
         """
-        return {
-            name: int(self._values(name) * self.looks / self.look)
-            for name in self._told
-            if name in POOLED and sum(map(len, self.sections(name))) * self.looks < MIN_GROUPS * self.look
-        }
+        least = MIN_GROUPS * self.look / self.looks
+        return [n for n in self._told if n in POOLED and sum(map(len, self.sections(n))) < least]
 
-    def _values(self, metric: str) -> int:
+    def planned_values(self, metric: str) -> int:
+        """The values a side that the whole plan, at this pace, has of a metric that is pooled."""
         groups = [group for pair in self.kept for group in pair]
-        return min(
-            sum(len(sample[metric]) for group in groups for sample in group.of(side)) for side in SIDES
-        )
+        values = (sum(len(s[metric]) for group in groups for s in group.of(side)) for side in SIDES)
+        return int(min(values) * self.looks / self.look)
 
     @property
     def _told(self) -> list[str]:
@@ -228,8 +224,8 @@ def _differences(sections: Sequence[Section]) -> Iterator[float]:
 
 def tell_too_rare(benchmark: str, series: Series) -> Iterator[str]:
     """What a reader should know of the tails that were not judged."""
-    for name, values in series.too_rare.items():
-        needed = MIN_GROUPS * METRICS[name].needed_n
+    for name in series.too_rare:
+        values, needed = series.planned_values(name), MIN_GROUPS * METRICS[name].needed_n
         what = f"a tail of about {values:,} values a side; it needs {needed:,}"
         yield f"{benchmark}: {METRICS[name].label} is not judged: {what}"
 

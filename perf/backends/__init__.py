@@ -106,6 +106,12 @@ class Checked:
     checked: int
     against: str = "the model's own choices"
 
+    @classmethod
+    def by_model(cls, verdicts: Sequence[Any]) -> Checked:
+        """Return what a Judge said of as many answers."""
+        ties = sum(verdict.ties > 0 and verdict.wrong_at is None for verdict in verdicts)
+        return cls(sum(verdict.same for verdict in verdicts), ties, len(verdicts))
+
 
 class Judge(Protocol):
     """The model as Transformers runs it, which says whether an answer is its own choice."""

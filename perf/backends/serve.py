@@ -36,7 +36,7 @@ class ServeSession(HttpSession):
             }
             words = [f"{word}" for option in options.items() for word in option]
             words.append("--no-prefix-caching")  # nothing of one round may speed up the next
-            command = join([sys.executable, "-m", "engine", "serve", *words]).replace("'{port}'", "{port}")
+            command = join([sys.executable, "-m", "engine", "serve", *words])
             server = running("serve", command, Path.cwd(), os.environ, folder / "log")
             target = stack.enter_context(server)
             super().__init__(replace(setup, options={"target": target}))

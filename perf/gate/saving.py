@@ -65,10 +65,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if fixture is not None and call.excinfo is not None:
         fixture.has_error = True
-        error, errors = (
-            call.excinfo.value,
-            sys.modules.get("engine.errors"),
-        )  # else none of its errors is there
+        error = call.excinfo.value
+        errors = sys.modules.get("engine.errors")  # where nobody has imported it, the error is none of its
         if errors is not None and isinstance(error, errors.InputError) and report.failed:
             report.longrepr = f"error: {error}"
             item.config.stash.setdefault(TOLD, []).append(int(getattr(error, "code", USAGE)))

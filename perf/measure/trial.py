@@ -158,8 +158,7 @@ class Trial:
                     f"{self.backend.name}: token {verdict.wrong_at} of requests[{index}] is not the model's "
                     f"choice: its logit is {verdict.gap:.3g} below the best"
                 )
-        ties = sum(verdict.ties > 0 and verdict.wrong_at is None for _, verdict in verdicts)
-        self.checked = Checked(sum(verdict.same for _, verdict in verdicts), ties, count)
+        self.checked = Checked.by_model([verdict for _, verdict in verdicts])
 
     def before(self) -> None:
         """Prepare a round, untimed."""

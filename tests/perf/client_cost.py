@@ -8,19 +8,21 @@ client spends on a token at 32 streams, and by how much it mistakes a first toke
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from shlex import join
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from engine import SamplingParams, WorkItem
 from perf.backends import Outcome, Setup
 from perf.backends.http.backend import Http
-from perf.servers.launch import free_port
-from perf.servers.ready import wait_until_ready
+from perf.servers.launch import running
 from perf.servers.target import Target
 from tests.perf import scripted_server
 
@@ -30,16 +32,13 @@ FIRST_MS, GAP_MS, STREAMS, TOKENS, ROUNDS = 50, 20, 32, 200, 5
 @contextmanager
 def server(**how: float) -> Iterator[Target]:
     """A scripted server in a process of its own."""
-    port = free_port()
     options = [f"{name}={value}" for name, value in how.items()]
-    process = subprocess.Popen([sys.executable, scripted_server.__file__, str(port), *options])
-    target = Target.parse(f"http://127.0.0.1:{port}")
-    try:
-        wait_until_ready(target, 30.0, lambda: None)
+    command = join([sys.executable, scripted_server.__file__, "{port}", *options])
+    with (
+        TemporaryDirectory() as folder,
+        running("server", command, Path.cwd(), os.environ, Path(folder) / "log") as target,
+    ):
         yield target
-    finally:
-        process.kill()
-        process.wait()
 
 
 def rounds(

@@ -60,6 +60,12 @@ def test_a_sample_has_every_gated_metric_and_of_pooled_ones_the_values(bench: Be
     assert {name for name, value in found.items() if isinstance(value, list)} == set(POOLED)
 
 
+def test_an_engine_that_counts_its_steps_has_every_counter(bench: BenchSession):
+    trial = made(bench, "continuous")
+    assert set(one_round(trial)) > COUNTERS
+    trial.close()
+
+
 def test_what_is_saved_is_made_of_the_samples(bench: BenchSession):
     trial = made(bench, Scripted())
     found = [one_round(trial) for _ in range(4)]

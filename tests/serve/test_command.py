@@ -14,16 +14,11 @@ from contextlib import contextmanager
 
 import pytest
 
+from perf.servers.launch import free_port
 from tests.serve.running import COMPLETIONS, Client
 
 ASKED = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 TINY = ("--model", "random:tiny-llama", "--device", "cpu")
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def client(served):
 
 
 def test_a_whole_answer_and_a_stream_are_the_engines(served, client):
-    engine = Engine(served.server.model.engine.loaded)
+    engine = Engine(served.server.loaded.model.engine.loaded)
     params = SamplingParams(max_new_tokens=24, temperature=0)
     (output,) = engine.generate([engine.chat("Say hello.")], params, progress=False)
     whole = client.chat.completions.create(**ASKED, max_completion_tokens=24)
@@ -73,7 +73,7 @@ def test_a_stream_that_is_closed_ends_its_request(served, client):
     assert served.server.requests == 1
     stream.close()
     until = time.monotonic() + 10
-    while served.server.requests or served.server.model.engine.has_work:
+    while served.server.requests or served.server.loaded.model.engine.has_work:
         assert time.monotonic() < until
         time.sleep(0.01)
 

@@ -37,7 +37,7 @@ def chatting(smollm2):
 def greedy(client, prompt, tokens):
     """What the engine gives in process."""
     params = SamplingParams(max_new_tokens=tokens, temperature=0, ignore_eos=True)
-    return Engine(client.server.model.engine.loaded).generate([prompt], params, progress=False)[0]
+    return Engine(client.server.loaded.model.engine.loaded).generate([prompt], params, progress=False)[0]
 
 
 def test_a_completion_has_the_engines_tokens_and_counts_them(client):
@@ -112,7 +112,9 @@ def test_log_probabilities_are_those_of_the_engine(chatting):
     text = {"prompt": "The capital of France is", "max_tokens": 4, "temperature": 0, "logprobs": 2}
     told = chatting.post(COMPLETIONS, text).json["choices"][0]
     params = SamplingParams(max_new_tokens=4, temperature=0, logprobs=2)
-    (output,) = Engine(chatting.server.model.engine.loaded).generate([text["prompt"]], params, progress=False)
+    (output,) = Engine(chatting.server.loaded.model.engine.loaded).generate(
+        [text["prompt"]], params, progress=False
+    )
     wanted = [one.logprob for one in output.logprobs]
     assert told["logprobs"]["token_logprobs"] == pytest.approx(wanted, abs=1e-4)
     assert "".join(told["logprobs"]["tokens"]) == told["text"]
@@ -196,11 +198,11 @@ def test_a_client_that_leaves_takes_its_request_with_it(client):
             if stream:
                 assert b"200" in peer.recv(100)
         until = time.monotonic() + 10
-        while client.server.requests or client.server.model.engine.has_work:
+        while client.server.requests or client.server.loaded.model.engine.has_work:
             assert time.monotonic() < until
             time.sleep(0.01)
-        assert client.server.model.engine.metrics.records[-1].finish_reason == "abort"
-    client.server.model.engine.scheduler.memory.check_integrity()
+        assert client.server.loaded.model.engine.metrics.records[-1].finish_reason == "abort"
+    client.server.loaded.model.engine.scheduler.memory.check_integrity()
 
 
 def test_who_comes_when_the_queue_is_full_is_told_to_come_later(tiny_engine):

@@ -203,9 +203,7 @@ def _by_model(prompts: RoundPrompts, replies: Sequence[Reply], judge: Judge) -> 
         judge.judge(prompts.token_ids(index, replies), reply.token_ids or ())
         for index, reply in enumerate(replies)
     ]
-    same = sum(verdict.same for verdict in verdicts)
-    ties = sum(verdict.ties > 0 and verdict.wrong_at is None for verdict in verdicts)
-    return Checked(same, ties, len(verdicts), "the model's own choices")
+    return Checked.by_model(verdicts)
 
 
 def _answers(reply: Reply) -> object:
