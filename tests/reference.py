@@ -6,7 +6,7 @@ Written to be read: each token by itself over its own past.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +23,15 @@ def write_pages(
     slots_T: torch.Tensor,
     keys_XKPD: torch.Tensor,
     values_XKPD: torch.Tensor,
-    bias_N: torch.Tensor | None = None,
+    out_THD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As rope_kv_write.write_pages."""
-    if k.dim() == 4:  # partial sums
-        sizes = [x.shape[-2] for x in (q, k, v)]
-        biases = [0, 0, 0] if bias_N is None else bias_N.view(-1, k.shape[-1]).split(sizes)
-        sums = [x.sum(0) + bias for x, bias in zip((q, k, v), biases, strict=True)]
-        q, k, v = (x.to(keys_XKPD.dtype) for x in sums)
     q_THD, k_TKD = (_rotated(x, cos_TE[:, None], sin_TE[:, None]) for x in (q, k))
     kept_T = (slots_T >= 0).nonzero()[:, 0]
     page_T, place_T = slots_T[kept_T] // keys_XKPD.shape[2], slots_T[kept_T] % keys_XKPD.shape[2]
     keys_XKPD[page_T, :, place_T] = k_TKD[kept_T]
     values_XKPD[page_T, :, place_T] = v[kept_T]
-    return q_THD
+    return q_THD if out_THD is None else out_THD.copy_(q_THD)
 
 
 def _rotated(x_THD: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
@@ -78,26 +73,42 @@ def attend_chunks(
 
 
 def attend_rows(
-    q_BHD: torch.Tensor,
+    q: torch.Tensor,
     keys_XKPD: torch.Tensor,
     values_XKPD: torch.Tensor,
     tables_RN: torch.Tensor,
     lengths_B: torch.Tensor,
     max_length: int,
+    arrived_A: torch.Tensor,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     owners_B: torch.Tensor | None = None,
     split: int = 64,
+    new: Any = None,
     out_BHD: torch.Tensor | None = None,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As kernels.attend_rows."""
-    out_BHD = q_BHD.new_empty(q_BHD.shape) if out_BHD is None else out_BHD
-    owners = range(len(q_BHD)) if owners_B is None else owners_B.tolist()
+    rows, (page, dim) = len(lengths_B), keys_XKPD.shape[2:]
+    owners = range(rows) if owners_B is None else owners_B.tolist()
+    if new is not None:
+        k, v = new.k, new.v
+        if q.dim() == 4:  # partial sums
+            sizes = [x.shape[-2] for x in (q, k, v)]
+            biases = [0, 0, 0] if new.bias_N is None else new.bias_N.view(-1, dim).split(sizes)
+            sums = [x.sum(0) + bias for x, bias in zip((q, k, v), biases, strict=True)]
+            q, k, v = (x.to(keys_XKPD.dtype) for x in sums)
+        last_B = lengths_B.long() - 1
+        page_B = tables_RN[list(owners), last_B.clamp(min=0) // page].long()
+        slots_B = torch.where(last_B < 0, -1, page_B * page + last_B % page)
+        angles = new.angles_LD[new.positions_B].chunk(2, -1)
+        q = write_pages(q, k, v, *angles, slots_B, keys_XKPD, values_XKPD)
+    out_BHD = torch.empty_like(q) if out_BHD is None else out_BHD
     for row, (owner, length) in enumerate(zip(owners, lengths_B.tolist(), strict=True)):
         assert length <= max_length, "the bound of the grid is too low"
         out_BHD[row] = _attend(
-            q_BHD[row], keys_XKPD, values_XKPD, tables_RN[owner], length, scale, window, softcap
+            q[row], keys_XKPD, values_XKPD, tables_RN[owner], length, scale, window, softcap
         )
     return out_BHD
 
@@ -185,12 +196,71 @@ def gated(gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: str) -> torch.
     return (F.silu(gate_TF) if activation == "silu" else F.gelu(gate_TF, approximate="tanh")) * up_TF
 
 
+class NewTokens(NamedTuple):
+    """As decode_attention.NewTokens."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions_B: torch.Tensor
+    angles_LD: torch.Tensor
+    bias_N: torch.Tensor | None = None
+
+
+def split_size(rows: int, kv_heads: int) -> int:
+    """As decode_attention.split_size."""
+    return 64
+
+
+class Unnormed(NamedTuple):
+    """As one_row.Unnormed."""
+
+    by: Norm
+    squares_P: torch.Tensor
+
+
+def row_product(
+    x_1M: torch.Tensor,
+    weight_NM: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
+    unnormed: Unnormed | None = None,
+    ahead: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As one_row.row_product."""
+    return F.linear(_normed(x_1M, unnormed), weight_NM, bias_N)
+
+
+def _normed(x_1M: torch.Tensor, unnormed: Unnormed | None) -> torch.Tensor:
+    """The norm of what its sums of squares are of."""
+    if unnormed is None:
+        return x_1M
+    found, square = unnormed.squares_P.sum().float(), x_1M.float().square().sum()
+    torch.testing.assert_close(found, square, rtol=1e-4, atol=1e-5, equal_nan=True)
+    return norm(x_1M, unnormed.by)
+
+
+def add_row_product(
+    residual_1N: torch.Tensor, x_1M: torch.Tensor, weight_NM: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
+    """As one_row.add_row_product."""
+    residual_1N.add_(F.linear(x_1M, weight_NM), alpha=scale)
+    return torch.stack([part.square().sum() for part in residual_1N.tensor_split(3, 1)])
+
+
+def gated_row_product(
+    x_1M: torch.Tensor, weight_NM: torch.Tensor, activation: str, unnormed: Unnormed | None = None
+) -> torch.Tensor:
+    """As one_row.gated_row_product."""
+    return gated(*F.linear(_normed(x_1M, unnormed), weight_NM).chunk(2, -1), activation)
+
+
 def max_split_rows(dtype: torch.dtype, layer_bytes: int) -> int:
     """As split_k.max_split_rows; a small number, so that tests see steps of more."""
     return 5
 
 
-def split_k_product(x_TM: torch.Tensor, weight_NM: torch.Tensor) -> torch.Tensor:
+def split_k_product(
+    x_TM: torch.Tensor, weight_NM: torch.Tensor, ahead: torch.Tensor | None = None
+) -> torch.Tensor:
     """As split_k.split_k_product, in three parts."""
     wide = torch.promote_types(x_TM.dtype, torch.float32)
     parts = zip(x_TM.to(wide).tensor_split(3, 1), weight_NM.to(wide).tensor_split(3, 1), strict=True)

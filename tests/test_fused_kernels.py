@@ -15,6 +15,7 @@ from tests.pairwise import grid
 
 write = pytest.importorskip("engine.backends.cuda.kernels.rope_kv_write", reason="needs Triton")
 fused = pytest.importorskip("engine.backends.cuda.kernels.norm_activation", reason="needs Triton")
+one = pytest.importorskip("engine.backends.cuda.kernels.one_row", reason="needs Triton")
 split = pytest.importorskip("engine.backends.cuda.kernels.split_k", reason="needs Triton")
 pytestmark = [pytest.mark.usefixtures("bfloat16_products"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
@@ -108,7 +109,7 @@ def test_split_products_and_what_sums_them(sizes, rows, dtype):
     residual, scale = (
         torch.randn(*n, outputs, generator=generator).to(dtype).to(DEVICE) for n in ((rows,), ())
     )
-    parts = split.split_k_product(x, weight)
+    parts = split.split_k_product(x, weight, ahead=weight)
     assert parts.dtype == torch.float32
     exact = x.double() @ weight.double().T
     close(parts.double().sum(0), exact, 5e-6)
@@ -123,42 +124,54 @@ def test_split_products_and_what_sums_them(sizes, rows, dtype):
     close(residual, total, TOLERANCE[dtype])
 
 
+def rows_of(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Rows, a weight and a residual stream, such that products are of the rows' own size."""
+    generator = torch.Generator().manual_seed(rows)
+    shapes = (rows, inputs), (outputs, inputs), (rows, outputs)
+    x, weight, residual = (torch.randn(*shape, generator=generator) for shape in shapes)
+    return [each.to(dtype).to(DEVICE) for each in (x, weight / inputs**0.5, residual)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(96, 64), (44, 300), (74, 2100)], ids=str)
+@pytest.mark.parametrize("parts", [0, 1, 5])
+def test_products_of_a_row_that_is_normed_or_yet_to_be(sizes, dtype, parts):
+    outputs, inputs = sizes
+    x, weight, _ = rows_of(1, outputs, inputs, dtype)
+    bias = draw(outputs, seed=4, dtype=dtype).to(DEVICE) if parts != 1 else None
+    unnormed, expected = None, x.cpu()
+    if parts:
+        by = Norm(draw(inputs, seed=5).to(DEVICE), None, 1e-5, False)
+        squares = torch.stack([part.float().square().sum() for part in x.tensor_split(parts, 1)])
+        unnormed, expected = one.Unnormed(by, squares), expected_norm(expected, by)
+    exact = expected.double() @ weight.double().cpu().T
+    found = one.row_product(x, weight, bias, unnormed, ahead=weight)
+    assert found.dtype == dtype
+    close(found, exact if bias is None else exact + bias.double().cpu(), 3 * TOLERANCE[dtype])
+    gate, up = exact.chunk(2, 1)
+    for name, activation in ACTIVATIONS.items():
+        found = one.gated_row_product(x, weight, name, unnormed)
+        close(found, activation(gate) * up, 4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(96, 64), (74, 2100)], ids=str)
+def test_a_product_of_a_row_adds_itself_to_the_residual_stream(sizes, dtype):
+    x, weight, residual = rows_of(1, *sizes, dtype)
+    total = 0.25 * (x.double() @ weight.double().T) + residual.double()
+    squares = one.add_row_product(residual, x, weight, 0.25)
+    close(residual, total, 2 * TOLERANCE[dtype])
+    close(squares.sum(), residual.double().square().sum(), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("activation", "rows", "dtype"), grid(list(ACTIVATIONS), [1, 40, 70], DTYPES), ids=str
 )
 def test_split_gated_product(activation, rows, dtype):
-    generator = torch.Generator().manual_seed(rows)
-    x, weight = (torch.randn(n, 300, generator=generator).to(dtype).to(DEVICE) for n in (rows, 2 * 90))
-    gate, up = (x.double() @ weight.double().T / 300**0.5).chunk(2, 1)
-    active = (
-        torch.nn.functional.silu(gate)
-        if activation == "silu"
-        else torch.nn.functional.gelu(gate, approximate="tanh")
-    )
-    close(split.split_k_gated(x, weight / 300**0.5, activation), active * up, 3 * TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize(("bias", "dtype"), grid([False, True], DTYPES), ids=str)
-def test_pages_get_what_partial_sums_come_to(bias, dtype):
-    """As if the product had been whole: what rounds once here is rounded once there."""
-    generator = torch.Generator().manual_seed(0)
-    heads, kv_heads, dim, tokens = 3, 1, 32, 3
-    outputs = (heads + 2 * kv_heads) * dim
-    parts = torch.randn(3, tokens, outputs, generator=generator).to(DEVICE)
-    bias_N = torch.randn(outputs, generator=generator).to(dtype).to(DEVICE) if bias else None
-    whole = parts[0] + parts[1] + parts[2]
-    whole = (whole + bias_N.float() if bias else whole).to(dtype)
-    angles = tuple(torch.randn(tokens, dim // 2, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
-    slots = torch.tensor([17, -1, 40], device=DEVICE)
-    found = []
-    for joined in (parts, whole):
-        q, k, v = joined.unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], -2)
-        stores = [torch.full((3, kv_heads, 16, dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)]
-        out = write.write_pages(q, k, v, *angles, slots, *stores, bias_N if joined is parts else None)
-        assert out.dtype == dtype
-        found.append((out, *stores))
-    for summed, expected in zip(*found, strict=True):
-        close(summed, expected, TOLERANCE[dtype])
+    x, weight, _ = rows_of(rows, 2 * 90, 300, dtype)
+    gate, up = (x.double() @ weight.double().T).chunk(2, 1)
+    active = ACTIVATIONS[activation](gate)
+    close(split.split_k_gated(x, weight, activation), active * up, 3 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,9 +16,12 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 
 from tests.exactness import DEVICE, TOLERANCE, close
+from tests.pairwise import grid
 from tests.reference import attention
 
 kernels = pytest.importorskip("engine.backends.cuda.kernels.attention", reason="needs Triton")
+decode = pytest.importorskip("engine.backends.cuda.kernels.decode_attention", reason="needs Triton")
+write = pytest.importorskip("engine.backends.cuda.kernels.rope_kv_write", reason="needs Triton")
 pytestmark = [pytest.mark.usefixtures("bfloat16_products"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
@@ -86,9 +89,9 @@ class Case:
         lengths = [computed + i + 1 for computed, new in self.requests for i in range(new)]
         owners = [row for row, (_, new) in enumerate(self.requests) for _ in range(new)]
         single = owners == list(range(len(owners)))
-        return kernels.attend_rows(
-            self.q, self.keys, self.values, self.tables, self.ints(lengths), max(lengths) + slack, scale,
-            window, softcap, None if single else self.ints(owners), **options,
+        return decode.attend_rows(
+            self.q, self.keys, self.values, self.tables, self.ints(lengths), max(lengths) + slack,
+            self.ints([0] * 99), scale, window, softcap, None if single else self.ints(owners), **options,
         )  # fmt: skip
 
     def check(self, scale=0.3, window=None, softcap=None) -> None:
@@ -175,15 +178,52 @@ def test_a_row_has_the_same_bits_in_any_company(window):
 
 
 def test_long_rows_have_larger_splits_not_more(monkeypatch):
-    monkeypatch.setattr(kernels, "MAX_SPLITS", 4)
+    monkeypatch.setattr(decode, "MAX_SPLITS", 4)
     case = Case([(700, 1), (383, 1), (384, 1), (5, 1)], kv_heads=1, dim=16)
     close(case.rows(split=32), case.expected(0.3, None, None))
     close(case.rows(split=1000), case.expected(0.3, None, None))
 
 
+@pytest.mark.parametrize(
+    ("options", "dim", "page", "dtype"),
+    grid(OPTIONS, [16, 20, 64], [1, 5, 16], [torch.float32, torch.float16]), ids=str,
+)  # fmt: skip
+def test_new_tokens_are_rotated_written_and_attended(options, dim, page, dtype):
+    """As the kernel that writes pages does it, bit for bit; a row of nobody writes nothing."""
+    case = Case([(64, 1), (0, 1), (130, 1), (15, 1)], page=page, dim=dim, dtype=dtype, kv_heads=2)
+    lengths = case.ints([65, 1, 131, 0])
+    generator = torch.Generator().manual_seed(1)
+    heads = (case.groups + 2) * 2
+    parts = torch.randn(3, 4, heads * dim, generator=generator).to(DEVICE)
+    bias = torch.randn(heads * dim, generator=generator).to(dtype).to(DEVICE)
+    whole = (parts[0] + parts[1] + parts[2] + bias.float()).to(dtype)
+    angles = torch.randn(200, dim, generator=generator).to(dtype).to(DEVICE)
+    positions, found = torch.tensor([64, 7, 199, 0], device=DEVICE), []
+    arrived, how = case.ints([0] * 8), (0.3, options.get("window"), options.get("softcap"))
+    slots = [(0, 64), (1, 0), (2, 130)]
+    slots = [int(case.tables[row, at // page]) * page + at % page for row, at in slots] + [-1]
+    for way in ("apart", "whole", "in parts"):
+        keys, values = case.keys.clone(), case.values.clone()
+        product = parts if way == "in parts" else whole
+        q, k, v = product.unflatten(-1, (-1, dim)).split([2 * case.groups, 2, 2], -2)
+        new = decode.NewTokens(k, v, positions, angles, bias if way == "in parts" else None)
+        if way == "apart":
+            cos_sin, slots_T = angles[positions].chunk(2, 1), torch.tensor(slots, device=DEVICE)
+            q, new = write.write_pages(q, k, v, *cos_sin, slots_T, keys, values), None
+        rest = case.tables, lengths, 131, arrived, *how
+        found.append((decode.attend_rows(q, keys, values, *rest, new=new, ahead=parts), keys, values))
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
+    assert bool(found[0][0].isfinite().all())
+    assert bool((found[0][0][3] == 0).all())
+    assert not arrived.any(), "ready for the next launch"
+
+
 def test_a_row_of_no_length_is_zero_and_a_tile_of_no_request_writes_nothing():
     case = Case([(3, 1), (8, 1)])
-    out = kernels.attend_rows(case.q, case.keys, case.values, case.tables, case.ints([0, 9]), 9, 0.3)
+    arrived = case.ints([0] * 4), 0.3
+    out = decode.attend_rows(case.q, case.keys, case.values, case.tables, case.ints([0, 9]), 9, *arrived)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     close(out[1], case.expected(0.3, None, None)[1])
     untouched = torch.full(case.q.shape, 7.0, device=DEVICE)
@@ -216,7 +256,8 @@ def test_the_compiler_takes_every_kernel_and_none_spills(tmp_path):
         "_write",
         "_chunks",
         "_rows",
-        "_combine",
+        "_row ",
+        "_split_k",
         "_inputs",
         "_norm",
         "_gated",

@@ -26,9 +26,6 @@ from engine.request import Request
 from engine.sampling import sample
 from engine.step import Batch, Choice, Done, Ticket
 
-FEW_ROWS = 32  # up to so many rows, short splits are needed to fill a GPU
-SHORT_SPLIT, LONG_SPLIT = 64, 256  # positions of a row's context that a program attends to
-
 
 class CudaBackend(Backend):
     """Runs a decoder that `can_run`, by Triton kernels over pages and CUDA graphs.
@@ -153,7 +150,8 @@ class CudaBackend(Backend):
             lengths_B=lengths_T[: shape.rows],
             lines_B=inputs_3T[2, : shape.rows],
             max_length=shape.bound,
-            split=SHORT_SPLIT if self._one_by_one or shape.rows <= FEW_ROWS else LONG_SPLIT,
+            split=kernels.split_size(1 if self._one_by_one else shape.rows, self._spec.kv_heads),
+            rows_are_new=not self._one_by_one,
             chunks=chunks,
             keep_K=None if shape.kept == shape.rows and not shape.tokens else keep_K.long(),
         )
@@ -162,5 +160,7 @@ class CudaBackend(Backend):
 
 def _greedy(request: Request) -> bool:
     """Return whether its next token is the likeliest, with nothing else asked for."""
-    known = len(request.tokens) + request.pending - request.prompt_len
-    return request.greedy and (known >= request.params.min_new_tokens or not request.stop_ids)
+    least = request.params.min_new_tokens if request.stop_ids else 0
+    return request.greedy and (
+        not least or len(request.tokens) + request.pending - request.prompt_len >= least
+    )

@@ -139,27 +139,35 @@ def lay_out(
         tile: tokens of a chunk that are attended at a time.
         one_by_one: make every token a row of its own.
     """
-    tokens = batch.tokens.copy()
-    for span in batch.spans:
-        if tokens[span.end - 1] == PENDING:
-            tokens[span.end - 1] = -1 - pending[span.request]
-    spans_J3 = np.array([(span.begin, span.end, span.computed) for span in batch.spans])
-    order_J = np.argsort(spans_J3[:, 1] - spans_J3[:, 0] > 1, kind="stable")
-    begins_J, ends_J, computed_J = spans_J3[order_J].T
-    counts_J, lines_J = ends_J - begins_J, lines_J[order_J]
+    spans, count = batch.spans, len(batch.tokens)
+    tokens_T = np.array(batch.tokens)
+    ends_J = np.array([span.end for span in spans])
+    computed_J = np.array([span.computed for span in spans])
+    late_J = np.flatnonzero(tokens_T[ends_J - 1] == PENDING)
+    tokens_T[ends_J[late_J] - 1] = [-1 - pending[spans[at].request] for at in late_J.tolist()]
+    if count == len(spans):  # rows alone are in order
+        all_T, none_30 = np.arange(count), np.zeros((3, 0), dtype=int)
+        inputs_3T = np.stack([tokens_T, computed_J, lines_J])
+        tiles_02 = _tiles(none_30, tile)
+        return BatchLayout(count, inputs_3T, all_T, lines_J[count:], none_30, tiles_02, all_T, batch.wanted)
+    counts_J = np.diff(ends_J, prepend=0)
+    order_J = np.argsort(counts_J > 1, kind="stable")
+    begins_J, counts_J, computed_J, lines_J = np.stack([ends_J - counts_J, counts_J, computed_J, lines_J])[
+        :, order_J
+    ]
     new_ends_J = counts_J.cumsum()
-    within_T = np.arange(len(tokens)) - np.repeat(new_ends_J - counts_J, counts_J)
-    order_T = np.repeat(begins_J, counts_J) + within_T
-    inputs_3T = np.stack(
-        [np.array(tokens)[order_T], np.repeat(computed_J, counts_J) + within_T, np.repeat(lines_J, counts_J)]
-    )
+    # What each token has of its request: where that begins in the batch, how many precede it, and its line.
+    own_3T = np.stack([begins_J, computed_J, lines_J]).repeat(counts_J, 1)
+    own_3T[:2] += np.arange(count) - (new_ends_J - counts_J).repeat(counts_J)
+    order_T = own_3T[0]
+    inputs_3T = np.stack([tokens_T[order_T], *own_3T[1:]])
     place_T = np.empty_like(order_T)
-    place_T[order_T] = np.arange(len(tokens))
+    place_T[order_T] = np.arange(count)
     keep_K, wanted = place_T[np.array(batch.wanted, dtype=int)], list(range(len(batch.wanted)))
     # Of rows those of all, so that a graph has no other sizes.
-    if len(tokens) in (len(batch.spans), len(wanted)):
-        keep_K, wanted = np.arange(len(tokens)), keep_K.tolist()
-    rows = len(tokens) if one_by_one else int((counts_J == 1).sum())
+    if count == len(wanted):
+        keep_K, wanted = np.arange(count), keep_K.tolist()
+    rows = count if one_by_one else int((counts_J == 1).sum())
     several = slice(len(lines_J) if one_by_one else rows, None)
     spans_3R = np.stack([new_ends_J - counts_J, new_ends_J, computed_J])[:, several]
     return BatchLayout(

@@ -1,9 +1,9 @@
 """CUDA graphs of decode steps, padded to a few sizes.
 
-Launching a layer's nine kernels takes the host about half a millisecond (measured beside an H200: 13 ms for
-24 layers), which is more than most steps of a small model take a GPU. So steps in which every request
-computes one token are captured. Steps with chunks are not: their sizes hardly ever come again, and capturing
-them took `mixed-256` on an H200 from 51,290 to 30,172 tokens/s.
+Launching takes the host longer than most steps of a small model take a GPU (measured beside an H200: 27 ms by
+Triton's own launches for 24 layers, whose kernels took 6 ms; `kernels/launch.py` does it for less). So steps
+in which every request computes one token are captured. Steps with chunks are not: their sizes hardly ever
+come again, and capturing them took `mixed-256` on an H200 from 51,290 to 30,172 tokens/s.
 """
 
 from __future__ import annotations

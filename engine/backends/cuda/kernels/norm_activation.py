@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.backends.cuda.kernels.pdl import DEPENDENT, launch_dependents, wait_for_previous
+from engine.backends.cuda.kernels.launch import kernel, launch_dependents, wait_for_previous
 from engine.models.decoder_parts import Norm
 
 PART = 4096  # logits that one program looks at: 38 programs a row for a vocabulary of 152k
@@ -40,12 +40,12 @@ def step_inputs(
     lengths_T = torch.empty(tokens, dtype=torch.int32, device=inputs_3T.device)
     _inputs[triton.cdiv(tokens, 128),](
         inputs_3T, last_B, tables_RN, ids_T, positions_T, slots_T, lengths_T, tokens, tables_RN.stride(0),
-        PAGE=page, BLOCK=128, **DEPENDENT,
+        PAGE=page, BLOCK=128,
     )  # fmt: skip
     return ids_T, positions_T, slots_T, lengths_T
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["positions"])
+@kernel(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["positions"])
 def _inputs(
     inputs, last, tables, ids, positions, slots, lengths, tokens, table_row,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -101,12 +101,12 @@ def _launch_norm(
         by.eps, scale, inner, *x_THM.stride()[:2], part, SIZE=size, ADD=residual is not None,
         CENTRED=by.centred, BIAS=by.bias is not None, EACH=by.scale.dim() > 1, PARTS=parts, BLOCK=block,
         BLOCK_S=block_s,
-        num_warps=min(16, max(4, block * block_s // 1024 if parts else block // 512)), **DEPENDENT,
+        num_warps=min(16, max(4, block * block_s // 1024 if parts else block // 512)),
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["inner", "part"])
+@kernel(do_not_specialize=["inner", "part"])
 def _norm(
     x, residual, weight, bias, out, eps, scale, inner, x_outer, x_inner, part,
     SIZE: tl.constexpr, ADD: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, EACH: tl.constexpr,
@@ -151,12 +151,12 @@ def gated(gate_TF: torch.Tensor, up_TF: torch.Tensor, activation: str) -> torch.
     out_TF = torch.empty(tokens, size, dtype=gate_TF.dtype, device=gate_TF.device)
     _gated[tokens, triton.cdiv(size, 1024)](
         gate_TF, up_TF, out_TF, gate_TF.stride(0), up_TF.stride(0),
-        SIZE=size, GELU=activation == "gelu_tanh", BLOCK=1024, **DEPENDENT,
+        SIZE=size, GELU=activation == "gelu_tanh", BLOCK=1024,
     )  # fmt: skip
     return out_TF
 
 
-@triton.jit
+@kernel()
 def _gated(
     gate,
     up,
@@ -198,21 +198,15 @@ def best_tokens(logits_BV: torch.Tensor) -> torch.Tensor:
     tokens_BS = torch.empty(rows, parts, dtype=torch.int32, device=logits_BV.device)
     tokens_B = torch.empty(rows, dtype=torch.int64, device=logits_BV.device)
     _best_of_part[rows, parts](
-        logits_BV, peaks_BS, tokens_BS, logits_BV.stride(0), VOCABULARY=vocabulary, PART=PART, **DEPENDENT
+        logits_BV, peaks_BS, tokens_BS, logits_BV.stride(0), VOCABULARY=vocabulary, PART=PART
     )
     _best_of_row[(rows,)](
-        peaks_BS,
-        tokens_BS,
-        tokens_B,
-        PARTS=parts,
-        BLOCK=triton.next_power_of_2(parts),
-        num_warps=1,
-        **DEPENDENT,
+        peaks_BS, tokens_BS, tokens_B, PARTS=parts, BLOCK=triton.next_power_of_2(parts), num_warps=1
     )
     return tokens_B
 
 
-@triton.jit
+@kernel()
 def _best_of_part(
     logits, peaks, tokens, logits_row, VOCABULARY: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr
 ):
@@ -226,7 +220,7 @@ def _best_of_part(
     tl.store(tokens + row * tl.num_programs(1) + part, part * PART + at)
 
 
-@triton.jit
+@kernel()
 def _best_of_row(peaks, tokens, out, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)

@@ -3,7 +3,7 @@ for cuBLAS.
 
 A layer's products of a small model are read in a few microseconds, less than it takes a large tile's kernel
 to begin and to end. Here the inner dimension is cut into parts until every multiprocessor has a program, and
-whoever reads the product next (`add_norm`, `norm`, `write_pages`) sums the parts, in their order. A program
+whoever reads the product next (`add_norm`, `norm`, `attend_rows`) sums the parts, in their order. A program
 asks for its weights before it waits for the kernel before it (programmatic dependent launch), so that they
 are on their way by then.
 
@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.backends.cuda.kernels.launch import kernel, launch_dependents, prefetch_l2, wait_for_previous
 from engine.backends.cuda.kernels.norm_activation import activated
-from engine.backends.cuda.kernels.pdl import DEPENDENT, launch_dependents, wait_for_previous
 
 MAX_ROWS = 48  # up to which these are faster than cuBLAS's: at 64 they are equal
 MAX_LAYER_BYTES = 2**26  # of weights, beyond which a kernel's beginning and end do not matter
@@ -35,14 +35,20 @@ def max_split_rows(dtype: torch.dtype, layer_bytes: int) -> int:
     return MAX_ROWS if dtype.itemsize == 2 and layer_bytes <= MAX_LAYER_BYTES else 0
 
 
-def split_k_product(x_TM: torch.Tensor, weight_NM: torch.Tensor) -> torch.Tensor:
-    """Partial sums of x @ weight.T, float32 [S, T, N], to be added up in their order."""
+def split_k_product(
+    x_TM: torch.Tensor, weight_NM: torch.Tensor, ahead: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Partial sums of x @ weight.T, float32 [S, T, N], to be added up in their order.
+
+    Args:
+        ahead: a weight that is read soon after (`prefetch_l2`).
+    """
     rows, (outputs, inputs) = len(x_TM), weight_NM.shape
     shape = _product_shape(outputs, inputs)
     out_STN = torch.empty(
         triton.cdiv(inputs, shape.part), rows, outputs, dtype=torch.float32, device=x_TM.device
     )
-    _launch(x_TM, weight_NM, out_STN, outputs, shape)
+    _launch(x_TM, weight_NM, out_STN, outputs, shape, ahead=ahead)
     return out_STN
 
 
@@ -83,22 +89,24 @@ def _processors() -> int:
     return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
 
 
-def _launch(x_TM, weight_NM, out, outputs, shape, activation=None):
+def _launch(x_TM, weight_NM, out, outputs, shape, activation=None, ahead=None):
     rows, inputs = x_TM.shape
     block_t = min(64, max(16, triton.next_power_of_2(rows)))
     _split_k[triton.cdiv(outputs, shape.each), triton.cdiv(inputs, shape.part), triton.cdiv(rows, block_t)](
-        x_TM, weight_NM, out, rows, x_TM.stride(0), weight_NM.stride(0), OUTPUTS=outputs, INPUTS=inputs,
-        EACH=shape.each, PART=min(shape.part, inputs), GATED=activation is not None,
-        GELU=activation == "gelu_tanh", BLOCK_T=block_t, BLOCK_N=max(16, triton.next_power_of_2(shape.each)),
-        BLOCK_M=shape.block, num_warps=shape.warps, num_stages=shape.stages, **DEPENDENT,
+        x_TM, weight_NM, out, x_TM if ahead is None else ahead, rows, x_TM.stride(0), weight_NM.stride(0),
+        OUTPUTS=outputs, INPUTS=inputs, EACH=shape.each, PART=min(shape.part, inputs),
+        GATED=activation is not None, GELU=activation == "gelu_tanh",
+        AHEAD=0 if ahead is None else ahead.nbytes, BLOCK_T=block_t,
+        BLOCK_N=max(16, triton.next_power_of_2(shape.each)), BLOCK_M=shape.block, num_warps=shape.warps,
+        num_stages=shape.stages,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _split_k(
-    x, weight, out, rows, x_row, weight_row, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EACH: tl.constexpr,
-    PART: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    x, weight, out, ahead, rows, x_row, weight_row, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    EACH: tl.constexpr, PART: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     launch_dependents(PDL)
     n_N = tl.program_id(0) * EACH + tl.arange(0, BLOCK_N)
@@ -115,6 +123,9 @@ def _split_k(
     if GATED:
         up_NM = tl.load(weight_NM + OUTPUTS * weight_row, mask=here_N1 & (m_M < left)[None, :], other=0.0)
     wait_for_previous(PDL)
+    if AHEAD:
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        prefetch_l2(ahead, AHEAD, program, tl.num_programs(0) * tl.num_programs(1), 128, PDL)
     v_TM = tl.load(x_TM, mask=here_T1 & (m_M < left)[None, :], other=0.0)
     acc_TN = tl.dot(v_TM, tl.trans(w_NM), input_precision="ieee")
     up_TN = acc_TN
