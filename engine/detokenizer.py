@@ -11,7 +11,7 @@ from engine.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONTEXT = 6  # tokens
+CONTEXT = 6  # tokens at least, and up to twice as many
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -37,7 +37,7 @@ class TextStream:
         self._stop = stop
         self._ids: list[int] = []
         self._start = 0  # first token of the context
-        self._read = 0  # tokens whose text has been decoded
+        self._known = ""  # text of the context
         self._held = ""  # in it no stop string counts any more: whatever is complete came too early
         self._looks = True
         self._given: list[str] = []
@@ -63,16 +63,20 @@ class TextStream:
 
     def _decoded(self, final: bool) -> str:
         """Return the text of the tokens since the last call; nothing while it ends inside a character."""
-        known = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])
-        if not final and (len(text) <= len(known) or text.endswith(UNFINISHED)):
+        if not final and (len(text) <= len(self._known) or text.endswith(UNFINISHED)):
             return ""
-        self._read = len(self._ids)
-        self._start = max(self._start, self._read - CONTEXT)
+        piece, self._known = text[len(self._known) :], text
+        if len(self._ids) - self._start > 2 * CONTEXT:
+            self._begin(len(self._ids) - CONTEXT)
         # A context that begins inside a character decodes it differently with its first byte and without.
-        while self._start and self._decode(self._ids[self._start : self._read]).startswith(UNFINISHED):
-            self._start -= 1
-        return text[len(known) :]
+        while self._start and self._known.startswith(UNFINISHED):
+            self._begin(self._start - 1)
+        return piece
+
+    def _begin(self, start: int) -> None:
+        """Let the context be the tokens from this one on."""
+        self._start, self._known = start, self._decode(self._ids[start:])
 
     def _give(self, piece: str, final: bool) -> str:
         if self.stopped is not None:

@@ -8,7 +8,7 @@ A pool answers the scheduler: `check` (could it ever fit), `admit`, `reserve` (r
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from engine.errors import InputError
 from engine.request import FinishReason, Request
@@ -78,6 +78,8 @@ class PagePool(_Pool):
         """Make the request's table hold its first `tokens` tokens; False, and nothing taken, if pages
         lack."""
         table = self.tables[request]
+        if tokens <= len(table) * self.page_size:
+            return True
         need = -(-tokens // self.page_size) - len(table)
         if need > len(self._free):
             return False
@@ -95,10 +97,11 @@ class PagePool(_Pool):
         """Let others find those of its pages that have become full of computed tokens."""
         if not self.prefix_caching:
             return
-        size, table, (done, content_key) = self.page_size, self.tables[request], self._full_pages[request]
-        full = min(request.computed, len(request.tokens)) // size  # the last computed token may be pending
-        if done >= full:
+        size, (done, content_key) = self.page_size, self._full_pages[request]
+        if request.computed < (done + 1) * size:
             return
+        table = self.tables[request]
+        full = min(request.computed, len(request.tokens)) // size  # the last computed token may be pending
         for at in range(done, full):
             key = (content_key, tuple(request.tokens[at * size : (at + 1) * size]))
             page = self._cached.setdefault(key, table[at])
@@ -144,9 +147,10 @@ class PagePool(_Pool):
         """The share of all pages that some request holds."""
         return 1 - len(self._free) / self.pages
 
-    def unused(self, request: Request, tokens: int) -> int:
-        """Positions of its pages beyond its first `tokens` tokens."""
-        return len(self.tables[request]) * self.page_size - tokens
+    def unused(self, requests: Sequence[Request]) -> int:
+        """Positions of their pages beyond their computed tokens."""
+        pages = sum([len(self.tables[request]) for request in requests])
+        return pages * self.page_size - sum([request.computed for request in requests])
 
     def check_integrity(self) -> None:
         """Assert that every page is free or owned as often as it is counted, and that the cache agrees with
@@ -219,9 +223,9 @@ class RowPool(_Pool):
         """The share of all positions that rows hold."""
         return len(self._held) * _width(self._held) / self.capacity if self._held else 0.0
 
-    def unused(self, request: Request, tokens: int) -> int:
-        """Positions of its row beyond its first `tokens` tokens."""
-        return _width(self._held) - tokens
+    def unused(self, requests: Sequence[Request]) -> int:
+        """Positions of their rows beyond their computed tokens."""
+        return len(requests) * _width(self._held) - sum([request.computed for request in requests])
 
 
 def _width(batch: list[Request]) -> int:

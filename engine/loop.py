@@ -114,8 +114,8 @@ class Loop:
                 return error
             failed = [self._failed(part, started, chunks) for part in parts]
             return error if all(failed) else None
-        unused = sum(self.scheduler.memory.unused(r, r.computed + n) for r, n in step)
         self.scheduler.advance(step)
+        unused = self.scheduler.memory.unused([request for request, _ in step])
         self._launched.append(Launched(step, ticket, started, unused))
         return None
 
@@ -140,10 +140,11 @@ class Loop:
             choices = [choice if request.finish_reason is None else None for (request, _), choice in pairs]
             tokens = [None if choice is None else choice.token for choice in choices]
             self.scheduler.commit(step, tokens, time.perf_counter())
-            chunks = []
-            for (request, _), choice in zip(step, choices, strict=True):
-                if choice is not None and request.result is None:
-                    chunks.append(self._publish(request, choice))
+            chunks = [
+                self._publish(request, choice)
+                for (request, _), choice in zip(step, choices, strict=True)
+                if choice is not None and request.result is None
+            ]
         except BaseException as error:  # else who has a reason to end, but no output, never would
             self._fail(step, error)
             raise
@@ -175,17 +176,19 @@ class Loop:
 
     def _publish(self, request: Request, choice: Choice) -> StreamChunk:
         """Turn what a step gave a request into its chunk; whatever fails in here fails this request alone."""
-        ids, text = () if choice.token is None else (choice.token,), ""
-        logprobs = () if choice.logprob is None else (choice.logprob,)
-        if choice.error is not None:
-            request.finish(FinishReason.ERROR, error=choice.error)
+        token, error, logprob = choice
+        ids, text = () if token is None else (token,), ""
+        logprobs = () if logprob is None else (logprob,)
+        if error is not None:
+            request.finish(FinishReason.ERROR, error=error)
         try:
-            request.logprobs += logprobs
+            if logprob is not None:
+                request.logprobs.append(logprob)
             if request.text is not None and ids and not request.stopped_by_token:
                 text = request.text.push(*ids, look=request.output_len >= request.params.min_new_tokens)
                 if request.text.stopped is not None:
                     request.finish(FinishReason.STOP, request.text.stopped)
-            chunk = StreamChunk(request.id, ids, text, logprobs=logprobs)
+            chunk = StreamChunk(request.id, ids, text, None, logprobs)
             if request.on_chunk is not None and request.finish_reason is None:
                 request.on_chunk(chunk)
         except Exception as failure:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import (
     UNBOUNDED,
@@ -157,8 +157,7 @@ class RequestOutput:
     metrics: RequestMetrics
 
 
-@dataclass(frozen=True, slots=True)
-class StreamChunk:
+class StreamChunk(NamedTuple):
     """What one step added to one request; `output` is set on its last chunk, `logprobs` where they were asked
     for."""
 

@@ -56,19 +56,20 @@ class Scheduler:
         fresh, waiting_before = not self.running, len(self.waiting)
         step: Step = []
         left = self.max_step_tokens
-        wants = list(map(_wanted, self.running))
+        wants = _wanted(self.running)
         spare = max(0, left - wants.count(1))  # for more than one token
-        at = 0
+        at, running, reserve = 0, self.running, self.memory.reserve
         # Whoever was preempted just now would only be preempted again, so nobody is admitted then.
-        while at < len(self.running) or (
+        while at < len(running) or (
             (fresh or (self.continuous and spare and len(self.waiting) <= waiting_before))
             and self._admit(now)
         ):
-            request = self.running[at]
-            # preempted ones only leave at the end
-            wanted = wants[at] if at < len(wants) else _wanted(request)
-            count = min(wanted, left, spare) if wanted > 1 else min(wanted, left)
-            if count and self._make_room(request, request.computed + count):
+            request = running[at]
+            wanted = wants[at] if at < len(wants) else _wanted([request])[0]  # who leaves, leaves at the end
+            room = left if wanted <= 1 or left < spare else spare
+            count = wanted if wanted < room else room
+            tokens = request.computed + count
+            if count and (reserve(request, tokens) or self._make_room(request, tokens)):
                 step.append((request, count))
                 left -= count
                 spare -= count if wanted > 1 else 0
@@ -129,8 +130,9 @@ class Scheduler:
     def advance(self, step: Step) -> None:
         """Take an in-flight step as computed; the tokens it chooses are pending until `commit`."""
         for request, count in step:
-            request.computed += count
-            request.pending += request.computed == len(request.tokens) + request.pending
+            computed = request.computed = request.computed + count
+            if computed == len(request.tokens) + request.pending:
+                request.pending += 1
 
     def commit(self, step: Step, tokens: Sequence[int | None], now: float) -> None:
         """Hand each request of a step that has been computed its next token, which reached the host at `now`
@@ -140,12 +142,13 @@ class Scheduler:
         the plan is passed over; one that ends by this token has its `finish_reason` set, and is let go by
         `release`.
         """
+        cache_full_pages = self.memory.cache_full_pages
         for (request, _), token in zip(step, tokens, strict=True):
             if request.finish_reason is None:
                 if token is not None:
                     request.pending -= 1
                     request.append(token, now)
-                self.memory.cache_full_pages(request)
+                cache_full_pages(request)
 
     def release(self, request: Request) -> None:
         """Let a request go, wherever it is: its place and its memory are free for the next plan."""
@@ -156,7 +159,9 @@ class Scheduler:
             self.waiting.remove(request)
 
 
-def _wanted(request: Request) -> int:
-    """Tokens to compute, pending ones included; none where all it may ever have are chosen."""
-    known = len(request.tokens) + request.pending
-    return 0 if request.pending and known >= request.max_len else known - request.computed
+def _wanted(requests: list[Request]) -> list[int]:
+    """Tokens that each has to compute, pending ones included; none where all it may ever have are chosen."""
+    return [
+        0 if r.pending and len(r.tokens) + r.pending >= r.max_len else len(r.tokens) + r.pending - r.computed
+        for r in requests
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from engine.request import Request
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 PENDING = -1  # stands for a token that a device has chosen and the host has not seen
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: each step makes one a request, and that takes thrice as long
 class Span:
     """The next tokens of one request: where they lie in the batch, how many precede them, and in which pages.
 
@@ -76,8 +76,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A request's next token; or None and the reason why it has none."""
 
     token: int | None

@@ -209,7 +209,7 @@ def test_what_does_not_fit_takes_nothing():
     assert not pool.reserve(holder, 9)
     assert pool.pages_used == 3
     assert pool.reserve(holder, 8)
-    assert pool.unused(holder, 5) == 3
+    assert pool.unused([holder]) == 3
     pool.release(holder)
     assert pool.admit(late)
     assert late.computed == 4
@@ -272,15 +272,17 @@ def test_rows_are_a_rectangle_of_the_longest_prompt_and_output():
     pool = RowPool(60)
     long, short = request_of("long", [1] * 20, 4), request_of("short", [1] * 2, 10)
     assert pool.admit(long)
-    assert pool.unused(long, 20) == 3, "its last token is not computed"
+    long.computed = 20
+    assert pool.unused([long]) == 3, "its last token is not computed"
     assert pool.admit(short)
-    assert pool.unused(short, 2) == 27, "as wide as the longest prompt and the longest output"
+    short.computed = 2
+    assert pool.unused([short]) == 27, "as wide as the longest prompt and the longest output"
     assert not pool.admit(request_of("third", [1]))
     assert pool.reserve(short, 12)
     pool.cache_full_pages(short)
     pool.release(long)
     assert pool.admit(request_of("third", [1]))
-    assert pool.unused(short, 2) == 9
+    assert pool.unused([short]) == 9
 
 
 def test_rows_refuse_what_can_never_fit():

@@ -135,14 +135,17 @@ def make_batch(step: Step, tables: Mapping[Request, list[int]]) -> Batch:
     spans: list[Span] = []
     wanted: list[int] = []
     requests: list[Request] = []
+    begin = 0
     for request, count in step:
-        begin, computed = len(tokens), request.computed
-        tokens += request.tokens[computed : computed + count]
-        tokens += [PENDING] * (begin + count - len(tokens))
-        spans.append(Span(begin, begin + count, computed, tables[request], request))
-        if computed + count == len(request.tokens) + request.pending:
-            wanted.append(begin + count - 1)
+        known, computed, end = request.tokens, request.computed, begin + count
+        tokens += known[computed : computed + count]
+        while len(tokens) < end:
+            tokens.append(PENDING)
+        spans.append(Span(begin, end, computed, tables[request], request))
+        if computed + count == len(known) + request.pending:
+            wanted.append(end - 1)
             requests.append(request)
+        begin = end
     return Batch(tokens, spans, wanted, requests)
 
 
