@@ -1,8 +1,9 @@
-"""Decoding at batch 32, and how busy it keeps a GPU: time between kernels, and NVML's utilisation.
+"""Decoding, and how busy it keeps a GPU: time between kernels, each kernel's, and NVML's utilisation.
 
 It isolates the host: a step that it launches too late is a gap. The rounds are timed as always; the gaps are
 of 40 steps more, traced, and the utilisation of 2 s more from 4,200 positions on, where no graph is captured
-on the way. Neither is gated. `--perf-trace FOLDER` keeps the trace. Estimate for an H200: 10 s in all.
+on the way. Neither is gated. `--perf-trace FOLDER` keeps the traces, and a table of each one's kernels.
+Estimate for an H200: 10 s each.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ OUTPUT = 65
 LONG_PROMPT, MOST_OUTPUT = 4200, 8000  # of requests that decode for as long as NVML is read
 
 
-@pytest.mark.points("requests", cpu=[3], cuda=[32])
+@pytest.mark.points("requests", cpu=[3], cuda=[1, 32, 256])
 def test_idle(request: pytest.FixtureRequest, perf_case: PerfCase, device: str, requests: int) -> None:
     vocab_size = perf_case.bench.hold(device)[0].model.config.vocab_size
     context = 512 if device == "cuda" else 16
     folder: Path | None = request.config.getoption("--perf-trace")
-    watched = watch(perf_case, device, requests, context, folder and folder / f"idle-{device}.json")
+    watched = watch(
+        perf_case, device, requests, context, folder and folder / f"idle-{device}-{requests}.json"
+    )
     workload = fixed(requests, context, OUTPUT, vocab_size)
     perf_case.measure("idle", "continuous", workload, device=device, max_batch_size=requests, extra=watched)
 

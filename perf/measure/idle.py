@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,8 @@ def idle_time(engine: Engine, device: str, file: Path | None = None) -> Flat:
     """Trace decode steps of an engine that is `decoding`; see `gaps` for what is returned.
 
     Args:
-        file: where to keep the trace, as chrome://tracing and Perfetto read it.
+        file: where to keep the trace, as chrome://tracing and Perfetto read it; and beside it, as
+            `NAME-kernels.json`, the times `by_kernel`.
     """
     for _ in range(WARM_UP_STEPS):
         engine.step()
@@ -60,7 +62,39 @@ def idle_time(engine: Engine, device: str, file: Path | None = None) -> Flat:
         path = file or Path(scratch, "trace.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(path))
-        return gaps(json.loads(path.read_text(encoding="utf-8"))["traceEvents"], TRACED_STEPS)
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        table = json.dumps(by_kernel(events, TRACED_STEPS), indent=1)
+        path.with_name(f"{path.stem}-kernels.json").write_text(table, encoding="utf-8")
+        return gaps(events, TRACED_STEPS)
+
+
+def by_kernel(events: Iterable[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Return a row for each kernel and grid of a trace of so many `steps`, that which costs most first.
+
+    Kernels overlap, where one begins while another ends. So what a kernel costs, `us`, is the time from the
+    end of the one that ended before it to its own end, gaps included; `own_us` is as long as it ran.
+    """
+    ends: list[tuple[float, float, str, str]] = sorted(
+        (e["ts"] + e["dur"], e["dur"], e["name"], str(e.get("args", {}).get("grid", "")))
+        for e in events
+        if e.get("cat") in KERNELS
+    )
+    found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    before: float | None = None
+    for end, own, name, grid in ends:
+        found[name, grid].append((own if before is None else end - before, own))
+        before = end
+    rows = [
+        {
+            "kernel": name,
+            "grid": grid,
+            "a_step": len(times) / steps,
+            "us": sum(us for us, _ in times) / len(times),
+            "own_us": sum(own for _, own in times) / len(times),
+        }
+        for (name, grid), times in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["a_step"] * row["us"])
 
 
 def gaps(events: Iterable[dict[str, Any]], steps: int) -> Flat:

@@ -9,7 +9,7 @@ import pytest
 
 from engine import Engine, EngineConfig, load
 from perf.benchmarks.workloads import fixed
-from perf.measure.idle import TRACED_STEPS, WARM_UP_STEPS, decoding, gaps, idle_time, utilisation
+from perf.measure.idle import TRACED_STEPS, WARM_UP_STEPS, by_kernel, decoding, gaps, idle_time, utilisation
 from tests.serving import use_cuda_backend
 
 
@@ -29,6 +29,20 @@ def test_gaps_are_the_time_in_which_nothing_runs():
     ]
     found = gaps(events, steps=2)
     assert found == {"idle_pct": 100 * 20 / 50, "longest_gap_us": 15.0, "kernels_per_step": 2.5}
+
+
+def test_a_kernel_costs_what_lies_between_its_end_and_the_one_before():
+    events = [
+        kernel(100.0, 5.0) | {"name": "first", "args": {"grid": [8, 1, 1]}},
+        kernel(101.0, 9.0) | {"name": "early", "args": {"grid": [1, 1, 1]}},  # begins while the first runs
+        kernel(111.0, 3.0) | {"name": "first", "args": {"grid": [8, 1, 1]}},
+        kernel(0.0, 500.0, "cpu_op") | {"name": "no kernel"},
+    ]
+    rows = by_kernel(events[::-1], steps=1)
+    first = {"kernel": "first", "grid": "[8, 1, 1]", "a_step": 2.0, "us": (5 + 4) / 2, "own_us": 4.0}
+    early = {"kernel": "early", "grid": "[1, 1, 1]", "a_step": 1.0, "us": 5.0, "own_us": 9.0}
+    assert rows == [first, early]
+    assert by_kernel(events[3:], 1) == []
 
 
 def test_a_trace_without_kernels_has_no_gaps():
@@ -54,6 +68,7 @@ def test_steps_of_steady_decode_are_traced_and_kept_where_asked(server: Engine, 
     assert after[3] - before.get(3, 0) == WARM_UP_STEPS + TRACED_STEPS
     assert set(found.values()) == {None}  # a CPU runs no kernel
     assert json.loads(kept.read_text())["traceEvents"]
+    assert json.loads(kept.with_name("trace-kernels.json").read_text()) == []
     assert not server.scheduler.has_work  # all were aborted
 
 
