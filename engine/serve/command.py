@@ -7,7 +7,9 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +77,12 @@ def run(options: ServeOptions) -> None:
         server.close()
     if process.failed is not None:
         raise process.failed
+    if process.is_loading:
+        # The end of the interpreter would abort a thread that is in the middle of compiled code.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class Process(uvicorn.Server):
@@ -84,11 +92,18 @@ class Process(uvicorn.Server):
         super().__init__(config)
         self.failed: Exception | None = None
         self._served, self._options = server, options
+        self._loading: threading.Thread | None = None
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the model is on its way, with nobody left to serve it to."""
+        return self._loading is not None and self._loading.is_alive()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        loading = threading.Thread(target=self._load, args=(asyncio.get_running_loop(),), daemon=True)
-        loading.start()
+        loop = asyncio.get_running_loop()
+        self._loading = threading.Thread(target=self._load, args=(loop,), daemon=True)
+        self._loading.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._served.draining = True
@@ -100,7 +115,8 @@ class Process(uvicorn.Server):
         except Exception as error:
             self.failed, self.should_exit = error, True
             return
-        loop.call_soon_threadsafe(self._ready, engine)
+        with suppress(RuntimeError):  # nobody waits for it any more: the loop is closed
+            loop.call_soon_threadsafe(self._ready, engine)
 
     def _ready(self, engine: Engine) -> None:
         self._served.start(engine)
