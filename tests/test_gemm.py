@@ -16,13 +16,13 @@ from numba import njit
 
 from engine.backends.cpu import gemm, model, simd
 from engine.backends.cpu.forward import forward
-from engine.backends.cpu.gemm import K_STREAMS, NARROW_TILES, WIDE_TILES, Tile
+from engine.backends.cpu.gemm import K_STREAMS, NARROW_TILES, PAIR_TILES, WIDE_TILES, Tile
 from engine.backends.cpu.simd import AVX2, AVX512, NEON, REGISTERS, Registers
 from engine.backends.cpu.vector_math import address
 from engine.step import Batch, Span
 from tests.test_cpu import compiled_decoder, random_model
 
-F32, I8 = ir.FloatType(), ir.IntType(8)
+F32, I8, I16 = ir.FloatType(), ir.IntType(8), ir.IntType(16)
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 PROCESSORS = [
     *((X86, AVX2, name) for name in ("x86-64-v3", "alderlake", "znver3")),
@@ -108,18 +108,18 @@ def stack_traffic(lines: list[str]) -> list[str]:
     return [line for line in loop(lines) if re.search(rf"\b({'|'.join(pointers)})\b", line)]
 
 
-def check(lines: list[str], registers: Registers, shape: Tile) -> None:
+def check(lines: list[str], registers: Registers, shape: Tile, number: ir.Type = F32) -> None:
     """A tile's loop touches no stack, and its sums are whole vectors, each once an iteration."""
     assert stack_traffic(lines) == []
     sums = [line for line in loop(lines) if re.match(FMA, line)]
     assert all(re.search(VECTOR[registers], line) for line in sums)
-    iteration = K_STREAMS * shape.rows * shape.vectors
+    iteration = K_STREAMS * (2 if number == I16 else 1) * shape.rows * shape.vectors
     assert len(sums) in (iteration, 2 * iteration), "of one iteration, or of two where LLVM unrolls the loop"
 
 
 def every(registers: Registers, number: ir.Type) -> list[Tile]:
     """The tiles of weights of this type, and of keys and values."""
-    tallest = [WIDE_TILES[registers]]
+    tallest = [PAIR_TILES[registers] if number == I16 else WIDE_TILES[registers]]
     if number == F32:
         tallest.append(NARROW_TILES[registers])
     return [shape._replace(rows=rows) for shape in tallest for rows in range(1, shape.rows + 1)]
@@ -130,10 +130,10 @@ def every(registers: Registers, number: ir.Type) -> list[Tile]:
     [pytest.param(*one, marks=pytest.mark.slow if i % 3 else ()) for i, one in enumerate(PROCESSORS)],
 )
 def test_no_loop_of_a_tile_touches_the_stack(triple, registers, processor):
-    shapes = [(shape, number) for number in (F32, I8) for shape in every(registers, number)]
+    shapes = [(shape, number) for number in (F32, I8, I16) for shape in every(registers, number)]
     found = functions(compiled(triple, processor, shapes))
     for shape, number in shapes:
-        check(found[shape.name(number)], registers, shape)
+        check(found[shape.name(number)], registers, shape, number)
 
 
 @pytest.mark.parametrize(("triple", "registers", "processor"), PROCESSORS[::3])
@@ -152,13 +152,14 @@ def test_no_tile_of_a_step_touches_the_stack_and_no_product_gathers(monkeypatch)
     fresh = njit(forward.py_func, error_model="numpy")
     monkeypatch.setattr(model, "forward", fresh)
     packed = compiled_decoder(random_model())
-    for quantize in (lambda: None, packed.quantize):
-        quantize()
-        packed.logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
-    for assembly, number in zip(fresh.inspect_asm().values(), (F32, I8), strict=True):
+    packed.logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
+    packed.quantize()
+    packed.logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
+    compiled_decoder(random_model().bfloat16()).logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
+    for assembly, number in zip(fresh.inspect_asm().values(), (F32, I8, I16), strict=True):
         found = functions(assembly)
         for shape in every(REGISTERS, number):
-            check(found[shape.name(number)], REGISTERS, shape)
+            check(found[shape.name(number)], REGISTERS, shape, number)
     for code in fresh.inspect_llvm().values():
         parts = re.findall(r"^define [^\n]*3cpu(?:6linear|11vector_math).*?^}", code, re.M | re.S)
         assert len(parts) >= 4
@@ -196,7 +197,10 @@ class Product:
     def __init__(self, dtype: type) -> None:
         rng = np.random.default_rng(0)
         self.x_RM = rng.normal(size=(ROWS, SIZE)).astype(np.float32)
-        self.w_MN = rng.integers(-127, 128, (SIZE, OUTPUTS)).astype(dtype)
+        self.w_MN = rng.integers(-127, 128, (SIZE, OUTPUTS)).astype(
+            np.int8 if dtype is np.int8 else np.float32
+        )
+        self.dtype = dtype
         self.scales_N = rng.random(OUTPUTS).astype(np.float32)
         self.row_scales_R = rng.random(ROWS).astype(np.float32)
 
@@ -204,11 +208,15 @@ class Product:
         """1 + the product of these rows, and how many bytes were prefetched."""
         x_RM, row_scales_R = self.x_RM[rows], self.row_scales_R[rows]
         panels_CMW = np.ascontiguousarray(self.w_MN.reshape(SIZE, -1, gemm.WIDE).swapaxes(0, 1))
+        if self.dtype is np.uint16:  # upper halves, in pairs of inner steps
+            halves = (panels_CMW.view(np.uint32) >> 16).astype(np.uint16)
+            pairs = halves.reshape(len(halves), SIZE // 2, 2, gemm.WIDE).swapaxes(2, 3)
+            panels_CMW = np.ascontiguousarray(pairs).reshape(halves.shape)
         out_RN = np.ones((len(x_RM), OUTPUTS), np.float32)
         return out_RN, wide(x_RM, panels_CMW, self.scales_N.reshape(-1, gemm.WIDE), row_scales_R, out_RN)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+@pytest.mark.parametrize("dtype", [np.float32, np.int8, np.uint16])
 def test_products_are_right_and_a_row_knows_no_neighbours(dtype):
     product = Product(dtype)
     alone = np.concatenate([product.of(slice(r, r + 1))[0] for r in range(ROWS)])
@@ -218,22 +226,23 @@ def test_products_are_right_and_a_row_knows_no_neighbours(dtype):
         assert np.array_equal(product.of(slice(rows))[0], alone[:rows])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+@pytest.mark.parametrize("dtype", [np.float32, np.int8, np.uint16])
 def test_tiles_prefetch_what_is_read_next_in_even_shares(dtype):
     """But for tiles of so few rows that they wait for memory."""
-    product, most = Product(dtype), gemm.WIDE_TILE.rows
+    product, most = Product(dtype), (gemm.PAIR_TILE if dtype is np.uint16 else gemm.WIDE_TILE).rows
     few = gemm.MAX_MEMORY_BOUND_ROWS[simd.LANES] if dtype is np.float32 else 0
+    read = product.w_MN.size * np.dtype(dtype).itemsize
     for rows in range(1, ROWS + 1):
         tiles = -(-rows // most)
         if rows // tiles > few:
-            lost = product.w_MN.nbytes - product.of(slice(rows))[1]
+            lost = read - product.of(slice(rows))[1]
             assert 0 <= lost < tiles * SIZE // K_STREAMS * OUTPUTS // gemm.WIDE, "under a byte an iteration"
 
 
 def digest() -> str:
     """Of the products' bits."""
     found = hashlib.sha256()
-    for dtype in (np.float32, np.int8):
+    for dtype in (np.float32, np.int8, np.uint16):
         product = Product(dtype)
         found.update(product.of(slice(ROWS))[0])
     out_RW = np.empty((ROWS, gemm.NARROW), np.float32)

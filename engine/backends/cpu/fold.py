@@ -12,6 +12,7 @@ L layers, M width, N outputs, H query heads, K KV heads, D head size, C panels o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,10 @@ def shape_of(spec: DecoderSpec, page_size: int) -> Shape:
 
 
 def weights_of(spec: DecoderSpec) -> Weights:
-    """Return the weights, with all folded in that can be: copies, but for the embedding."""
+    """Return the weights, with all folded in that can be: copies, but for the embedding.
+
+    Weights of products are in the model's dtype; what is folded into them is so in float32, and rounded once.
+    """
     layers, centred, ropes = spec.layers, spec.norm.centred, spec.ropes
 
     def qkv(layer: Layer) -> list[Linear]:
@@ -84,7 +88,7 @@ def weights_of(spec: DecoderSpec) -> Weights:
         [spec], lambda spec: [_scaled(_read(spec.norm, spec.head), spec.logits_scale)]
     )
     return Weights(
-        embedding_VM=spec.embedding_VM.detach().numpy(),
+        embedding_VM=_numbers(spec.embedding_VM.detach()),
         qkv=qkv_panels,
         out=out,
         gate_up=gate_up,
@@ -95,7 +99,7 @@ def weights_of(spec: DecoderSpec) -> Weights:
         gate_up_bias_LN=gate_up_bias_LN,
         down_bias_LM=down_bias_LM,
         head_bias_LV=head_bias_LV,
-        head_norm_LQD=np.stack([_head_norm(layer, spec.head_dim) for layer in layers]),
+        head_norm_LQD=np.stack([_head_norm(_wide(layer), spec.head_dim) for layer in layers]),
         after_attention_LM=np.stack([after(layer.after_attention) for layer in layers]),
         after_mlp_LM=np.stack([after(layer.after_mlp) for layer in layers]),
         windows_L=np.array([layer.options.window or 0 for layer in layers], np.int64),
@@ -164,20 +168,47 @@ def _products(layers: Sequence[Any], parts: Callable[[Any], list[Linear]]) -> tu
     """Return the products of each layer as panels [L, C, M, W] and biases [L, C * W], or of no columns.
 
     Several products of a layer take turns, a panel of each.
+
+    Args:
+        parts: a layer's products, of a layer in float32.
     """
     panels, biases = None, []
     for index, layer in enumerate(layers):
-        several = parts(layer)
+        several = parts(_wide(layer))
         blocks_CSWM = torch.stack([_blocks(part.weight_NM.detach()) for part in several], 1)
         blocks_CMW = blocks_CSWM.flatten(0, 1).transpose(1, 2)
         if panels is None:
-            panels = torch.empty(len(layers), *blocks_CMW.shape)
-        panels[index].copy_(blocks_CMW)
+            panels = torch.empty(len(layers), *blocks_CMW.shape, dtype=_dtype(layer))
+        if panels.dtype is torch.bfloat16:  # in pairs of inner steps
+            pairs = blocks_CMW.unflatten(1, (-1, 2)).transpose(2, 3)
+            panels[index].view(pairs.shape).copy_(pairs)
+        else:
+            panels[index].copy_(blocks_CMW)
         some = [_blocks(part.bias_N.detach()) for part in several if part.bias_N is not None]
         biases.append(_array(torch.stack(some, 1).flatten() if some else None, (0,)))
     assert panels is not None
-    return Panels(panels.numpy(), np.empty((len(layers), 0, WIDE), np.float32)), np.stack(biases)
+    return Panels(_numbers(panels), np.empty((len(layers), 0, WIDE), np.float32)), np.stack(biases)
+
+
+def _wide(parts: Any) -> Any:
+    """Return a layer, or a spec's norm and head, in float32."""
+
+    def wide(part: Any) -> Any:
+        tensors = {name: x.float() for name, x in vars(part).items() if isinstance(x, torch.Tensor)}
+        return replace(part, **tensors)
+
+    return replace(parts, **{k: wide(x) for k, x in vars(parts).items() if isinstance(x, Linear | Norm)})
+
+
+def _dtype(parts: Any) -> torch.dtype:
+    """Return what a layer's products, or a spec's, are in."""
+    return next(part.weight_NM.dtype for part in vars(parts).values() if isinstance(part, Linear))
+
+
+def _numbers(x: torch.Tensor) -> np.ndarray:
+    """Return an array of a tensor's memory; bfloat16, which NumPy has not, as uint16."""
+    return x.view(torch.uint16).numpy() if x.dtype is torch.bfloat16 else x.numpy()
 
 
 def _array(x: torch.Tensor | None, empty: tuple[int, ...]) -> np.ndarray:
-    return np.empty(empty, np.float32) if x is None else x.detach().contiguous().numpy()
+    return np.empty(empty, np.float32) if x is None else x.detach().float().contiguous().numpy()

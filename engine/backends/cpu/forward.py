@@ -33,7 +33,7 @@ from engine.backends.cpu.linear import (
 )
 from engine.backends.cpu.simd import CACHE_LINE
 from engine.backends.cpu.threads import barrier, begin_together
-from engine.backends.cpu.vector_math import add_norm, address
+from engine.backends.cpu.vector_math import add_norm, address, widened
 
 PHASES_PER_LAYER = 6
 # Phases, each the offset in bytes of the counter that numbers its units of work.
@@ -43,7 +43,7 @@ QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN = range(0, 8 * PHASES_PER_LAYER, 8)
 class Weights(NamedTuple):
     """A model's weights, with all that can be folded into them."""
 
-    embedding_VM: np.ndarray
+    embedding_VM: np.ndarray  # float32, or bfloat16 as uint16
     qkv: Panels
     out: Panels
     gate_up: Panels  # a panel of gates before each of values
@@ -122,10 +122,10 @@ def _embed(plan, weights, shape, begin, end, x_TM):
         mean = np.float32(0.0)
         if shape.centred:
             for m in range(shape.width):
-                mean += weights.embedding_VM[plan.ids_T[t], m]
+                mean += widened(weights.embedding_VM[plan.ids_T[t], m])
             mean /= np.float32(shape.width)
         for m in range(shape.width):
-            x_TM[t, m] = (weights.embedding_VM[plan.ids_T[t], m] - mean) * scale
+            x_TM[t, m] = (widened(weights.embedding_VM[plan.ids_T[t], m]) - mean) * scale
 
 
 @part()

@@ -28,6 +28,9 @@ In a tile, an inner step loads the vectors of w[k, :]; for each row it broadcast
 adds that to the row's sums. With AVX-512, 8 rows x 3 vectors of sums, 3 vectors of weights and a broadcast
 number or two share 32 registers, and 24 multiply-adds need 3 + 8 loads.
 
+Weights in bfloat16 lie in pairs of inner steps: of every output w[k, n] and then w[k + 1, n], as 32 bits. The
+one is these bits shifted by 16, the other their upper half, for a bfloat16 is the upper half of a float32.
+
 This is the inner loop of every good matrix product (Goto and van de Geijn, "Anatomy of High-Performance
 Matrix Multiplication", 2008). Every sum is a chain of fused multiply-adds in the same order however many rows
 there are: a row's result does not depend on its neighbours, to the last bit.
@@ -50,6 +53,7 @@ from engine.backends.cpu.simd import (
     CACHE_LINE,
     F32,
     I8,
+    I16,
     I32,
     I64,
     ITEM,
@@ -88,12 +92,16 @@ class Tile(NamedTuple):
 # reads the machine code of each tile, for several processors, and finds none of them on the stack.
 WIDE_TILES = {AVX2: Tile(8, 4, 3, 1), AVX512: Tile(16, 8, 3, 1), NEON: Tile(4, 7, 3, 1)}
 NARROW_TILES = {AVX2: Tile(8, 3, 2, 2), AVX512: Tile(16, 8, 1, 2), NEON: Tile(4, 3, 4, 2)}
-WIDE_TILE, NARROW_TILE = WIDE_TILES[REGISTERS], NARROW_TILES[REGISTERS]
+# Pairs of inner steps leave registers for fewer sums.
+PAIR_TILES = {AVX2: Tile(8, 3, 3, 1), AVX512: Tile(16, 6, 3, 1), NEON: Tile(4, 6, 3, 1)}
+WIDE_TILE, NARROW_TILE, PAIR_TILE = WIDE_TILES[REGISTERS], NARROW_TILES[REGISTERS], PAIR_TILES[REGISTERS]
 WIDE = WIDE_TILE.width  # outputs of a tile of a weight: a panel's
 NARROW = NARROW_TILE.width  # outputs of a tile of keys or values, 16
 # The inner steps are in as many streams, and an iteration takes one step of each: memory is read faster in
 # two places than in one.
 K_STREAMS = 2
+# Of weights, as they are stored: float32, int8, or bfloat16 as 16 bits that NumPy has a name for.
+NUMBERS = {types.float32: F32, types.int8: I8, types.uint16: I16}
 # Up to so many rows, by lanes, a tile of float32 weights waits for memory, and to prefetch more than a line
 # an iteration only gets in the way of what the processor itself reads ahead.
 MAX_MEMORY_BOUND_ROWS = {4: 1, 8: 1, 16: 4}
@@ -106,7 +114,7 @@ class TileArguments(NamedTuple):
     x_row: ir.Value
     w: ir.Value
     w_row: ir.Value
-    size: ir.Value  # inner steps, an even number of them
+    size: ir.Value  # inner steps, an even number of them; of pairs in bfloat16
     out: ir.Value
     out_row: ir.Value
     row_scales: ir.Value  # a number for each row, or 0: none
@@ -120,7 +128,7 @@ SIGNATURE = ir.FunctionType(I64, [I64] * len(TileArguments._fields))
 
 
 def emit_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
-    """Write the body of a tile's function, for weights of a type, float or i8.
+    """Write the body of a tile's function, for weights of a type, float, i8, or i16 that are bfloat16.
 
     A function of TileArguments, it computes
 
@@ -132,25 +140,27 @@ def emit_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
     """
     t = _TileWriter(function, tile, number)
     b, args = t.b, t.args
-    iterations = b.udiv(args.size, I64(K_STREAMS))
+    iterations = b.udiv(args.size, I64(K_STREAMS * t.steps))
     pace = t.prefetch_pace()
     loop = Loop(b)
-    k, w_k, line = loop.carry(I64(0)), loop.carry(args.w), loop.carry(args.ahead)
+    i, w_k, line = loop.carry(I64(0)), loop.carry(args.w), loop.carry(args.ahead)
     carried_sums = {key: loop.carry(t.constant(0.0)) for key in t.sum_keys()}
     sums = dict(carried_sums)
     for stream in range(K_STREAMS):
-        first_k = b.mul(iterations, I64(stream))
-        w_vectors = t.load_weights(b.add(w_k, b.mul(first_k, args.w_row)))
-        for r, address in enumerate(t.row_addresses(b.mul(b.add(k, first_k), I64(ITEM)))):
-            x_rk = t.broadcast_from(address)
-            for v in range(tile.vectors):
-                key = stream % tile.chains, r, v
-                sums[key] = t.multiply_add(x_rk, w_vectors[v], sums[key])
+        first_i = b.mul(iterations, I64(stream))
+        steps = t.load_weights(b.add(w_k, b.mul(first_i, t.bytes_of_steps(args.w_row))))
+        x_k = b.mul(b.add(i, first_i), t.bytes_of_steps(I64(ITEM)))
+        for step, w_vectors in enumerate(steps):
+            for r, address in enumerate(t.row_addresses(b.add(x_k, I64(ITEM * step)))):
+                x_rk = t.broadcast_from(address)
+                for v in range(tile.vectors):
+                    key = stream % tile.chains, r, v
+                    sums[key] = t.multiply_add(x_rk, w_vectors[v], sums[key])
     t.prefetch(line)
-    next_k = b.add(k, I64(1))
-    following = [(k, next_k), (w_k, b.add(w_k, args.w_row)), (line, b.add(line, pace))]
+    next_i, next_w = b.add(i, I64(1)), b.add(w_k, t.bytes_of_steps(args.w_row))
+    following = [(i, next_i), (w_k, next_w), (line, b.add(line, pace))]
     following += [(carried_sums[key], sums[key]) for key in sums]
-    loop.end(following, again=b.icmp_signed("<", next_k, iterations))
+    loop.end(following, again=b.icmp_signed("<", next_i, iterations))
     t.scale_add_and_store(sums)
     b.ret(b.mul(iterations, pace))
 
@@ -161,7 +171,8 @@ class _TileWriter(Vectors):
     def __init__(self, function: ir.Function, tile: Tile, number: ir.Type) -> None:
         super().__init__(ir.IRBuilder(function.append_basic_block("entry")), tile.lanes)
         self.tile, self.number, self.args = tile, number, TileArguments(*function.args)
-        self._item = ITEM if number == F32 else 1
+        self._item = {F32: ITEM, I8: 1, I16: 2}[number]
+        self.steps = 2 if number == I16 else 1  # inner steps that are loaded at a time
         self._outputs = [(r, v) for r in range(tile.rows) for v in range(tile.vectors)]
         few_rows = tile.rows <= MAX_MEMORY_BOUND_ROWS[tile.lanes]
         self._memory_bound = number == F32 and tile.chains == 1 and few_rows
@@ -170,16 +181,29 @@ class _TileWriter(Vectors):
         """Return (chain, row, vector) of each sum."""
         return [(chain, r, v) for chain in range(self.tile.chains) for r, v in self._outputs]
 
-    def load_weights(self, address: ir.Value) -> list[ir.Value]:
-        """Load the vectors of w[k, :], as float32."""
-        offsets = (I64(self._item * self.count * v) for v in range(self.tile.vectors))
+    def bytes_of_steps(self, one: ir.Value) -> ir.Value:
+        """Return how many bytes it is from what is loaded at a time to the next, `one` for an inner step."""
+        return self.b.mul(one, I64(self.steps))
+
+    def load_weights(self, address: ir.Value) -> list[list[ir.Value]]:
+        """Load the vectors of w[k, :], and of w[k + 1, :] where they lie in pairs, as float32."""
+        stored = {F32: self.kind, I8: ir.VectorType(I8, self.count), I16: ir.VectorType(I32, self.count)}
+        size, align = self._item * self.steps * self.count, 1 if self.number == I8 else ITEM
+        steps: list[list[ir.Value]] = [[] for _ in range(self.steps)]
+        for v in range(self.tile.vectors):
+            bits = self.load(self.b.add(address, I64(size * v)), stored[self.number], align)
+            for step, vector in zip(steps, self._as_float32(bits), strict=True):
+                step.append(vector)
+        return steps
+
+    def _as_float32(self, bits: ir.Value) -> list[ir.Value]:
+        """Return the vectors that were loaded."""
         if self.number == F32:
-            return [self.load(self.b.add(address, offset)) for offset in offsets]
-        stored = ir.VectorType(self.number, self.count)
-        return [
-            self.b.sitofp(self.load(self.b.add(address, offset), stored, align=1), self.kind)
-            for offset in offsets
-        ]
+            return [bits]
+        if self.number == I8:
+            return [self.b.sitofp(bits, self.kind)]
+        by, upper = (ir.Constant(bits.type, [number] * self.count) for number in (16, 0xFFFF0000))
+        return [self.b.bitcast(half, self.kind) for half in (self.b.shl(bits, by), self.b.and_(bits, upper))]
 
     def row_addresses(self, past: ir.Value) -> Iterator[ir.Value]:
         """Yield the address of each row's number, `past` bytes from the beginning of the row.
@@ -208,7 +232,7 @@ class _TileWriter(Vectors):
 
     def _bytes_read(self) -> int:
         """Return how many bytes of weights an iteration reads."""
-        return K_STREAMS * self.tile.width * self._item
+        return K_STREAMS * self.steps * self.tile.width * self._item
 
     def prefetch_pace(self) -> ir.Value:
         """Return how many bytes further each iteration prefetches."""
@@ -286,8 +310,8 @@ def _tile_function(module: ir.Module, tile: Tile, number: ir.Type) -> ir.Functio
     return function
 
 
-def _call_by_rows(tallest: Tile) -> Any:
-    """Return a function of (rows, dtype of w, TileArguments) -> bytes prefetched, for 1 to `tallest.rows`
+def _call_by_rows(tallest: Tile, tallest_of_pairs: Tile) -> Any:
+    """Return a function of (rows, dtype of w, TileArguments) -> bytes prefetched, for 1 to a tallest tile's
     rows."""
 
     @intrinsic
@@ -295,15 +319,16 @@ def _call_by_rows(tallest: Tile) -> Any:
         typing, rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead, tiles
     ):  # fmt: skip
         def call(context, builder, signature, args):
-            number = F32 if kind.dtype is types.float32 else I8
+            number = NUMBERS[kind.dtype]
+            most = tallest_of_pairs if number == I16 else tallest
             never, after = (builder.append_basic_block(name) for name in ("never", "after"))
             switch = builder.switch(args[0], never)
             builder.position_at_end(never)
             builder.unreachable()
             builder.position_at_end(after)
             prefetched = builder.phi(I64)
-            for count in range(1, tallest.rows + 1):
-                shape = tallest._replace(rows=count)
+            for count in range(1, most.rows + 1):
+                shape = most._replace(rows=count)
                 function = _tile_function(builder.module, shape, number)
                 block = builder.append_basic_block(function.name)
                 switch.add_case(count, block)
@@ -318,17 +343,25 @@ def _call_by_rows(tallest: Tile) -> Any:
     return tile
 
 
-def _multiply(tallest: Tile) -> Any:
+def _multiply(tallest: Tile, tallest_of_pairs: Tile) -> Any:
     """Return a function of (rows, dtype of w, TileArguments but the last two, ahead, end) -> ahead.
 
     It divides rows evenly among as few tiles as possible: a tile of one row reads as many weights as one of
     many. Each tile prefetches on from where the one before it stopped, until `end`.
     """
-    tile, height = _call_by_rows(tallest), tallest.rows
+    tile = _call_by_rows(tallest, tallest_of_pairs)
+
+    @intrinsic
+    def most_rows(typing, kind):
+        def call(context, builder, signature, args):
+            return I64((tallest_of_pairs if NUMBERS[kind.dtype] == I16 else tallest).rows)
+
+        return types.int64(kind), call
 
     @part()
     def multiply(rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead, end):
         scale_bytes = ITEM if row_scales != 0 else 0
+        height = most_rows(kind)
         tiles = (rows + height - 1) // height
         lower = rows // max(tiles, 1)
         higher_tiles = rows - lower * tiles  # they have one row more
@@ -344,5 +377,5 @@ def _multiply(tallest: Tile) -> Any:
     return multiply
 
 
-multiply_wide = _multiply(WIDE_TILE)
-multiply_narrow = _multiply(NARROW_TILE)
+multiply_wide = _multiply(WIDE_TILE, PAIR_TILE)
+multiply_narrow = _multiply(NARROW_TILE, NARROW_TILE)

@@ -29,10 +29,10 @@ NO_SOFTCAP = np.float32(0.0)
 
 
 class Panels(NamedTuple):
-    """Weights of a product in each layer, in the order in which they are read: float32, or int8 with
-    scales."""
+    """Weights of a product in each layer, in the order in which they are read: float32, bfloat16 as uint16,
+    or int8 with scales."""
 
-    numbers: np.ndarray  # [L, C, inner size, W]
+    numbers: np.ndarray  # [L, C, inner size, W]; bfloat16 in pairs of inner steps, [inner size / 2, W, 2]
     scales_LCW: np.ndarray  # of each output, or 0 panels
 
 

@@ -1,4 +1,4 @@
-"""A decoder on a CPU in float32 or int8: its folded weights, its pages, and its steps.
+"""A decoder on a CPU, in float32, bfloat16 or int8: its folded weights, its pages, and its steps.
 
 Whether a model really computes what its DecoderSpec says is found by comparing logits, not by name.
 """

@@ -36,7 +36,7 @@ LANES = REGISTERS.lanes
 ITEM = 4  # bytes of a float32
 CACHE_LINE = 64  # bytes that the memory gives at once
 
-F32, I8, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+F32, I8, I16, I32, I64 = ir.FloatType(), *map(ir.IntType, (8, 16, 32, 64))
 
 
 def declared(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:

@@ -52,6 +52,18 @@ def address(typing, array):
     return types.int64(array), call
 
 
+@intrinsic
+def widened(typing, number):
+    """Return a number as float32: one that is, or the upper half of its bits, which is a bfloat16."""
+
+    def call(context, builder, signature, args):
+        if number == types.float32:
+            return args[0]
+        return builder.bitcast(builder.shl(builder.zext(args[0], I32), I32(16)), F32)
+
+    return types.float32(number), call
+
+
 def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator: compiled code can call the function that it decorates, which writes instructions on
     vectors of `count` float32 from (Vectors, arguments), and returns the result or None."""
