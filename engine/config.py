@@ -27,7 +27,8 @@ class EngineConfig:
         device: "auto" (CUDA if there is one, else the CPU) or a torch device: "cpu", "cuda", "cuda:1".
         dtype: "auto" (float16 on CUDA, float32 elsewhere), float64, float32, bfloat16 or float16; or "int8":
             float32 with the weights of linear layers in int8, for models that run compiled (packed on a CPU):
-            fewer bytes to read, and not quite the same model.
+            fewer bytes to read, and not quite the same model. On a CPU, bfloat16 runs compiled too, with
+            sums in float32; float16 and float64 do not.
         max_batch_size: requests that share a step at most.
         max_step_tokens: tokens a step computes at most; longer prompts are computed in several. None: 512
             packed on a CPU, where more do not fit its caches, else 8192. (Padded: positions of one forward

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams, make_workload
 from engine.backends.cpu.model import CompiledDecoder
+from engine.backends.cpu.simd import HAS_PAIR_PRODUCTS
 from engine.models import LoadedModel
 from engine.models.attention_trace import attention_layers
 from engine.models.decoder_spec import describe
@@ -28,9 +32,9 @@ def logits(model: torch.nn.Module) -> tuple[CompiledDecoder, torch.Tensor]:
     return compiled, compiled.logits(Batch(TOKENS, [Span(0, 70, 0, list(range(5)))], list(range(70))))
 
 
-def test_logits_are_those_of_the_weights_in_float32():
+def check_against_float32() -> None:
     """Where what is folded into weights is a power of two, nothing is rounded but the weights."""
-    model, _ = made(*COMPILED["llama"]).bfloat16(), None
+    model = made(*COMPILED["llama"]).bfloat16()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight.fill_(2)
@@ -42,6 +46,21 @@ def test_logits_are_those_of_the_weights_in_float32():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     linear = sum(m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear)
     assert 2 * linear <= compiled.copied_bytes < 3.4 * linear, "two bytes a weight, and what fills panels"
+
+
+@pytest.mark.skipif(HAS_PAIR_PRODUCTS, reason="this processor rounds what is multiplied as well")
+def test_logits_are_those_of_the_weights_in_float32():
+    check_against_float32()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PAIR_PRODUCTS, reason="this processor widens weights anyway")
+def test_a_processor_that_widens_weights_gives_the_logits_of_float32():
+    """As Numba compiles for it when it is told to."""
+    code = "from tests.test_bfloat16 import check_against_float32; check_against_float32()"
+    env = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", COMPILED)

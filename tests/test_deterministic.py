@@ -80,7 +80,7 @@ def restless() -> PreTrainedModel:
 
 UNKNOWN = {
     "other parts": lambda: made(GPT2Config(vocab_size=251, n_embd=48, n_layer=2, n_head=4, n_positions=256)),
-    "another dtype": lambda: made(LlamaConfig(**LLAMA), torch.bfloat16),
+    "another dtype": lambda: made(LlamaConfig(**LLAMA), torch.float64),
     "a part that company changes": restless,
 }
 

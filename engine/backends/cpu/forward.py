@@ -25,6 +25,7 @@ from engine.backends.cpu.linear import (
     NO_SOFTCAP,
     OVERWRITE,
     Gate,
+    Own,
     Panels,
     Store,
     gated_product,
@@ -110,6 +111,7 @@ class Space(NamedTuple):
     logits_RV: np.ndarray
     counts: np.ndarray  # int64, 0 before a step: arrivals at barriers, then a counter of work for each phase
     norms_ST: np.ndarray  # of each thread its own, from here on
+    rows_STM: np.ndarray
     both_S2TW: np.ndarray
     heads: Heads
 
@@ -138,13 +140,13 @@ def _keep_wanted(wanted_R, rows_TN):
 
 @part()
 def _add_product(
-    work, arrivals, arrived, thread, threads, rows, x_TN, size, linear, shape, after_M, after_eps, norms_T,
+    work, arrivals, arrived, thread, threads, rows, x_TN, size, linear, shape, after_M, after_eps, own,
     space,
 ):  # fmt: skip
     """Add x by a linear layer to the residual stream, by way of a norm where the model has one there."""
     after = len(after_M) > 0
     target = Store(space.added_TM if after else space.x_TM, OVERWRITE if after else ACCUMULATE, NO_SOFTCAP)
-    linear_product(work, rows, x_TN, size, NO_NORM, linear, norms_T, target)
+    linear_product(work, rows, x_TN, size, NO_NORM, linear, own, target)
     arrived = barrier(arrivals, arrived + threads)
     if after:
         begin, end = rows * thread // threads, rows * (thread + 1) // threads
@@ -163,7 +165,7 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXK
     begin_together(thread, start)
     x_TM, qkv_TN, mixed_TN, inner_TF = space.x_TM, space.qkv_TN, space.mixed_TN, space.inner_TF
     width, rows, wanted_R = shape.width, len(plan.ids_T), plan.wanted_R
-    norms_T, both_2TW = space.norms_ST[thread], space.both_S2TW[thread]
+    own, both_2TW = Own(space.norms_ST[thread], space.rows_STM[thread]), space.both_S2TW[thread]
     arrivals = address(space.counts)
     work = arrivals + CACHE_LINE  # the counters of a layer's phases
     _embed(plan, weights, shape, rows * thread // threads, rows * (thread + 1) // threads, x_TM)
@@ -172,7 +174,7 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXK
         keys_XKDP, values_XKBPV = keys_LXKDP[layer], values_LXKBPV[layer]
         qkv = layer_of(weights.qkv, weights.qkv_bias_LN, layer)
         target = Store(qkv_TN, OVERWRITE, NO_SOFTCAP)
-        linear_product(work + QKV, rows, x_TM, width, shape.eps, qkv, norms_T, target)
+        linear_product(work + QKV, rows, x_TM, width, shape.eps, qkv, own, target)
         arrived = barrier(arrivals, arrived + threads)
         rope = weights.ropes_L[layer]
         apply_rope(
@@ -197,20 +199,20 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXK
                 arrived = _add_product(
                     work + OUT, arrivals, arrived, thread, threads, rows, mixed_TN,
                     shape.heads * shape.head_dim, out, shape, weights.after_attention_LM[layer],
-                    shape.after_attention_eps, norms_T, space,
+                    shape.after_attention_eps, own, space,
                 )  # fmt: skip
             else:
                 gate_up = layer_of(weights.gate_up, weights.gate_up_bias_LN, layer)
                 gate = Gate(inner_TF, both_2TW, shape.gelu)
-                gated_product(work + GATE_UP, rows, x_TM, width, shape.mlp_eps, gate_up, norms_T, gate)
+                gated_product(work + GATE_UP, rows, x_TM, width, shape.mlp_eps, gate_up, own, gate)
                 arrived = barrier(arrivals, arrived + threads)
         down = layer_of(weights.down, weights.down_bias_LM, layer)
         arrived = _add_product(
             work + DOWN, arrivals, arrived, thread, threads, rows, inner_TF, shape.inner, down, shape,
-            weights.after_mlp_LM[layer], shape.after_mlp_eps, norms_T, space,
+            weights.after_mlp_LM[layer], shape.after_mlp_eps, own, space,
         )  # fmt: skip
         work += 8 * PHASES_PER_LAYER
     head = layer_of(weights.head, weights.head_bias_LV, np.int64(0))
     logits = Store(space.logits_RV, OVERWRITE, np.float32(shape.logits_softcap))
-    linear_product(work, rows, x_TM, width, shape.last_eps, head, norms_T, logits)
+    linear_product(work, rows, x_TM, width, shape.last_eps, head, own, logits)
     barrier(arrivals, arrived + threads)

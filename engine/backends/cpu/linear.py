@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.backends.cpu.gemm import WIDE, multiply_wide
+from engine.backends.cpu.gemm import WIDE, multiply_wide, takes_bfloat16
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import ITEM, LANES
 from engine.backends.cpu.threads import fetch_add
-from engine.backends.cpu.vector_math import address, gelu, inverse_rms, silu, soft_cap
+from engine.backends.cpu.vector_math import address, gelu, inverse_rms, narrow, silu, soft_cap
 
 # Rows that go through a panel together, and inner steps at a time: so many numbers stay in the second cache.
 BLOCK_ROWS, BLOCK_DEPTH = 64, 768
@@ -44,6 +44,13 @@ class Linear(NamedTuple):
     bias_N: np.ndarray  # or none
 
 
+class Own(NamedTuple):
+    """A thread's own memory: what it makes of a block of rows before it multiplies them."""
+
+    norms_T: np.ndarray  # factors of a norm
+    rows_TM: np.ndarray  # the rows as bfloat16, uint16; of no size where none is asked for
+
+
 class Block(NamedTuple):
     """Rows begin to end of a product's input."""
 
@@ -51,6 +58,7 @@ class Block(NamedTuple):
     end: int
     x: int  # address of the first
     x_row: int  # bytes from one to the next
+    item: int  # bytes of a number
     size: int  # numbers of each
     row_scales: int  # address of a norm's factors, one a row, or 0
 
@@ -87,9 +95,9 @@ def _multiply_panel(block, linear, panel, next_panel, out, out_row, accumulate):
     end = ahead + length
     for k in range(0, block.size, BLOCK_DEPTH):
         ahead = multiply_wide(
-            block.end - block.begin, panels_CMW.dtype, block.x + k * ITEM, block.x_row, w + k * WIDE * item,
-            WIDE * item, min(BLOCK_DEPTH, block.size - k), out, out_row, block.row_scales, scales,
-            1 if accumulate or k > 0 else 0, ahead, end,
+            block.end - block.begin, panels_CMW.dtype, block.x + k * block.item, block.x_row,
+            w + k * WIDE * item, WIDE * item, min(BLOCK_DEPTH, block.size - k), out, out_row,
+            block.row_scales, scales, 1 if accumulate or k > 0 else 0, ahead, end,
         )  # fmt: skip
 
 
@@ -103,6 +111,15 @@ def _norm_rows(x_TM, begin, end, size, eps, norms_T):
     return address(norms_T)
 
 
+@part()
+def _narrow_rows(x_TM, begin, end, size, rows_TM):
+    """Write rows begin to end as bfloat16 into rows_TM."""
+    for t in range(begin, end):
+        x, out = address(x_TM[t]), address(rows_TM[t - begin])
+        for m in range(0, size, LANES):
+            narrow(x + m * ITEM, out + m * 2)
+
+
 def _product(panels_at_once, write):
     """Return a part that multiplies the first `rows` of x, normed, by a linear layer.
 
@@ -112,10 +129,15 @@ def _product(panels_at_once, write):
     """
 
     @part()
-    def multiply(work, rows, x_TM, size, eps, linear, norms_T, target):
-        units_per_block, x_row = len(linear.panels_CMW) // panels_at_once, x_TM.shape[1] * ITEM
+    def multiply(work, rows, x_TM, size, eps, linear, own, target):
+        units_per_block, narrowed = (
+            len(linear.panels_CMW) // panels_at_once,
+            takes_bfloat16(linear.panels_CMW.dtype),
+        )
+        item = 2 if narrowed else ITEM
+        x_row = item * (own.rows_TM.shape[1] if narrowed else x_TM.shape[1])
         units = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS * units_per_block
-        normed, row_scales = -1, 0  # the block that norms_T is of
+        normed, row_scales = -1, 0  # the block that is in the thread's own memory
         unit = fetch_add(work)
         while unit < units:
             next_unit = fetch_add(work)
@@ -123,9 +145,12 @@ def _product(panels_at_once, write):
             begin = index * BLOCK_ROWS
             end = min(begin + BLOCK_ROWS, rows)
             if index != normed:
-                normed, row_scales = index, _norm_rows(x_TM, begin, end, size, eps, norms_T)
+                normed, row_scales = index, _norm_rows(x_TM, begin, end, size, eps, own.norms_T)
+                if narrowed:
+                    _narrow_rows(x_TM, begin, end, size, own.rows_TM)
+            x = address(own.rows_TM) if narrowed else address(x_TM) + begin * x_row
             write(
-                Block(begin, end, address(x_TM) + begin * x_row, x_row, size, row_scales),
+                Block(begin, end, x, x_row, item, size, row_scales),
                 linear,
                 unit % units_per_block * panels_at_once,
                 (next_unit if next_unit < units else unit) % units_per_block * panels_at_once,

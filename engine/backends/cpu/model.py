@@ -17,6 +17,7 @@ from engine.backends.cpu.fold import filled, shape_of, weights_of
 from engine.backends.cpu.forward import PHASES_PER_LAYER, Panels, Plan, Space, forward
 from engine.backends.cpu.gemm import NARROW, WIDE
 from engine.backends.cpu.linear import BLOCK_ROWS
+from engine.backends.cpu.simd import HAS_PAIR_PRODUCTS
 from engine.backends.cpu.threads import team
 from engine.backends.zeros import zeros
 from engine.models.decoder_parts import head_angles
@@ -120,12 +121,20 @@ class CompiledDecoder(Backend):
             logits_RV=logits_RV.numpy(),
             counts=np.zeros(16 + PHASES_PER_LAYER * shape.layers, np.int64),
             norms_ST=_room(size, BLOCK_ROWS),
+            rows_STM=np.empty((size, *self._narrowed(count)), np.uint16),
             both_S2TW=_room(size, 2, BLOCK_ROWS, WIDE),
             heads=self._heads,
         )
         keys, values = self.keys_LXKDP, self.values_LXKBPV
         self._team.run(lambda i: forward(i, size, start, self.weights, shape, plan, keys, values, space))
         return logits_RV[:, : self.vocabulary]
+
+    def _narrowed(self, rows: int) -> tuple[int, int]:
+        """Return the sizes of what a thread needs for rows in bfloat16."""
+        if not HAS_PAIR_PRODUCTS or self.weights.qkv.numbers.dtype != np.uint16:
+            return 0, 0
+        shape = self.shape
+        return min(rows, BLOCK_ROWS), filled(max(shape.width, shape.heads * shape.head_dim, shape.inner))
 
     def _rope_angles(self, positions_T: np.ndarray) -> np.ndarray:
         """Return cosines and sines of each way in which layers rotate, [2, G, T, E]."""

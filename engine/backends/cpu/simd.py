@@ -19,6 +19,19 @@ from numba.core.registry import cpu_target
 intrinsic: Any = extending.intrinsic  # its type does not say that what it makes lacks the first argument
 
 
+class _BFloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for; only whole vectors of it are written here."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
 class Registers(NamedTuple):
     """A processor's vector registers."""
 
@@ -33,9 +46,12 @@ if X86 and "+fma" not in FEATURES:
     raise ImportError("this processor has no fused multiply-add")
 REGISTERS = AVX512 if "+avx512f" in FEATURES else AVX2 if X86 else NEON
 LANES = REGISTERS.lanes
+# An instruction adds the products of pairs of bfloat16 to 16 sums (AVX512_BF16).
+HAS_PAIR_PRODUCTS = REGISTERS == AVX512 and "+avx512bf16" in FEATURES
 ITEM = 4  # bytes of a float32
 CACHE_LINE = 64  # bytes that the memory gives at once
 
+BF16 = _BFloat16()
 F32, I8, I16, I32, I64 = ir.FloatType(), *map(ir.IntType, (8, 16, 32, 64))
 
 

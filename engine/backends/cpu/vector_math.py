@@ -13,7 +13,7 @@ from numba import types
 
 from engine.backends.cpu.gemm import NARROW
 from engine.backends.cpu.jit import part
-from engine.backends.cpu.simd import F32, I32, I64, LANES, Vectors, intrinsic
+from engine.backends.cpu.simd import BF16, F32, I32, I64, LANES, Vectors, intrinsic
 
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order, but no promise that there are no NaNs
 MIN_EXPONENT, MAX_EXPONENT = -87.0, 88.0  # of e: float32 holds the powers between them
@@ -77,6 +77,13 @@ def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable
         return intrinsic((lambda typing, a: made) if len(arguments) == 1 else (lambda typing, a, b: made))
 
     return make
+
+
+@_written(LANES, types.void, types.int64, types.int64)
+def narrow(v: Vectors, x: ir.Value, out: ir.Value) -> None:
+    """Write LANES numbers as bfloat16, each the nearest, or the even one of two."""
+    kind = ir.VectorType(BF16, v.count)
+    v.b.store(v.b.fptrunc(v.load(x), kind), v.pointer(out, kind)).align = 2
 
 
 @_written(LANES, types.float32, types.float32)

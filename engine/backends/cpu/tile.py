@@ -1,0 +1,263 @@
+"""The inner loop of products, as LLVM instructions: a tile's function, for each shape and type of weights.
+
+engine/backends/cpu/gemm.py has a picture of a tile, and the shapes that there are.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from engine.backends.cpu.simd import (
+    BF16,
+    CACHE_LINE,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    ITEM,
+    NEON,
+    Loop,
+    Vectors,
+    declared,
+)
+
+# The inner steps are in as many streams, and an iteration takes one step of each: memory is read faster in
+# two places than in one.
+K_STREAMS = 2
+PAIR = ir.ArrayType(BF16, 2)  # of weights that are multiplied in pairs
+# Up to so many rows, by lanes, a tile of float32 weights waits for memory, and to prefetch more than a line
+# an iteration only gets in the way of what the processor itself reads ahead.
+MAX_MEMORY_BOUND_ROWS = {4: 1, 8: 1, 16: 4}
+
+
+class Tile(NamedTuple):
+    """The shape of a tile, in registers.
+
+    A sum is one chain of multiply-adds, or two, the second for the second half of the inner steps: a few
+    chains by themselves would wait for their own results.
+    """
+
+    lanes: int  # float32 numbers of a vector
+    rows: int
+    vectors: int
+    chains: int
+
+    @property
+    def width(self) -> int:
+        """Outputs of a row."""
+        return self.vectors * self.lanes
+
+    def name(self, number: ir.Type) -> str:
+        """Return the name of this tile's function, for weights of a type."""
+        return "_".join(map(str, ("tile", *self, "pair" if number == PAIR else number)))
+
+
+class TileArguments(NamedTuple):
+    """Arguments of a tile's function, all int64: addresses, bytes from one row to the next, and sizes.
+
+    x is float32, or bfloat16 where the weights are a PAIR.
+    """
+
+    x: ir.Value
+    x_row: ir.Value
+    w: ir.Value
+    w_row: ir.Value
+    size: ir.Value  # inner steps, an even number of them; of pairs in bfloat16
+    out: ir.Value
+    out_row: ir.Value
+    row_scales: ir.Value  # a number for each row, or 0: none
+    scales: ir.Value  # a number for each output, or 0: none
+    add: ir.Value  # 0: out is overwritten
+    ahead: ir.Value  # where to prefetch from
+    tiles: ir.Value  # that read these weights, this one included
+
+
+SIGNATURE = ir.FunctionType(I64, [I64] * len(TileArguments._fields))
+
+
+def emit_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
+    """Write the body of a tile's function, for weights of a type: float, i8, or bfloat16 as i16 or PAIR.
+
+    A function of TileArguments, it computes
+
+        out[r, :] = (out[r, :] if add) + row_scales[r] * scales[:] * sum over k < size of x[r, k] * w[k, :]
+
+    where all is float32 but the weights, and x of a PAIR. Meanwhile it prefetches the memory from `ahead` on,
+    and returns how many bytes: as many as it reads divided by the number of `tiles` that read these weights,
+    so that the next weights arrive at an even pace.
+    """
+    t = _TileWriter(function, tile, number)
+    b, args = t.b, t.args
+    iterations = b.udiv(args.size, I64(K_STREAMS * t.steps))
+    pace = t.prefetch_pace()
+    loop = Loop(b)
+    i, w_k, line = loop.carry(I64(0)), loop.carry(args.w), loop.carry(args.ahead)
+    carried_sums = {key: loop.carry(t.constant(0.0)) for key in t.sum_keys()}
+    sums = dict(carried_sums)
+    for stream in range(K_STREAMS):
+        first_i = b.mul(iterations, I64(stream))
+        steps = t.load_weights(b.add(w_k, b.mul(first_i, t.bytes_of_steps(args.w_row))))
+        x_k = b.mul(b.add(i, first_i), t.bytes_of_steps(I64(t.x_item)))
+        for step, w_vectors in enumerate(steps):
+            for r, address in enumerate(t.row_addresses(b.add(x_k, I64(t.x_item * step)))):
+                x_rk = t.broadcast_x(address)
+                for v in range(tile.vectors):
+                    key = stream % tile.chains, r, v
+                    sums[key] = t.multiply_add(x_rk, w_vectors[v], sums[key])
+    t.prefetch(line)
+    next_i, next_w = b.add(i, I64(1)), b.add(w_k, t.bytes_of_steps(args.w_row))
+    following = [(i, next_i), (w_k, next_w), (line, b.add(line, pace))]
+    following += [(carried_sums[key], sums[key]) for key in sums]
+    loop.end(following, again=b.icmp_signed("<", next_i, iterations))
+    t.scale_add_and_store(sums)
+    b.ret(b.mul(iterations, pace))
+
+
+class _TileWriter(Vectors):
+    """Writes the pieces of a tile's function: see `emit_tile` for their order."""
+
+    def __init__(self, function: ir.Function, tile: Tile, number: ir.Type) -> None:
+        super().__init__(ir.IRBuilder(function.append_basic_block("entry")), tile.lanes)
+        self.tile, self.number, self.args = tile, number, TileArguments(*function.args)
+        self._item, self.x_item = {F32: ITEM, I8: 1}.get(number, 2), 2 if number == PAIR else ITEM
+        self.steps = 2 if number in (I16, PAIR) else 1  # inner steps that are loaded at a time
+        self._outputs = [(r, v) for r in range(tile.rows) for v in range(tile.vectors)]
+        few_rows = tile.rows <= MAX_MEMORY_BOUND_ROWS[tile.lanes]
+        self._memory_bound = number == F32 and tile.chains == 1 and few_rows
+
+    def sum_keys(self) -> list[tuple[int, int, int]]:
+        """Return (chain, row, vector) of each sum."""
+        return [(chain, r, v) for chain in range(self.tile.chains) for r, v in self._outputs]
+
+    def bytes_of_steps(self, one: ir.Value) -> ir.Value:
+        """Return how many bytes it is from what is loaded at a time to the next, `one` for an inner step."""
+        return self.b.mul(one, I64(self.steps))
+
+    def load_weights(self, address: ir.Value) -> list[list[ir.Value]]:
+        """Load the vectors of w[k, :], and of w[k + 1, :] where they lie in pairs, as float32; or pairs."""
+        stored = {F32: self.kind, I8: ir.VectorType(I8, self.count)}
+        kind = stored.get(self.number, ir.VectorType(I32, self.count))
+        size, align = self._item * self.steps * self.count, 1 if self.number == I8 else ITEM
+        offsets = (I64(size * v) for v in range(self.tile.vectors))
+        vectors = [
+            self._as_numbers(self.load(self.b.add(address, offset), kind, align)) for offset in offsets
+        ]
+        return [list(step) for step in zip(*vectors, strict=True)]
+
+    def _as_numbers(self, bits: ir.Value) -> list[ir.Value]:
+        """Return what was loaded as vectors to be multiplied, one an inner step."""
+        if self.number == F32:
+            return [bits]
+        if self.number == PAIR:
+            return [self.b.bitcast(bits, self._pairs)]
+        if self.number == I8:
+            return [self.b.sitofp(bits, self.kind)]
+        by, upper = (ir.Constant(bits.type, [number] * self.count) for number in (16, 0xFFFF0000))
+        return [self.b.bitcast(half, self.kind) for half in (self.b.shl(bits, by), self.b.and_(bits, upper))]
+
+    def row_addresses(self, past: ir.Value) -> Iterator[ir.Value]:
+        """Yield the address of each row's number, `past` bytes from the beginning of the row.
+
+        LLVM would keep the address of every row in both streams. x86 has 16 registers for them: it would run
+        out, order the loop for their sake, and put sums on the stack. So on x86 it can't see how an address
+        comes about, and three rows share one: an instruction adds x_row to it, once or twice, as it reads.
+        """
+        b, args, rows = self.b, self.args, self.tile.rows
+        if self.count == NEON.lanes:
+            yield from (b.add(b.add(args.x, b.mul(args.x_row, I64(r))), past) for r in range(rows))
+            return
+        first = b.add(args.x, past)
+        for r in range(0, rows, 3):
+            if r > 0:
+                first = b.add(first, b.mul(args.x_row, I64(3)))
+            first = b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [first], False)
+            for more in range(min(3, rows - r)):
+                yield b.add(first, b.mul(args.x_row, I64(more)))
+
+    def broadcast_from(self, address: ir.Value) -> ir.Value:
+        return self.broadcast(self.load(address, F32))
+
+    def broadcast_x(self, address: ir.Value) -> ir.Value:
+        """Load a row's number, or its two of a pair, for each output."""
+        x = self.broadcast_from(address)
+        return self.b.bitcast(x, self._pairs) if self.number == PAIR else x
+
+    def multiply_add(self, x: ir.Value, w: ir.Value, total: ir.Value) -> ir.Value:
+        if self.number != PAIR:
+            return self.call("fma", x, w, total)
+        name, kind = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.count}", [self.kind, self._pairs, self._pairs]
+        return self.b.call(declared(self.b.module, name, ir.FunctionType(self.kind, kind)), (total, x, w))
+
+    @property
+    def _pairs(self) -> ir.VectorType:
+        return ir.VectorType(BF16, 2 * self.count)
+
+    def _bytes_read(self) -> int:
+        """Return how many bytes of weights an iteration reads."""
+        return K_STREAMS * self.steps * self.tile.width * self._item
+
+    def prefetch_pace(self) -> ir.Value:
+        """Return how many bytes further each iteration prefetches."""
+        if self._memory_bound:
+            return I64(CACHE_LINE)
+        return self.b.udiv(I64(self._bytes_read()), self.args.tiles)
+
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for an iteration's share, line by line, from `address` on."""
+        hint = ir.FunctionType(ir.VoidType(), [I32.as_pointer(), I32, I32, I32])
+        prefetch = declared(self.b.module, "llvm.prefetch.p0", hint)
+        read, second_cache, data = I32(0), I32(2), I32(1)
+        for offset in range(0, CACHE_LINE if self._memory_bound else self._bytes_read(), CACHE_LINE):
+            line = self.pointer(self.b.add(address, I64(offset)), I32)
+            self.b.call(prefetch, [line, read, second_cache, data])
+
+    def scale_add_and_store(self, sums: dict[tuple[int, int, int], ir.Value]) -> None:
+        """Put the chains together, scale them, add what was there, and store: each where it is asked for."""
+        b, args = self.b, self.args
+        totals = {
+            (r, v): functools.reduce(b.fadd, [sums[chain, r, v] for chain in range(self.tile.chains)])
+            for r, v in self._outputs
+        }
+
+        def scaled_by_row(r: int, v: int) -> ir.Value:
+            return b.fmul(totals[r, v], self.broadcast_from(b.add(args.row_scales, I64(ITEM * r))))
+
+        def scaled_by_output(r: int, v: int) -> ir.Value:
+            return b.fmul(totals[r, v], self.load(b.add(args.scales, I64(ITEM * self.count * v))))
+
+        def added(r: int, v: int) -> ir.Value:
+            return b.fadd(totals[r, v], self.load(self._place(r, v)))
+
+        for given, change in (
+            (args.row_scales, scaled_by_row),
+            (args.scales, scaled_by_output),
+            (args.add, added),
+        ):
+            totals = self._changed_if(given, totals, change)
+        for r, v in self._outputs:
+            self.store(totals[r, v], self._place(r, v))
+
+    def _changed_if(
+        self, given: ir.Value, totals: dict[tuple[int, int], ir.Value], change: Callable[[int, int], ir.Value]
+    ) -> dict[tuple[int, int], ir.Value]:
+        """Return the totals after a change if `given` is not 0, else as they are."""
+        before, merged = self.b.block, {}
+        with self.b.if_then(self.b.icmp_signed("!=", given, I64(0))):
+            changed = {key: change(*key) for key in self._outputs}
+            inside = self.b.block
+        for key in self._outputs:
+            merged[key] = self.b.phi(self.kind)
+            merged[key].add_incoming(totals[key], before)
+            merged[key].add_incoming(changed[key], inside)
+        return merged
+
+    def _place(self, r: int, v: int) -> ir.Value:
+        """Return the address of a vector of outputs."""
+        offset = self.b.add(self.b.mul(self.args.out_row, I64(r)), I64(ITEM * self.count * v))
+        return self.b.add(self.args.out, offset)
