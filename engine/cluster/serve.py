@@ -18,6 +18,8 @@ import ray
 from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.schema import ApplicationStatus, LoggingConfig
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from engine.cluster import Cluster, connected, is_own
@@ -28,13 +30,30 @@ from engine.output import ERRORS
 from engine.serve.app import Limits, Server
 from engine.serve.command import KEEP_ALIVE_S, ServeOptions, announce, listen, log_requests, read_key
 from engine.serve.guard import Guard
+from engine.serve.prometheus import CONTENT_TYPE, joined
 
-APPLICATION = "dynamic-batch"  # its name on the cluster
+LOG = logging.getLogger(__name__)
+APPLICATION, DEPLOYMENT = "dynamic-batch", "engine"  # their names on the cluster
 BESIDE = 64  # requests that a replica may have beyond its limit: those that it refuses, and /health
 HEALTH_S = 5.0  # from one look at a replica to the next
 LOOK_S = 1.0  # from one look at the application to the next
+PAGE_S = 5.0  # for the metrics of all replicas
 GRACE_S = 30.0  # for Ray to remove what has drained
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)  # the guard logs requests
+
+
+class ReplicaServer(Server):
+    """A server that tells the metrics of all replicas, whichever is asked: the busy ones seldom are."""
+
+    async def metrics(self, request: Request) -> Response:
+        self.ready()
+        replicas = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+        pages = await replicas.broadcast("page").results_async(timeout_s=PAGE_S, return_exceptions=True)
+        for page in pages:
+            if isinstance(page, Exception):
+                LOG.warning("a replica told no metrics: %r", page)
+        text = joined(page for page in pages if isinstance(page, bytes))
+        return Response(text, media_type=CONTENT_TYPE)
 
 
 class Replica:
@@ -53,11 +72,15 @@ class Replica:
         hosts: Sequence[str] | None,
     ) -> None:  # fmt: skip
         log_requests()
-        self.server = Server(name, limits)
+        self.server = ReplicaServer(name, limits)
         engine = Engine.from_pretrained(spec, config, progress=False)
         self.server.start(engine, serve.get_replica_context().replica_id.unique_id)
         self.guard = Guard(self.server.app, key, hosts, tells_id=False)  # Ray's proxy does
         Replica.of_process = self
+
+    async def page(self) -> bytes:
+        """Return this replica's own metrics."""
+        return self.server.ready().prometheus.text()
 
     async def check_health(self) -> None:
         """Raise RuntimeError once the engine has ended: Ray begins another replica then."""
@@ -143,7 +166,7 @@ def _check_room(cluster: Cluster) -> None:
 def _deploy(options: ServeOptions, key: str | None, cluster: Cluster, hosts: Sequence[str] | None) -> None:
     """Have Ray begin the replicas."""
     deployed = serve.deployment(
-        name="engine",
+        name=DEPLOYMENT,
         num_replicas=cluster.replicas,
         ray_actor_options={"num_cpus": _cpus(cluster), "num_gpus": cluster.gpus},
         max_ongoing_requests=options.limits.max_requests + BESIDE,

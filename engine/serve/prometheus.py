@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from engine.engine import Engine
 from engine.request import RequestOutput
 
-__all__ = ["CONTENT_TYPE", "Prometheus"]
+__all__ = ["CONTENT_TYPE", "Prometheus", "joined"]
 LABEL = "model_name"
 SECONDS = (
     0.001,
@@ -58,8 +58,7 @@ class Prometheus:
     Args:
         engine: whose they are.
         name: of its model, the label of each.
-        replica: which one of several engines that answer in turns; a label too, so that each has its own
-            series.
+        replica: which of several engines behind one address; a label too.
     """
 
     def __init__(self, engine: Engine, name: str, replica: str | None = None) -> None:
@@ -88,6 +87,16 @@ class Prometheus:
     def text(self) -> bytes:
         """Return all of it in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def joined(pages: Iterable[bytes]) -> bytes:
+    """Return the pages of several engines as one: each metric once, with the series of all."""
+    series: dict[str, list[str]] = {}
+    for page in pages:
+        for metric in page.decode().split("# HELP ")[1:]:
+            about, kind, samples = metric.split("\n", 2)
+            series.setdefault(f"# HELP {about}\n{kind}\n", []).append(samples)
+    return "".join(head + "".join(samples) for head, samples in series.items()).encode()
 
 
 class Counted(Collector):
