@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import ray
 from engine.errors import InputError
 
 ADDRESS = "RAY_ADDRESS"  # in the environment
+CONNECT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Cluster:
 
 def is_own() -> bool:
     """Return whether a cluster would be begun here, since the environment names none."""
-    return not os.environ.get(ADDRESS)
+    return os.environ.get(ADDRESS, "") in ("", "local")
 
 
 @contextmanager
@@ -56,14 +58,22 @@ def connected() -> Iterator[None]:
     else:
         address = os.environ[ADDRESS]
         try:
+            _check_listens(address)
             ray.init(address=address, **said)
-        except (ConnectionError, ValueError) as error:
-            first = str(error).splitlines()[0]
+        except (OSError, ValueError) as error:
+            first = (str(error) or repr(error)).splitlines()[0]
             raise InputError(f"${ADDRESS}={address!r} leads to no cluster: {first}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_listens(address: str) -> None:
+    """Raise OSError where nobody listens at an address, of which Ray is sure after minutes only."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
 @contextmanager

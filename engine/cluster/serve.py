@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import ClassVar
 
 import ray
@@ -175,7 +176,8 @@ def _deploy(options: ServeOptions, key: str | None, cluster: Cluster, hosts: Seq
         max_constructor_retry_count=1,  # a model that cannot be loaded is told at once
         logging_config=QUIET,
     )(serve.ingress(application)(Replica))
-    target = deployed.bind(options.model, options.config, options.name, options.limits, key, hosts)
+    config = _shared(options.config, cluster)
+    target = deployed.bind(options.model, config, options.name, options.limits, key, hosts)
     try:
         serve.run_many([serve.RunTarget(target, APPLICATION)], wait_for_applications_running=False)
     except RayTaskError as error:  # the controller's: another application has the route
@@ -190,6 +192,15 @@ def _cpus(cluster: Cluster) -> float:
         return 1.0
     share = ray.cluster_resources()["CPU"] / cluster.replicas
     return float(int(share)) if share >= 1 else int(share * 1e4) / 1e4  # as finely as Ray counts
+
+
+def _shared(config: EngineConfig, cluster: Cluster) -> EngineConfig:
+    """Return the config of a replica: of memory that it shares with others it takes its part."""
+    if not isinstance(config.kv_memory, float):
+        return config
+    if cluster.gpus:
+        return replace(config, kv_memory=config.kv_memory * min(1.0, cluster.gpus))
+    return replace(config, kv_memory=config.kv_memory / (cluster.replicas if is_own() else 1))
 
 
 def _watch(options: ServeOptions, told: threading.Event) -> None:

@@ -44,6 +44,8 @@ BUILT_IN = {
     "vllm": "perf.backends.peers:VLLM",
     "http": "perf.backends.http.backend:Http",
     "serve": "perf.backends.serve:Serve",
+    "ray": "perf.backends.serve:OnRay",
+    "ray-2": "perf.backends.serve:TwoOnRay",
 }
 
 
