@@ -215,6 +215,7 @@ def test_on_sigterm_what_is_on_its_way_ends_and_nothing_is_left(served):
     request.start()
     until(lambda: sum(served.series("num_requests_running").values()) == 1)
     os.killpg(served.process.pid, signal.SIGTERM)  # all of them at once, as process managers do
+    until(lambda: served.client.get("/health").status == 404)
     request.join()
     assert len(replies[0].json["choices"][0]["token_ids"]) == LONG
     assert served.process.wait(WAIT_S) == 0
