@@ -57,7 +57,7 @@ class Serve(Http):
     name = policy = "serve"
     exact = True  # its tokens are the engine's
     remote = False
-    needs = ("aiohttp", "starlette", "uvicorn", "prometheus_client")
+    needs: tuple[str, ...] = ("aiohttp", "starlette", "uvicorn", "prometheus_client")
     extras = "serve,http"
     words: tuple[str, ...] = ()  # options of its command
 
@@ -79,7 +79,7 @@ class OnRay(Serve):
     name = policy = "ray"
     needs = (*Serve.needs, "ray")
     extras = "ray,http"
-    replicas = 1
+    words: tuple[str, ...] = ("--ray", "--cpus", "1")
 
     def open(self, setup: Setup) -> HttpSession:
         """Start a cluster and a server. Raises Unavailable as `serve` does, and for a `$RAY_ADDRESS`."""
@@ -87,13 +87,9 @@ class OnRay(Serve):
             raise Unavailable(f"{self.name}: $RAY_ADDRESS names a cluster, and this measures one of its own")
         return super().open(setup)
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        return "--ray", "--replicas", str(self.replicas), "--cpus", "1"
-
 
 class TwoOnRay(OnRay):
     """The same with two replicas."""
 
     name = policy = "ray-2"
-    replicas = 2
+    words = (*OnRay.words, "--replicas", "2")
