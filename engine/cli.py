@@ -40,6 +40,9 @@ Unstated = Annotated[
 KvMemory = Annotated[
     str, typer.Option(help="For keys and values: bytes, or a fraction of the memory that is free.")
 ]
+Ray = Annotated[bool, typer.Option("--ray", help="On a Ray cluster: $RAY_ADDRESS, else this machine.")]
+Replicas = Annotated[int, typer.Option(min=1, help="Engines, with --ray.")]
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each, or a share of one, with --ray.")]
 Seed = Annotated[int, typer.Option(help="Seeds the workload, random weights and sampling.")]
 
 
@@ -181,14 +184,23 @@ def serve(
     generation_config: Unstated = "auto",
     kv_memory: KvMemory = "0.6",
     prefix_caching: Annotated[bool, typer.Option(help="Share what prompts begin with alike.")] = True,
+    ray: Ray = False,
+    replicas: Replicas = 1,
+    gpus: Gpus = 0.0,
+    cpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="CPUs of each, with --ray ($RAY_ADDRESS: 1; here: a share of all)."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
     """Serve a model by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.
 
-    SIGTERM or Ctrl-C takes nothing new, and lets what is on its way end.
+    SIGTERM or Ctrl-C takes nothing new, and lets what is on its way end. With --ray several engines
+    share the requests; limits are of each.
     """
+    _check_ray(ray, replicas=replicas, gpus=gpus, cpus=cpus)
     config = EngineConfig(
         max_batch_size=max_batch_size,
         generation_config=generation_config,
@@ -200,8 +212,13 @@ def serve(
     )
     with Progress(IMPORTING):
         serving = _extra("engine.serve.command", "serve")
+        spread = _extra("engine.cluster.serve", "ray") if ray else None
     asked = model, config, host, port, api_key_file, without_key, served_model_name
-    serving.run(serving.ServeOptions(*asked, max_queue, request_timeout, drain_timeout))
+    options = serving.ServeOptions(*asked, max_queue, request_timeout, drain_timeout)
+    if spread is None:
+        serving.run(options)
+    else:
+        spread.run(options, spread.Cluster(replicas, gpus, cpus))
 
 
 @app.command()
@@ -216,16 +233,15 @@ def batch(
     max_batch_size: MaxBatchSize = 32,
     generation_config: Unstated = "auto",
     kv_memory: KvMemory = "0.6",
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Spread it over a Ray cluster: $RAY_ADDRESS, else this machine.")
-    ] = False,
-    replicas: Annotated[int, typer.Option(min=1, help="Engines, with --ray.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each, or a share of one, with --ray.")] = 0.0,
+    ray: Ray = False,
+    replicas: Replicas = 1,
+    gpus: Gpus = 0.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
     """Answer a file of requests. A run that was killed goes on where it was, if it is given again."""
+    _check_ray(ray, replicas=replicas, gpus=gpus)
     config = EngineConfig(
         max_batch_size=max_batch_size,
         generation_config=generation_config,
@@ -242,7 +258,7 @@ def batch(
         from engine import batch as work
         from engine.engine import Engine
 
-        spread = _extra("engine.cluster", "ray") if ray else None
+        spread = _extra("engine.cluster.batch", "ray") if ray else None
     if spread is None:
         found = work.run(Engine.from_pretrained(model, config), name, source, target)
     else:
@@ -260,6 +276,14 @@ def _bytes_or_share(text: str) -> int | float:
         raise InputError(f"kv_memory={text!r} must be bytes, or a fraction such as 0.6") from None
 
 
+def _check_ray(ray: bool, **options: float | None) -> None:
+    """Raise InputError for an option of Ray's that would have no effect."""
+    usual = {"replicas": 1, "gpus": 0.0, "cpus": None}
+    for name, value in options.items():
+        if not ray and value != usual[name]:
+            raise InputError(f"{name}={value:g} is for a Ray cluster: give --ray too")
+
+
 def _extra(module: str, name: str) -> Any:
     """Return a module that needs an extra. Raises InputError where that is not installed."""
     try:
@@ -267,7 +291,7 @@ def _extra(module: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("engine"):
             raise
-        problem = f"`engine {name}` needs {error.name}, which is not installed"
+        problem = f"this needs {error.name}, which is not installed"
         raise InputError(f"{problem}: pip install 'dynamic-batch[{name}]'") from None
 
 

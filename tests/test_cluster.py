@@ -36,7 +36,7 @@ def test_two_replicas_of_which_one_is_killed_give_the_answers_of_one_engine(tiny
     target, killed = tmp_path / "out", []
     killer = threading.Thread(target=kill_an_actor, args=(target, killed))
     killer.start()
-    from engine.cluster import Cluster, run
+    from engine.cluster.batch import Cluster, run
 
     config = EngineConfig(max_batch_size=32, device="cpu")
     found = run(source, target, "random:tiny-llama", config, "tiny", Cluster(replicas=2, cpus=0.5))

@@ -80,10 +80,10 @@ class Server:
             exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _fault},
         )
 
-    def start(self, engine: Engine) -> None:
-        """Serve from now on."""
+    def start(self, engine: Engine, replica: str | None = None) -> None:
+        """Serve from now on. With several engines, `replica` names this one in its metrics."""
         model = ServedModel(engine, self.name)
-        self.loaded = Loaded(model, AsyncEngine(engine), Prometheus(engine, self.name))
+        self.loaded = Loaded(model, AsyncEngine(engine), Prometheus(engine, self.name, replica))
 
     def close(self) -> None:
         """End the engine after the step it is in."""

@@ -47,6 +47,21 @@ class ServeOptions:
     timeout_s: float
     drain_s: float
 
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self.served_name or self.model
+
+    @property
+    def limits(self) -> Limits:
+        """Limits of one engine's requests."""
+        return Limits(self.config.max_batch_size + self.max_queue, self.timeout_s)
+
+    @property
+    def hosts(self) -> tuple[str, ...] | None:
+        """Names that requests may call the server by; None: any."""
+        return LOCAL if self.host in LOOPBACK else None
+
 
 def run(options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C; then take nothing new, and let what is on its way end.
@@ -55,17 +70,15 @@ def run(options: ServeOptions) -> None:
         InputError: for a key that cannot be read, a host that needs one, a port that is taken, or a model
             that cannot be loaded.
     """
-    key = _key(options)
-    listening = _listen(options.host, options.port)
-    limits = Limits(options.config.max_batch_size + options.max_queue, options.timeout_s)
-    server = Server(options.served_name or options.model, limits)
-    local = options.host in LOOPBACK
-    guard = Guard(server.app, key, LOCAL if local else None)
+    key = read_key(options)
+    listening = listen(options.host, options.port)
+    server = Server(options.name, options.limits)
+    guard = Guard(server.app, key, options.hosts)
     config = uvicorn.Config(
         guard, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(options.drain_s)), server_header=False, backlog=BACKLOG,
     )  # fmt: skip
-    _log()
+    log_requests()
     process = Process(config, server, options)
     # Uvicorn raises the signal that ended it once more, so that the process would end by it.
     before = [(number, signal.signal(number, _heard)) for number in (signal.SIGTERM, signal.SIGINT)]
@@ -120,11 +133,16 @@ class Process(uvicorn.Server):
 
     def _ready(self, engine: Engine) -> None:
         self._served.start(engine)
-        at = f"http://{self._options.host}:{self._options.port}"
-        ERRORS.print(f"serving {self._served.name} at {at}/v1", highlight=False, soft_wrap=True)
+        announce(self._options)
 
 
-def _key(options: ServeOptions) -> str | None:
+def announce(options: ServeOptions) -> None:
+    """Say that requests can come."""
+    at = f"http://{options.host}:{options.port}/v1"
+    ERRORS.print(f"serving {options.name} at {at}", highlight=False, soft_wrap=True)
+
+
+def read_key(options: ServeOptions) -> str | None:
     """Return the key that requests must have.
 
     Raises:
@@ -144,7 +162,7 @@ def _key(options: ServeOptions) -> str | None:
     return key
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound; it is taken before the model is loaded.
 
     Raises:
@@ -164,7 +182,7 @@ def _heard(number: int, frame: object) -> None:
     """Do nothing about a signal that has been obeyed."""
 
 
-def _log() -> None:
+def log_requests() -> None:
     """Log to standard error: uvicorn's warnings, and a line a request."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("engine.serve").setLevel(logging.INFO)

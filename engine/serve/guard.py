@@ -29,10 +29,13 @@ class Guard:
         key: that requests must have; None: none.
         hosts: names that a request may call the server by; None: any. A page that a browser on this machine
             shows can have its own name resolve to 127.0.0.1, and would otherwise be let in.
+        tells_id: whether answers carry the id; not where a proxy in front adds it.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, hosts: Sequence[str] | None) -> None:
-        self._app, self._hosts = app, hosts
+    def __init__(
+        self, app: ASGIApp, key: str | None, hosts: Sequence[str] | None, tells_id: bool = True
+    ) -> None:
+        self._app, self._hosts, self._tells_id = app, hosts, tells_id
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +51,8 @@ class Guard:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                if self._tells_id:
+                    message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
                 told.setdefault("status", message["status"])
             await send(message)
 

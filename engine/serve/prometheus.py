@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,7 +13,7 @@ from prometheus_client.registry import Collector
 from engine.engine import Engine
 from engine.request import RequestOutput
 
-__all__ = ["CONTENT_TYPE", "Prometheus"]
+__all__ = ["CONTENT_TYPE", "Prometheus", "joined"]
 LABEL = "model_name"
 SECONDS = (
     0.001,
@@ -57,15 +58,17 @@ class Prometheus:
     Args:
         engine: whose they are.
         name: of its model, the label of each.
+        replica: which of several engines behind one address; a label too.
     """
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    def __init__(self, engine: Engine, name: str, replica: str | None = None) -> None:
+        labels = {LABEL: name} | ({} if replica is None else {"replica": replica})
         self._registry = CollectorRegistry()
-        self._registry.register(Counted(engine, name))
+        self._registry.register(Counted(engine, labels))
 
         def histogram(about: tuple[str, str], buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(f"vllm:{about[0]}", about[1], [LABEL], buckets=buckets, registry=self._registry)
-            return made.labels(name)
+            kept: dict[str, Any] = {"buckets": buckets, "registry": self._registry}
+            return Histogram(f"vllm:{about[0]}", about[1], list(labels), **kept).labels(**labels)
 
         self._latencies = {field: histogram(about, SECONDS) for field, about in LATENCIES.items()}
         self._lengths = {field: histogram(about, TOKENS) for field, about in LENGTHS.items()}
@@ -86,14 +89,25 @@ class Prometheus:
         return generate_latest(self._registry)
 
 
+def joined(pages: Iterable[bytes]) -> bytes:
+    """Return the pages of several engines as one: each metric once, with the series of all."""
+    series: dict[str, list[str]] = {}
+    for page in pages:
+        for metric in page.decode().split("# HELP ")[1:]:
+            about, kind, samples = metric.split("\n", 2)
+            series.setdefault(f"# HELP {about}\n{kind}\n", []).append(samples)
+    return "".join(head + "".join(samples) for head, samples in series.items()).encode()
+
+
 class Counted(Collector):
     """What the engine counts by itself, read when it is asked for."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
-        self._engine, self._name = engine, name
+    def __init__(self, engine: Engine, labels: Mapping[str, str]) -> None:
+        self._engine, self._labels = engine, labels
 
     def collect(self) -> Iterator[Metric]:
         scheduler, metrics = self._engine.scheduler, self._engine.metrics
+        names, values = list(self._labels), list(self._labels.values())
         gauges = {
             "num_requests_running": ("Requests that run.", len(scheduler.running)),
             "num_requests_waiting": ("Requests that wait.", len(scheduler.waiting)),
@@ -110,14 +124,14 @@ class Counted(Collector):
             ),
         }
         for name, (about, value) in gauges.items():
-            gauge = GaugeMetricFamily(f"vllm:{name}", about, labels=[LABEL])
-            gauge.add_metric([self._name], value)
+            gauge = GaugeMetricFamily(f"vllm:{name}", about, labels=names)
+            gauge.add_metric(values, value)
             yield gauge
         for name, (about, value) in counters.items():
-            counter = CounterMetricFamily(f"vllm:{name}", about, labels=[LABEL])
-            counter.add_metric([self._name], value)
+            counter = CounterMetricFamily(f"vllm:{name}", about, labels=names)
+            counter.add_metric(values, value)
             yield counter
-        ended = CounterMetricFamily("vllm:request_success", "Requests.", labels=[LABEL, "finished_reason"])
+        ended = CounterMetricFamily("vllm:request_success", "Requests.", labels=[*names, "finished_reason"])
         for reason, count in metrics.finish_reasons.copy().items():
-            ended.add_metric([self._name, reason], count)
+            ended.add_metric([*values, reason], count)
         yield ended

@@ -46,6 +46,8 @@ BUILT_IN = {
     "llama-cpp": "perf.backends.peers:LlamaCpp",
     "http": "perf.backends.http.backend:Http",
     "serve": "perf.backends.serve:Serve",
+    "ray": "perf.backends.serve:OnRay",
+    "ray-2": "perf.backends.serve:TwoOnRay",
 }
 
 

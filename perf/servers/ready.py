@@ -1,6 +1,7 @@
 """Whether a server takes requests: `/health` where there is one, else `/v1/models`, else it is tried.
 
-A server that loads answers 503, or does not listen yet.
+A server that loads answers 503, or does not listen yet. Ray Serve's proxies listen before there is an
+application, and know their own `/-/healthz` alone then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from perf.servers.target import KEY, Target
 
 POLL_S = 0.2
 ANSWER_S = 10.0  # within which a server that is there answers
-PATHS = ("/health", "/v1/models")
+PATHS = ("/health", "/v1/models", "/-/healthz")
 ABSENT = frozenset({404, 405, 501})
 NOT_YET = 503
 

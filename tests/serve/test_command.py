@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from engine.cli import main
 from perf.servers.launch import free_port
 from tests.serve.running import COMPLETIONS, Client
 
@@ -105,6 +106,8 @@ def test_ctrl_c_while_the_model_is_loaded_ends_it():
     (("--api-key-file", "/nothing"), "api-key-file='/nothing' cannot be read"),
     (("--api-key-file", "/dev/null"), "is empty"),
     (("--without-key", "--host", "no.such.host.invalid"), "cannot be listened at"),
+    (("--replicas", "2"), "replicas=2 is for a Ray cluster: give --ray too"),
+    (("--gpus", "0.5"), "gpus=0.5 is for a Ray cluster: give --ray too"),
 ])  # fmt: skip
 def test_what_cannot_be_served_is_one_line_and_code_2(options, says):
     code, line = ended(*options)
@@ -120,3 +123,22 @@ def test_a_port_that_is_taken_is_found_before_the_model_is_loaded():
         code, line = ended("--port", str(other.getsockname()[1]))
     assert code == 2
     assert "Address already in use" in line
+
+
+def test_without_ray_the_extra_is_named(monkeypatch, capfd):
+    for name in [name for name in sys.modules if name.startswith(("ray.", "engine.cluster"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as exit:
+        main(["serve", *TINY, "--ray", "--replicas", "2"])
+    assert exit.value.code == 2
+    said = "this needs ray, which is not installed: pip install 'dynamic-batch[ray]'"
+    assert capfd.readouterr().err.splitlines()[-1] == f"error: {said}"
+
+
+@pytest.mark.parametrize("options", [("--replicas", "0"), ("--gpus", "-1")])
+def test_what_is_out_of_bounds_is_a_usage_error(options, capfd):
+    with pytest.raises(SystemExit) as exit:
+        main(["serve", *TINY, "--ray", *options])
+    assert exit.value.code == 2
+    assert f"Invalid value for '{options[0]}'" in capfd.readouterr().err

@@ -9,8 +9,10 @@ import threading
 import time
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
 
 from engine import Engine, EngineConfig, SamplingParams
+from engine.serve.prometheus import Prometheus, joined
 from tests.serve.running import CHAT, COMPLETIONS, serving
 
 ASKED = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
@@ -264,8 +266,6 @@ def test_request_ids_are_echoed_or_made(client):
 
 
 def test_metrics_have_vllms_names_and_the_engines_numbers(tiny_engine):
-    from prometheus_client.parser import text_string_to_metric_families as parse
-
     with serving(tiny_engine) as client:
         before = tiny_engine.metrics.tokens_delivered
         client.post(COMPLETIONS, ASKED)
@@ -275,6 +275,16 @@ def test_metrics_have_vllms_names_and_the_engines_numbers(tiny_engine):
     assert found["vllm:time_to_first_token_seconds_count"].value == 1
     assert found["vllm:inter_token_latency_seconds_count"].value == 7
     assert found["vllm:kv_cache_usage_perc"].labels == {"model_name": "tiny"}
+
+
+def test_pages_of_several_engines_are_one(tiny_engine):
+    pages = [Prometheus(tiny_engine, "tiny", replica).text() for replica in ("a", "b")]
+    kinds = [line for line in joined(pages).decode().splitlines() if line.startswith("# TYPE ")]
+    assert len(kinds) == len(set(kinds)) == pages[0].count(b"# TYPE ")
+    found = [sample for family in parse(joined(pages).decode()) for sample in family.samples]
+    assert len(found) == 2 * sum(len(family.samples) for family in parse(pages[0].decode()))
+    labels = [sample.labels for sample in found if sample.name == "vllm:num_requests_running"]
+    assert labels == [{"model_name": "tiny", "replica": "a"}, {"model_name": "tiny", "replica": "b"}]
 
 
 def test_the_log_has_the_counts_of_a_request_and_not_its_prompt(chatting, caplog):

@@ -1,36 +1,22 @@
-"""Many machines, by Ray: one engine an actor, and nothing of ours that schedules across them.
-
-Extra `ray`. `$RAY_ADDRESS` names a cluster; without one Ray begins its own on this machine.
-"""
+"""A file of requests on a Ray cluster, by Ray Data: blocks of its lines go to actors with an engine each."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.data
 
 from engine.batch import Batch, Row, Summary, answer_file
+from engine.cluster import Cluster, connected
 from engine.config import EngineConfig
 from engine.openai_api.served_model import ServedModel
 
 ROWS = 256  # of a block: what an actor that dies has to be done again, at most, and computes together
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """replicas: engines. gpus: of each, which may be a fraction; 0 on a CPU. cpus: of each."""
-
-    replicas: int = 1
-    gpus: float = 0.0
-    cpus: float = 1.0
 
 
 class Worker:
@@ -65,21 +51,16 @@ def answer(
     asked = [{"number": row.number, "text": row.text, "custom_id": row.custom_id} for row in rows]
     if not asked:
         return
-    if own := not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    blocks = max(cluster.replicas, -(-len(asked) // ROWS))
-    answered = ray.data.from_items(asked, override_num_blocks=blocks).map_batches(
-        Worker,
-        fn_constructor_args=(spec, config, name),
-        batch_size=None,
-        concurrency=cluster.replicas,
-        num_gpus=cluster.gpus or None,
-        num_cpus=cluster.cpus,
-    )
-    try:
+    with connected():
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        blocks = max(cluster.replicas, -(-len(asked) // ROWS))
+        answered = ray.data.from_items(asked, override_num_blocks=blocks).map_batches(
+            Worker,
+            fn_constructor_args=(spec, config, name),
+            batch_size=None,
+            concurrency=cluster.replicas,
+            num_gpus=cluster.gpus or None,
+            num_cpus=1.0 if cluster.cpus is None else cluster.cpus,  # Ray Data has work of its own
+        )
         for block in answered.iter_batches(batch_size=None):
             yield [json.loads(record) for record in block["record"]]
-    finally:
-        if own:
-            ray.shutdown()
