@@ -247,9 +247,12 @@ class Exchange:
         told = self._scope["state"]["told"]
         told |= {"answer": answer.id, "tokens_in": sum(map(len, prompts))}
         params = model.params(asked, prompts)
+        ttft_ms: dict[int, float] = {}  # of each choice
         async with aclosing(loaded.engine.stream_all(prompts, params, arrival)) as chunks:
             async for index, chunk in chunks:
-                told.setdefault("ttft_ms", (time.perf_counter() - arrival) * 1e3)
+                if index not in ttft_ms:
+                    ttft_ms[index] = (time.perf_counter() - arrival) * 1e3
+                    told.setdefault("ttft_ms", ttft_ms[index])
                 if not asked.stream:
                     if chunk.output is not None:
                         answer.choices[index].take(chunk.output)
@@ -257,9 +260,9 @@ class Exchange:
                     await self._part(frame)
         whole = None if asked.stream else json_response(answer.whole())
         told["tokens_out"] = sum(choice.tokens for choice in answer.choices)
-        for choice in answer.choices:
+        for index, choice in enumerate(answer.choices):
             if choice.output is not None:
-                loaded.prometheus.count(choice.output)
+                loaded.prometheus.count(choice.output, ttft_ms[index])
         if whole is None:
             await self._part((answer.last_event() or b"") + DONE, more=False)
         else:
