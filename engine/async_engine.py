@@ -7,6 +7,7 @@ import atexit
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
@@ -45,7 +46,8 @@ class AsyncEngine:
     and future, gets a RuntimeError. Use it as `async with AsyncEngine(engine) as served:`.
 
     What a step gives is handed to an event loop in one call, however many requests it is for: each call wakes
-    the loop's thread, which the worker would otherwise wait for.
+    the loop's thread, which the worker would otherwise wait for. A request's latencies count from when its
+    coroutine asked, so that the step which the worker was in just then is part of them.
 
     Raises:
         InputError: for what is no Engine.
@@ -95,13 +97,14 @@ class AsyncEngine:
             self._commands.put(lambda: self._leave(waiter))
 
     async def stream_all(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, arrival: float | None = None
     ) -> AsyncGenerator[tuple[int, StreamChunk], None]:
         """Yield the chunks for several prompts as they come, each with its prompt's index.
 
-        Raises as `generate` does; if one prompt is refused, none is served.
+        Their latencies count from `arrival` (`time.perf_counter` seconds); from now if None. Raises as
+        `generate` does; if one prompt is refused, none is served.
         """
-        waiter, left = self._enter(prompts, params), len(prompts)
+        waiter, left = self._enter(prompts, params, arrival), len(prompts)
         try:
             while left:
                 index, chunk = await waiter.next()
@@ -123,26 +126,32 @@ class AsyncEngine:
     async def __aexit__(self, *error: object) -> None:
         await asyncio.to_thread(self.close)
 
-    def _enter(self, prompts: Sequence[Prompt], params: SamplingParams | None) -> Waiter:
+    def _enter(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None, arrival: float | None = None
+    ) -> Waiter:
         """Have the worker queue requests for the coroutine that calls; it must `_leave` in the end.
 
         Raises:
             RuntimeError: if the worker has ended.
         """
         waiter = Waiter()
+        arrived = time.perf_counter() if arrival is None else arrival
         with self._lock:
             if self._ended is not None:
                 raise RuntimeError(self._ended)
             self._waiting.add(waiter)
-        self._commands.put(lambda: self._add(waiter, prompts, params))
+        self._commands.put(lambda: self._add(waiter, prompts, params, arrived))
         return waiter
 
-    def _add(self, waiter: Waiter, prompts: Sequence[Prompt], params: SamplingParams | None) -> None:
+    def _add(
+        self, waiter: Waiter, prompts: Sequence[Prompt], params: SamplingParams | None, arrival: float
+    ) -> None:
         """Queue requests; their caller hears what is wrong with one of them."""
         try:
             for index, prompt in enumerate(prompts):
                 give = partial(self._give, waiter, index)
-                waiter.requests.append(self._engine.add_request(prompt, params, on_chunk=give))
+                added = self._engine.add_request(prompt, params, arrival=arrival, on_chunk=give)
+                waiter.requests.append(added)
         except Exception as error:
             self._outbox.append((waiter, error))
             self._leave(waiter)

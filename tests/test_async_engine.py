@@ -7,6 +7,7 @@ import contextlib
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -62,6 +63,43 @@ def test_cancelling_a_coroutine_aborts_its_request_and_no_other(tiny):
         oracle.check(output, tokens)
     assert not engine.has_work
     assert sorted(record.finish_reason for record in engine.metrics.records) == ["abort", "length", "length"]
+
+
+def test_latencies_count_from_when_a_coroutine_asked_not_from_the_end_of_the_step_before(tiny):
+    engine = Engine(tiny().loaded)
+    step, stepping, release = engine.step, threading.Event(), threading.Event()
+
+    def held():
+        stepping.set()
+        release.wait(60)
+        return step()
+
+    engine.step = held
+
+    async def run():
+        async with AsyncEngine(engine) as served:
+            first = asyncio.create_task(served.generate([5, 6, 7], exactly(2)))
+            await asyncio.to_thread(stepping.wait, 60)
+            asked = time.perf_counter()
+            second = asyncio.create_task(served.generate([8, 9], exactly(2)))
+            await asyncio.sleep(0.05)
+            released = time.perf_counter()
+            release.set()
+            await first
+            return asked, (await second).metrics, released
+
+    asked, metrics, released = asyncio.run(run())
+    assert asked <= metrics.arrival_s <= released - 0.04
+    assert metrics.ttft_ms >= metrics.queue_ms >= (released - metrics.arrival_s) * 1e3
+
+
+def test_a_stream_may_say_when_its_prompts_arrived(tiny):
+    async def run():
+        async with AsyncEngine(Engine(tiny().loaded)) as served:
+            chunks = served.stream_all([[5, 6], [7]], exactly(2), arrival=1.5)
+            return [chunk.output async for _, chunk in chunks if chunk.output is not None]
+
+    assert [output.metrics.arrival_s for output in asyncio.run(run())] == [1.5, 1.5]
 
 
 def test_bad_input_reaches_its_caller_alone(tiny):

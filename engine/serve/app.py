@@ -191,10 +191,11 @@ class Exchange:
     async def run(self) -> None:
         """Read, answer, and stop where the client leaves."""
         body = await self._body()
+        arrival = time.perf_counter()
         loaded = self.server.ready()
         asked = loaded.model.read(parse(body), self.chat)
         with self.server.places(max(1, len(asked.prompts))):
-            await self._until_left(self._answer(loaded, asked, len(body)))
+            await self._until_left(self._answer(loaded, asked, len(body), arrival))
 
     async def fail(self, error: ApiError) -> None:
         """Tell the client what went wrong: in the stream, if that has begun."""
@@ -239,16 +240,19 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def _answer(self, loaded: Loaded, asked: Asked, size: int) -> None:
+    async def _answer(self, loaded: Loaded, asked: Asked, size: int, arrival: float) -> None:
         model = loaded.model
         prompts = await self.server.prompts(model, asked, size)
         answer = model.answer(asked, prompts)
         told = self._scope["state"]["told"]
         told |= {"answer": answer.id, "tokens_in": sum(map(len, prompts))}
-        began = time.perf_counter()
-        async with aclosing(loaded.engine.stream_all(prompts, model.params(asked, prompts))) as chunks:
+        params = model.params(asked, prompts)
+        ttft_ms: dict[int, float] = {}  # of each choice
+        async with aclosing(loaded.engine.stream_all(prompts, params, arrival)) as chunks:
             async for index, chunk in chunks:
-                told.setdefault("ttft_ms", (time.perf_counter() - began) * 1e3)
+                if index not in ttft_ms:
+                    ttft_ms[index] = (time.perf_counter() - arrival) * 1e3
+                    told.setdefault("ttft_ms", ttft_ms[index])
                 if not asked.stream:
                     if chunk.output is not None:
                         answer.choices[index].take(chunk.output)
@@ -256,9 +260,9 @@ class Exchange:
                     await self._part(frame)
         whole = None if asked.stream else json_response(answer.whole())
         told["tokens_out"] = sum(choice.tokens for choice in answer.choices)
-        for choice in answer.choices:
+        for index, choice in enumerate(answer.choices):
             if choice.output is not None:
-                loaded.prometheus.count(choice.output)
+                loaded.prometheus.count(choice.output, ttft_ms[index])
         if whole is None:
             await self._part((answer.last_event() or b"") + DONE, more=False)
         else:

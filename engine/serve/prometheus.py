@@ -39,8 +39,8 @@ SECONDS = (
     640,
 )
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+TTFT = ("time_to_first_token_seconds", "From a request's arrival to its first token, ready to be sent.")
 LATENCIES = {  # of a request, by the field of RequestMetrics that it is
-    "ttft_ms": ("time_to_first_token_seconds", "From a request's arrival to its first token."),
     "latency_ms": ("e2e_request_latency_seconds", "From a request's arrival to its end."),
     "queue_ms": ("request_queue_time_seconds", "From a request's arrival to its first step."),
     "prefill_ms": ("request_prefill_time_seconds", "From a request's first step to its first token."),
@@ -70,12 +70,20 @@ class Prometheus:
             kept: dict[str, Any] = {"buckets": buckets, "registry": self._registry}
             return Histogram(f"vllm:{about[0]}", about[1], list(labels), **kept).labels(**labels)
 
+        self._ttft = histogram(TTFT, SECONDS)
         self._latencies = {field: histogram(about, SECONDS) for field, about in LATENCIES.items()}
         self._lengths = {field: histogram(about, TOKENS) for field, about in LENGTHS.items()}
         self._gaps = histogram(("inter_token_latency_seconds", "From one token to the next."), SECONDS)
 
-    def count(self, output: RequestOutput) -> None:
-        """Add a request that has ended by itself."""
+    def count(self, output: RequestOutput, ttft_ms: float) -> None:
+        """Add a request that has ended by itself.
+
+        Args:
+            ttft_ms: until its first token was about to be sent, which is later than the engine had it where
+                the event loop has much to do: clients wait for both.
+        """
+        if output.metrics.ttft_ms is not None:
+            self._ttft.observe(ttft_ms / 1e3)
         for field, histogram in self._latencies.items():
             if (value := getattr(output.metrics, field)) is not None:
                 histogram.observe(value / 1e3)

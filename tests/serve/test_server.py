@@ -268,11 +268,15 @@ def test_request_ids_are_echoed_or_made(client):
 def test_metrics_have_vllms_names_and_the_engines_numbers(tiny_engine):
     with serving(tiny_engine) as client:
         before = tiny_engine.metrics.tokens_delivered
+        began = time.perf_counter()
         client.post(COMPLETIONS, ASKED)
+        waited = time.perf_counter() - began
         found = {s.name: s for f in parse(client.get("/metrics").body.decode()) for s in f.samples}
     assert found["vllm:generation_tokens_total"].value == before + 8
     assert found["vllm:num_requests_running"].value == 0
     assert found["vllm:time_to_first_token_seconds_count"].value == 1
+    ttft_s = found["vllm:time_to_first_token_seconds_sum"].value
+    assert tiny_engine.metrics.records[-1].ttft_ms / 1e3 <= ttft_s < waited
     assert found["vllm:inter_token_latency_seconds_count"].value == 7
     assert found["vllm:kv_cache_usage_perc"].labels == {"model_name": "tiny"}
 
