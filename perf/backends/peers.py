@@ -37,7 +37,8 @@ class PeerSession:
         self.name = name
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process that writes it)
         self._process = subprocess.Popen(
-            [str(environments.home(name) / "bin" / "python"), str(WORKER)],
+            # -P: the worker's own folder has names that its libraries mean others by, such as http
+            [str(environments.home(name) / "bin" / "python"), "-P", str(WORKER)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
             env={**os.environ, **(environment or {})},
         )  # fmt: skip

@@ -190,7 +190,8 @@ class VLLM:
 class LlamaCpp:
     """llama.cpp's server without its HTTP: a slot for each request of a batch, no prompt cache.
 
-    A token's id comes with its log-probability alone, so one is asked for each.
+    A token's id comes with its log-probability alone, so one is asked for each. A token that ends within a
+    character is not told at all: its id is 0 here, and its time that of the request's last.
     """
 
     def __init__(self, order: dict[str, Any]) -> None:
@@ -225,8 +226,10 @@ class LlamaCpp:
                 if "error" in chunk:
                     errors.append(str(chunk["error"]))
                     return True
-                for each in (chunk["choices"][0]["logprobs"] or {}).get("content", ()):
-                    tokens[index].append(each["id"])
+                told = (chunk["choices"][0]["logprobs"] or {}).get("content", ())
+                untold = chunk.get("usage", {}).get("completion_tokens", 0) - len(tokens[index]) - len(told)
+                for each in [*(each["id"] for each in told), *[0] * untold]:
+                    tokens[index].append(each)
                     seconds[index].append(now)
                 return False
 

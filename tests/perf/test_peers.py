@@ -111,10 +111,10 @@ class Server:
     def __init__(self, params):
         assert (params.n_parallel, params.cpuparams.n_threads, params.cache_type_k) == (2, 3, 0)
     def handle_completions(self, body, on_chunk):
-        for at in range(body["max_tokens"]):
+        for at in range(body["max_tokens"] - (body["prompt"] == [1000])):
             found = {"content": [{"id": sum(body["prompt"]) + at}]}
             on_chunk({"choices": [{"logprobs": found}]})
-        on_chunk({"choices": [{"logprobs": None}]})
+        on_chunk({"choices": [{"logprobs": None}], "usage": {"completion_tokens": body["max_tokens"]}})
 """
 
 
@@ -158,6 +158,14 @@ def test_a_peer_serves_over_a_pipe_when_requests_are_due(environment: Path, name
         assert all(record.ttft_ms is not None and record.ttft_ms >= 0 for record in outcome.metrics.records)
     session.close()
     assert session._process.returncode == 0
+
+
+def test_a_token_that_llama_cpp_tells_nothing_of_is_counted(environment: Path):
+    setup = Setup(None, "cpu", "float32", 2, threads=3)  # type: ignore[arg-type]
+    session = PeerSession("llama-cpp", environment, setup)
+    outcome = session.run([WorkItem([1000], SamplingParams(max_new_tokens=3))])
+    session.close()
+    assert outcome.tokens == [(1000, 1001, 0)]
 
 
 def test_a_peer_s_errors_are_raised_here_and_its_death_too(environment: Path):
