@@ -243,7 +243,8 @@ def add_row_product(
 ) -> torch.Tensor:
     """As one_row.add_row_product."""
     residual_1N.add_(F.linear(x_1M, weight_NM), alpha=scale)
-    return torch.stack([part.square().sum() for part in residual_1N.tensor_split(3, 1)])
+    wide_1N = residual_1N.to(torch.promote_types(residual_1N.dtype, torch.float32))
+    return torch.stack([part.square().sum() for part in wide_1N.tensor_split(3, 1)])
 
 
 def gated_row_product(

@@ -174,7 +174,7 @@ def test_deterministic_means_the_same_bits_in_any_company(tiny, name, monkeypatc
         return {i: (o.token_ids, o.logprobs) for i, o in zip(chosen, outputs, strict=True)}
 
     alone = {i: run([i])[i] for i in range(len(work))}
-    monkeypatch.setattr("engine.backends.cuda.model.MAX_ROWS", 3)
+    monkeypatch.setattr("engine.backends.cuda.model.ATTENDED_ROWS", 3)
     for options in (
         dict(max_batch_size=8),
         dict(max_batch_size=3, max_step_tokens=5),
@@ -298,9 +298,12 @@ def test_heads_in_another_order_are_copies_that_leave_the_model_as_it_was():
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kernel", ["split_k_product", "gated", "attend_rows", "attend_chunks", "add_norm"])
+@pytest.mark.parametrize("kernel", [
+    "split_k_product", "gated", "attend_rows", "attend_chunks", "add_norm", "row_product",
+    "gated_row_product",
+])  # fmt: skip
 def test_a_kernel_that_is_wrong_is_seen_at_load(tiny, monkeypatch, caplog, kernel):
-    """Both of steps of few rows and of many; the model then runs as it was written."""
+    """Of steps of one row, of few and of many; the model then runs as it was written."""
     oracle: Oracle = tiny("tiny-llama")
     right = getattr(reference, kernel)
     monkeypatch.setattr(f"engine.backends.cuda.kernels.{kernel}", lambda *args: right(*args).mul_(1.2))

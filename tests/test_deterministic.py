@@ -114,7 +114,7 @@ def test_a_backend_whose_bits_depend_on_company_is_refused(monkeypatch, caplog):
 def test_the_backend_for_a_gpu_gives_the_same_bits_in_any_company(monkeypatch, policy):
     """A chunk attends as rows, and products have a fixed number of rows."""
     use_cuda_backend(monkeypatch)
-    monkeypatch.setattr("engine.backends.cuda.model.MAX_ROWS", 3)
+    monkeypatch.setattr("engine.backends.cuda.model.ATTENDED_ROWS", 3)
     model = made(LlamaConfig(**LLAMA))
     alone = answers(model, max_batch_size=1)
     for company in COMPANIES:

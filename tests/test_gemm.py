@@ -16,7 +16,7 @@ from numba import njit, types
 
 from engine.backends.cpu import gemm, model, simd
 from engine.backends.cpu.forward import forward
-from engine.backends.cpu.gemm import NARROW_TILES, NUMBERS, PAIR_TILES, WIDE_TILES
+from engine.backends.cpu.gemm import NARROW_TILES, NUMBERS, WIDE_TILES, WIDENED_TILES
 from engine.backends.cpu.simd import AVX2, AVX512, NEON, REGISTERS, Registers
 from engine.backends.cpu.tile import K_STREAMS, MAX_MEMORY_BOUND_ROWS, PAIR, SIGNATURE, Tile, emit_tile
 from engine.backends.cpu.vector_math import address
@@ -123,7 +123,7 @@ def check(lines: list[str], registers: Registers, shape: Tile, number: ir.Type =
 
 def every(registers: Registers, number: ir.Type) -> list[Tile]:
     """The tiles of weights of this type, and of keys and values."""
-    tallest = [PAIR_TILES[registers] if number == I16 else WIDE_TILES[registers]]
+    tallest = [WIDENED_TILES[registers] if number == I16 else WIDE_TILES[registers]]
     if number == F32:
         tallest.append(NARROW_TILES[registers])
     return [shape._replace(rows=rows) for shape in tallest for rows in range(1, shape.rows + 1)]
@@ -239,7 +239,7 @@ def test_products_are_right_and_a_row_knows_no_neighbours(dtype):
 def test_tiles_prefetch_what_is_read_next_in_even_shares(dtype):
     """But for tiles of so few rows that they wait for memory."""
     widened = dtype is np.uint16 and NUMBERS[types.uint16] == I16
-    product, most = Product(dtype), (gemm.PAIR_TILE if widened else gemm.WIDE_TILE).rows
+    product, most = Product(dtype), (gemm.WIDENED_TILE if widened else gemm.WIDE_TILE).rows
     few = MAX_MEMORY_BOUND_ROWS[simd.LANES] if dtype is np.float32 else 0
     read = product.w_MN.size * np.dtype(dtype).itemsize
     for rows in range(1, ROWS + 1):

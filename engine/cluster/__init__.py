@@ -13,11 +13,12 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
+from engine.config import EngineConfig
 from engine.errors import InputError
 
 ADDRESS = "RAY_ADDRESS"  # in the environment
@@ -36,6 +37,22 @@ class Cluster:
 def is_own() -> bool:
     """Return whether a cluster would be begun here, since the environment names none."""
     return os.environ.get(ADDRESS, "") in ("", "local")
+
+
+def config_of_each(config: EngineConfig, cluster: Cluster) -> EngineConfig:
+    """Return the config of each engine: on a CPU without GPUs, and with its part of memory that it shares.
+
+    Raises:
+        InputError: for a GPU that is asked for by name and given to none.
+    """
+    if not cluster.gpus:  # Ray hides none from an actor that asked for none
+        if config.device.startswith("cuda"):
+            raise InputError(f"device={config.device!r} with gpus=0: say how many GPUs each replica has")
+        config = replace(config, device="cpu")
+    if not isinstance(config.kv_memory, float):
+        return config
+    share = min(1.0, cluster.gpus) if cluster.gpus else 1 / (cluster.replicas if is_own() else 1)
+    return replace(config, kv_memory=config.kv_memory * share)
 
 
 @contextmanager

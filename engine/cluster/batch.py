@@ -12,7 +12,7 @@ import numpy as np
 import ray.data
 
 from engine.batch import Batch, Row, Summary, answer_file
-from engine.cluster import Cluster, connected
+from engine.cluster import Cluster, config_of_each, connected
 from engine.config import EngineConfig
 from engine.openai_api.served_model import ServedModel
 
@@ -56,7 +56,7 @@ def answer(
         blocks = max(cluster.replicas, -(-len(asked) // ROWS))
         answered = ray.data.from_items(asked, override_num_blocks=blocks).map_batches(
             Worker,
-            fn_constructor_args=(spec, config, name),
+            fn_constructor_args=(spec, config_of_each(config, cluster), name),
             batch_size=None,
             concurrency=cluster.replicas,
             num_gpus=cluster.gpus or None,

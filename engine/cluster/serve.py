@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import ClassVar
 
 import ray
@@ -23,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from engine.cluster import Cluster, connected, is_own
+from engine.cluster import Cluster, config_of_each, connected, is_own
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import InputError
@@ -49,7 +48,12 @@ class ReplicaServer(Server):
     async def metrics(self, request: Request) -> Response:
         self.ready()
         replicas = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
-        pages = await replicas.broadcast("page").results_async(timeout_s=PAGE_S, return_exceptions=True)
+        asked = replicas.broadcast("page")
+        try:
+            pages = await asked.results_async(timeout_s=PAGE_S, return_exceptions=True)
+        except TimeoutError as error:  # one is stuck: the others' are worth as much without it
+            LOG.warning("metrics of this replica alone: %r", error)
+            pages = [self.ready().prometheus.text()]
         for page in pages:
             if isinstance(page, Exception):
                 LOG.warning("a replica told no metrics: %r", page)
@@ -157,11 +161,14 @@ def _told_to_end() -> Iterator[threading.Event]:
 
 
 def _check_room(cluster: Cluster) -> None:
-    """Raise InputError where a cluster that does not grow has fewer GPUs than are asked for."""
-    gpus, asked = ray.cluster_resources().get("GPU", 0.0), cluster.replicas * cluster.gpus
-    if is_own() and asked > gpus:
-        each = f"replicas={cluster.replicas}, each with gpus={cluster.gpus:g}"
-        raise InputError(f"{each}, take {asked:g} GPUs, and this machine has {gpus:g}: ask for less")
+    """Raise InputError where a cluster that does not grow has no room for so many replicas."""
+    for name, of_each in (("GPU", cluster.gpus), ("CPU", cluster.cpus or 0.0)):
+        have = ray.cluster_resources().get(name, 0.0)
+        # What is less than one is of one and the same GPU.
+        room = int(have) * int(1 / of_each) if 0 < of_each < 1 else int(have / (of_each or 1.0))
+        if is_own() and of_each and room < cluster.replicas:
+            each = f"replicas={cluster.replicas}, each with {name.lower()}s={of_each:g}"
+            raise InputError(f"{each}, do not fit: this machine has {have:g} {name}s; ask for less")
 
 
 def _deploy(options: ServeOptions, key: str | None, cluster: Cluster, hosts: Sequence[str] | None) -> None:
@@ -176,8 +183,9 @@ def _deploy(options: ServeOptions, key: str | None, cluster: Cluster, hosts: Seq
         max_constructor_retry_count=1,  # a model that cannot be loaded is told at once
         logging_config=QUIET,
     )(serve.ingress(application)(Replica))
-    config = _shared(options.config, cluster)
-    target = deployed.bind(options.model, config, options.name, options.limits, key, hosts)
+    target = deployed.bind(
+        options.model, config_of_each(options.config, cluster), options.name, options.limits, key, hosts
+    )
     try:
         serve.run_many([serve.RunTarget(target, APPLICATION)], wait_for_applications_running=False)
     except RayTaskError as error:  # the controller's: another application has the route
@@ -192,15 +200,6 @@ def _cpus(cluster: Cluster) -> float:
         return 1.0
     share = ray.cluster_resources()["CPU"] / cluster.replicas
     return float(int(share)) if share >= 1 else int(share * 1e4) / 1e4  # as finely as Ray counts
-
-
-def _shared(config: EngineConfig, cluster: Cluster) -> EngineConfig:
-    """Return the config of a replica: of memory that it shares with others it takes its part."""
-    if not isinstance(config.kv_memory, float):
-        return config
-    if cluster.gpus:
-        return replace(config, kv_memory=config.kv_memory * min(1.0, cluster.gpus))
-    return replace(config, kv_memory=config.kv_memory / (cluster.replicas if is_own() else 1))
 
 
 def _watch(options: ServeOptions, told: threading.Event) -> None:

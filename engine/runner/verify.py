@@ -31,9 +31,10 @@ TOLERANCE = {
     torch.bfloat16: 2e-1,
     torch.int8: 1.5e-1,
 }
-# Of each request that shares the steps: where its text is cut, besides before its last token. One's first
-# chunk is short; the first step together has more tokens than any backend treats otherwise for being few.
-CUTS = ((8, 15), (15, 16), ())
+# Of each request that shares the steps: where its text is cut, from its end if negative, besides before its
+# last token. One's first chunk is short; the first step together has more tokens than any backend treats
+# otherwise for being few, and the last is one token alone.
+CUTS = ((8, 15, -2), (15, 16), ())
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def _batches(known: Probe, tables: list[list[int]]) -> Iterator[tuple[Batch, lis
     The first token of all is not wanted: leaving out is part of what is proven.
     """
     count = len(known.tokens)
-    chunks = [pairwise(sorted({0, *(cut for cut in cuts if cut < count), count - 1, count})) for cuts in CUTS]
+    cuts_R = [{cut % count for cut in cuts if -count < cut < count} for cuts in CUTS]
+    chunks = [pairwise(sorted({0, *cuts, count - 1, count})) for cuts in cuts_R]
     for step in zip_longest(*chunks):
         spans: list[Span] = []
         places: list[tuple[int, int]] = []

@@ -2,7 +2,7 @@
 pipe.
 
 `python -m perf setup-peer NAME` makes the environment in the cache folder; the model is converted there once,
-by the peer's own converter. `worker.py` runs inside it; here is this side of the pipe.
+where a peer does not read it as it is. `worker.py` runs inside it; here is this side of the pipe.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,11 @@ class PeerSession:
         )  # fmt: skip
         model = {"peer": name, "folder": str(folder), "device": setup.device, "dtype": setup.dtype}
         size = {"max_batch_size": setup.max_batch_size, "threads": setup.threads}
-        self._ask({**model, **size, "options": dict(setup.options)})
+        try:
+            self._ask({**model, **size, "options": dict(setup.options)})
+        except BaseException:
+            self.close()
+            raise
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
         """Send one line and read one; whatever went wrong over there is raised here."""
@@ -84,7 +89,8 @@ class PeerSession:
     def close(self) -> None:
         """End the worker: it stops when its input does, or is stopped."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended already, with an order unread
+            self._process.stdin.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

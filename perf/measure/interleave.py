@@ -70,7 +70,11 @@ def run_peers(
             how: dict[str, Any] = {"max_batch_size": batch_size, "options": PEER_OPTIONS.get(name, {})}
             trial = Trial(bench, "peers", name, workload, device=device, **how)
             found[name] = trial
-            trial.prove()
+            try:
+                trial.prove()
+            except BaseException:
+                trial.close()
+                raise
         except Exception as error:
             found[name] = error
     trials = {name: trial for name, trial in found.items() if isinstance(trial, Trial)}

@@ -248,7 +248,7 @@ def test_an_address_is_honoured_and_that_cluster_stays(expected):
 
 @pytest.mark.parametrize(("options", "address", "says"), [
     (("--model", "random:nothing"), "", "no replica could be started: "),
-    (("--gpus", "1e6"), "", "take 1e+06 GPUs, and this machine has "),
+    (("--gpus", "1e6"), "", "each with gpus=1e+06, do not fit: this machine has "),
     (("--host", "0.0.0.0"), "", "needs a key"),
     ((), "127.0.0.1:1", "$RAY_ADDRESS='127.0.0.1:1' leads to no cluster"),
 ])  # fmt: skip

@@ -66,8 +66,12 @@ from engine.backends.cpu.tile import PAIR, SIGNATURE, Tile, TileArguments, emit_
 WIDE_TILES = {AVX2: Tile(8, 4, 3, 1), AVX512: Tile(16, 8, 3, 1), NEON: Tile(4, 7, 3, 1)}
 NARROW_TILES = {AVX2: Tile(8, 3, 2, 2), AVX512: Tile(16, 8, 1, 2), NEON: Tile(4, 3, 4, 2)}
 # Pairs of inner steps that become float32 leave registers for fewer sums.
-PAIR_TILES = {AVX2: Tile(8, 3, 3, 1), AVX512: Tile(16, 6, 3, 1), NEON: Tile(4, 6, 3, 1)}
-WIDE_TILE, NARROW_TILE, PAIR_TILE = WIDE_TILES[REGISTERS], NARROW_TILES[REGISTERS], PAIR_TILES[REGISTERS]
+WIDENED_TILES = {AVX2: Tile(8, 3, 3, 1), AVX512: Tile(16, 6, 3, 1), NEON: Tile(4, 6, 3, 1)}
+WIDE_TILE, NARROW_TILE, WIDENED_TILE = (
+    WIDE_TILES[REGISTERS],
+    NARROW_TILES[REGISTERS],
+    WIDENED_TILES[REGISTERS],
+)
 WIDE = WIDE_TILE.width  # outputs of a tile of a weight: a panel's
 NARROW = NARROW_TILE.width  # outputs of a tile of keys or values, 16
 # Of weights, as they are stored: float32, int8, or bfloat16 as 16 bits that NumPy has a name for.
@@ -99,7 +103,7 @@ def takes_bfloat16(typing, kind):
     return types.boolean(kind), call
 
 
-def _call_by_rows(tallest: Tile, tallest_of_pairs: Tile) -> Any:
+def _call_by_rows(tallest: Tile, tallest_widened: Tile) -> Any:
     """Return a function of (rows, dtype of w, TileArguments) -> bytes prefetched, for 1 to a tallest tile's
     rows."""
 
@@ -109,7 +113,7 @@ def _call_by_rows(tallest: Tile, tallest_of_pairs: Tile) -> Any:
     ):  # fmt: skip
         def call(context, builder, signature, args):
             number = NUMBERS[kind.dtype]
-            most = tallest_of_pairs if number == I16 else tallest
+            most = tallest_widened if number == I16 else tallest
             never, after = (builder.append_basic_block(name) for name in ("never", "after"))
             switch = builder.switch(args[0], never)
             builder.position_at_end(never)
@@ -132,18 +136,18 @@ def _call_by_rows(tallest: Tile, tallest_of_pairs: Tile) -> Any:
     return tile
 
 
-def _multiply(tallest: Tile, tallest_of_pairs: Tile) -> Any:
+def _multiply(tallest: Tile, tallest_widened: Tile) -> Any:
     """Return a function of (rows, dtype of w, TileArguments but the last two, ahead, end) -> ahead.
 
     It divides rows evenly among as few tiles as possible: a tile of one row reads as many weights as one of
     many. Each tile prefetches on from where the one before it stopped, until `end`.
     """
-    tile = _call_by_rows(tallest, tallest_of_pairs)
+    tile = _call_by_rows(tallest, tallest_widened)
 
     @intrinsic
     def most_rows(typing, kind):
         def call(context, builder, signature, args):
-            return I64((tallest_of_pairs if NUMBERS[kind.dtype] == I16 else tallest).rows)
+            return I64((tallest_widened if NUMBERS[kind.dtype] == I16 else tallest).rows)
 
         return types.int64(kind), call
 
@@ -166,5 +170,5 @@ def _multiply(tallest: Tile, tallest_of_pairs: Tile) -> Any:
     return multiply
 
 
-multiply_wide = _multiply(WIDE_TILE, PAIR_TILE)
+multiply_wide = _multiply(WIDE_TILE, WIDENED_TILE)
 multiply_narrow = _multiply(NARROW_TILE, NARROW_TILE)

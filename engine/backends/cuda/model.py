@@ -1,5 +1,5 @@
-"""A decoder from its spec, as a loop over layers of Triton kernels and products: eight launches a layer, or
-five of one token.
+"""A decoder from its spec, as a loop over layers of Triton kernels and products: eight launches a layer,
+seven of few rows, five of one token; more where heads or outputs are normed, or there are chunks.
 
 The residual stream is carried through the loop as x, and as what is still to be added to it: the sum is part
 of the norm that reads it. Nothing in here may wait for the device or look at a value on it, for a CUDA graph
@@ -24,7 +24,7 @@ from engine.models.decoder_parts import Linear, Norm, Rope, head_angles
 from engine.models.decoder_spec import DecoderSpec
 
 # Rows attended at a time, for each takes up to MAX_SPLITS partial results: prefill by rows has thousands.
-MAX_ROWS = 512
+ATTENDED_ROWS = 512
 TILE = 16  # rows of every product when results may not depend on how many rows there are
 Angles = list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines [T, D / 2] by each rope
 
@@ -50,7 +50,7 @@ class StepInputs:
         rows_are_new: no two rows are of one request, and `attend_rows` writes their keys and values.
         chunks: of the requests that compute several tokens, as `attend_chunks` takes them: tables_RN,
             begins_R, ends_R, computed_R, tiles_W2.
-        keep_K: the tokens whose logits are wanted, rising; all if None.
+        keep_K: the tokens whose logits are wanted; all if None.
     """
 
     ids_T: torch.Tensor
@@ -86,7 +86,7 @@ class Stream(NamedTuple):
 
 
 class CudaDecoder:
-    """Computes logits of a batch.
+    """Computes logits of a batch, one at a time on one stream.
 
     Args:
         spec: what the model computes; its weights are shared.
@@ -107,7 +107,7 @@ class CudaDecoder:
         layer_bytes = sum(part.weight_NM.nbytes for part in products)
         self.split_rows = kernels.max_split_rows(dtype, layer_bytes) if can_split else 0
         device = spec.embedding_VM.device
-        self._arrived_A = torch.zeros(MAX_ROWS * spec.kv_heads, dtype=torch.int32, device=device)
+        self._arrived_A = torch.zeros(ATTENDED_ROWS * spec.kv_heads, dtype=torch.int32, device=device)
         positions_P = torch.arange(spec.positions, device=device)
         self._tables_GPD = [self._angles_of(rope, positions_P) for rope in spec.ropes]
 
@@ -261,8 +261,8 @@ class CudaDecoder:
             q_THD, slots_T = torch.empty_like(out_THD), inputs.slots_T[apart]
             new = q[apart], k[apart], v[apart]
             kernels.write_pages(*new, cos_TE, sin_TE, slots_T, keys, values, q_THD[apart])
-        for at in range(0, len(inputs.lengths_B), MAX_ROWS):
-            some = slice(at, min(at + MAX_ROWS, len(inputs.lengths_B)))
+        for at in range(0, len(inputs.lengths_B), ATTENDED_ROWS):
+            some = slice(at, min(at + ATTENDED_ROWS, len(inputs.lengths_B)))
             given, rows = q_THD[some], None
             if inputs.rows_are_new:
                 given, k_, v_ = (x[..., some, :, :] for x in (q, k, v))

@@ -25,6 +25,8 @@ DEPENDENT = _dependent()
 class Kernel:
     """A Triton kernel that is launched as Triton's own, `kernel[grid](*arguments, **constants)`, but cheaply.
 
+    Its first argument is a tensor, its constants come last, and every call names them in the same order.
+
     Triton binds and inspects all arguments at every launch. Here what it would compile for (types, alignment,
     whether a number is 1 or a multiple of 16) is looked up, and what it has compiled is launched at once.
 
@@ -86,10 +88,10 @@ def launch_dependents(PDL: tl.constexpr):
 def wait_for_previous(PDL: tl.constexpr):
     """Wait for what the kernels before have written, then let the next one be launched, if it has not been.
 
-    Every program of every kernel calls it before it writes, or reads what is neither a weight nor an input of
-    the whole step. So a kernel ends only after the one before it has, and nothing is overwritten that is
-    still read. A step's inputs are there earlier: its first norm does not call `launch_dependents`, so
-    nothing after it begins before they are.
+    Every program of every kernel calls it before it writes, or reads what is neither a weight, nor an input
+    of the whole step, nor keys and values of earlier steps. So a kernel ends only after the one before it
+    has, and nothing is overwritten that is still read. A step's inputs are there earlier: its first norm does
+    not call `launch_dependents`, so nothing after it begins before they are.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -104,7 +106,7 @@ def prefetch_l2(weight, BYTES: tl.constexpr, program, programs, THREADS: tl.cons
     """Have the L2 cache read a contiguous weight, of which each of `programs` asks for a share.
 
     Kernels that leave memory idle call it for a product that is two or three launches ahead: a layer of a
-    small model is less than an H200's 50 MB of L2. It waits for nothing.
+    small model is less than an H200's 50 MB of L2. It waits for nothing itself.
 
     Args:
         THREADS: of a program.

@@ -2,7 +2,7 @@
 token.
 
 Each does in one pass over memory what the model's own modules do in several, and rounds where they round.
-Attention and pages are in engine/backends/cuda/kernels/attention.py, which says how kernels are written here.
+engine/backends/cuda/kernels/attention.py says how kernels are written here.
 
 T tokens, H heads of a token, or 1, M width of a row, F intermediate size, B rows of logits, V vocabulary,
 S parts of a row or of a sum.
