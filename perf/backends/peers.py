@@ -25,6 +25,7 @@ from perf.servers import environments
 from perf.servers.environments import PACKAGES, last_line
 
 WORKER = Path(__file__).with_name("worker.py")
+LEAST_HEAD = 32  # dimensions, of vLLM's attention on a CPU
 
 
 class PeerSession:
@@ -197,6 +198,14 @@ class VLLMOnCPU(Peer):
     """
 
     name = "vllm-cpu"
+
+    def converted(self, setup: Setup) -> Path:
+        """Return the model's folder. Raises Unavailable for heads that its attention has no code for."""
+        config: Any = setup.loaded.model.config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if size < LEAST_HEAD:
+            raise Unavailable(f"{self.name} has no attention for heads of {size}: {LEAST_HEAD} is the least")
+        return super().converted(setup)
 
     def environment(self, setup: Setup) -> dict[str, str]:
         """Return its threads, its room for keys and values, and that its engine runs in this very process."""

