@@ -256,13 +256,12 @@ def test_the_compiler_takes_every_kernel_and_none_spills(tmp_path):
         "_write",
         "_chunks",
         "_rows",
-        "_row ",
+        "_row",
         "_split_k",
         "_inputs",
         "_norm",
         "_gated",
         "_best_of_part",
         "_best_of_row",
-        "_split_k",
     ):
         assert f"{name} " in done.stdout
