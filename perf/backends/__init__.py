@@ -8,14 +8,20 @@ not a backend's.
 To measure an engine of your own, write these two classes and name the first by `--backend
 package.module:MyBackend`, or in the entry point group `dynamic_batch.backends`:
 
-    class MyBackend: name = "mine" def missing(self, device): return None               # or one line that
-        says what it lacks and how to get it def open(self, setup): return MySession(setup)       # load
-        setup.folder() or use setup.loaded.model
+    class MyBackend:
+        name = "mine"
 
-    class MySession: def run(self, items):                                # items[i].prompt is token ids, due
-        at items[i].arrival_s
-            tokens, seconds = my_engine(items)               # a list a request: its tokens, and when each
-            came, return timeline(items, tokens, seconds)          # in seconds after the call
+        def missing(self, device):
+            return None  # or one line that says what it lacks and how to get it
+
+        def open(self, setup):
+            return MySession(setup)  # load setup.folder() or use setup.loaded.model
+
+    class MySession:
+        def run(self, items):  # items[i].prompt is token ids, due at items[i].arrival_s
+            tokens, seconds = my_engine(items)  # a list a request: its tokens, and when each came,
+            return timeline(items, tokens, seconds)  # in seconds after the call
+
         def close(self): ...
 """
 
