@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from engine.backends.cpu.forward import NO_NORM, Panels, Shape, Weights
 from engine.backends.cpu.gemm import WIDE
 from engine.models.decoder_parts import head_order
 from engine.models.decoder_spec import DecoderSpec, Layer, Linear, Norm, Rope
+
+Part = TypeVar("Part", Linear, Norm)
 
 
 def shape_of(spec: DecoderSpec, page_size: int) -> Shape:
@@ -60,7 +62,7 @@ def weights_of(spec: DecoderSpec) -> Weights:
 
     Weights of products are in the model's dtype; what is folded into them is so in float32, and rounded once.
     """
-    layers, centred, ropes = spec.layers, spec.norm.centred, spec.ropes
+    layers, centred, ropes, dtype = spec.layers, spec.norm.centred, spec.ropes, spec.embedding_VM.dtype
 
     def qkv(layer: Layer) -> list[Linear]:
         scale = 1.0 if layer.q_norm else layer.options.scale
@@ -72,20 +74,20 @@ def weights_of(spec: DecoderSpec) -> Weights:
         return [Linear(weight_NM, torch.cat(biases) if biases else None)]
 
     def added(part: Linear, after: Norm | None) -> list[Linear]:
-        part = _scaled(part, spec.residual_scale if after is None else 1.0)
+        part = _scaled(_wide(part), spec.residual_scale if after is None else 1.0)
         return [_each(lambda x: x - x.mean(0), part) if centred else part]
 
     def after(norm: Norm | None) -> np.ndarray:
         return _array(None if norm is None else norm.scale * spec.residual_scale, (0,))
 
-    qkv_panels, qkv_bias_LN = _products(layers, qkv)
-    out, out_bias_LM = _products(layers, lambda layer: added(layer.out, layer.after_attention))
+    qkv_panels, qkv_bias_LN = _products(layers, dtype, qkv)
+    out, out_bias_LM = _products(layers, dtype, lambda layer: added(layer.out, layer.after_attention))
     gate_up, gate_up_bias_LN = _products(
-        layers, lambda layer: [_read(layer.before_mlp, part) for part in (layer.gate, layer.up)]
+        layers, dtype, lambda layer: [_read(layer.before_mlp, part) for part in (layer.gate, layer.up)]
     )
-    down, down_bias_LM = _products(layers, lambda layer: added(layer.down, layer.after_mlp))
+    down, down_bias_LM = _products(layers, dtype, lambda layer: added(layer.down, layer.after_mlp))
     head, head_bias_LV = _products(
-        [spec], lambda spec: [_scaled(_read(spec.norm, spec.head), spec.logits_scale)]
+        [spec], dtype, lambda spec: [_scaled(_read(spec.norm, spec.head), spec.logits_scale)]
     )
     return Weights(
         embedding_VM=_numbers(spec.embedding_VM.detach()),
@@ -99,7 +101,7 @@ def weights_of(spec: DecoderSpec) -> Weights:
         gate_up_bias_LN=gate_up_bias_LN,
         down_bias_LM=down_bias_LM,
         head_bias_LV=head_bias_LV,
-        head_norm_LQD=np.stack([_head_norm(_wide(layer), spec.head_dim) for layer in layers]),
+        head_norm_LQD=np.stack([_head_norm(layer, spec.head_dim) for layer in layers]),
         after_attention_LM=np.stack([after(layer.after_attention) for layer in layers]),
         after_mlp_LM=np.stack([after(layer.after_mlp) for layer in layers]),
         windows_L=np.array([layer.options.window or 0 for layer in layers], np.int64),
@@ -123,9 +125,12 @@ def _scaled(part: Linear, scale: float) -> Linear:
 
 
 def _read(norm: Norm | None, part: Linear) -> Linear:
-    """Return the product that reads what a norm divides by its length, and has the rest of it folded in."""
+    """Return the product that reads what a norm divides by its length, and has the rest of it folded in, in
+    float32."""
+    part = _wide(part)
     if norm is None:
         return part
+    norm = _wide(norm)
     bias_N = part.bias_N
     if norm.bias is not None:
         shift_N = part.weight_NM @ norm.bias
@@ -151,7 +156,7 @@ def _head_norm(layer: Layer, dim: int) -> np.ndarray:
     if layer.q_norm is None or layer.k_norm is None:
         return np.empty((0, dim), np.float32)
     q_HD, k_KD = (
-        norm.scale.reshape(-1, dim).expand(len(part.weight_NM) // dim, dim)
+        norm.scale.float().reshape(-1, dim).expand(len(part.weight_NM) // dim, dim)
         for norm, part in ((layer.q_norm, layer.q), (layer.k_norm, layer.k))
     )
     both_QD = torch.cat([q_HD * layer.options.scale, k_KD])
@@ -164,21 +169,24 @@ def _blocks(rows: torch.Tensor) -> torch.Tensor:
     return F.pad(rows, more).unflatten(0, (-1, WIDE))
 
 
-def _products(layers: Sequence[Any], parts: Callable[[Any], list[Linear]]) -> tuple[Panels, np.ndarray]:
+def _products(
+    layers: Sequence[Any], dtype: torch.dtype, parts: Callable[[Any], list[Linear]]
+) -> tuple[Panels, np.ndarray]:
     """Return the products of each layer as panels [L, C, M, W] and biases [L, C * W], or of no columns.
 
     Several products of a layer take turns, a panel of each.
 
     Args:
-        parts: a layer's products, of a layer in float32.
+        dtype: of the panels.
+        parts: gives a layer's products, in float32.
     """
     panels, biases = None, []
     for index, layer in enumerate(layers):
-        several = parts(_wide(layer))
+        several = parts(layer)
         blocks_CSWM = torch.stack([_blocks(part.weight_NM.detach()) for part in several], 1)
         blocks_CMW = blocks_CSWM.flatten(0, 1).transpose(1, 2)
         if panels is None:
-            panels = torch.empty(len(layers), *blocks_CMW.shape, dtype=_dtype(layer))
+            panels = torch.empty(len(layers), *blocks_CMW.shape, dtype=dtype)
         if panels.dtype is torch.bfloat16:  # in pairs of inner steps
             pairs = blocks_CMW.unflatten(1, (-1, 2)).transpose(2, 3)
             panels[index].view(pairs.shape).copy_(pairs)
@@ -190,19 +198,10 @@ def _products(layers: Sequence[Any], parts: Callable[[Any], list[Linear]]) -> tu
     return Panels(_numbers(panels), np.empty((len(layers), 0, WIDE), np.float32)), np.stack(biases)
 
 
-def _wide(parts: Any) -> Any:
-    """Return a layer, or a spec's norm and head, in float32."""
-
-    def wide(part: Any) -> Any:
-        tensors = {name: x.float() for name, x in vars(part).items() if isinstance(x, torch.Tensor)}
-        return replace(part, **tensors)
-
-    return replace(parts, **{k: wide(x) for k, x in vars(parts).items() if isinstance(x, Linear | Norm)})
-
-
-def _dtype(parts: Any) -> torch.dtype:
-    """Return what a layer's products, or a spec's, are in."""
-    return next(part.weight_NM.dtype for part in vars(parts).values() if isinstance(part, Linear))
+def _wide(part: Part) -> Part:
+    """Return a product or a norm in float32."""
+    tensors: dict[str, Any] = {k: x.float() for k, x in vars(part).items() if isinstance(x, torch.Tensor)}
+    return replace(part, **tensors)
 
 
 def _numbers(x: torch.Tensor) -> np.ndarray:
