@@ -12,9 +12,11 @@ project: the project is not installed where this runs, and need not be.
     <- {"error": "..."} for anything that failed
 """
 
+import argparse
 import collections
 import json
 import os
+import runpy
 import sys
 import threading
 import time
@@ -197,20 +199,15 @@ class LlamaCpp:
     def __init__(self, order: dict[str, Any]) -> None:
         import xllamacpp
 
-        params = xllamacpp.CommonParams()
-        params.model.path = order["folder"]
-        params.n_parallel = order["max_batch_size"]
-        params.n_ctx = order["max_batch_size"] * order["options"].get("context", 1024)
-        params.fit_params = False
+        path = os.path.join(os.path.dirname(__file__), "..", "servers", "llama_cpp.py")
+        serving: Any = runpy.run_path(path)  # which imports no more of this project than this file does
         kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-        kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kinds[order['dtype']]}")
-        params.cache_type_k = params.cache_type_v = kind
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order["threads"]
-        params.cache_prompt = params.cache_idle_slots = False
-        params.cache_ram_mib = params.n_ctx_checkpoints = 0
-        params.slot_prompt_similarity = 0.0
-        params.verbosity = 1  # errors
-        self.server = xllamacpp.Server(params)
+        wanted = argparse.Namespace(
+            model=order["folder"], alias="model", port=0, threads=order["threads"],
+            slots=order["max_batch_size"], context=order["options"].get("context", 1024),
+            cache_type=kinds[order["dtype"]], more=[],
+        )  # fmt: skip
+        self.server = xllamacpp.Server(serving["settings"](xllamacpp, wanted))
 
     def run(self, requests: list[Any], start: float) -> Answer:
         tokens, seconds = empty_answer(requests)
