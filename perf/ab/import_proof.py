@@ -123,8 +123,14 @@ class Watch:
         return cls(folder.resolve(), tree.resolve(), around, folder.stat().st_ctime)
 
     def environment(self) -> dict[str, str]:
-        """The block's environment: imports from its tree before all else, and every process logging them."""
-        return environment(self.tree, self.around.top, first=(self.folder,))
+        """The block's environment: imports from its tree before all else, and every process logging them.
+
+        What is compiled there is kept, so that only the first process compiles it.
+        """
+        found = environment(self.tree, self.around.top, first=(self.folder,))
+        if self.tree != self.around.top:
+            found.pop("PYTHONDONTWRITEBYTECODE", None)
+        return found
 
     def check(self, name: str) -> None:
         """Look through what the processes of the block logged; `name` is what the block is called.

@@ -91,12 +91,13 @@ class Report:
     rates: tuple[Rate, ...]
     visible: dict[str, tuple[float | None, ...]]
     noise: tuple[Found, ...] = ()
-    asked: int = 0
+    asked: int = 0  # trials
     minutes: tuple[int, ...] = MINUTES
 
     @property
-    def complete(self) -> bool:
-        return all(len(rate.outcomes) >= self.asked for rate in self.rates)
+    def trials(self) -> int:
+        """How many have ended."""
+        return max(len(rate.outcomes) for rate in self.rates)
 
     def good(self, share: float) -> bool:
         """Return whether so many trials leave identical code alone, and find the largest slowdown."""
@@ -133,6 +134,7 @@ def selftest(
     *,
     plan: Plan,
     idle_budget_s: float | None = None,
+    idle_trials: int | None = None,
     args: Sequence[str] = (),
     advance: Callable[[str], object] = lambda _: None,
 ) -> Report:
@@ -142,7 +144,7 @@ def selftest(
         effects: injected slowdowns (perf/measure/slowdown.py says how they are written); 0 is identical code,
             and gives the false-alarm rate.
         plan: of each A/B run.
-        idle_budget_s: budget of identical code, if it is another.
+        idle_budget_s, idle_trials: budget and trials of identical code, if they are others; no fewer trials.
         args: pytest arguments of a benchmark of your own; by default a tiny model on the CPU.
         advance: called with a line about what comes next, once before each trial.
 
@@ -153,6 +155,11 @@ def selftest(
     """
     if trials < 1:
         raise GateError(f"trials={trials} must be 1 or more", Exit.USAGE)
+    asked = trials if idle_trials is None else idle_trials
+    if asked < trials:
+        raise GateError(f"idle_trials={asked} must be trials={trials} or more", Exit.USAGE)
+    if asked > trials and NOTHING not in effects:
+        raise GateError(f"idle_trials={asked} are of identical code, effect {NOTHING}", Exit.USAGE)
     if not effects or len(set(effects)) < len(effects):
         raise GateError(f"effects={list(effects)} must be different slowdowns (0.1 is 10 %)", Exit.USAGE)
     check_args(args, "process")
@@ -161,18 +168,19 @@ def selftest(
     fresh: list[Run] = []
     with sigterm_interrupts():
         try:
-            for number in range(trials):
-                advance(f"trial {number + 1} of {trials}")
-                ended, processes = one_trial(effects, plan, idle, args or DEFAULT, number)
+            for number in range(asked):
+                advance(f"trial {number + 1} of {asked}")
+                now = effects if number < trials else [NOTHING]
+                ended, processes = one_trial(now, plan, idle, args or DEFAULT, number)
                 fresh += processes
-                for effect, trial in zip(effects, ended, strict=True):
+                for effect, trial in zip(now, ended, strict=True):
                     found[effect].append(trial)
         except KeyboardInterrupt:
             if not fresh:
                 raise
     rates = tuple(_rate(effect, some) for effect, some in found.items())
     every = [trial for some in found.values() for trial in some]
-    return Report(plan.pairs, rates, _visible(every), tuple(between_processes(fresh)), trials)
+    return Report(plan.pairs, rates, _visible(every), tuple(between_processes(fresh)), asked)
 
 
 def one_trial(

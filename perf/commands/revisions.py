@@ -139,6 +139,7 @@ def selftest(
     idle_budget: Annotated[
         float | None, Option(parser=console.seconds, metavar="TIME", help="Of identical code, if another.")
     ] = None,
+    idle_trials: Annotated[int | None, Option(help="Of identical code, if more.")] = None,
     pairs: Pairs = 3,
     min_round: MinRound = 0.02,
     storage: Storage = str(STORAGE),
@@ -161,15 +162,21 @@ def selftest(
     for name in names:
         Slowdown.parse(name)
     plan = Plan(budget, pairs, min_round)
-    with console.progress(trials) as advance:
+    with console.progress(max(trials, idle_trials or 0)) as advance:
         report = measure(
-            names, trials, plan=plan, idle_budget_s=idle_budget, args=own_args or (), advance=advance
+            names,
+            trials,
+            plan=plan,
+            idle_budget_s=idle_budget,
+            idle_trials=idle_trials,
+            args=own_args or (),
+            advance=advance,
         )
     show(selftest_table(report), console.WIDTH)
     if report.noise:
         console.say(f"how much fresh processes differ is kept in {write_noise(storage, report.noise)}")
     console.write_json(json, report.plain())
-    if not report.complete:
-        console.say(f"interrupted: {len(report.rates[0].outcomes)} of {trials} trials were run")
+    if report.trials < report.asked:
+        console.say(f"interrupted: {report.trials} of {report.asked} trials were run")
         raise typer.Exit(console.INTERRUPTED)
     raise typer.Exit(Exit.PASS if report.good(ENOUGH) else Exit.REGRESSION)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from pathlib import Path
 
 import psutil
@@ -47,6 +49,16 @@ class HostMemory:
         except OSError:
             return False
         return True
+
+
+def give_back() -> None:
+    """Give what is free in the heap back to the system, where glibc's malloc_trim can.
+
+    What was freed stays resident in some processes and not in others, by where the last small block of the
+    heap happens to lie: of twelve processes of the same code four had 19 MiB more than the others.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _high_water_mark(status: Path) -> int | None:

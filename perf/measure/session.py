@@ -47,7 +47,7 @@ class BenchSession:
         self.model, self.dtype, self.rounds, self.quick = model, dtype, rounds, quick
         self.inject_slowdown, self.min_time, self.slo = inject_slowdown, min_time, slo or Slo()
         self.recorded: list[Flat] = []
-        self._speeds: dict[str, MachineSpeed] = {}
+        self._speeds: dict[tuple[str, str], MachineSpeed] = {}
         self._key: tuple[str, str, str] | None = None
         self._held: Held | None = None
 
@@ -72,12 +72,16 @@ class BenchSession:
         They are measured once a session. Whatever model is held there stays: another beside it might find no
         room.
         """
-        if device not in self._speeds:
-            held = self._held if self._key is not None and self._key[1] == device else None
-            loaded, _, _ = held or self.hold(device)
-            dtype = str(loaded.model.dtype).removeprefix("torch.")
-            self._speeds[device] = machine_speed.measure(device, dtype)
-        return self._speeds[device]
+        held = self._held if self._key is not None and self._key[1] == device else None
+        loaded, _, _ = held or self.hold(device)
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        return self._speeds.get((device, dtype)) or self.measure_speed(device, dtype)
+
+    def measure_speed(self, device: str, dtype: str) -> MachineSpeed:
+        """Return a device's rates as they are now; the first of each dtype are the session's."""
+        speed = machine_speed.measure(device, dtype)
+        self._speeds.setdefault((device, dtype), speed)
+        return speed
 
     def real(self, device: str) -> bool:
         """Return whether the model is worth a full workload: one that was asked for, or any on CUDA."""

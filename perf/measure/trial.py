@@ -22,7 +22,7 @@ from perf.gate.entries import SCHEMA, Flat, plain
 from perf.gate.pooling import Sample, gathered
 from perf.measure import machine_speed
 from perf.measure.fingerprint import fingerprint
-from perf.measure.host_memory import HostMemory
+from perf.measure.host_memory import HostMemory, give_back
 from perf.measure.nvml import GpuReading, Monitor
 from perf.measure.session import BenchSession, free
 from perf.measure.token_check import WrongTokens
@@ -105,7 +105,7 @@ class Trial:
             options=dict(options or {}),
         )
         self._lengths = [] if self.held is None else self.workload.lengths()
-        self.speed_before = machine_speed.measure(device, dtype)
+        self.speed_before = bench.measure_speed(device, dtype)
         self.rounds: list[Round] = []
         self.checked = Checked(0, 0, 0)
         self._monitor = Monitor(device)
@@ -117,7 +117,8 @@ class Trial:
         """Run once, not as a round, and check the tokens; return the seconds of the run. It also warms up.
 
         All that there is then is set aside from the collection of garbage until `close`: a full one between
-        rounds would otherwise look through it, and take longer than a short round.
+        rounds would otherwise look through it, and take longer than a short round. Memory that is free is
+        given back, or rounds would peak by what loading happened to leave.
         """
         self._reset()
         started = time.perf_counter()
@@ -128,6 +129,7 @@ class Trial:
         del outcome
         gc.collect()
         gc.freeze()
+        give_back()
         return seconds
 
     def check(self, outcome: Outcome) -> None:

@@ -346,6 +346,16 @@ def test_rates_for_the_roofline_leave_the_model_that_is_held_where_it_is():
     assert bench.hold("cpu", "random:tiny-qwen2") is held
 
 
+def test_the_first_rates_of_a_dtype_are_those_of_the_session(monkeypatch):
+    rates = iter(range(1, 9))
+    monkeypatch.setattr(machine_speed, "measure", lambda device, dtype: MachineSpeed(next(rates), 10.0))
+    bench = BenchSession(model=None, dtype="bfloat16", rounds=None, quick=False, inject_slowdown=0.0)
+    assert [bench.measure_speed("cpu", dtype).matmul_gflops for dtype in ("float32", "bfloat16")] == [1, 2]
+    assert bench.machine_speed("cpu").matmul_gflops == 2  # of the model's dtype
+    assert bench.measure_speed("cpu", "bfloat16").matmul_gflops == 3
+    assert bench.machine_speed("cpu").matmul_gflops == 2
+
+
 def test_rounds_interleave_there_and_back_and_a_failure_is_left_out(bench: BenchSession):
     log: list[str] = []
 

@@ -187,11 +187,13 @@ def test_the_self_test_fails_where_the_gate_cannot_be_trusted(
     monkeypatch.setattr(selftest, "selftest", measure)
     got, out, _ = run(
         *("selftest", "--trials", "20", "--effects", "0, 0.03,0.1", "--budget", "2m", "--idle-budget", "1m"),
+        *("--idle-trials", "40"),
         *("--json", str(tmp_path / "x.json")),
     )
     assert got == code
     assert (asked["effects"], asked["trials"], asked["args"]) == (["0", "0.03", "0.1"], 20, ())
     assert (asked["plan"].budget_s, asked["plan"].pairs, asked["idle_budget_s"]) == (120.0, 3, 60.0)
+    assert asked["idle_trials"] == 40
     assert f"{found} of 20" in out
     assert "3.5%" in out
     assert json.loads((tmp_path / "x.json").read_text())["rates"][1]["regressions"] == 7

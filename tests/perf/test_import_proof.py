@@ -399,6 +399,15 @@ def test_python_paths_into_the_checkout_lead_into_the_tree(tmp_path, monkeypatch
     assert found == ["/tree", "/tree/src", "/tree", "/tree/vendor", "/tree/vendor/x", *outside]
 
 
+def test_what_a_tree_compiles_is_kept_but_in_the_checkout_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (top := tmp_path / "checkout").mkdir()
+    around = Surroundings(top, (top,), frozenset())
+    own = Watch.begin(tmp_path / "1", tmp_path / "tree", around).environment()
+    assert "PYTHONDONTWRITEBYTECODE" not in own
+    assert Watch.begin(tmp_path / "2", top, around).environment()["PYTHONDONTWRITEBYTECODE"] == "1"
+
+
 def test_a_block_that_logs_nothing_is_refused(tmp_path):
     watch = Watch.begin(tmp_path / "watch", tmp_path, Surroundings(tmp_path, (tmp_path,), frozenset()))
     with pytest.raises(GateError, match="block 7: no process logged its imports") as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from perf.benchmarks.workloads import fixed
@@ -139,6 +141,23 @@ def test_peak_host_memory_is_of_each_round(bench: BenchSession):
     trial.close()
     assert peaks[1] - peaks[0] == pytest.approx(256, abs=64)
     assert peaks[2] - peaks[0] == pytest.approx(0, abs=64)
+
+
+def test_free_memory_under_a_small_block_is_given_back():
+    libc: Any = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("not glibc")
+    libc.malloc.restype = ctypes.c_void_p
+    blocks = [libc.malloc(1 << 14) for _ in range(4000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 1 << 14)
+    last = libc.malloc(1 << 14)
+    for block in blocks:
+        libc.free(ctypes.c_void_p(block))
+    before = psutil.Process().memory_info().rss
+    host_memory.give_back()
+    assert psutil.Process().memory_info().rss < before - 2000 * (1 << 14)
+    libc.free(ctypes.c_void_p(last))
 
 
 @pytest.mark.parametrize("status", [None, "VmRSS:\t 7 kB\n", "VmHWM:\t 7 kB\n"])

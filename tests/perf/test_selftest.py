@@ -57,6 +57,13 @@ def test_what_was_injected_reaches_head_alone_and_who_begins_changes(fake):
     assert fake.started >= 4  # no trial uses the processes of another
 
 
+def test_identical_code_can_have_more_trials_than_what_is_slowed_down(fake):
+    said = []
+    report = selftest.selftest(["0.2", "0"], 1, plan=PLAN, idle_trials=3, advance=said.append)
+    assert [len(rate.outcomes) for rate in report.rates] == [1, 3]
+    assert (report.asked, report.trials, said[-1]) == (3, 3, "trial 3 of 3")
+
+
 def test_a_budget_shorter_than_start_up_shows_no_effect(fake):
     report = selftest.selftest(["0"], 1, plan=Plan(30.0, 12, 0.02))
     assert report.visible["tokens_per_s"][0] is None
@@ -84,6 +91,8 @@ def test_bounds_are_clopper_and_pearsons(hits, low, high):
 @pytest.mark.parametrize(("options", "says"), [
     ({"trials": 0}, "trials=0 must be 1 or more"), ({"effects": []}, "must be different slowdowns"),
     ({"effects": ["0.1", "0.1"]}, "must be different slowdowns"),
+    ({"trials": 3, "idle_trials": 2}, "idle_trials=2 must be trials=3 or more"),
+    ({"trials": 1, "idle_trials": 2, "effects": ["0.1"]}, "idle_trials=2 are of identical code, effect 0"),
     ({"args": ["perf", "--perf-inject-slowdown=0.1"]}, "leave it out"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_a_usage_error(options, says):
