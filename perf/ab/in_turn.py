@@ -145,6 +145,15 @@ class InTurn:
         fixed = min(one.error**2, one.between / sum(map(bool, series.sections(metric))))
         return sequential.estimate(one.log_ratio, one.error, one.df, series.look, self.looks, fixed)
 
+    def at_end(self, benchmark: str, metric: str, pairs: int) -> Estimate:
+        """What the last look would probably say, if all goes on as it did: the same difference, from as many
+        groups more as there are looks left, in so many pairs of processes. Raises UndecidedError for too few
+        so far."""
+        series, one = self.series[benchmark], self.combined(benchmark, metric)
+        groups = sum(map(len, series.sections(metric))) * self.looks / series.look
+        error = one.error_of(groups, pairs)
+        return sequential.estimate(one.log_ratio, error, one.df, self.looks, self.looks)
+
     def combined(self, benchmark: str, metric: str) -> Combined:
         """What all groups of a benchmark say of a metric. Raises UndecidedError for too few."""
         sections = self.series[benchmark].sections(metric)

@@ -52,6 +52,22 @@ def test_what_cannot_be_decided_ends_with_the_budget(fake):
     assert all(number is None or number > 100 for number in needed)
 
 
+def test_what_fails_ends_without_what_the_rest_of_the_budget_would_not_decide(fake):
+    """5 % fails by tokens/s, which may lose 2 %, and is just what TTFT P50 may gain."""
+    pairs, one = fake(math.log(1.05), noise=0.02), Experiment(PLAN)
+    course(pairs, one)
+    found = outcomes(one)
+    assert (found["tokens_per_s"], found["itl_p99_ms"]) == (Outcome.FAIL, Outcome.PASS)
+    assert pairs.now < 35
+
+
+def test_nothing_is_given_up_where_nothing_fails(fake):
+    pairs, one = fake(math.log(1.019), noise=0.02), Experiment(PLAN)
+    course(pairs, one)
+    assert outcomes(one)["tokens_per_s"] is Outcome.INCONCLUSIVE
+    assert 58 < pairs.now < 62
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("factor", "outcome", "least"), [
     (1.0, Outcome.PASS, 16), (1.03, Outcome.FAIL, 14), (1.05, Outcome.FAIL, 19), (1.10, Outcome.FAIL, 20),
