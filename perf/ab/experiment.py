@@ -88,16 +88,20 @@ class Experiment:
         return Benchmark(item, "", {}, rounds, {}, tolerances.read(item, self.gates.get(item)))
 
     def look(self, item: str, number: int, benchmarks: Collection[str]) -> bool:
-        """Look at one of the run's benchmarks; return whether all of it is decided."""
+        """Look at one of the run's benchmarks; return whether all that these processes could say is said.
+
+        It is decided then, but for processes too few to decide anything: the next ones are to say the same.
+        """
         series = self.design.series[item]
         series.look = number
         others = sum(self._timings(one) for one in benchmarks if one != item)
         verdicts = self.judged([item], others).verdicts
         enough = len(series.pairs) >= min(DECISIVE_PAIRS, self.plan.pairs)
         fails = any(verdict.outcome is Outcome.FAIL for verdict in verdicts)
-        if enough and verdicts and all(v.outcome in DECIDED or (fails and self._futile(v)) for v in verdicts):
+        said = bool(verdicts) and all(v.outcome in DECIDED or (fails and self._futile(v)) for v in verdicts)
+        if said and enough:
             self.decided.add(item)
-        return item in self.decided
+        return said
 
     def _futile(self, verdict: Verdict) -> bool:
         """Return whether a metric stays undecided to the end of the plan, if it goes on as it does: it is not
@@ -195,7 +199,7 @@ class _Course:
     def _measure(
         self, item: str, meeting: turns.Meeting, experiment: Experiment, started: float, slot: float
     ) -> None:
-        """Measure groups until a look decides, or the slot is over."""
+        """Measure groups until a look has nothing left to wait for, or the slot is over."""
         series, round_s, looked, groups = experiment.design.series[item], experiment.plan.round_s, 0, 0
         series.pairs.append([])
         while groups < LEAST_GROUPS or turns.clock() - started < slot:

@@ -39,7 +39,7 @@ def test_a_large_change_ends_it_with_the_second_pair_of_processes(fake):
     assert course(pairs, one) == ["processes 1 of 3", "processes 2 of 3"]
     assert set(outcomes(one).values()) == {Outcome.FAIL}
     assert (one.pairs, one.decided) == (2, {"t::a"})
-    assert pairs.now < 35
+    assert pairs.now < 24
     assert one.seconds == pytest.approx(pairs.now, abs=0.2)
 
 
