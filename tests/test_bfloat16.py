@@ -24,16 +24,18 @@ TOKENS = [(31 * i) % 256 for i in range(70)]
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module) -> tuple[CompiledDecoder, torch.Tensor]:
+def logits(model: torch.nn.Module, kv: torch.dtype = torch.uint16) -> tuple[CompiledDecoder, torch.Tensor]:
     spec = describe(model, attention_layers(model))
     assert spec is not None
     compiled = CompiledDecoder(spec, 16)
+    compiled._kv_dtype = kv
     compiled.allocate_kv(5)
     return compiled, compiled.logits(Batch(TOKENS, [Span(0, 70, 0, list(range(5)))], list(range(70))))
 
 
 def check_against_float32() -> None:
-    """Where what is folded into weights is a power of two, nothing is rounded but the weights."""
+    """Where what is folded into weights is a power of two, nothing is rounded but the weights, and keys and
+    values, which are float32 here."""
     model = made(*COMPILED["llama"]).bfloat16()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -41,7 +43,7 @@ def check_against_float32() -> None:
             layer.post_attention_layernorm.weight.fill_(0.5)
         model.model.norm.weight.fill_(1)
         assert (model.config.head_dim**-0.5).as_integer_ratio()[0] == 1, "a power of two"
-        compiled, found = logits(model)
+        compiled, found = logits(model, torch.float32)
         expected = copy.deepcopy(model).float()(torch.tensor([TOKENS])).logits[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     linear = sum(m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear)
@@ -93,7 +95,7 @@ def test_batched_equals_unbatched_to_the_bit(tiny, name, policy):
 
 
 def test_pages_are_counted_as_they_are_held(tiny):
-    """Keys and values stay in float32."""
+    """Keys and values are in bfloat16, as weights are."""
     loaded = tiny("tiny-llama", "bfloat16").loaded
     engine = Engine(loaded, EngineConfig(max_batch_size=2, kv_memory=2**20))
     assert engine.runner.backend.page_bytes * engine.scheduler.memory.pages <= 2**20

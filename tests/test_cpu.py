@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from engine import Engine, EngineConfig, SamplingParams
 from engine.backends.cpu import can_compile, gemm, simd, vector_math
 from engine.backends.cpu.attention import QUERIES
-from engine.backends.cpu.linear import BLOCK_DEPTH, BLOCK_ROWS
 from engine.backends.cpu.model import CompiledDecoder
 from engine.backends.cpu.vector_math import address
+from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS
 from engine.backends.transformers.backend import TransformersBackend
 from engine.models import LoadedModel, load
 from engine.models.attention_trace import attention_layers
@@ -38,7 +38,7 @@ def wide(x_RM, w_MW, out_RW, scales_R, scaled, add):
     rows, size = x_RM.shape
     gemm.multiply_wide(
         rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW),
-        4 * out_RW.shape[1], address(scales_R) if scaled else 0, 0, add, address(w_MW), address(w_MW),
+        4 * out_RW.shape[1], address(scales_R) if scaled else 0, 0, 0, add, address(w_MW), address(w_MW),
     )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def narrow(x_RM, w_MW, out_RW, scales_R, scaled, add):
     rows, size = x_RM.shape
     gemm.multiply_narrow(
         rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW),
-        4 * out_RW.shape[1], address(scales_R) if scaled else 0, 0, add, 0, 0,
+        4 * out_RW.shape[1], address(scales_R) if scaled else 0, 0, 0, add, 0, 0,
     )  # fmt: skip
 
 

@@ -12,13 +12,24 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from llvmlite import ir
-from numba import njit, types
+from numba import from_dtype, njit, types
 
 from engine.backends.cpu import gemm, model, simd
 from engine.backends.cpu.forward import forward
-from engine.backends.cpu.gemm import NARROW_TILES, NUMBERS, WIDE_TILES, WIDENED_TILES
+from engine.backends.cpu.gemm import NARROW_TILES, NARROW_WIDENED_TILES, NUMBERS, WIDE_TILES, WIDENED_TILES
+from engine.backends.cpu.matrix_tile import HAS_MATRIX_UNIT
 from engine.backends.cpu.simd import AVX2, AVX512, NEON, REGISTERS, Registers
-from engine.backends.cpu.tile import K_STREAMS, MAX_MEMORY_BOUND_ROWS, PAIR, SIGNATURE, Tile, emit_tile
+from engine.backends.cpu.tile import (
+    HIGH_STEP,
+    K_STREAMS,
+    MAX_MEMORY_BOUND_ROWS,
+    PAIR,
+    QUAD,
+    SIGNATURE,
+    ZERO_BYTE,
+    Tile,
+    emit_tile,
+)
 from engine.backends.cpu.vector_math import address
 from engine.step import Batch, Span
 from tests.test_cpu import compiled_decoder, random_model
@@ -31,13 +42,22 @@ PROCESSORS = [
     *((ARM, NEON, name) for name in ("generic", "neoverse-v1", "apple-m1")),
 ]
 HAVE_PAIR_PRODUCTS = "sapphirerapids", "znver4"
+HAVE_QUAD_PRODUCTS = "sapphirerapids", "znver4", "alderlake"
 VECTOR = {AVX2: "%ymm", AVX512: "%zmm", NEON: r"v\d+\.4s"}
-FMA = r"vfn?m(add|sub)|fml[as] |vdpbf16ps"
+FMA = r"vfn?m(add|sub)|fml[as] |vdpbf16ps|vpdpbusd"
 JUMP = r"(?:j|b|cb|tb)[\w.]* (?:.*, )?(\.?L\w+)$"
 
 
 def compiled(triple: str, processor: str, shapes: list[tuple[Tile, ir.Type]]) -> str:
-    """Assembly of tiles, after the passes that Numba has LLVM make."""
+    """Assembly of tiles."""
+    module = ir.Module()
+    for shape, number in shapes:
+        emit_tile(ir.Function(module, SIGNATURE, shape.name(number)), shape, number)
+    return machine_code(triple, processor, module)
+
+
+def machine_code(triple: str, processor: str, module: ir.Module) -> str:
+    """Assembly of a module, after the passes that Numba has LLVM make."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     try:
@@ -45,10 +65,7 @@ def compiled(triple: str, processor: str, shapes: list[tuple[Tile, ir.Type]]) ->
     except RuntimeError as error:
         pytest.skip(str(error))
     machine = target.create_target_machine(processor, opt=3, codemodel="jitdefault", jit=True)
-    module = ir.Module()
     module.triple = triple
-    for shape, number in shapes:
-        emit_tile(ir.Function(module, SIGNATURE, shape.name(number)), shape, number)
     parsed = llvm.parse_assembly(str(module))
     for level in (0, 3):
         passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=level))
@@ -115,18 +132,19 @@ def check(lines: list[str], registers: Registers, shape: Tile, number: ir.Type =
     assert stack_traffic(lines) == []
     sums = [line for line in loop(lines) if re.match(FMA, line)]
     assert all(re.search(VECTOR[registers], line) for line in sums)
-    iteration = K_STREAMS * (2 if number == I16 else 1) * shape.rows * shape.vectors
-    if number == PAIR:
-        assert all("vdpbf16ps" in line for line in sums)
+    iteration = K_STREAMS * (2 if number in (I16, QUAD) else 1) * shape.rows * shape.vectors
+    if number in (PAIR, QUAD):
+        assert all(("vdpbf16ps" if number == PAIR else "vpdpbusd") in line for line in sums)
     assert len(sums) in (iteration, 2 * iteration), "of one iteration, or of two where LLVM unrolls the loop"
 
 
 def every(registers: Registers, number: ir.Type) -> list[Tile]:
     """The tiles of weights of this type, and of keys and values."""
-    tallest = [WIDENED_TILES[registers] if number == I16 else WIDE_TILES[registers]]
-    if number == F32:
-        tallest.append(NARROW_TILES[registers])
-    return [shape._replace(rows=rows) for shape in tallest for rows in range(1, shape.rows + 1)]
+    wide, narrow = WIDE_TILES[registers], NARROW_TILES[registers]
+    tallest = {I16: WIDENED_TILES[registers], QUAD: wide._replace(rows=wide.rows // 2)}.get(number, wide)
+    of_keys = {F32: narrow, I16: NARROW_WIDENED_TILES[registers]}.get(number)
+    both = [tallest] if of_keys is None else [tallest, of_keys]
+    return [shape._replace(rows=rows) for shape in both for rows in range(1, shape.rows + 1)]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +153,7 @@ def every(registers: Registers, number: ir.Type) -> list[Tile]:
 )
 def test_no_loop_of_a_tile_touches_the_stack(triple, registers, processor):
     numbers = [F32, I8, I16, *([PAIR] if processor in HAVE_PAIR_PRODUCTS else [])]
+    numbers += [QUAD] if processor in HAVE_QUAD_PRODUCTS else []
     shapes = [(shape, number) for number in numbers for shape in every(registers, number)]
     found = functions(compiled(triple, processor, shapes))
     for shape, number in shapes:
@@ -161,7 +180,8 @@ def test_no_tile_of_a_step_touches_the_stack_and_no_product_gathers(monkeypatch)
     packed.quantize()
     packed.logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
     compiled_decoder(random_model().bfloat16()).logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
-    for assembly, number in zip(fresh.inspect_asm().values(), (F32, I8, NUMBERS[types.uint16]), strict=True):
+    numbers = F32, NUMBERS.get(types.uint8, I8), NUMBERS[types.uint16]
+    for assembly, number in zip(fresh.inspect_asm().values(), numbers, strict=True):
         found = functions(assembly)
         for shape in every(REGISTERS, number):
             check(found[shape.name(number)], REGISTERS, shape, number)
@@ -172,14 +192,14 @@ def test_no_tile_of_a_step_touches_the_stack_and_no_product_gathers(monkeypatch)
 
 
 @njit
-def wide(x_RM, panels_CMW, scales_CW, row_scales_R, out_RN):
+def wide(x_RM, panels_CMW, scales_CW, row_scales_R, row_starts_U, out_RN):
     """out += row_scales * scales * x by panels; returns how many bytes are prefetched meanwhile."""
-    (rows, size), width, prefetched = x_RM.shape, panels_CMW.shape[2], 0
+    rows, size, width, prefetched = len(out_RN), x_RM.shape[1], panels_CMW.shape[2], 0
     for panel in range(len(panels_CMW)):
         prefetched += gemm.multiply_wide(
             rows, panels_CMW.dtype, address(x_RM), x_RM.itemsize * size, address(panels_CMW[panel]),
             width * panels_CMW.itemsize, size, address(out_RN) + 4 * panel * width, 4 * out_RN.shape[1],
-            address(row_scales_R), address(scales_CW[panel]), 1, 0, panels_CMW.nbytes,
+            address(row_scales_R), address(row_starts_U), address(scales_CW[panel]), 1, 0, panels_CMW.nbytes,
         )  # fmt: skip
     return prefetched
 
@@ -189,11 +209,14 @@ def narrow(x_RM, w_MW, out_RW):
     (rows, size), width = x_RM.shape, w_MW.shape[1]
     return gemm.multiply_narrow(
         rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * width, size, address(out_RW), 4 * width,
-        0, 0, 0, 0, w_MW.nbytes,
+        0, 0, 0, 0, 0, w_MW.nbytes,
     )  # fmt: skip
 
 
 ROWS, SIZE, OUTPUTS = 30, 96, 48  # whole panels of any width
+DTYPES = [np.float32, np.int8, np.uint16, *([np.uint8] if simd.HAS_QUAD_PRODUCTS else [])]
+DTYPES += [np.int16] if HAS_MATRIX_UNIT else []
+BFLOAT16 = np.uint16, np.int16
 
 
 class Product:
@@ -202,8 +225,10 @@ class Product:
     def __init__(self, dtype: type) -> None:
         rng = np.random.default_rng(0)
         self.x_RM = rng.normal(size=(ROWS, SIZE)).astype(np.float32)
-        if dtype is np.uint16:  # numbers that bfloat16 has
+        if dtype in BFLOAT16:  # only numbers that it has
             self.x_RM = (self.x_RM.view(np.uint32) & 0xFFFF0000).view(np.float32)
+        if dtype is np.uint8:
+            self.x_RM = rng.integers(-127 * HIGH_STEP, 127 * HIGH_STEP + 1, (ROWS, SIZE)).astype(np.float32)
         self.w_MN = rng.integers(-127, 128, (SIZE, OUTPUTS)).astype(
             np.int8 if dtype is np.int8 else np.float32
         )
@@ -214,18 +239,31 @@ class Product:
     def of(self, rows: slice) -> tuple[np.ndarray, int]:
         """1 + the product of these rows, and how many bytes were prefetched."""
         x_RM, row_scales_R = self.x_RM[rows], self.row_scales_R[rows]
+        row_starts_U = np.zeros(0, np.int32)
         panels_CMW = np.ascontiguousarray(self.w_MN.reshape(SIZE, -1, gemm.WIDE).swapaxes(0, 1))
-        if self.dtype is np.uint16:  # upper halves, in pairs of inner steps
-            halves = (panels_CMW.view(np.uint32) >> 16).astype(np.uint16)
+        if self.dtype in BFLOAT16:  # upper halves, in pairs of inner steps
+            halves = (panels_CMW.view(np.uint32) >> 16).astype(self.dtype)
             pairs = halves.reshape(len(halves), SIZE // 2, 2, gemm.WIDE).swapaxes(2, 3)
             panels_CMW = np.ascontiguousarray(pairs).reshape(halves.shape)
             if NUMBERS[types.uint16] == PAIR:
-                x_RM = (x_RM.view(np.uint32) >> 16).astype(np.uint16)
-        out_RN = np.ones((len(x_RM), OUTPUTS), np.float32)
-        return out_RN, wide(x_RM, panels_CMW, self.scales_N.reshape(-1, gemm.WIDE), row_scales_R, out_RN)
+                more = np.zeros((2 * ROWS, SIZE), np.float32)  # a matrix unit reads more rows than asked for
+                more[: len(x_RM)] = x_RM
+                x_RM = (more.view(np.uint32) >> 16).astype(np.uint16)[: len(x_RM)]
+        if self.dtype is np.uint8:  # without a sign, in quads of inner steps
+            quads = (panels_CMW + ZERO_BYTE).astype(np.uint8).reshape(-1, SIZE // 4, 4, gemm.WIDE)
+            panels_CMW = np.ascontiguousarray(quads.swapaxes(2, 3)).reshape(panels_CMW.shape)
+            high_RM = (x_RM.astype(int) + HIGH_STEP // 2) // HIGH_STEP
+            x_UM = np.stack([high_RM, x_RM - HIGH_STEP * high_RM], 1).reshape(-1, SIZE).astype(np.int8)
+            row_starts_U = (-ZERO_BYTE * x_UM.sum(1, dtype=int)).astype(np.int32)
+            x_RM = x_UM
+        out_RN, scales_CW = (
+            np.ones((len(row_scales_R), OUTPUTS), np.float32),
+            self.scales_N.reshape(-1, gemm.WIDE),
+        )
+        return out_RN, wide(x_RM, panels_CMW, scales_CW, row_scales_R, row_starts_U, out_RN)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int8, np.uint16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_products_are_right_and_a_row_knows_no_neighbours(dtype):
     product = Product(dtype)
     alone = np.concatenate([product.of(slice(r, r + 1))[0] for r in range(ROWS)])
@@ -235,11 +273,10 @@ def test_products_are_right_and_a_row_knows_no_neighbours(dtype):
         assert np.array_equal(product.of(slice(rows))[0], alone[:rows])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int8, np.uint16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_prefetch_what_is_read_next_in_even_shares(dtype):
     """But for tiles of so few rows that they wait for memory."""
-    widened = dtype is np.uint16 and NUMBERS[types.uint16] == I16
-    product, most = Product(dtype), (gemm.WIDENED_TILE if widened else gemm.WIDE_TILE).rows
+    product, most = Product(dtype), gemm.WIDE_TALLEST[NUMBERS[from_dtype(np.dtype(dtype))]].rows
     few = MAX_MEMORY_BOUND_ROWS[simd.LANES] if dtype is np.float32 else 0
     read = product.w_MN.size * np.dtype(dtype).itemsize
     for rows in range(1, ROWS + 1):

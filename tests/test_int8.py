@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from engine import Engine, EngineConfig, InputError, SamplingParams, make_workload
 from engine.backends.cpu import model as cpu_model
 from engine.backends.cpu.model import CompiledDecoder
+from engine.backends.cpu.simd import HAS_QUAD_PRODUCTS
+from engine.backends.cpu.tile import HIGH_STEP, ZERO_BYTE
+from engine.backends.cpu.x_rows import BLOCK_DEPTH, NO_NORM, Own, make_rows
 from engine.models import load
 from engine.models.attention_trace import attention_layers
 from engine.models.decoder_spec import describe
@@ -17,6 +22,7 @@ from engine.step import Batch, Span
 from perf.measure.accuracy import accuracy
 from tests.oracle import Oracle
 from tests.serving import runner_of
+from tests.test_cpu import random_model
 
 
 @pytest.mark.parametrize(
@@ -61,8 +67,10 @@ def test_logits_stay_near_the_models_own_and_weights_are_held_once(tiny, name):
     assert linear < runner.copied_bytes < 1.7 * linear, "a byte a weight, the scales, and what fills panels"
 
 
-def test_logits_are_those_of_the_rounded_weights():
+@pytest.mark.parametrize("quads", [False, True])
+def test_logits_are_those_of_the_rounded_weights(quads, monkeypatch):
     """Where nothing is folded into weights, a model with rounded ones gives the same."""
+    monkeypatch.setattr(cpu_model, "HAS_QUAD_PRODUCTS", quads and HAS_QUAD_PRODUCTS)
     model = load("random:tiny-llama").model
     scale = model.config.head_dim**-0.5
     spec = describe(model, attention_layers(model))
@@ -80,14 +88,78 @@ def test_logits_are_those_of_the_rounded_weights():
         compiled.allocate_kv(5)
         found = compiled.logits(Batch(tokens, [Span(0, 70, 0, list(range(5)))], list(range(70))))
         expected = model(torch.tensor([tokens])).logits[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    off = 3e-3 if cpu_model.HAS_QUAD_PRODUCTS else 1e-4  # inputs are integers of 15 bits then
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=off * float(expected.abs().max()))
+
+
+@njit
+def rounded(x_TM, size, eps, own):
+    return make_rows(np.int64(1), x_TM, np.int64(1), len(x_TM), size, eps, own)
+
+
+def own_memory(size: int) -> Own:
+    slices = -(-size // BLOCK_DEPTH)
+    return Own(
+        np.full(64, np.nan, np.float32),
+        np.zeros((slices, 128), np.int32),
+        np.zeros((128, size + 16), np.int8),
+    )
+
+
+@pytest.mark.parametrize("eps", [NO_NORM, 1e-6])
+def test_rows_are_rounded_to_two_bytes_a_number(eps):
+    rng = np.random.default_rng(0)
+    size, rows = BLOCK_DEPTH + 32, 7
+    x_TM = (rng.normal(size=(rows + 1, size + 16)) * rng.lognormal(0, 3, (rows + 1, 1))).astype(np.float32)
+    x_TM[2, :size], x_TM[3, :size] = 0, 1e-38
+    x_TM[:, size:] = np.nan  # of nobody
+    own = own_memory(size)
+    rounded(x_TM, size, eps, own)
+    for t, x_M in enumerate(x_TM[1:, :size].astype(float)):
+        norm = 1 / np.sqrt(np.mean(x_M**2) + eps) if eps > 0 else 1.0
+        high_M, low_M = own.rows_UY[2 * t : 2 * t + 2, :size].astype(int)
+        found_M, step = HIGH_STEP * high_M + low_M, np.abs(x_M).max() / (127 * HIGH_STEP)
+        assert np.abs(found_M * step - x_M).max() <= 0.501 * step or step < 1e-30
+        assert np.abs(found_M).max() in (127 * HIGH_STEP, 0 if step < 1e-30 else -1)
+        assert own.factors_T[t] == pytest.approx(norm * step, rel=1e-5, abs=1e-38)
+        for u, part_M in ((2 * t, high_M), (2 * t + 1, low_M)):
+            sums = [part_M[:BLOCK_DEPTH].sum(), part_M[BLOCK_DEPTH:].sum()]
+            assert own.starts_ZU[:, u].tolist() == [-ZERO_BYTE * total for total in sums]
+    assert np.isnan(own.factors_T[rows:]).all(), "nothing beyond is touched"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 5, 31])
+def test_what_is_no_number_stays_none(bad, at):
+    x_TM = np.ones((2, 32), np.float32)
+    x_TM[1, at] = bad
+    own = own_memory(32)
+    own.factors_T[:] = 0
+    rounded(x_TM, 32, NO_NORM, own)
+    assert not np.isfinite(own.factors_T[0])
+
+
+@pytest.mark.skipif(not HAS_QUAD_PRODUCTS, reason="this processor does not multiply bytes four at a time")
+def test_inputs_of_products_become_integers_where_sizes_are_whole_vectors(tiny):
+    def weights(model):
+        spec = describe(model, attention_layers(model))
+        assert spec is not None
+        compiled = CompiledDecoder(spec, 16)
+        compiled.quantize()
+        return compiled.weights
+
+    assert {part.numbers.dtype for part in weights(tiny("tiny-llama").model)[1:6]} == {np.dtype(np.uint8)}
+    odd = random_model(intermediate_size=72)
+    assert {part.numbers.dtype for part in weights(odd)[1:6]} == {np.dtype(np.int8)}
 
 
 def test_wrong_weights_are_caught(tiny, monkeypatch):
     right = cpu_model._rounded
-    monkeypatch.setattr(
-        cpu_model, "_rounded", lambda panels: right(panels)._replace(scales_LCW=panels.numbers[:, :, 0])
-    )
+
+    def wrong(panels, quads):
+        return right(panels, quads)._replace(scales_LCW=panels.numbers[:, :, 0])
+
+    monkeypatch.setattr(cpu_model, "_rounded", wrong)
     with pytest.raises(InputError, match="other logits when packed"):
         quantized_runner(tiny("tiny-llama").model)
 

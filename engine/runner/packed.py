@@ -45,7 +45,7 @@ def make_packed_runner(model: PreTrainedModel, config: EngineConfig, memory: int
         )
     with refused(model):
         layers = attention_layers(model)
-    size, page_bytes = config.page_size, config.page_size * _kv_numbers(layers) * _kv_itemsize(model)
+    size, page_bytes = config.page_size, config.page_size * _kv_numbers(layers) * model.dtype.itemsize
     if memory < page_bytes:
         raise InputError(
             f"kv_memory={config.kv_memory} is too small: a page of page_size={size} takes {page_bytes} bytes"
@@ -60,12 +60,6 @@ def _kv_numbers(layers: list[LayerAttention]) -> int:
     """Return how many numbers a token's keys and values are, in the pages of all layers."""
     own = [layer for index, layer in enumerate(layers) if layer.source == index]
     return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in own)
-
-
-def _kv_itemsize(model: PreTrainedModel) -> int:
-    """Return the bytes of a number of keys and values, at most: compiled for a CPU, a decoder keeps
-    float32."""
-    return max(model.dtype.itemsize, torch.float32.itemsize if model.device.type == "cpu" else 0)
 
 
 @torch.no_grad()  # not inference: weights that a backend joins stay tensors which one can train

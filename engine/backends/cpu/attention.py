@@ -25,6 +25,7 @@ from engine.backends.cpu.vector_math import (
     inverse_rms,
     rescale,
     soft_cap,
+    stored,
     vector_max,
 )
 
@@ -45,12 +46,12 @@ class Heads(NamedTuple):
 
 
 @part()
-def apply_rope(work, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_XKDP, values_XKBPV):
+def apply_rope(work, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_XKDPI, values_XKBPVI):
     """Norm and rotate queries and keys in place, and write keys and values into their pages."""
     rows, heads, kv_heads, size = len(plan.ids_T), shape.heads, shape.kv_heads, shape.head_dim
     group, at_once = heads // kv_heads, ROPE_BLOCK if rows > MIN_ROPE_BLOCKED else 1
     together = kv_heads if shape.whole_norm else 1  # a norm of all the width is of what is not rotated yet
-    parts = kv_heads // together
+    parts, steps = kv_heads // together, keys_XKDPI.shape[4]
     units = (rows + at_once - 1) // at_once * parts
     unit, span = fetch_add(work), 0
     q_scale = k_scale = np.float32(1.0)
@@ -72,10 +73,15 @@ def apply_rope(work, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_XKD
                     scale = q_scale if g < group else k_scale
                     _norm_and_rotate(qkv_TN, t, head, shape, head_norm_QD, scale, cos_TE, sin_TE)
                 key, value = (heads + kv_head) * size, (heads + kv_heads + kv_head) * size
+                for i in range(steps):
+                    for d in range(size // steps):
+                        keys_XKDPI[page, kv_head, d, at, i] = stored(
+                            qkv_TN[t, np.uintp(key + d * steps + i)], keys_XKDPI
+                        )
                 for d in range(size):
-                    keys_XKDP[page, kv_head, d, at] = qkv_TN[t, key + d]
-                for d in range(size):
-                    values_XKBPV[page, kv_head, d // NARROW, at, d % NARROW] = qkv_TN[t, value + d]
+                    values_XKBPVI[page, kv_head, d // NARROW, at // steps, d % NARROW, at % steps] = stored(
+                        qkv_TN[t, np.uintp(value + d)], values_XKBPVI
+                    )
         unit = fetch_add(work)
 
 
@@ -99,7 +105,7 @@ def _norm_and_rotate(qkv_TN, t, head, shape, head_norm_QD, scale, cos_TE, sin_TE
 
 @part()
 def attend(
-    work, qkv_TN, shape, plan, window, softcap, keys_XKDP, values_XKBPV, mixed_TN, thread, space
+    work, qkv_TN, shape, plan, window, softcap, keys_XKDPI, values_XKBPVI, mixed_TN, thread, space
 ):  # fmt: skip
     """Mix the values of each token's context, its own included."""
     group, kv_heads = shape.heads // shape.kv_heads, shape.kv_heads
@@ -116,7 +122,7 @@ def attend(
         _block(
             qkv_TN, first, min(at_once, end - first), group, (unit - before) % kv_heads,
             plan.computed_J[span] + first - begin, plan.pages, plan.table_J[span], shape, window,
-            softcap, keys_XKDP, values_XKBPV, mixed_TN, space.queries_SRD[thread], space.scores_SRP[thread],
+            softcap, keys_XKDPI, values_XKBPVI, mixed_TN, space.queries_SRD[thread], space.scores_SRP[thread],
             space.mixed_SRD[thread], space.peaks_SR[thread], space.totals_SR[thread],
         )  # fmt: skip
         unit = fetch_add(work)
@@ -124,18 +130,20 @@ def attend(
 
 @part()
 def _block(
-    qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, softcap, keys_XKDP,
-    values_XKBPV, mixed_TN, q_RD, scores_RP, mixed_RD, peak_R, total_R,
+    qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, softcap, keys_XKDPI,
+    values_XKBPVI, mixed_TN, q_RD, scores_RP, mixed_RD, peak_R, total_R,
 ):  # fmt: skip
     """Tokens first, first + 1, ..., at `position` and after it, with the heads of one group."""
     size, rows = shape.head_dim, count * group
     filled = (shape.page + NARROW - 1) // NARROW * NARROW  # scores of a page; those behind it do not count
-    key_row, positions = keys_XKDP.shape[3] * ITEM, values_XKBPV.shape[3]
+    # of a position the numbers that lie together, one float32 or two bfloat16, take ITEM bytes
+    item, positions = keys_XKDPI.itemsize, values_XKBPVI.shape[3] * values_XKBPVI.shape[5]
+    key_row = keys_XKDPI.shape[3] * item
     # a literal has a type of its own, for which functions would be compiled again
     no, yes = np.int64(0), np.int64(1)
     row, at_once = scores_RP.shape[1] * ITEM, scores_RP.shape[1] // filled
-    key_bytes, value_bytes = size * key_row, size * positions * ITEM  # of a head in a page
-    keys, values = address(keys_XKDP) + kv_head * key_bytes, address(values_XKBPV) + kv_head * value_bytes
+    key_bytes, value_bytes = size * key_row, size * positions * item  # of a head in a page
+    keys, values = address(keys_XKDPI) + kv_head * key_bytes, address(values_XKBPVI) + kv_head * value_bytes
     for t in range(count):
         for g in range(group):
             at, r = (kv_head * group + g) * size, t * group + g
@@ -152,8 +160,8 @@ def _block(
             to = address(scores_RP) + (page - begin) * filled * ITEM
             for p in range(0, filled * ITEM, NARROW * ITEM):
                 ask = multiply_narrow(
-                    rows, keys_XKDP.dtype, address(q_RD), size * ITEM,
-                    keys + here * shape.kv_heads * key_bytes + p, key_row, size, to + p, row, no, no,
+                    rows, keys_XKDPI.dtype, address(q_RD), size * ITEM,
+                    keys + here * shape.kv_heads * key_bytes + p, key_row, size, to + p, row, no, no, no,
                     no, ask, ask + key_bytes,
                 )  # fmt: skip
         for r in range(rows):
@@ -167,10 +175,10 @@ def _block(
             weights = address(scores_RP) + (page - begin) * filled * ITEM
             for b in range(size // NARROW):
                 ask = multiply_narrow(
-                    rows, values_XKBPV.dtype, weights, row,
-                    values + here * shape.kv_heads * value_bytes + b * positions * NARROW * ITEM,
-                    NARROW * ITEM, positions, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, no, no, yes,
-                    ask, ask + value_bytes,
+                    rows, values_XKBPVI.dtype, weights, row,
+                    values + here * shape.kv_heads * value_bytes + b * positions * NARROW * item,
+                    NARROW * item, positions, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, no, no, no,
+                    yes, ask, ask + value_bytes,
                 )  # fmt: skip
         begin = end
     for t in range(count):

@@ -7,7 +7,8 @@ results are the same to the last bit, whatever shares the batch and however a pr
 
 L layers, T tokens of the step, M width, N outputs of a product, H query heads, K KV heads, D head size, E
 half of it, F intermediate size, C panels of W outputs, X pages, P positions of a page, B blocks of V
-dimensions of a value, J spans of requests, R tokens whose logits are wanted, S threads.
+dimensions of a value, J spans of requests, R tokens whose logits are wanted, S threads, U, Z and Y as in
+`engine.backends.cpu.x_rows`, I inner steps that lie together.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -21,11 +22,9 @@ from engine.backends.cpu.attention import Heads, apply_rope, attend
 from engine.backends.cpu.jit import part, whole
 from engine.backends.cpu.linear import (
     ACCUMULATE,
-    NO_NORM,
     NO_SOFTCAP,
     OVERWRITE,
     Gate,
-    Own,
     Panels,
     Store,
     gated_product,
@@ -35,6 +34,7 @@ from engine.backends.cpu.linear import (
 from engine.backends.cpu.simd import CACHE_LINE
 from engine.backends.cpu.threads import barrier, begin_together
 from engine.backends.cpu.vector_math import add_norm, address, widened
+from engine.backends.cpu.x_rows import NO_NORM, Own
 
 PHASES_PER_LAYER = 6
 # Phases, each the offset in bytes of the counter that numbers its units of work.
@@ -110,8 +110,9 @@ class Space(NamedTuple):
     added_TM: np.ndarray  # sums that are normed before the stream takes them, or 0 rows
     logits_RV: np.ndarray
     counts: np.ndarray  # int64, 0 before a step: arrivals at barriers, then a counter of work for each phase
-    norms_ST: np.ndarray  # of each thread its own, from here on
-    rows_STM: np.ndarray
+    factors_ST: np.ndarray  # of each thread its own, from here on; see x_rows.Own
+    starts_SZU: np.ndarray
+    rows_SUY: np.ndarray
     both_S2TW: np.ndarray
     heads: Heads
 
@@ -156,7 +157,7 @@ def _add_product(
 
 
 @whole
-def forward(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXKBPV, space):
+def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LXKBPVI, space):
     """Compute a step, as thread `thread` of a team with its `start`.
 
     It writes the step's keys and values into their pages, and the logits of the wanted tokens. The threads
@@ -165,13 +166,14 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXK
     begin_together(thread, start)
     x_TM, qkv_TN, mixed_TN, inner_TF = space.x_TM, space.qkv_TN, space.mixed_TN, space.inner_TF
     width, rows, wanted_R = shape.width, len(plan.ids_T), plan.wanted_R
-    own, both_2TW = Own(space.norms_ST[thread], space.rows_STM[thread]), space.both_S2TW[thread]
+    own = Own(space.factors_ST[thread], space.starts_SZU[thread], space.rows_SUY[thread])
+    both_2TW = space.both_S2TW[thread]
     arrivals = address(space.counts)
     work = arrivals + CACHE_LINE  # the counters of a layer's phases
     _embed(plan, weights, shape, rows * thread // threads, rows * (thread + 1) // threads, x_TM)
     arrived = barrier(arrivals, threads)
     for layer in range(shape.layers):
-        keys_XKDP, values_XKBPV = keys_LXKDP[layer], values_LXKBPV[layer]
+        keys_XKDPI, values_XKBPVI = keys_LXKDPI[layer], values_LXKBPVI[layer]
         qkv = layer_of(weights.qkv, weights.qkv_bias_LN, layer)
         target = Store(qkv_TN, OVERWRITE, NO_SOFTCAP)
         linear_product(work + QKV, rows, x_TM, width, shape.eps, qkv, own, target)
@@ -179,12 +181,12 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDP, values_LXK
         rope = weights.ropes_L[layer]
         apply_rope(
             work + ROPE, qkv_TN, shape, weights.head_norm_LQD[layer], plan, plan.cos_GTE[rope],
-            plan.sin_GTE[rope], keys_XKDP, values_XKBPV,
+            plan.sin_GTE[rope], keys_XKDPI, values_XKBPVI,
         )  # fmt: skip
         arrived = barrier(arrivals, arrived + threads)
         attend(
             work + ATTENTION, qkv_TN, shape, plan, weights.windows_L[layer], weights.softcaps_L[layer],
-            keys_XKDP, values_XKBPV, mixed_TN, thread, space.heads,
+            keys_XKDPI, values_XKBPVI, mixed_TN, thread, space.heads,
         )  # fmt: skip
         arrived = barrier(arrivals, arrived + threads)
         if layer == shape.layers - 1 and len(wanted_R) < rows:  # nothing reads the other tokens' results

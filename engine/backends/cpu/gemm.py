@@ -31,6 +31,10 @@ number or two share 32 registers, and 24 multiply-adds need 3 + 8 loads.
 Weights in bfloat16 lie in pairs of inner steps: of every output w[k, n] and then w[k + 1, n], as 32 bits. The
 one is these bits shifted by 16, the other their upper half, for a bfloat16 is the upper half of a float32. A
 processor that multiplies such pairs (AVX512_BF16) does so, in half the instructions; x is in bfloat16 then.
+One with a matrix unit (AMX) multiplies them by its own tiles: `engine.backends.cpu.matrix_tile`.
+Weights in int8 are made float32 as they are loaded, or, where a processor multiplies four bytes by four at a
+time (AVX512_VNNI, AVX_VNNI), lie in quads of inner steps, and x is rounded to integers of 15 bits, two int8
+each: `engine.backends.cpu.x_rows`.
 
 This is the inner loop of every good matrix product (Goto and van de Geijn, "Anatomy of High-Performance
 Matrix Multiplication", 2008). Every sum is a chain of fused multiply-adds in the same order however many rows
@@ -45,12 +49,14 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from engine.backends.cpu import matrix_tile
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import (
     AVX2,
     AVX512,
     F32,
     HAS_PAIR_PRODUCTS,
+    HAS_QUAD_PRODUCTS,
     I8,
     I16,
     I64,
@@ -59,7 +65,17 @@ from engine.backends.cpu.simd import (
     REGISTERS,
     intrinsic,
 )
-from engine.backends.cpu.tile import PAIR, SIGNATURE, Tile, TileArguments, emit_tile
+from engine.backends.cpu.tile import (
+    PAIR,
+    QUAD,
+    SIGNATURE,
+    TILED,
+    X_ITEMS,
+    X_PARTS,
+    Tile,
+    TileArguments,
+    emit_tile,
+)
 
 # Sums, the weights of an inner step and the numbers of a row or two share the registers. tests/test_gemm.py
 # reads the machine code of each tile, for several processors, and finds none of them on the stack.
@@ -67,15 +83,27 @@ WIDE_TILES = {AVX2: Tile(8, 4, 3, 1), AVX512: Tile(16, 8, 3, 1), NEON: Tile(4, 7
 NARROW_TILES = {AVX2: Tile(8, 3, 2, 2), AVX512: Tile(16, 8, 1, 2), NEON: Tile(4, 3, 4, 2)}
 # Pairs of inner steps that become float32 leave registers for fewer sums.
 WIDENED_TILES = {AVX2: Tile(8, 3, 3, 1), AVX512: Tile(16, 6, 3, 1), NEON: Tile(4, 6, 3, 1)}
-WIDE_TILE, NARROW_TILE, WIDENED_TILE = (
-    WIDE_TILES[REGISTERS],
-    NARROW_TILES[REGISTERS],
-    WIDENED_TILES[REGISTERS],
-)
+NARROW_WIDENED_TILES = {AVX2: Tile(8, 2, 2, 2), AVX512: Tile(16, 8, 1, 2), NEON: Tile(4, 2, 4, 2)}
+WIDE_TILE, NARROW_TILE = WIDE_TILES[REGISTERS], NARROW_TILES[REGISTERS]
+WIDENED_TILE, NARROW_WIDENED_TILE = WIDENED_TILES[REGISTERS], NARROW_WIDENED_TILES[REGISTERS]
 WIDE = WIDE_TILE.width  # outputs of a tile of a weight: a panel's
 NARROW = NARROW_TILE.width  # outputs of a tile of keys or values, 16
-# Of weights, as they are stored: float32, int8, or bfloat16 as 16 bits that NumPy has a name for.
-NUMBERS = {types.float32: F32, types.int8: I8, types.uint16: PAIR if HAS_PAIR_PRODUCTS else I16}
+# Of weights, as they are stored: float32, int8 one by one or (as uint8) in quads, or bfloat16 as 16 bits that
+# NumPy has a name for, without a sign or (for a matrix unit) with one.
+NUMBERS: dict[Any, ir.Type] = {
+    types.float32: F32,
+    types.int8: I8,
+    types.uint16: PAIR if HAS_PAIR_PRODUCTS else I16,
+}
+NUMBERS |= {types.uint8: QUAD} if HAS_QUAD_PRODUCTS else {}
+NUMBERS |= {types.int16: TILED} if matrix_tile.HAS_MATRIX_UNIT else {}
+# Of keys and values. What they are multiplied by, queries and a softmax's weights, stays float32.
+KV_NUMBERS: dict[Any, ir.Type] = {types.float32: F32, types.uint16: I16}
+# The tallest tile of each type of weights, and of keys or values.
+WIDE_TALLEST = dict.fromkeys((F32, I8, PAIR), WIDE_TILE) | {I16: WIDENED_TILE}
+WIDE_TALLEST |= {QUAD: WIDE_TILE._replace(rows=WIDE_TILE.rows // X_PARTS[QUAD])}
+WIDE_TALLEST |= {TILED: WIDE_TILE._replace(rows=2 * matrix_tile.ROWS)}
+NARROW_TALLEST = {F32: NARROW_TILE, I16: NARROW_WIDENED_TILE}
 
 
 def _tile_function(module: ir.Module, tile: Tile, number: ir.Type) -> ir.Function:
@@ -86,34 +114,61 @@ def _tile_function(module: ir.Module, tile: Tile, number: ir.Type) -> ir.Functio
     name = tile.name(number)
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, SIGNATURE, name)
+    function = ir.Function(module, matrix_tile.SIGNATURE if number == TILED else SIGNATURE, name)
     function.linkage = "internal"
     function.attributes.add("noinline")
-    emit_tile(function, tile, number)
+    if number == TILED:
+        matrix_tile.emit_matrix_tile(function, tile)
+    else:
+        emit_tile(function, tile, number)
     return function
 
 
+def x_item_of(kind: types.Type) -> int:
+    """Return the bytes of a number of x in products of weights of a type, as Numba names it: 4 is float32, 2
+    bfloat16, 1 int8 in two rows."""
+    return X_ITEMS.get(NUMBERS[kind], ITEM)
+
+
 @intrinsic
-def takes_bfloat16(typing, kind):
-    """Return whether products of weights of a dtype want x in bfloat16."""
+def x_item(typing, kind):
+    """Return the same, of weights of a dtype."""
 
     def call(context, builder, signature, args):
-        return ir.Constant(ir.IntType(1), NUMBERS[kind.dtype] == PAIR)
+        return I64(x_item_of(kind.dtype))
 
-    return types.boolean(kind), call
+    return types.int64(kind), call
 
 
-def _call_by_rows(tallest: Tile, tallest_widened: Tile) -> Any:
+def _call_tiled(builder: ir.IRBuilder, tallest: Tile, rows: ir.Value, operands: list[ir.Value]) -> ir.Value:
+    """Write a call of the function of a matrix unit's tiles for so many rows."""
+    found = []
+    few = builder.icmp_signed("<=", rows, I64(matrix_tile.ROWS))
+    with builder.if_else(few) as branches:
+        for branch, most in zip(branches, (matrix_tile.ROWS, tallest.rows), strict=True):
+            with branch:
+                function = _tile_function(builder.module, tallest._replace(rows=most), TILED)
+                found.append((builder.call(function, [rows, *operands]), builder.block))
+    prefetched = builder.phi(I64)
+    for value, block in found:
+        prefetched.add_incoming(value, block)
+    return prefetched
+
+
+def _call_by_rows(numbers: dict[Any, ir.Type], tallest: dict[ir.Type, Tile]) -> Any:
     """Return a function of (rows, dtype of w, TileArguments) -> bytes prefetched, for 1 to a tallest tile's
     rows."""
 
     @intrinsic
     def tile(
-        typing, rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead, tiles
+        typing, rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, row_starts, scales, add,
+        ahead, tiles,
     ):  # fmt: skip
         def call(context, builder, signature, args):
-            number = NUMBERS[kind.dtype]
-            most = tallest_widened if number == I16 else tallest
+            number = numbers[kind.dtype]
+            most = tallest[number]
+            if number == TILED:
+                return _call_tiled(builder, most, args[0], args[2:])
             never, after = (builder.append_basic_block(name) for name in ("never", "after"))
             switch = builder.switch(args[0], never)
             builder.position_at_end(never)
@@ -136,24 +191,33 @@ def _call_by_rows(tallest: Tile, tallest_widened: Tile) -> Any:
     return tile
 
 
-def _multiply(tallest: Tile, tallest_widened: Tile) -> Any:
+def _multiply(numbers: dict[Any, ir.Type], tallest: dict[ir.Type, Tile]) -> Any:
     """Return a function of (rows, dtype of w, TileArguments but the last two, ahead, end) -> ahead.
 
     It divides rows evenly among as few tiles as possible: a tile of one row reads as many weights as one of
     many. Each tile prefetches on from where the one before it stopped, until `end`.
     """
-    tile = _call_by_rows(tallest, tallest_widened)
+    tile = _call_by_rows(numbers, tallest)
 
     @intrinsic
     def most_rows(typing, kind):
         def call(context, builder, signature, args):
-            return I64((tallest_widened if NUMBERS[kind.dtype] == I16 else tallest).rows)
+            return I64(tallest[numbers[kind.dtype]].rows)
+
+        return types.int64(kind), call
+
+    @intrinsic
+    def x_parts(typing, kind):
+        def call(context, builder, signature, args):
+            return I64(X_PARTS.get(numbers[kind.dtype], 1))
 
         return types.int64(kind), call
 
     @part()
-    def multiply(rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, ahead, end):
-        scale_bytes = ITEM if row_scales != 0 else 0
+    def multiply(
+        rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, row_starts, scales, add, ahead, end
+    ):  # fmt: skip
+        scale_bytes, parts = ITEM if row_scales != 0 else 0, x_parts(kind)
         height = most_rows(kind)
         tiles = (rows + height - 1) // height
         lower = rows // max(tiles, 1)
@@ -162,13 +226,15 @@ def _multiply(tallest: Tile, tallest_widened: Tile) -> Any:
             count = lower + 1 if index < higher_tiles else lower
             line = ahead if ahead < end else w  # to ask for what is there already costs nothing
             ahead += tile(
-                count, kind, x, x_row, w, w_row, size, out, out_row, row_scales, scales, add, line, tiles
+                count, kind, x, x_row, w, w_row, size, out, out_row, row_scales, row_starts, scales, add,
+                line, tiles,
             )  # fmt: skip
-            x, out, row_scales = x + count * x_row, out + count * out_row, row_scales + count * scale_bytes
+            x, out = x + count * parts * x_row, out + count * out_row
+            row_scales, row_starts = row_scales + count * scale_bytes, row_starts + count * parts * ITEM
         return ahead
 
     return multiply
 
 
-multiply_wide = _multiply(WIDE_TILE, WIDENED_TILE)
-multiply_narrow = _multiply(NARROW_TILE, NARROW_TILE)
+multiply_wide = _multiply(NUMBERS, WIDE_TALLEST)
+multiply_narrow = _multiply(KV_NUMBERS, NARROW_TALLEST)

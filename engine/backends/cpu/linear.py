@@ -14,15 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.backends.cpu.gemm import WIDE, multiply_wide, takes_bfloat16
+from engine.backends.cpu.gemm import WIDE, multiply_wide, x_item
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import ITEM, LANES
 from engine.backends.cpu.threads import fetch_add
-from engine.backends.cpu.vector_math import address, gelu, inverse_rms, narrow, silu, soft_cap
+from engine.backends.cpu.vector_math import address, gelu, silu, soft_cap
+from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS, make_rows
 
-# Rows that go through a panel together, and inner steps at a time: so many numbers stay in the second cache.
-BLOCK_ROWS, BLOCK_DEPTH = 64, 768
-NO_NORM = -1.0  # in place of a norm's epsilon
 # Numbers with types of their own, for parts are compiled for types: see `jit.part`.
 OVERWRITE, ACCUMULATE = np.int64(0), np.int64(1)  # outputs of a product
 NO_SOFTCAP = np.float32(0.0)
@@ -30,9 +28,10 @@ NO_SOFTCAP = np.float32(0.0)
 
 class Panels(NamedTuple):
     """Weights of a product in each layer, in the order in which they are read: float32, bfloat16 as uint16,
-    or int8 with scales."""
+    or with scales int8, or that plus 128 as uint8."""
 
-    numbers: np.ndarray  # [L, C, inner size, W]; bfloat16 in pairs of inner steps, [inner size / 2, W, 2]
+    # [L, C, inner size, W]; several inner steps together, uint16 [inner size / 2, W, 2], uint8 [.. / 4, W, 4]
+    numbers: np.ndarray
     scales_LCW: np.ndarray  # of each output, or 0 panels
 
 
@@ -44,13 +43,6 @@ class Linear(NamedTuple):
     bias_N: np.ndarray  # or none
 
 
-class Own(NamedTuple):
-    """A thread's own memory: what it makes of a block of rows before it multiplies them."""
-
-    norms_T: np.ndarray  # factors of a norm
-    rows_TM: np.ndarray  # the rows as bfloat16, uint16; of no size where none is asked for
-
-
 class Block(NamedTuple):
     """Rows begin to end of a product's input."""
 
@@ -60,7 +52,9 @@ class Block(NamedTuple):
     x_row: int  # bytes from one to the next
     item: int  # bytes of a number
     size: int  # numbers of each
-    row_scales: int  # address of a norm's factors, one a row, or 0
+    row_scales: int  # address of factors, one a row, or 0
+    row_starts: int  # address of what integer sums begin at, for each slice of the rows
+    slice_bytes: int  # from those of a slice to those of the next
 
 
 class Store(NamedTuple):
@@ -92,32 +86,14 @@ def _multiply_panel(block, linear, panel, next_panel, out, out_row, accumulate):
     item, scales = panels_CMW.itemsize, address(scales_CW) + panel * WIDE * ITEM if len(scales_CW) else 0
     length = block.size * WIDE * item
     w, ahead = address(panels_CMW) + panel * length, address(panels_CMW) + next_panel * length
-    end = ahead + length
+    end, row_starts = ahead + length, block.row_starts
     for k in range(0, block.size, BLOCK_DEPTH):
         ahead = multiply_wide(
             block.end - block.begin, panels_CMW.dtype, block.x + k * block.item, block.x_row,
             w + k * WIDE * item, WIDE * item, min(BLOCK_DEPTH, block.size - k), out, out_row,
-            block.row_scales, scales, 1 if accumulate or k > 0 else 0, ahead, end,
+            block.row_scales, row_starts, scales, 1 if accumulate or k > 0 else 0, ahead, end,
         )  # fmt: skip
-
-
-@part()
-def _norm_rows(x_TM, begin, end, size, eps, norms_T):
-    """Write a norm's factors of rows begin to end into norms_T; return their address, or 0 for no norm."""
-    if eps < 0:
-        return 0
-    for t in range(begin, end):
-        norms_T[t - begin] = inverse_rms(x_TM, t, np.int64(0), size, eps)
-    return address(norms_T)
-
-
-@part()
-def _narrow_rows(x_TM, begin, end, size, rows_TM):
-    """Write rows begin to end as bfloat16 into rows_TM."""
-    for t in range(begin, end):
-        x, out = address(x_TM[t]), address(rows_TM[t - begin])
-        for m in range(0, size, LANES):
-            narrow(x + m * ITEM, out + m * 2)
+        row_starts += block.slice_bytes
 
 
 def _product(panels_at_once, write):
@@ -130,27 +106,22 @@ def _product(panels_at_once, write):
 
     @part()
     def multiply(work, rows, x_TM, size, eps, linear, own, target):
-        units_per_block, narrowed = (
-            len(linear.panels_CMW) // panels_at_once,
-            takes_bfloat16(linear.panels_CMW.dtype),
-        )
-        item = 2 if narrowed else ITEM
-        x_row = item * (own.rows_TM.shape[1] if narrowed else x_TM.shape[1])
+        units_per_block, item = len(linear.panels_CMW) // panels_at_once, x_item(linear.panels_CMW.dtype)
+        x_row = ITEM * x_TM.shape[1] if item == ITEM else own.rows_UY.shape[1]
+        slice_bytes = ITEM * own.starts_ZU.shape[1]
         units = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS * units_per_block
-        normed, row_scales = -1, 0  # the block that is in the thread's own memory
+        made, row_scales = -1, 0  # the block that is in the thread's own memory
         unit = fetch_add(work)
         while unit < units:
             next_unit = fetch_add(work)
             index = unit // units_per_block
             begin = index * BLOCK_ROWS
             end = min(begin + BLOCK_ROWS, rows)
-            if index != normed:
-                normed, row_scales = index, _norm_rows(x_TM, begin, end, size, eps, own.norms_T)
-                if narrowed:
-                    _narrow_rows(x_TM, begin, end, size, own.rows_TM)
-            x = address(own.rows_TM) if narrowed else address(x_TM) + begin * x_row
+            if index != made:
+                made, row_scales = index, make_rows(item, x_TM, begin, end, size, eps, own)
+            x = address(x_TM) + begin * x_row if item == ITEM else address(own.rows_UY)
             write(
-                Block(begin, end, x, x_row, item, size, row_scales),
+                Block(begin, end, x, x_row, item, size, row_scales, address(own.starts_ZU), slice_bytes),
                 linear,
                 unit % units_per_block * panels_at_once,
                 (next_unit if next_unit < units else unit) % units_per_block * panels_at_once,

@@ -6,25 +6,30 @@ Whether a model really computes what its DecoderSpec says is found by comparing 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from numba import from_dtype
 
 from engine.backends import Backend
+from engine.backends.cpu import VECTOR
 from engine.backends.cpu.attention import QUERIES, SPAN, Heads
 from engine.backends.cpu.fold import filled, shape_of, weights_of
 from engine.backends.cpu.forward import PHASES_PER_LAYER, Panels, Plan, Space, forward
-from engine.backends.cpu.gemm import NARROW, WIDE
-from engine.backends.cpu.linear import BLOCK_ROWS
-from engine.backends.cpu.simd import HAS_PAIR_PRODUCTS
+from engine.backends.cpu.gemm import NARROW, NUMBERS, WIDE, x_item_of
+from engine.backends.cpu.matrix_tile import HAS_MATRIX_UNIT, STEPS
+from engine.backends.cpu.simd import HAS_QUAD_PRODUCTS, ITEM
 from engine.backends.cpu.threads import team
+from engine.backends.cpu.tile import K_STREAMS, X_PARTS, ZERO_BYTE
+from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS, LEVELS
 from engine.backends.zeros import zeros
 from engine.models.decoder_parts import head_angles
 from engine.models.decoder_spec import DecoderSpec
 from engine.step import Batch
 
-LEVELS = 127  # of an int8 weight, on either side of 0
+QUAD = 4  # inner steps that int8 is multiplied at a time
 
 
 class CompiledDecoder(Backend):
@@ -37,10 +42,14 @@ class CompiledDecoder(Backend):
 
     def __init__(self, spec: DecoderSpec, page_size: int) -> None:
         self.shape, self.weights = shape_of(spec, page_size), weights_of(spec)
+        if HAS_MATRIX_UNIT and all(size % STEPS == 0 for size in self._inner_sizes):
+            self._change_products(lambda panels: panels._replace(numbers=_for_matrix_unit(panels.numbers)))
         self.vocabulary = len(spec.head.weight_NM)
         self._ropes, self._most = spec.ropes, spec.positions
         self._angles_2GPE = _room(2, len(self._ropes), 0, spec.head_dim // 2)
         self._page_size = page_size
+        is_bfloat16 = self.weights.qkv.numbers.itemsize == 2
+        self._kv_dtype = torch.uint16 if is_bfloat16 else torch.float32
         self.use(torch.get_num_threads())
 
     def use(self, threads: int) -> None:
@@ -63,34 +72,44 @@ class CompiledDecoder(Backend):
         return sum(part.numbers.nbytes + part.scales_LCW.nbytes for part in products)
 
     def quantize(self) -> None:
-        """Turn the weights of products into int8: one scale an output, to nearest, symmetric."""
-        # one after the other, so that no more is held twice
+        """Turn the weights of products into int8: one scale an output, to nearest, symmetric.
+
+        Where the processor multiplies four bytes at a time, and inner sizes are whole vectors, inputs of
+        products become integers as well: see `engine.backends.cpu.x_rows`.
+        """
+        quads = HAS_QUAD_PRODUCTS and all(size % VECTOR == 0 for size in self._inner_sizes)
+        self._change_products(lambda panels: _rounded(panels, quads))
+
+    def _change_products(self, change: Callable[[Panels], Panels]) -> None:
+        """Change the weights of products, one after the other, so that no more is held twice."""
         for name in ("qkv", "out", "gate_up", "down", "head"):
-            rounded: dict[str, Any] = {name: _rounded(getattr(self.weights, name))}
-            self.weights = self.weights._replace(**rounded)
+            changed: dict[str, Any] = {name: change(getattr(self.weights, name))}
+            self.weights = self.weights._replace(**changed)
 
     def allocate_kv(self, pages: int) -> None:
-        """Make room for the keys and values of so many pages, all of them zero.
+        """Make room for the keys and values of so many pages, all of them zero; in bfloat16 if weights are.
 
-        Vectors of keys are read beyond the end of a page, and values in pairs of positions: what lies there
-        does not count, but must be memory of this store, and in values zero.
+        Vectors of keys are read beyond the end of a page, and several positions of values at a time: what
+        lies there does not count, but must be memory of this store, and in values zero. In bfloat16, pairs of
+        a key's dimensions lie together, and of values those of two positions: the inner steps of products.
         """
         shape = self.shape.layers, pages, self.shape.kv_heads
         dim, size = self.shape.head_dim, self._page_size
-        count = math.prod(shape) * dim * size
-        keys = zeros((count + NARROW,), torch.empty(0)).numpy()
-        self.keys_LXKDP = keys[:count].reshape(*shape, dim, size)
-        pairs = (dim // NARROW, size + size % 2, NARROW)
-        self.values_LXKBPV = zeros((*shape, *pairs), torch.empty(0)).numpy()
+        like, steps = torch.empty(0, dtype=self._kv_dtype), ITEM // self._kv_dtype.itemsize
+        count, read = math.prod(shape) * dim * size, K_STREAMS * steps
+        keys = zeros((count + NARROW * steps,), like).numpy()
+        self.keys_LXKDPI = keys[:count].reshape(*shape, dim // steps, size, steps)
+        positions = -(-size // read) * read // steps
+        self.values_LXKBPVI = zeros((*shape, dim // NARROW, positions, NARROW, steps), like).numpy()
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers."""
-        return self.keys_LXKDP[:, 0].nbytes + self.values_LXKBPV[:, 0].nbytes
+        return self.keys_LXKDPI[:, 0].nbytes + self.values_LXKBPVI[:, 0].nbytes
 
     def clear(self, pages: list[int]) -> None:
         """Make pages zero again."""
-        self.keys_LXKDP[:, pages], self.values_LXKBPV[:, pages] = 0, 0
+        self.keys_LXKDPI[:, pages], self.values_LXKBPVI[:, pages] = 0, 0
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return logits [R, V] of a batch's wanted tokens."""
@@ -110,7 +129,7 @@ class CompiledDecoder(Backend):
             sin_GTE=angles_2GTE[1],
             wanted_R=np.array(batch.wanted, np.int64),
         )
-        size, start = self._team.size, self._team.start
+        size, start, (slices, rows, row_bytes) = self._team.size, self._team.start, self._rows_made()
         logits_RV = torch.empty(len(batch.wanted), filled(self.vocabulary))
         space = Space(
             x_TM=_room(count, filled(shape.width)),
@@ -120,21 +139,26 @@ class CompiledDecoder(Backend):
             added_TM=_room(count if self.weights.after_attention_LM.size else 0, filled(shape.width)),
             logits_RV=logits_RV.numpy(),
             counts=np.zeros(16 + PHASES_PER_LAYER * shape.layers, np.int64),
-            norms_ST=_room(size, BLOCK_ROWS),
-            rows_STM=np.empty((size, *self._narrowed(count)), np.uint16),
+            factors_ST=_room(size, BLOCK_ROWS),
+            starts_SZU=np.empty((size, slices, rows), np.int32),
+            rows_SUY=np.empty((size, rows, row_bytes), np.int8),
             both_S2TW=_room(size, 2, BLOCK_ROWS, WIDE),
             heads=self._heads,
         )
-        keys, values = self.keys_LXKDP, self.values_LXKBPV
+        keys, values = self.keys_LXKDPI, self.values_LXKBPVI
         self._team.run(lambda i: forward(i, size, start, self.weights, shape, plan, keys, values, space))
         return logits_RV[:, : self.vocabulary]
 
-    def _narrowed(self, rows: int) -> tuple[int, int]:
-        """Return the sizes of what a thread needs for rows in bfloat16."""
-        if not HAS_PAIR_PRODUCTS or self.weights.qkv.numbers.dtype != np.uint16:
-            return 0, 0
-        shape = self.shape
-        return min(rows, BLOCK_ROWS), filled(max(shape.width, shape.heads * shape.head_dim, shape.inner))
+    @property
+    def _inner_sizes(self) -> tuple[int, ...]:
+        """Inner steps of products."""
+        return self.shape.width, self.shape.heads * self.shape.head_dim, self.shape.inner
+
+    def _rows_made(self) -> tuple[int, int, int]:
+        """Return the slices, rows and bytes of a row that a thread makes for products: see x_rows.Own."""
+        kind, longest = from_dtype(self.weights.qkv.numbers.dtype), filled(max(self._inner_sizes))
+        item, parts = x_item_of(kind), X_PARTS.get(NUMBERS[kind], 1)
+        return (-(-longest // BLOCK_DEPTH), parts * BLOCK_ROWS, item * longest) if item < ITEM else (0, 0, 0)
 
     def _rope_angles(self, positions_T: np.ndarray) -> np.ndarray:
         """Return cosines and sines of each way in which layers rotate, [2, G, T, E]."""
@@ -154,10 +178,21 @@ def _room(*sizes: int) -> np.ndarray:
     return np.empty(sizes, np.float32)
 
 
-def _rounded(panels: Panels) -> Panels:
+def _for_matrix_unit(numbers: np.ndarray) -> np.ndarray:
+    """Return bfloat16 under the dtype by which products know that a matrix unit multiplies it."""
+    return numbers.view(np.int16) if numbers.dtype == np.uint16 else numbers
+
+
+def _rounded(panels: Panels, quads: bool) -> Panels:
+    """Return panels of float32 as int8, in quads of inner steps if asked for."""
     numbers = torch.from_numpy(panels.numbers)
     scales_LCW = (numbers.abs().amax(2) / LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = torch.empty(numbers.shape, dtype=torch.int8)
+    rounded = torch.empty(numbers.shape, dtype=torch.uint8 if quads else torch.int8)
     for layer, scales_CW in enumerate(scales_LCW):
-        rounded[layer] = (numbers[layer] / scales_CW[:, None]).round_()
+        whole_CMW = (numbers[layer] / scales_CW[:, None]).round_()
+        if quads:
+            whole_CQW4 = (whole_CMW + ZERO_BYTE).unflatten(1, (-1, QUAD)).transpose(2, 3)
+            rounded[layer].view(whole_CQW4.shape).copy_(whole_CQW4)
+        else:
+            rounded[layer] = whole_CMW
     return Panels(rounded.numpy(), scales_LCW.numpy())

@@ -48,6 +48,8 @@ REGISTERS = AVX512 if "+avx512f" in FEATURES else AVX2 if X86 else NEON
 LANES = REGISTERS.lanes
 # An instruction adds the products of pairs of bfloat16 to 16 sums (AVX512_BF16).
 HAS_PAIR_PRODUCTS = REGISTERS == AVX512 and "+avx512bf16" in FEATURES
+# An instruction adds the products of four bytes each to int32 sums (AVX512_VNNI, or AVX_VNNI with AVX2).
+HAS_QUAD_PRODUCTS = ("+avx512vnni" if REGISTERS == AVX512 else "+avxvnni") in FEATURES
 ITEM = 4  # bytes of a float32
 CACHE_LINE = 64  # bytes that the memory gives at once
 
@@ -117,6 +119,6 @@ class Loop:
     def end(self, following: Iterable[tuple[ir.PhiInstr, ir.Value]], again: ir.Value) -> None:
         """Give each carried value the one that follows it, and go on behind the loop unless `again`."""
         for value, after in following:
-            value.add_incoming(after, self._body)
+            value.add_incoming(after, self._b.block)
         self._b.cbranch(again, self._body, self._after)
         self._b.position_at_end(self._after)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -30,10 +31,19 @@ from engine.backends.cpu.simd import (
 # The inner steps are in as many streams, and an iteration takes one step of each: memory is read faster in
 # two places than in one.
 K_STREAMS = 2
-PAIR = ir.ArrayType(BF16, 2)  # of weights that are multiplied in pairs
+# Of weights that are multiplied several inner steps at a time: two in bfloat16, or four bytes.
+PAIR, QUAD = ir.ArrayType(BF16, 2), ir.ArrayType(I8, 4)
+TILED = ir.ArrayType(PAIR, 16)  # or in pairs, of a matrix unit: engine/backends/cpu/matrix_tile.py
+NAMES = {PAIR: "pair", QUAD: "quad", TILED: "tiled"}
+ZERO_BYTE = 128  # what a weight of 0 is in a QUAD: the instruction wants one factor unsigned
 # Up to so many rows, by lanes, a tile of float32 weights waits for memory, and to prefetch more than a line
 # an iteration only gets in the way of what the processor itself reads ahead.
 MAX_MEMORY_BOUND_ROWS = {4: 1, 8: 1, 16: 4}
+
+
+X_ITEMS = {PAIR: 2, TILED: 2, QUAD: 1}  # bytes of a number of x, where it is no float32
+# Rows that a row of x is in memory: two for a QUAD, HIGH_STEP times the one and the other.
+X_PARTS, HIGH_STEP = {QUAD: 2}, 128
 
 
 class Tile(NamedTuple):
@@ -55,23 +65,24 @@ class Tile(NamedTuple):
 
     def name(self, number: ir.Type) -> str:
         """Return the name of this tile's function, for weights of a type."""
-        return "_".join(map(str, ("tile", *self, "pair" if number == PAIR else number)))
+        return "_".join(map(str, ("tile", *self, NAMES.get(number, number))))
 
 
 class TileArguments(NamedTuple):
     """Arguments of a tile's function, all int64: addresses, bytes from one row to the next, and sizes.
 
-    x is float32, or bfloat16 where the weights are a PAIR.
+    x is float32; bfloat16 where the weights are a PAIR, and two rows of int8 a row where they are a QUAD.
     """
 
     x: ir.Value
     x_row: ir.Value
     w: ir.Value
     w_row: ir.Value
-    size: ir.Value  # inner steps, an even number of them; of pairs in bfloat16
+    size: ir.Value  # inner steps, an even number of them; of pairs, or of quads
     out: ir.Value
     out_row: ir.Value
     row_scales: ir.Value  # a number for each row, or 0: none
+    row_starts: ir.Value  # of a QUAD: what the int32 sums of each row of int8 begin at
     scales: ir.Value  # a number for each output, or 0: none
     add: ir.Value  # 0: out is overwritten
     ahead: ir.Value  # where to prefetch from
@@ -82,33 +93,35 @@ SIGNATURE = ir.FunctionType(I64, [I64] * len(TileArguments._fields))
 
 
 def emit_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
-    """Write the body of a tile's function, for weights of a type: float, i8, or bfloat16 as i16 or PAIR.
+    """Write the body of a tile's function, for weights of a type: float, i8, i16 (bfloat16), PAIR or QUAD.
 
     A function of TileArguments, it computes
 
         out[r, :] = (out[r, :] if add) + row_scales[r] * scales[:] * sum over k < size of x[r, k] * w[k, :]
 
-    where all is float32 but the weights, and x of a PAIR. Meanwhile it prefetches the memory from `ahead` on,
-    and returns how many bytes: as many as it reads divided by the number of `tiles` that read these weights,
-    so that the next weights arrive at an even pace.
+    where all is float32 but the weights, and x of a PAIR or QUAD. Of a QUAD sums are of integers, one for
+    each part of a row, and w[k, :] the bytes without a sign: row_starts[p] is -ZERO_BYTE * sum over k of
+    x[p, k], which makes up for that. Meanwhile it prefetches the memory from `ahead` on, and returns how many
+    bytes: as many as it reads divided by the number of `tiles` that read these weights, so that the next
+    weights arrive at an even pace.
     """
-    t = _TileWriter(function, tile, number)
-    b, args = t.b, t.args
+    b, args = ir.IRBuilder(function.append_basic_block("entry")), TileArguments(*function.args)
+    t = TileWriter(b, tile, number, args)
     iterations = b.udiv(args.size, I64(K_STREAMS * t.steps))
-    pace = t.prefetch_pace()
+    pace, starts = t.prefetch_pace(), t.starts()
     loop = Loop(b)
     i, w_k, line = loop.carry(I64(0)), loop.carry(args.w), loop.carry(args.ahead)
-    carried_sums = {key: loop.carry(t.constant(0.0)) for key in t.sum_keys()}
+    carried_sums = {key: loop.carry(start) for key, start in starts.items()}
     sums = dict(carried_sums)
     for stream in range(K_STREAMS):
         first_i = b.mul(iterations, I64(stream))
         steps = t.load_weights(b.add(w_k, b.mul(first_i, t.bytes_of_steps(args.w_row))))
         x_k = b.mul(b.add(i, first_i), t.bytes_of_steps(I64(t.x_item)))
         for step, w_vectors in enumerate(steps):
-            for r, address in enumerate(t.row_addresses(b.add(x_k, I64(t.x_item * step)))):
+            for p, address in enumerate(t.row_addresses(b.add(x_k, I64(t.x_item * step)))):
                 x_rk = t.broadcast_x(address)
                 for v in range(tile.vectors):
-                    key = stream % tile.chains, r, v
+                    key = stream % tile.chains, p, v
                     sums[key] = t.multiply_add(x_rk, w_vectors[v], sums[key])
     t.prefetch(line)
     next_i, next_w = b.add(i, I64(1)), b.add(w_k, t.bytes_of_steps(args.w_row))
@@ -119,21 +132,32 @@ def emit_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
     b.ret(b.mul(iterations, pace))
 
 
-class _TileWriter(Vectors):
+class TileWriter(Vectors):
     """Writes the pieces of a tile's function: see `emit_tile` for their order."""
 
-    def __init__(self, function: ir.Function, tile: Tile, number: ir.Type) -> None:
-        super().__init__(ir.IRBuilder(function.append_basic_block("entry")), tile.lanes)
-        self.tile, self.number, self.args = tile, number, TileArguments(*function.args)
-        self._item, self.x_item = {F32: ITEM, I8: 1}.get(number, 2), 2 if number == PAIR else ITEM
-        self.steps = 2 if number in (I16, PAIR) else 1  # inner steps that are loaded at a time
+    def __init__(self, builder: ir.IRBuilder, tile: Tile, number: ir.Type, args: TileArguments) -> None:
+        super().__init__(builder, tile.lanes)
+        self.tile, self.number, self.args = tile, number, args
+        self._item, self.x_item = {F32: ITEM, I8: 1, QUAD: 1}.get(number, 2), X_ITEMS.get(number, ITEM)
+        self.steps = {I16: 2, PAIR: 2, QUAD: 4}.get(number, 1)  # inner steps that are loaded at a time
         self._outputs = [(r, v) for r in range(tile.rows) for v in range(tile.vectors)]
+        self._parts = X_PARTS.get(number, 1)
         few_rows = tile.rows <= MAX_MEMORY_BOUND_ROWS[tile.lanes]
         self._memory_bound = number == F32 and tile.chains == 1 and few_rows
 
-    def sum_keys(self) -> list[tuple[int, int, int]]:
-        """Return (chain, row, vector) of each sum."""
-        return [(chain, r, v) for chain in range(self.tile.chains) for r, v in self._outputs]
+    def starts(self) -> dict[tuple[int, int, int], ir.Value]:
+        """Return what each sum, by (chain, row of x, vector), begins at."""
+        chains, rows, vectors = range(self.tile.chains), range(self._x_rows), range(self.tile.vectors)
+        if self.number != QUAD:
+            return dict.fromkeys(product(chains, rows, vectors), self.constant(0.0))
+        none = ir.Constant(self._ints, [0] * self.count)
+        places = (self.b.add(self.args.row_starts, I64(ITEM * p)) for p in rows)
+        first = [self.b.bitcast(self.broadcast_from(place), self._ints) for place in places]
+        return {(chain, p, v): none if chain else first[p] for chain, p, v in product(chains, rows, vectors)}
+
+    @property
+    def _x_rows(self) -> int:
+        return self._parts * self.tile.rows
 
     def bytes_of_steps(self, one: ir.Value) -> ir.Value:
         """Return how many bytes it is from what is loaded at a time to the next, `one` for an inner step."""
@@ -142,7 +166,7 @@ class _TileWriter(Vectors):
     def load_weights(self, address: ir.Value) -> list[list[ir.Value]]:
         """Load the vectors of w[k, :], and of w[k + 1, :] where they lie in pairs, as float32; or pairs."""
         stored = {F32: self.kind, I8: ir.VectorType(I8, self.count)}
-        kind = stored.get(self.number, ir.VectorType(I32, self.count))
+        kind = stored.get(self.number, self._ints)
         size, align = self._item * self.steps * self.count, 1 if self.number == I8 else ITEM
         offsets = (I64(size * v) for v in range(self.tile.vectors))
         vectors = [
@@ -152,7 +176,7 @@ class _TileWriter(Vectors):
 
     def _as_numbers(self, bits: ir.Value) -> list[ir.Value]:
         """Return what was loaded as vectors to be multiplied, one an inner step."""
-        if self.number == F32:
+        if self.number in (F32, QUAD):
             return [bits]
         if self.number == PAIR:
             return [self.b.bitcast(bits, self._pairs)]
@@ -168,7 +192,7 @@ class _TileWriter(Vectors):
         out, order the loop for their sake, and put sums on the stack. So on x86 it can't see how an address
         comes about, and three rows share one: an instruction adds x_row to it, once or twice, as it reads.
         """
-        b, args, rows = self.b, self.args, self.tile.rows
+        b, args, rows = self.b, self.args, self._x_rows
         if self.count == NEON.lanes:
             yield from (b.add(b.add(args.x, b.mul(args.x_row, I64(r))), past) for r in range(rows))
             return
@@ -184,19 +208,29 @@ class _TileWriter(Vectors):
         return self.broadcast(self.load(address, F32))
 
     def broadcast_x(self, address: ir.Value) -> ir.Value:
-        """Load a row's number, or its two of a pair, for each output."""
+        """Load a row's number, or its two of a pair or four of a quad, for each output."""
         x = self.broadcast_from(address)
-        return self.b.bitcast(x, self._pairs) if self.number == PAIR else x
+        return self.b.bitcast(x, {PAIR: self._pairs, QUAD: self._ints}.get(self.number, self.kind))
 
     def multiply_add(self, x: ir.Value, w: ir.Value, total: ir.Value) -> ir.Value:
-        if self.number != PAIR:
-            return self.call("fma", x, w, total)
-        name, kind = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.count}", [self.kind, self._pairs, self._pairs]
-        return self.b.call(declared(self.b.module, name, ir.FunctionType(self.kind, kind)), (total, x, w))
+        if self.number == PAIR:
+            return self._x86("avx512bf16.dpbf16ps", total, x, w)
+        if self.number == QUAD:  # the second factor is the one with a sign
+            return self._x86("avx512.vpdpbusd", total, w, x)
+        return self.call("fma", x, w, total)
+
+    def _x86(self, name: str, *values: ir.Value) -> ir.Value:
+        """Call LLVM's name for an instruction of x86 that gives a vector of the kind of its first operand."""
+        kind = ir.FunctionType(values[0].type, [value.type for value in values])
+        return self.b.call(declared(self.b.module, f"llvm.x86.{name}.{32 * self.count}", kind), values)
 
     @property
     def _pairs(self) -> ir.VectorType:
         return ir.VectorType(BF16, 2 * self.count)
+
+    @property
+    def _ints(self) -> ir.VectorType:
+        return ir.VectorType(I32, self.count)
 
     def _bytes_read(self) -> int:
         """Return how many bytes of weights an iteration reads."""
@@ -210,20 +244,21 @@ class _TileWriter(Vectors):
 
     def prefetch(self, address: ir.Value) -> None:
         """Ask for an iteration's share, line by line, from `address` on."""
+        self.prefetch_lines(address, CACHE_LINE if self._memory_bound else self._bytes_read())
+
+    def prefetch_lines(self, address: ir.Value, size: int) -> None:
+        """Ask for so many bytes."""
         hint = ir.FunctionType(ir.VoidType(), [I32.as_pointer(), I32, I32, I32])
         prefetch = declared(self.b.module, "llvm.prefetch.p0", hint)
         read, second_cache, data = I32(0), I32(2), I32(1)
-        for offset in range(0, CACHE_LINE if self._memory_bound else self._bytes_read(), CACHE_LINE):
+        for offset in range(0, size, CACHE_LINE):
             line = self.pointer(self.b.add(address, I64(offset)), I32)
             self.b.call(prefetch, [line, read, second_cache, data])
 
     def scale_add_and_store(self, sums: dict[tuple[int, int, int], ir.Value]) -> None:
         """Put the chains together, scale them, add what was there, and store: each where it is asked for."""
         b, args = self.b, self.args
-        totals = {
-            (r, v): functools.reduce(b.fadd, [sums[chain, r, v] for chain in range(self.tile.chains)])
-            for r, v in self._outputs
-        }
+        totals = {(r, v): self._total(sums, r, v) for r, v in self._outputs}
 
         def scaled_by_row(r: int, v: int) -> ir.Value:
             return b.fmul(totals[r, v], self.broadcast_from(b.add(args.row_scales, I64(ITEM * r))))
@@ -242,6 +277,15 @@ class _TileWriter(Vectors):
             totals = self._changed_if(given, totals, change)
         for r, v in self._outputs:
             self.store(totals[r, v], self._place(r, v))
+
+    def _total(self, sums: dict[tuple[int, int, int], ir.Value], r: int, v: int) -> ir.Value:
+        """Put the chains of a row and vector together, and its parts."""
+        b, chains = self.b, range(self.tile.chains)
+        if self.number != QUAD:
+            return functools.reduce(b.fadd, [sums[chain, r, v] for chain in chains])
+        both = ([sums[chain, 2 * r + part, v] for chain in chains] for part in (0, 1))
+        high, low = (b.sitofp(functools.reduce(b.add, part), self.kind) for part in both)
+        return self.call("fma", high, self.constant(HIGH_STEP), low)
 
     def _changed_if(
         self, given: ir.Value, totals: dict[tuple[int, int], ir.Value], change: Callable[[int, int], ir.Value]

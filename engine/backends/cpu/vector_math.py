@@ -13,13 +13,16 @@ from numba import types
 
 from engine.backends.cpu.gemm import NARROW
 from engine.backends.cpu.jit import part
-from engine.backends.cpu.simd import BF16, F32, I32, I64, LANES, Vectors, intrinsic
+from engine.backends.cpu.simd import BF16, F32, I8, I16, I32, I64, LANES, Vectors, intrinsic
+from engine.backends.cpu.tile import HIGH_STEP
 
+HIGH_BITS = HIGH_STEP.bit_length() - 1
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order, but no promise that there are no NaNs
 MIN_EXPONENT, MAX_EXPONENT = -87.0, 88.0  # of e: float32 holds the powers between them
 LOG2_E = math.log2(math.e)
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts: multiples of the first are exact
 EXP_SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
+BFLOAT16_NAN = 0x7FC0  # its bits; rounding by the bits alone could make another of them a number
 TWICE_GELU_SCALE, GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
@@ -64,6 +67,23 @@ def widened(typing, number):
     return types.float32(number), call
 
 
+@intrinsic
+def stored(typing, number, array):
+    """Return a float32 as an array's numbers are: as it is, or as the bits of the nearest bfloat16, the even
+    one of two."""
+
+    def call(context, builder, signature, args):
+        if array.dtype == types.float32:
+            return args[0]
+        bits = builder.bitcast(args[0], I32)
+        odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
+        nearest = builder.lshr(builder.add(bits, builder.add(odd, I32(0x7FFF))), I32(16))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(is_nan, I32(BFLOAT16_NAN), nearest), I16)
+
+    return array.dtype(types.float32, array), call
+
+
 def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator: compiled code can call the function that it decorates, which writes instructions on
     vectors of `count` float32 from (Vectors, arguments), and returns the result or None."""
@@ -74,7 +94,8 @@ def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable
             return context.get_dummy_value() if value is None else value
 
         made = result(*arguments), call
-        return intrinsic((lambda typing, a: made) if len(arguments) == 1 else (lambda typing, a, b: made))
+        takes = {1: lambda typing, a: made, 2: lambda typing, a, b: made, 4: lambda typing, a, b, c, d: made}
+        return intrinsic(takes[len(arguments)])
 
     return make
 
@@ -84,6 +105,24 @@ def narrow(v: Vectors, x: ir.Value, out: ir.Value) -> None:
     """Write LANES numbers as bfloat16, each the nearest, or the even one of two."""
     kind = ir.VectorType(BF16, v.count)
     v.b.store(v.b.fptrunc(v.load(x), kind), v.pointer(out, kind)).align = 2
+
+
+@_written(LANES, types.float32, types.int64)
+def max_abs(v: Vectors, address: ir.Value) -> ir.Value:
+    """Return the largest of LANES numbers without their signs; a NaN if one is."""
+    return v.reduce("fmaximum", v.call("fabs", v.load(address)))
+
+
+@_written(LANES, types.void, types.int64, types.float32, types.int64, types.int64)
+def split_in_bytes(v: Vectors, x: ir.Value, scale: ir.Value, high: ir.Value, low: ir.Value) -> None:
+    """Write scale * x of LANES numbers, to the nearest, or the even one of two, as HIGH_STEP times an int8 at
+    `high` and one at `low`, which is from -HIGH_STEP / 2 on."""
+    b, ints, small = v.b, ir.VectorType(I32, v.count), ir.VectorType(I8, v.count)
+    half, step, bits = (ir.Constant(ints, [n] * v.count) for n in (HIGH_STEP // 2, HIGH_STEP, HIGH_BITS))
+    whole = b.fptosi(v.call("roundeven", b.fmul(v.load(x), v.broadcast(scale))), ints)
+    upper = b.ashr(b.add(whole, half), bits)
+    for value, address in ((upper, high), (b.sub(whole, b.mul(upper, step)), low)):
+        b.store(b.trunc(value, small), v.pointer(address, small)).align = 1
 
 
 @_written(LANES, types.float32, types.float32)
