@@ -49,8 +49,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("dynamic-batch performance").addoption
     add("--require-gpu", action="store_true", help="fail, rather than skip, gpu tests without a CUDA device")
     add("--model", help=f"model spec of the benchmarks ({SET}, else random:tiny-llama, on CUDA qwen2.5-0.5b)")
-    add("--dtype", help=f"dtype of the benchmarks ({SET}, else float32, on CUDA float16)")
-    add("--batch-sizes", type=integers, metavar="N,N", help="batch sizes of the sweep")
+    add("--dtype", help=f"dtype of the benchmarks, int8 on a CPU too ({SET}, else float32, on CUDA float16)")
+    add("--batch-sizes", type=integers, metavar="N,N", help="batch sizes of the sweep, and of peers")
     add("--rounds", type=positive, metavar="N", help="timed rounds of each perf_case benchmark")
     timed = "seconds to time on a CPU, 5 rounds or more, where nothing says how many (default: 1.0)"
     add("--min-time", type=seconds, default=1.0, metavar="SECONDS", help=timed)
@@ -127,6 +127,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             skip = (pytest.mark.skip(reason="left out by --quick"),) if value in left_out else ()
             rows.append(pytest.param(device, value, id=f"{device}-{_label(value)}", marks=(*marks, *skip)))
     metafunc.parametrize(["device"] if mark is None else ["device", mark.args[0]], rows)
+    if sizes and "peers_at_once" in metafunc.fixturenames:
+        metafunc.parametrize("peers_at_once", sizes)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -174,23 +176,30 @@ def perf_bench(request: pytest.FixtureRequest) -> Iterator[BenchSession]:
     bench.drop()
 
 
+@pytest.fixture
+def peers_at_once() -> int | None:
+    """The batch size of peers, one after the other of `--batch-sizes`; None without."""
+    return None
+
+
 @pytest.fixture(scope="session")
 def peer_rounds(
     request: pytest.FixtureRequest, perf_bench: BenchSession
 ) -> Callable[..., dict[str, Trial | Exception]]:
     """`peer_rounds(device, workload, batch_size, rounds)`: every peer that this session selected for the
-    device, run in turns; a finished trial each, or why there is none. Run at the first call."""
+    device, run in turns; a finished trial each, or why there is none. Run at a batch size's first call."""
     from perf.measure.interleave import run_peers
 
-    known: dict[str, dict[str, Trial | Exception]] = {}
+    known: dict[tuple[str, int], dict[str, Trial | Exception]] = {}
 
     def get(device: str, workload: str, batch_size: int, rounds: int) -> dict[str, Trial | Exception]:
-        if device not in known:
+        key = device, batch_size
+        if key not in known:
             items = (item for item in request.session.items if "peer_rounds" in _fixtures(item))
             chosen = [_parameters(item) for item in items if not item.get_closest_marker("skip")]
-            peers = [params["peer"] for params in chosen if params["device"] == device]
-            known[device] = run_peers(perf_bench, peers, workload, device, batch_size, rounds)
-        return known[device]
+            peers = list(dict.fromkeys(params["peer"] for params in chosen if params["device"] == device))
+            known[key] = run_peers(perf_bench, peers, workload, device, batch_size, rounds)
+        return known[key]
 
     return get
 

@@ -66,8 +66,9 @@ class Setup:
     """Model that a backend is to load, and how much it may run at once.
 
     `loaded` is the model as Transformers has it, for backends in this process and for the check of the
-    tokens; those that read files take `folder()`. `options` are the backend's own settings by name. `held` is
-    the same, and None for a remote backend whose model is not known here.
+    tokens; those that read files take `folder()`. `dtype` is that of the model, or "int8": a float32 model
+    whose weights the backend rounds. `options` are the backend's own settings by name. `held` is the same as
+    `loaded`, and None for a remote backend whose model is not known here.
     """
 
     held: LoadedModel | None
@@ -116,6 +117,11 @@ class Checked:
     checked: int
     against: str = "the model's own choices"
 
+    @property
+    def differ(self) -> int:
+        """How many are others, and not for a near-tie."""
+        return self.checked - self.same - self.near_ties
+
     @classmethod
     def by_model(cls, verdicts: Sequence[Any]) -> Checked:
         """Return what a Judge said of as many answers."""
@@ -137,7 +143,8 @@ class Session(Protocol):
     untimed. One whose model is in another process has an attribute `in_process = False`: the memory of this
     process is then not taken for its own. One that knows better what its times depend on has a property
     `fingerprint`; one that checks its answers by itself a method `check(items, judge)`, which returns a
-    Checked, where `judge` is None without a model in this process; one of a server `served_model`, its name.
+    Checked (of an exact backend none may differ), where `judge` is None without a model in this process; one
+    of a server `served_model`, its name.
     """
 
     def run(self, items: Sequence[WorkItem]) -> Outcome:
@@ -153,7 +160,8 @@ class Backend(Protocol):
     An attribute `exact = False` says that its tokens may differ from the model's own (a quantised model, a
     program of others); they are then counted and recorded rather than failing the test. `remote = True` says
     that it needs no model in this process: none is loaded for it unless one is named. `conversations =
-    True` says that its sessions serve items that follow others, as `engine.WorkItem` describes them.
+    True` says that its sessions serve items that follow others, as `engine.WorkItem` describes them;
+    `rounds_weights = True`, that it takes the dtype int8.
     """
 
     name: str

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engine import Engine, EngineConfig, EngineMetrics, FinishReason, SamplingParams, WorkItem
-from perf.backends import Outcome, Setup
+from perf.backends import Checked, Judge, Outcome, Setup
 
 
 class EngineSession:
@@ -14,6 +15,7 @@ class EngineSession:
 
     def __init__(self, policy: str, setup: Setup) -> None:
         options = {"prefix_caching": False, "generation_config": "none", **setup.options}  # greedy, as judged
+        options |= {"dtype": "int8"} if setup.dtype == "int8" else {}
         self.loaded = setup.loaded
         self.config = EngineConfig(
             policy=policy, max_batch_size=setup.max_batch_size, seed=setup.seed, **options
@@ -44,11 +46,34 @@ class EngineSession:
         del self.engine
 
 
+class RoundedSession(EngineSession):
+    """An engine with weights in int8: its answers are its own, so they are those that it gives one by one."""
+
+    def __init__(self, policy: str, setup: Setup) -> None:
+        super().__init__(policy, setup)
+        self._answers: list[tuple[int, ...]] = []
+        self._alone: list[tuple[int, ...]] = []
+
+    def run(self, items: Sequence[WorkItem]) -> Outcome:
+        outcome = super().run(items)
+        self._answers = outcome.tokens
+        return outcome
+
+    def check(self, items: Sequence[WorkItem], judge: Judge | None) -> Checked:
+        """Hold the answers of the newest run against those of a batch of one."""
+        if not self._alone:
+            config = replace(self.config, policy="sequential", max_batch_size=1)
+            self._alone = [output.token_ids for output in Engine(self.loaded, config).replay(
+                [replace(item, arrival_s=0.0) for item in items], progress=False)]  # fmt: skip
+        same = sum(found == alone for found, alone in zip(self._answers, self._alone, strict=True))
+        return Checked(same, 0, len(items), "its own answers one by one")
+
+
 class Continuous:
     """Requests join and leave the batch at every step; packed, paged."""
 
     name = policy = "continuous"
-    conversations = True
+    conversations = rounds_weights = True
 
     def missing(self, device: str) -> str | None:
         """Return None: it is always here."""
@@ -56,7 +81,7 @@ class Continuous:
 
     def open(self, setup: Setup) -> EngineSession:
         """Return an engine of this policy over the model that `setup` has loaded."""
-        return EngineSession(self.policy, setup)
+        return (RoundedSession if setup.dtype == "int8" else EngineSession)(self.policy, setup)
 
 
 class Dynamic(Continuous):

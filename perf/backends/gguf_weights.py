@@ -1,4 +1,5 @@
-"""A GGUF file with the weights of another, each as the plain numbers that it stands for."""
+"""A GGUF file with the weights of another, each as the plain numbers that it stands for, or as 8 bits of
+them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
 
 
 def with_plain_weights(source: Path, target: Path, dtype: str) -> None:

@@ -106,6 +106,7 @@ class Peer:
     name = ""
     devices: tuple[str, ...] = ("cpu",)
     exact = False  # its tokens are compared and counted; that they differ is its own affair and fails no test
+    rounds_weights = False
 
     def missing(self, device: str) -> str | None:
         """Return what it lacks, a device or its environment, or None."""
@@ -163,10 +164,11 @@ class OpenVINO(Peer):
     """OpenVINO GenAI's continuous batching; exported by optimum-intel."""
 
     name = "openvino"
+    rounds_weights = True
 
     def command(self, source: Path, target: Path, dtype: str) -> list[str]:
         """Return that of `optimum-cli export openvino`."""
-        weights = {"float32": "fp32", "float16": "fp16", "bfloat16": "fp16"}[dtype]
+        weights = {"float32": "fp32", "float16": "fp16", "bfloat16": "fp16", "int8": "int8"}[dtype]
         return ["optimum-cli", "export", "openvino", "--model", str(source), "--task",
                 "text-generation-with-past", "--weight-format", weights, str(target)]  # fmt: skip
 
@@ -176,6 +178,7 @@ class CTranslate2(Peer):
 
     name = "ctranslate2"
     devices = ("cpu", "cuda")
+    rounds_weights = True
 
     def command(self, source: Path, target: Path, dtype: str) -> list[str]:
         """Return that of `ct2-transformers-converter`."""
@@ -219,9 +222,10 @@ class VLLMOnCPU(Peer):
 
 
 class LlamaCpp(Peer):
-    """llama.cpp, from a GGUF file with the model's own weights as plain numbers."""
+    """llama.cpp, from a GGUF file with the model's own weights as plain numbers, or in Q8_0."""
 
     name = "llama-cpp"
+    rounds_weights = True
 
     def converted(self, setup: Setup) -> Path:
         """Return a file with the weights of the GGUF file that the model comes from, made once a dtype.

@@ -63,7 +63,7 @@ class OpenVINO:
         scheduler.cache_size = 2  # GB, kept from the start rather than grown while being timed
         for name, value in order["options"].items():
             setattr(scheduler, name, value)
-        precision = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[order["dtype"]]
+        precision = {"float16": "f16", "bfloat16": "bf16"}.get(order["dtype"], "f32")
         hints = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision,
                  "INFERENCE_NUM_THREADS": order["threads"]}  # fmt: skip
         self.pipe = openvino_genai.ContinuousBatchingPipeline(order["folder"], scheduler, "CPU", hints)
@@ -201,7 +201,7 @@ class LlamaCpp:
 
         path = os.path.join(os.path.dirname(__file__), "..", "servers", "llama_cpp.py")
         serving: Any = runpy.run_path(path)  # which imports no more of this project than this file does
-        kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "F16"}
         wanted = argparse.Namespace(
             model=order["folder"], alias="model", port=0, threads=order["threads"],
             slots=order["max_batch_size"], context=order["options"].get("context", 1024),

@@ -53,14 +53,14 @@ class ModelCosts:
         return 100.0 * read / (step_ms * 1e-3 * copy_gbps * 1e9)
 
 
-def model_costs(model: PreTrainedModel) -> ModelCosts:
-    """Count the layers of a loaded model."""
+def model_costs(model: PreTrainedModel, weight_item: int | None = None) -> ModelCosts:
+    """Count the layers of a loaded model, whose weights take `weight_item` bytes each, if not as loaded."""
     head = model.get_output_embeddings()
     layers = {id(m): m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     weights = sum(weight.numel() for weight in layers.values())
     head_weights = head.weight.numel() if head is not None else 0
-    item = model.dtype.itemsize
+    item = weight_item or model.dtype.itemsize
     return ModelCosts(
         linear_weights=weights,
         head_weights=head_weights,

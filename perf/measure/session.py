@@ -16,6 +16,7 @@ from perf.measure.slo import Slo
 from perf.measure.token_check import Reference
 
 MIN_TIME_S = 1.0
+INT8 = "int8"  # a dtype of weights that backends round, of a model in float32
 
 
 class Held(NamedTuple):
@@ -59,11 +60,13 @@ class BenchSession:
     def hold(self, device: str, spec: str | None = None) -> Held:
         """Return the model on its device; the one held before goes first, so that two never share memory."""
         dtype = self.dtype or ("float16" if device == "cuda" else "float32")
-        key = (spec or self.spec(device), device, dtype)
+        rounded = dtype == INT8
+        key = (spec or self.spec(device), device, "float32" if rounded else dtype)
         if self._held is None or key != self._key:
             self.drop()
-            loaded = load(key[0], device=device, dtype=dtype)
-            self._held, self._key = Held(loaded, Reference(loaded), model_costs(loaded.model)), key
+            loaded = load(key[0], device=device, dtype=key[2])
+            costs = model_costs(loaded.model, 1 if rounded else None)
+            self._held, self._key = Held(loaded, Reference(loaded), costs), key
         return self._held
 
     def machine_speed(self, device: str) -> MachineSpeed:

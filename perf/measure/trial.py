@@ -24,7 +24,7 @@ from perf.measure import machine_speed
 from perf.measure.fingerprint import fingerprint
 from perf.measure.host_memory import HostMemory, give_back
 from perf.measure.nvml import GpuReading, Monitor
-from perf.measure.session import BenchSession, free
+from perf.measure.session import INT8, BenchSession, free
 from perf.measure.token_check import WrongTokens
 
 CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are
@@ -92,6 +92,9 @@ class Trial:
             limits = {"vocab_size": config.vocab_size, "max_positions": max_positions(config)}
             limits["tokenizer"] = self.held.loaded.tokenizer
             dtype = str(model.dtype).removeprefix("torch.")
+        rounded = bench.dtype == INT8
+        if rounded and not getattr(self.backend, "rounds_weights", False):
+            raise Unavailable(f"{self.backend.name}: it makes no int8 of a model's weights")
         self.workload = (
             make_workload(workload, arrivals=arrivals, **limits) if isinstance(workload, str) else workload
         )
@@ -99,12 +102,13 @@ class Trial:
         self.setup = Setup(
             None if self.held is None else self.held.loaded,
             device,
-            dtype,
+            INT8 if rounded else dtype,
             max_batch_size,
             threads=torch.get_num_threads(),
             options=dict(options or {}),
         )
         self._lengths = [] if self.held is None else self.workload.lengths()
+        self._dtype = dtype  # of products that the machine is measured by
         self.speed_before = bench.measure_speed(device, dtype)
         self.rounds: list[Round] = []
         self.checked = Checked(0, 0, 0)
@@ -140,6 +144,9 @@ class Trial:
         judge = None if self.held is None else self.held.reference
         if hasattr(self.session, "check"):
             self.checked = self.session.check(items, judge)
+            if getattr(self.backend, "exact", True) and self.checked.differ:
+                raise WrongTokens(f"{self.backend.name}: {self.checked.differ} of {self.checked.checked} "
+                                  f"answers are not {self.checked.against}")  # fmt: skip
             return
         assert judge is not None
         for index, (item, tokens) in enumerate(zip(items, outcome.tokens, strict=True)):
@@ -251,7 +258,7 @@ class Trial:
             raise RuntimeError(
                 f"all {len(self.rounds)} rounds were voided: {', '.join(reasons)}: nothing was measured"
             )
-        after = machine_speed.measure(self.device, self.setup.dtype)
+        after = machine_speed.measure(self.device, self._dtype)
         middle = sorted(good, key=lambda round_: round_.flat["tokens_per_s"])[len(good) // 2]
         samples, tails = gathered([round_.sample for round_ in good])
         policy = getattr(self.backend, "policy", self.backend.name)

@@ -254,3 +254,16 @@ def test_llama_cpp_gets_the_weights_that_the_model_has(dtype: str, tmp_path: Pat
         assert torch.equal(weight, other), name
     with pytest.raises(Unavailable, match="llama-cpp reads GGUF: random:tiny-llama comes from no"):
         LlamaCpp().converted(Setup(load("random:tiny-llama"), "cpu", dtype, 2))
+
+
+def test_peers_get_weights_in_int8(tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setenv("DYNAMIC_BATCH_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "tiny.gguf"
+    write_gguf(source, tiny("qwen2"))
+    loaded = load(str(source))
+    rounded = load(str(LlamaCpp().converted(Setup(loaded, "cpu", "int8", 2))))
+    both = zip(loaded.model.named_parameters(), rounded.model.parameters(), strict=True)
+    for (name, weight), other in both:
+        assert torch.equal(weight, other) == (weight.dim() == 1), name
+        torch.testing.assert_close(weight, other, rtol=0, atol=float(weight.abs().max()) / 127)
+    assert OpenVINO().command(tmp_path, tmp_path, "int8")[-3:-1] == ["--weight-format", "int8"]

@@ -113,6 +113,27 @@ def test_points_are_pairs_of_device_and_value_and_quick_skips_by_name(pytester: 
     assert any("left out by --quick" in line for line in quick.outlines)
 
 
+def test_peers_run_at_each_batch_size_that_is_given(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+):
+    found: list[tuple[list[str], int]] = []
+    monkeypatch.setattr(
+        "perf.measure.interleave.run_peers",
+        lambda bench, names, workload, device, size, rounds: found.append((names, size)) or {},
+    )
+    pytester.makepyfile(
+        """
+        import pytest
+        @pytest.mark.points("peer", cpu=["a", "b"], cuda=[])
+        def test_it(perf_case, peer_rounds, device, peer, peers_at_once):
+            peer_rounds(device, "mixed-2", peers_at_once or 7, 1)
+        """
+    )
+    run(pytester).assert_outcomes(passed=2)
+    run(pytester, "--batch-sizes", "1,4").assert_outcomes(passed=4)
+    assert found == [(["a", "b"], 7), (["a", "b"], 1), (["a", "b"], 4)]
+
+
 def test_a_peer_that_is_left_out_is_not_run_for_the_others(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ):
