@@ -112,7 +112,7 @@ class Experiment:
         if verdict.metric is None or verdict.tolerance is None:
             return False
         at_end = self.design.at_end(verdict.benchmark, verdict.metric.name, self.plan.pairs)
-        bad = -1 if verdict.metric.direction == "higher" else 1
+        bad = verdict.metric.bad_sign
         worst = max(bad * at_end.low, bad * at_end.high)
         return bad * at_end.log_ratio <= verdict.metric.log_limit(verdict.tolerance) < worst
 

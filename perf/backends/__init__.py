@@ -55,6 +55,7 @@ BUILT_IN = {
     "ray": "perf.backends.serve:OnRay",
     "ray-2": "perf.backends.serve:TwoOnRay",
 }
+INT8 = "int8"  # a dtype of weights that backends round, of a model in float32
 
 
 class Unavailable(InputError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine import Engine, EngineConfig, EngineMetrics, FinishReason, SamplingParams, WorkItem
-from perf.backends import Checked, Judge, Outcome, Setup
+from perf.backends import INT8, Checked, Judge, Outcome, Setup
 
 
 class EngineSession:
@@ -15,7 +15,7 @@ class EngineSession:
 
     def __init__(self, policy: str, setup: Setup) -> None:
         options = {"prefix_caching": False, "generation_config": "none", **setup.options}  # greedy, as judged
-        options |= {"dtype": "int8"} if setup.dtype == "int8" else {}
+        options |= {"dtype": INT8} if setup.dtype == INT8 else {}
         self.loaded = setup.loaded
         self.config = EngineConfig(
             policy=policy, max_batch_size=setup.max_batch_size, seed=setup.seed, **options
@@ -81,7 +81,7 @@ class Continuous:
 
     def open(self, setup: Setup) -> EngineSession:
         """Return an engine of this policy over the model that `setup` has loaded."""
-        return (RoundedSession if setup.dtype == "int8" else EngineSession)(self.policy, setup)
+        return (RoundedSession if setup.dtype == INT8 else EngineSession)(self.policy, setup)
 
 
 class Dynamic(Continuous):

@@ -67,6 +67,11 @@ class Metric:
         """Whether it depends on the code alone, so that no change at all is allowed."""
         return self.direction == "exact"
 
+    @property
+    def bad_sign(self) -> int:
+        """The sign of log(head / base) of what got worse."""
+        return -1 if self.direction == "higher" else 1
+
     def unfit(self, value: object) -> str | None:
         """The fault of a recorded value, or None: it must be finite, and above 0 but for `zero`."""
         least = "of 0 or more" if self.zero else "above 0"

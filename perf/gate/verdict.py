@@ -157,7 +157,7 @@ def _timed(
     unit: str,
 ) -> Verdict:
     """The verdict on a timing; `limit` is how large a log-ratio on the bad side may be."""
-    bad = -1 if metric.direction == "higher" else 1
+    bad = metric.bad_sign
     harm, best, worst = bad * estimate.log_ratio, *sorted((bad * estimate.low, bad * estimate.high))
     low, effect, high = (stats.change(log) for log in (estimate.low, estimate.log_ratio, estimate.high))
     known = replace(start, effect=effect, low=low, high=high, p=estimate.tail(bad))

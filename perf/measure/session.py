@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from engine import LoadedModel, load
+from perf.backends import INT8
 from perf.gate.entries import Flat
 from perf.measure import machine_speed
 from perf.measure.costs import ModelCosts, model_costs
@@ -16,7 +17,6 @@ from perf.measure.slo import Slo
 from perf.measure.token_check import Reference
 
 MIN_TIME_S = 1.0
-INT8 = "int8"  # a dtype of weights that backends round, of a model in float32
 
 
 class Held(NamedTuple):

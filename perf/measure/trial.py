@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine import EngineMetrics, Workload, make_workload, max_positions
-from perf.backends import Backend, Checked, Outcome, Session, Setup, Unavailable, check_takes, find
+from perf.backends import INT8, Backend, Checked, Outcome, Session, Setup, Unavailable, check_takes, find
 from perf.gate import entries, metrics
 from perf.gate.entries import SCHEMA, Flat, plain
 from perf.gate.pooling import Sample, gathered
@@ -24,7 +24,7 @@ from perf.measure import machine_speed
 from perf.measure.fingerprint import fingerprint
 from perf.measure.host_memory import HostMemory, give_back
 from perf.measure.nvml import GpuReading, Monitor
-from perf.measure.session import INT8, BenchSession, free
+from perf.measure.session import BenchSession, free
 from perf.measure.token_check import WrongTokens
 
 CHECKED = 16  # requests of a workload whose tokens are checked on CUDA; on a CPU all are

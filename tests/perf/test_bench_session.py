@@ -20,7 +20,7 @@ from perf.measure.token_check import WrongTokens
 from perf.measure.trial import Trial
 from tests.perf.test_case import Fixture, Scripted
 
-pytestmark = pytest.mark.usefixtures("imported_for_measuring")
+pytestmark = pytest.mark.usefixtures("imported_for_measuring", "quick_machine_speed")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,6 @@ def bench() -> BenchSession:
     return BenchSession(
         model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0, min_time=0.0
     )
-
-
-@pytest.fixture(autouse=True)
-def _quick_machine_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: MachineSpeed(100.0, 10.0))
 
 
 def test_one_model_at_a_time_is_held():

@@ -18,16 +18,14 @@ from perf.backends import Outcome, Setup, Unavailable, timeline
 from perf.benchmarks.workloads import fixed
 from perf.gate.entries import plain
 from perf.gate.saved_runs import parse
-from perf.measure import machine_speed
 from perf.measure.case import PerfCase
-from perf.measure.machine_speed import MachineSpeed
 from perf.measure.nvml import GpuReading
 from perf.measure.session import BenchSession
 from perf.measure.token_check import TIE, Judgement, Reference, WrongTokens
 from perf.measure.trial import Round, Trial
 from tests.oracle import Oracle
 
-pytestmark = pytest.mark.usefixtures("imported_for_measuring")
+pytestmark = pytest.mark.usefixtures("imported_for_measuring", "quick_machine_speed")
 Spoil = Callable[[int, list[list[int]]], None]
 
 
@@ -90,11 +88,6 @@ def bench() -> BenchSession:
     return BenchSession(
         model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0, min_time=0.0
     )
-
-
-@pytest.fixture(autouse=True)
-def _quick_machine_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: MachineSpeed(100.0, 10.0))
 
 
 def measure(bench: BenchSession, backend: Any, fixture: Fixture | None = None, **how: Any) -> dict[str, Any]:

@@ -22,14 +22,12 @@ from perf.gate import saved_runs
 from perf.gate.comparison import Outcome
 from perf.gate.saved_runs import Run
 from perf.gate.verdict import compare
-from perf.measure import machine_speed
 from perf.measure.case import PerfCase
-from perf.measure.machine_speed import MachineSpeed
 from perf.measure.session import BenchSession
 from tests.perf import fake_runs
 from tests.perf.test_case import Fixture, Scripted
 
-pytestmark = pytest.mark.usefixtures("imported_for_measuring")
+pytestmark = pytest.mark.usefixtures("imported_for_measuring", "quick_machine_speed")
 KEY = "dynamic_batch"
 TIMES = [0.1, 0.101, 0.1, 0.099, 0.1, 0.1]
 NAME = "test_x.py::test_x"
@@ -59,11 +57,6 @@ NOTES: list[dict[str, Any]] = [
     {KEY: {**LOOKALIKE, "schema": "2"}}, {"huge": "x" * 100_000, "long": [0] * 100_000}, {"deep": DEEP},
     {"": None, "\x1b[31m": "\u202e", "a": [{"b": [None, {"c": math.nan}]}]},
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _quick_machine_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: MachineSpeed(100.0, 10.0))
 
 
 def plain(extra: Any, times: list[float] = TIMES) -> dict[str, Any]:

@@ -15,26 +15,20 @@ import pytest
 from perf.benchmarks.workloads import fixed
 from perf.gate.metrics import GATED, METRICS, POOLED
 from perf.gate.pooling import gathered
-from perf.measure import host_memory, machine_speed
+from perf.measure import host_memory
 from perf.measure.host_memory import HostMemory
-from perf.measure.machine_speed import MachineSpeed
 from perf.measure.nvml import GpuReading
 from perf.measure.session import BenchSession
 from perf.measure.trial import Trial
 from tests.perf.test_case import Scripted
 
-pytestmark = pytest.mark.usefixtures("imported_for_measuring")
+pytestmark = pytest.mark.usefixtures("imported_for_measuring", "quick_machine_speed")
 COUNTERS = {name for name in GATED if METRICS[name].is_counter}
 
 
 @pytest.fixture(scope="module")
 def bench() -> BenchSession:
     return BenchSession(model="random:tiny-llama", dtype=None, rounds=None, quick=False, inject_slowdown=0.0)
-
-
-@pytest.fixture(autouse=True)
-def _quick_machine_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_speed, "measure", lambda *args, **how: MachineSpeed(100.0, 10.0))
 
 
 def made(bench: BenchSession, backend: Any, workload: Any = None, **how: Any) -> Trial:

@@ -43,11 +43,11 @@ SIGNATURE = ir.FunctionType(I64, [I64] * (1 + len(TileArguments._fields)))  # th
 
 
 def allowed() -> bool:
-    """Ask the system for tiles, and return whether this process may use them.
+    """Ask the system for tiles, on a processor that has them; return whether this process may use them.
 
     They make a thread's state 8 KiB larger, so Linux (since 5.16) gives them to those alone that ask.
     """
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
+    if platform.system() != "Linux":
         return False
     return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0)
 

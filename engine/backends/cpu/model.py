@@ -22,14 +22,12 @@ from engine.backends.cpu.gemm import NARROW, NUMBERS, WIDE, x_item_of
 from engine.backends.cpu.matrix_tile import HAS_MATRIX_UNIT, STEPS
 from engine.backends.cpu.simd import HAS_QUAD_PRODUCTS, ITEM
 from engine.backends.cpu.threads import team
-from engine.backends.cpu.tile import K_STREAMS, X_PARTS, ZERO_BYTE
+from engine.backends.cpu.tile import K_STREAMS, QUAD, X_PARTS, ZERO_BYTE
 from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS, LEVELS
 from engine.backends.zeros import zeros
 from engine.models.decoder_parts import head_angles
 from engine.models.decoder_spec import DecoderSpec
 from engine.step import Batch
-
-QUAD = 4  # inner steps that int8 is multiplied at a time
 
 
 class CompiledDecoder(Backend):
@@ -191,7 +189,7 @@ def _rounded(panels: Panels, quads: bool) -> Panels:
     for layer, scales_CW in enumerate(scales_LCW):
         whole_CMW = (numbers[layer] / scales_CW[:, None]).round_()
         if quads:
-            whole_CQW4 = (whole_CMW + ZERO_BYTE).unflatten(1, (-1, QUAD)).transpose(2, 3)
+            whole_CQW4 = (whole_CMW + ZERO_BYTE).unflatten(1, (-1, QUAD.count)).transpose(2, 3)
             rounded[layer].view(whole_CQW4.shape).copy_(whole_CQW4)
         else:
             rounded[layer] = whole_CMW
