@@ -13,7 +13,7 @@ from numba import types
 
 from engine.backends.cpu.gemm import NARROW
 from engine.backends.cpu.jit import part
-from engine.backends.cpu.simd import BF16, F32, I8, I16, I32, I64, LANES, Vectors, intrinsic
+from engine.backends.cpu.simd import F32, I8, I16, I32, I64, LANES, Vectors, intrinsic
 from engine.backends.cpu.tile import HIGH_STEP
 
 HIGH_BITS = HIGH_STEP.bit_length() - 1
@@ -73,15 +73,27 @@ def stored(typing, number, array):
     one of two."""
 
     def call(context, builder, signature, args):
-        if array.dtype == types.float32:
-            return args[0]
-        bits = builder.bitcast(args[0], I32)
-        odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
-        nearest = builder.lshr(builder.add(bits, builder.add(odd, I32(0x7FFF))), I32(16))
-        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.select(is_nan, I32(BFLOAT16_NAN), nearest), I16)
+        return args[0] if array.dtype == types.float32 else _bfloat16_bits(builder, args[0], I32, I16)
 
     return array.dtype(types.float32, array), call
+
+
+def _bfloat16_bits(b: ir.IRBuilder, x: ir.Value, whole: ir.Type, half: ir.Type) -> ir.Value:
+    """Return the bits of the bfloat16 nearest to a float32, or of the even one of two, or those of a vector.
+
+    LLVM's own conversion is a call of a function that is not there, where no instruction does it.
+
+    Args:
+        whole, half: the types of the bits of a float32 and of a bfloat16, or of vectors of them.
+    """
+
+    def number(value: int) -> ir.Constant:
+        return ir.Constant(whole, [value] * whole.count if isinstance(whole, ir.VectorType) else value)
+
+    bits = b.bitcast(x, whole)
+    odd = b.and_(b.lshr(bits, number(16)), number(1))
+    nearest = b.lshr(b.add(bits, b.add(odd, number(0x7FFF))), number(16))
+    return b.trunc(b.select(b.fcmp_unordered("uno", x, x), number(BFLOAT16_NAN), nearest), half)
 
 
 def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Any]], Any]:
@@ -103,8 +115,8 @@ def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable
 @_written(LANES, types.void, types.int64, types.int64)
 def narrow(v: Vectors, x: ir.Value, out: ir.Value) -> None:
     """Write LANES numbers as bfloat16, each the nearest, or the even one of two."""
-    kind = ir.VectorType(BF16, v.count)
-    v.b.store(v.b.fptrunc(v.load(x), kind), v.pointer(out, kind)).align = 2
+    whole, half = ir.VectorType(I32, v.count), ir.VectorType(I16, v.count)
+    v.b.store(_bfloat16_bits(v.b, v.load(x), whole, half), v.pointer(out, half)).align = 2
 
 
 @_written(LANES, types.float32, types.int64)
