@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+from functools import cache
 from pathlib import Path
 
 from engine import cgroup
@@ -42,6 +43,32 @@ def processors(root: Path = cgroup.ROOT) -> int:
     return max(1, min(bound, math.ceil(cgroup.processors(root) or bound)))
 
 
+def memory_nodes(root: Path = cgroup.ROOT) -> int:
+    """Return on how many nodes of memory (NUMA) the processors lie that this process is bound to.
+
+    Args:
+        root: where the file tree begins in which Linux says so; where it does not, there is one.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return 1
+    bound = os.sched_getaffinity(0)
+    lists = [path.read_text() for path in root.glob("sys/devices/system/node/node*/cpulist")]
+    return max(1, sum(not bound.isdisjoint(_numbers(text)) for text in lists))
+
+
+def _numbers(text: str) -> set[int]:
+    """Return the numbers of a list such as 0-3,8."""
+    ends = ([int(end) for end in part.split("-")] for part in text.split(",") if part.strip())
+    return {number for end in ends for number in range(end[0], end[-1] + 1)}
+
+
+@cache
+def _warn_of(nodes: int) -> None:
+    LOG.warning("this process may run on %d nodes of memory, and a thread waits for memory of another's: "
+                "bind it to one (numactl --cpunodebind=0 --membind=0), one process a node",
+                nodes)  # fmt: skip
+
+
 def limit_threads() -> None:
     """Let torch, and whoever asks it, use no more threads than there are processors for this process.
 
@@ -49,7 +76,9 @@ def limit_threads() -> None:
     """
     import torch
 
-    most = processors()
+    most, nodes = processors(), memory_nodes()
+    if nodes > 1:
+        _warn_of(nodes)
     if torch.get_num_threads() > most:
         LOG.warning("torch uses %d threads; this process may use %d processors, so %d from now on",
                     torch.get_num_threads(), most, most)  # fmt: skip
@@ -57,7 +86,8 @@ def limit_threads() -> None:
 
 
 def placement(device: str, dtype: str) -> tuple[str, str]:
-    """Return the device and dtype to load a model on and in: these, or what "auto" means and int8 needs.
+    """Return the device and dtype to load a model on and in: these, or what device="auto" means and int8
+    needs.
 
     Raises:
         InputError: for a device that is not here, which is better learnt before a download than after it.
@@ -71,6 +101,21 @@ def placement(device: str, dtype: str) -> tuple[str, str]:
     except Exception as error:  # whatever torch raises for a word that names no device
         reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"device={device!r} is not here ({reason}): give auto or cpu") from None
-    if dtype in ("auto", "int8"):
-        dtype = "float16" if device.startswith("cuda") else "float32"
-    return device, dtype
+    return device, "float32" if dtype == "int8" else dtype
+
+
+def fastest_dtype(device: str, stored: str | None) -> str:
+    """Return what dtype="auto" means for weights that are stored in a dtype, or in none that is stated.
+
+    On a CPU, bfloat16 for weights in bfloat16, if the processor multiplies it (AVX512_BF16): nothing of them
+    is lost, and steps of every size are faster. Else float32, of which they are a part, as float16 is.
+    """
+    if device.startswith("cuda"):
+        return "float16"
+    return "bfloat16" if stored == "bfloat16" and multiplies_bfloat16() else "float32"
+
+
+def multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether the processor has an instruction for products of bfloat16, as far as Linux tells."""
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return re.search(r"^flags\s*:.*\bavx512_bf16\b", text, re.MULTILINE) is not None

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -211,3 +212,26 @@ def test_the_peak_is_that_of_the_process_and_not_of_the_one_that_started_it(tiny
     assert peak_bytes(status) == 12 * 1024
     if Path("/proc/self/status").is_file():
         assert environment(tiny("tiny-llama").loaded)["peak_rss_bytes"] < 2**42
+
+
+@pytest.mark.parametrize(
+    ("lists", "bound", "nodes"),
+    [
+        (["0-3,8-11", "4-7,12-15"], {0, 9}, 1),
+        (["0-3,8-11", "4-7,12-15"], {3, 12}, 2),
+        (["0", ""], {0}, 1),  # a node may have memory alone
+        ([], {0, 1}, 1),
+    ],
+)
+def test_processors_on_several_nodes_of_memory_are_warned_of_once(
+    lists: list[str], bound: set[int], nodes: int, tree: Tree, monkeypatch: Any, caplog: Any
+) -> None:
+    files = {f"sys/devices/system/node/node{i}/cpulist": text for i, text in enumerate(lists)}
+    root = tree([], [], dict(files))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: bound)
+    assert machine.memory_nodes(root) == nodes
+    monkeypatch.setattr(machine, "memory_nodes", lambda: nodes)
+    machine._warn_of.cache_clear()
+    machine.limit_threads()
+    machine.limit_threads()
+    assert sum("nodes of memory" in line for line in caplog.messages) == (nodes > 1)

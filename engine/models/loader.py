@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from engine.config import DTYPES
 from engine.errors import check_text
-from engine.machine import cache_dir
+from engine.machine import cache_dir, fastest_dtype
 from engine.models.errors import WAYS_OUT, ModelError, in_one_line
 from engine.models.gguf_file import from_gguf
 from engine.models.gguf_tokenizer import split_as
 from engine.models.hub import fetch
 from engine.models.presets import PRESETS, SPECS
 from engine.models.smollm2 import SMOLLM2_PRE, SMOLLM2_SHA256, sha256, smollm2_folder
-from engine.models.stored import read, refuse_adapter
+from engine.models.stored import read, refuse_adapter, stored_dtype
 from engine.models.tokenizers import find_tokenizer
 from engine.progress import Progress, on_terminal
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger(__name__)
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
          progress: bool = False) -> LoadedModel:  # fmt: skip
     """Return the causal LM that `spec` names, on `device`, its weights in `dtype`.
 
+    "auto" is what `engine.machine.fastest_dtype` says of the dtype that a folder's or hub id's config states.
     For `random:NAME` equal seed, dtype and kind of device give equal weights; the caller's RNG state stays.
     Stored weights are mapped, not copied, where dtype and device allow; no repository's code is ever run.
 
@@ -60,11 +62,13 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
     kind, source = _kind(spec)
     import torch
 
-    if (name := str(dtype).removeprefix("torch.")) not in DTYPES:
-        raise ModelError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    if (name := str(dtype).removeprefix("torch.")) not in (AUTO, *DTYPES):
+        raise ModelError(f"dtype={dtype!r} is not one of {', '.join((AUTO, *DTYPES))}")
     with _guarded(spec, progress, own_bars=kind == "hub") as tell:
         place = torch.empty(0, device=device).device  # an absent device fails here, not after a download
         tell(f"Loading {spec}")
+        if name == AUTO and kind in ("random", "gguf", "smollm2"):
+            name = fastest_dtype(place.type, None)
         if kind == "random":
             model, tokenizer, revision = _random(source, place, name, seed), None, f"random-seed-{seed}"
         elif kind == "gguf":
@@ -76,6 +80,11 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
         else:
             where, weights = fetch(source) if kind == "hub" else ({}, {})
             refuse_adapter(source, **where)
+            if name == AUTO:
+                stored = stored_dtype(source, **where)
+                name = fastest_dtype(place.type, stored)
+                if stored not in (None, "float32"):
+                    LOG.warning("%s runs in %s; its weights are stored in %s", spec, name, stored)
             tokenizer, model = find_tokenizer(source, **where), read(source, name, weights, **where)
             revision = where.get("revision", "local")
         model = model.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]

@@ -33,6 +33,14 @@ def read(source: str, dtype: str, weights: dict[str, Any] | None = None, **where
         raise
 
 
+def stored_dtype(source: str, **where: Any) -> str | None:
+    """Return the dtype that the config in a folder or under a hub id states for its weights, if any."""
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(source, trust_remote_code=False, **where).dtype
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def causal_lm(folder: str, dtype: str, source: str, **options: Any) -> PreTrainedModel:
     """Return a causal LM by Transformers' own reading of a folder or hub id; errors call it `source`.
 
