@@ -19,6 +19,7 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.backends.cpu import can_compile, gemm, simd, vector_math
 from engine.backends.cpu.attention import QUERIES
 from engine.backends.cpu.model import CompiledDecoder
+from engine.backends.cpu.paged_tile import PART
 from engine.backends.cpu.vector_math import address
 from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS
 from engine.backends.transformers.backend import TransformersBackend
@@ -43,37 +44,57 @@ def wide(x_RM, w_MW, out_RW, scales_R, scaled, add):
 
 
 @njit
-def narrow(x_RM, w_MW, out_RW, scales_R, scaled, add):
-    rows, size = x_RM.shape
-    gemm.multiply_narrow(
-        rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * w_MW.shape[1], size, address(out_RW),
-        4 * out_RW.shape[1], address(scales_R) if scaled else 0, 0, 0, add, 0, 0,
+def multiply_pages(x_RM, parts_XIKP, pages_XI, out_RW, add):
+    pages, _, size, width = parts_XIKP.shape
+    gemm.multiply_paged(
+        len(x_RM), parts_XIKP.dtype, address(x_RM), 4 * x_RM.shape[1], 4 * size, address(pages_XI), 0, pages,
+        4 * width, size, address(out_RW), 4 * out_RW.shape[1], add, address(pages_XI),
     )  # fmt: skip
+
+
+def paged(x_RM, w_MW, out_RW, pages=1, add=0):
+    """Multiply x by w, whose rows are in so many pages and whose columns in parts, in no order."""
+    parts_XIKP = w_MW.reshape(pages, -1, gemm.PARTS, PART).transpose(0, 2, 1, 3)[::-1, ::-1].copy()
+    places_XI = parts_XIKP.ctypes.data + parts_XIKP[0, 0].nbytes * np.arange(pages * gemm.PARTS)
+    multiply_pages(x_RM, parts_XIKP, places_XI[::-1].reshape(pages, -1).copy(), out_RW, add)
+
+
+def test_pages_are_multiplied_wherever_their_parts_lie():
+    rng = np.random.default_rng(0)
+    w, x = (rng.normal(size=size).astype(np.float32) for size in ((60, gemm.PARTS * PART), (20, 60)))
+    for pages, add in ((1, 0), (3, 0), (5, 1)):
+        before = rng.normal(size=(20, w.shape[1])).astype(np.float32)
+        alone = before.copy()
+        for r in range(20):
+            paged(x[r : r + 1], w, alone[r : r + 1], pages, add)
+        np.testing.assert_allclose(alone, x.astype(float) @ w + before * add, rtol=1e-5, atol=1e-5)
+        for rows in range(20):
+            out = before.copy()
+            paged(x[:rows], w, out[:rows], pages, add)
+            assert np.array_equal(out, np.concatenate([alone[:rows], before[rows:]]))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("add", [0, 1])
-@pytest.mark.parametrize(("multiply", "width"), [(wide, gemm.WIDE), (narrow, gemm.NARROW)])
-def test_tiles_multiply_and_a_row_knows_no_neighbours(multiply, width, add, scaled):
-    rng = np.random.default_rng(0)
+def test_tiles_multiply_and_a_row_knows_no_neighbours(add, scaled):
+    rng, width = np.random.default_rng(0), gemm.WIDE
     w, scales = rng.normal(size=(38, width)).astype(np.float32), rng.normal(size=20).astype(np.float32)
     x, before = (rng.normal(size=(20, count)).astype(np.float32) for count in (38, width))
     expected = x.astype(float) @ w * (scales[:, None] if scaled else 1) + before * add
     alone = before.copy()
     for r in range(20):
-        multiply(x[r : r + 1], w, alone[r : r + 1], scales[r : r + 1], scaled, add)
+        wide(x[r : r + 1], w, alone[r : r + 1], scales[r : r + 1], scaled, add)
     np.testing.assert_allclose(alone, expected, rtol=1e-5, atol=1e-5)
     for rows in range(20):
         out = before.copy()
-        multiply(x[:rows], w, out[:rows], scales[:rows], scaled, add)
+        wide(x[:rows], w, out[:rows], scales[:rows], scaled, add)
         assert np.array_equal(out[:rows], alone[:rows])
         assert np.array_equal(out[rows:], before[rows:]), "nothing beyond is touched"
 
 
 @njit
 def of_vectors(x_N, out_N, up_N):
-    for n in range(0, len(x_N), gemm.NARROW):
-        vector_math.exp_minus_max_sum(address(x_N) + 4 * n, np.float32(0.0))
+    vector_math.exp_minus_max_sum(address(x_N), address(x_N) + 4 * len(x_N), np.float32(0.0))
     for n in range(0, len(out_N), simd.LANES):
         vector_math.silu(address(out_N) + 4 * n, address(up_N) + 4 * n)
 

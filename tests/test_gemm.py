@@ -14,10 +14,11 @@ import pytest
 from llvmlite import ir
 from numba import from_dtype, njit, types
 
-from engine.backends.cpu import gemm, model, simd
+from engine.backends.cpu import gemm, model, paged_tile, simd
 from engine.backends.cpu.forward import forward
-from engine.backends.cpu.gemm import NARROW_TILES, NARROW_WIDENED_TILES, NUMBERS, WIDE_TILES, WIDENED_TILES
+from engine.backends.cpu.gemm import NUMBERS, PAGED_TILES, PAGED_WIDENED_TILES, WIDE_TILES, WIDENED_TILES
 from engine.backends.cpu.matrix_tile import HAS_MATRIX_UNIT
+from engine.backends.cpu.paged_tile import PART, emit_paged_tile
 from engine.backends.cpu.simd import AVX2, AVX512, NEON, REGISTERS, Registers
 from engine.backends.cpu.tile import (
     HIGH_STEP,
@@ -32,7 +33,7 @@ from engine.backends.cpu.tile import (
 )
 from engine.backends.cpu.vector_math import address
 from engine.step import Batch, Span
-from tests.test_cpu import compiled_decoder, random_model
+from tests.test_cpu import compiled_decoder, paged, random_model
 
 F32, I8, I16 = ir.FloatType(), ir.IntType(8), ir.IntType(16)
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
@@ -52,7 +53,11 @@ def compiled(triple: str, processor: str, shapes: list[tuple[Tile, ir.Type]]) ->
     """Assembly of tiles."""
     module = ir.Module()
     for shape, number in shapes:
-        emit_tile(ir.Function(module, SIGNATURE, shape.name(number)), shape, number)
+        if shape.chains == 1:
+            emit_tile(ir.Function(module, SIGNATURE, shape.name(number)), shape, number)
+        else:  # of keys and values
+            kind = paged_tile.SIGNATURE
+            emit_paged_tile(ir.Function(module, kind, shape.name(number)), shape, number)
     return machine_code(triple, processor, module)
 
 
@@ -89,33 +94,21 @@ def functions(assembly: str) -> dict[str, list[str]]:
 
 
 def loop(lines: list[str]) -> list[str]:
-    """Instructions of the basic blocks that lead to themselves again."""
-    blocks: list[list[str]] = [[]]
-    at: dict[str, int] = {}
+    """Instructions of the innermost loops: basic blocks that lead to themselves at once."""
+    blocks: list[tuple[set[str], list[str]]] = [(set(), [])]  # labels, and instructions
     for line in lines:
+        labels, block = blocks[-1]
         if line.endswith(":"):
-            at[line[:-1]] = len(blocks)
-            blocks.append([])
+            if block:
+                blocks.append(({line[:-1]}, []))
+            else:
+                labels.add(line[:-1])
         else:
-            blocks[-1].append(line)
+            block.append(line)
             if re.match(JUMP, line):
-                blocks.append([])
-    after: list[set[int]] = []
-    for index, block in enumerate(blocks):
-        last = block[-1] if block else ""
-        to = {at[jump[1]]} if (jump := re.match(JUMP, last)) else set()
-        falls = re.match(r"(jmp|b|ret\w*)\b(?!\.)", last) is None and index + 1 < len(blocks)
-        after.append(to | {index + 1} if falls else to)
-    inside = []
-    for index, block in enumerate(blocks):
-        seen: set[int] = set()
-        ahead = list(after[index])
-        while ahead:
-            if (following := ahead.pop()) not in seen:
-                seen.add(following)
-                ahead += after[following]
-        inside += block if index in seen else []
-    return inside
+                blocks.append((set(), []))
+    jumps = ((labels, block, re.match(JUMP, block[-1])) for labels, block in blocks if block)
+    return [line for labels, block, jump in jumps if jump and jump[1] in labels for line in block]
 
 
 def stack_traffic(lines: list[str]) -> list[str]:
@@ -140,9 +133,9 @@ def check(lines: list[str], registers: Registers, shape: Tile, number: ir.Type =
 
 def every(registers: Registers, number: ir.Type) -> list[Tile]:
     """The tiles of weights of this type, and of keys and values."""
-    wide, narrow = WIDE_TILES[registers], NARROW_TILES[registers]
+    wide, narrow = WIDE_TILES[registers], PAGED_TILES[registers]
     tallest = {I16: WIDENED_TILES[registers], QUAD: wide._replace(rows=wide.rows // 2)}.get(number, wide)
-    of_keys = {F32: narrow, I16: NARROW_WIDENED_TILES[registers]}.get(number)
+    of_keys = {F32: narrow, PAIR: narrow, I16: PAGED_WIDENED_TILES[registers]}.get(number)
     both = [tallest] if of_keys is None else [tallest, of_keys]
     return [shape._replace(rows=rows) for shape in both for rows in range(1, shape.rows + 1)]
 
@@ -203,15 +196,6 @@ def wide(x_RM, panels_CMW, scales_CW, row_scales_R, row_starts_U, out_RN):
             address(row_scales_R), address(row_starts_U), address(scales_CW[panel]), 1, 0, panels_CMW.nbytes,
         )  # fmt: skip
     return prefetched
-
-
-@njit
-def narrow(x_RM, w_MW, out_RW):
-    (rows, size), width = x_RM.shape, w_MW.shape[1]
-    return gemm.multiply_narrow(
-        rows, w_MW.dtype, address(x_RM), 4 * size, address(w_MW), 4 * width, size, address(out_RW), 4 * width,
-        0, 0, 0, 0, 0, w_MW.nbytes,
-    )  # fmt: skip
 
 
 ROWS, SIZE, OUTPUTS = 30, 96, 48  # whole panels of any width
@@ -293,9 +277,10 @@ def digest() -> str:
     for dtype in (np.float32, np.int8):
         product = Product(dtype)
         found.update(product.of(slice(ROWS))[0])
-    out_RW = np.empty((ROWS, gemm.NARROW), np.float32)
-    narrow(product.x_RM, product.w_MN[:, : gemm.NARROW].astype(np.float32), out_RW)
-    found.update(out_RW)
+    width = gemm.PARTS * PART
+    out_RW = np.empty((ROWS, width), np.float32)
+    paged(product.x_RM, product.w_MN[:, :width].astype(np.float32), out_RW, pages=3)
+    found.update(np.ascontiguousarray(out_RW[:, :PART]))
     return found.hexdigest()
 
 

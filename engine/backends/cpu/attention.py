@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.backends.cpu.gemm import NARROW, multiply_narrow
+from engine.backends.cpu.gemm import PARTS, multiply_paged, x_item
 from engine.backends.cpu.jit import part
+from engine.backends.cpu.paged_tile import ADDRESS, PART
 from engine.backends.cpu.simd import ITEM, LANES
 from engine.backends.cpu.threads import fetch_add
 from engine.backends.cpu.vector_math import (
@@ -23,21 +24,24 @@ from engine.backends.cpu.vector_math import (
     exp,
     exp_minus_max_sum,
     inverse_rms,
+    narrow,
     rescale,
     soft_cap,
     stored,
     vector_max,
 )
 
-PREFETCH_PAGES = 2  # beyond the one that is read
-SPAN = 64  # positions, in whole pages, that a softmax looks at together
+SPAN = 128  # positions, in whole pages, that a softmax looks at together
 QUERIES = 48  # rows that go through a page together, at most, where a group has no more heads
 ROPE_BLOCK, MIN_ROPE_BLOCKED = 8, 64  # tokens that a thread rotates at a time, in steps of more than so many
 
 
 class Heads(NamedTuple):
-    """Room for the heads that S threads are at: R queries."""
+    """Room for the heads that S threads are at: R queries, and I addresses of parts of a span's keys, and of
+    its values; of this span and of the next."""
 
+    keys_S2I: np.ndarray
+    values_S2I: np.ndarray
     queries_SRD: np.ndarray
     scores_SRP: np.ndarray
     mixed_SRD: np.ndarray
@@ -79,7 +83,7 @@ def apply_rope(work, qkv_TN, shape, head_norm_QD, plan, cos_TE, sin_TE, keys_XKD
                             qkv_TN[t, np.uintp(key + d * steps + i)], keys_XKDPI
                         )
                 for d in range(size):
-                    values_XKBPVI[page, kv_head, d // NARROW, at // steps, d % NARROW, at % steps] = stored(
+                    values_XKBPVI[page, kv_head, d // PART, at // steps, d % PART, at % steps] = stored(
                         qkv_TN[t, np.uintp(value + d)], values_XKBPVI
                     )
         unit = fetch_add(work)
@@ -122,65 +126,85 @@ def attend(
         _block(
             qkv_TN, first, min(at_once, end - first), group, (unit - before) % kv_heads,
             plan.computed_J[span] + first - begin, plan.pages, plan.table_J[span], shape, window,
-            softcap, keys_XKDPI, values_XKBPVI, mixed_TN, space.queries_SRD[thread], space.scores_SRP[thread],
-            space.mixed_SRD[thread], space.peaks_SR[thread], space.totals_SR[thread],
+            softcap, keys_XKDPI, values_XKBPVI, mixed_TN, space.keys_S2I[thread], space.values_S2I[thread],
+            space.queries_SRD[thread], space.scores_SRP[thread], space.mixed_SRD[thread],
+            space.peaks_SR[thread], space.totals_SR[thread],
         )  # fmt: skip
         unit = fetch_add(work)
 
 
 @part()
+def _find(pages, first, last, filled, keys, key_page, values, value_page, value_part, keys_I, values_I):
+    """Write the addresses of parts of keys and values in pages `first` on, the last one's in place of any
+    after it."""
+    parts = filled // PART
+    for i in range(len(keys_I)):
+        page = pages[min(first + i // parts, last)]
+        keys_I[i] = keys + page * key_page + i % parts * PART * ITEM
+    for i in range(len(values_I)):
+        page = pages[min(first + i // PARTS, last)]
+        values_I[i] = values + page * value_page + i % PARTS * value_part
+
+
+@part()
 def _block(
     qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, softcap, keys_XKDPI,
-    values_XKBPVI, mixed_TN, q_RD, scores_RP, mixed_RD, peak_R, total_R,
+    values_XKBPVI, mixed_TN, keys_2I, values_2I, q_RD, scores_RP, mixed_RD, peak_R, total_R,
 ):  # fmt: skip
     """Tokens first, first + 1, ..., at `position` and after it, with the heads of one group."""
     size, rows = shape.head_dim, count * group
-    filled = (shape.page + NARROW - 1) // NARROW * NARROW  # scores of a page; those behind it do not count
+    filled = (shape.page + PART - 1) // PART * PART  # scores of a page; those behind it do not count
     # of a position the numbers that lie together, one float32 or two bfloat16, take ITEM bytes
     item, positions = keys_XKDPI.itemsize, values_XKBPVI.shape[3] * values_XKBPVI.shape[5]
-    key_row = keys_XKDPI.shape[3] * item
+    by = x_item(keys_XKDPI.dtype)  # bytes of a number that they are multiplied by
+    key_row, value_row, value_part = keys_XKDPI.shape[3] * item, PART * item, positions * PART * item
     # a literal has a type of its own, for which functions would be compiled again
     no, yes = np.int64(0), np.int64(1)
-    row, at_once = scores_RP.shape[1] * ITEM, scores_RP.shape[1] // filled
-    key_bytes, value_bytes = size * key_row, size * positions * item  # of a head in a page
+    row, mixed_row, at_once = scores_RP.shape[1] * ITEM, mixed_RD.shape[1] * ITEM, max(SPAN // filled, 1)
+    key_bytes, value_bytes = size * key_row, values_XKBPVI.shape[2] * value_part  # of a head in a page
+    key_page, value_page = shape.kv_heads * key_bytes, shape.kv_heads * value_bytes
     keys, values = address(keys_XKDPI) + kv_head * key_bytes, address(values_XKBPVI) + kv_head * value_bytes
+    scores, mixed = address(scores_RP), address(mixed_RD)
     for t in range(count):
         for g in range(group):
             at, r = (kv_head * group + g) * size, t * group + g
             peak_R[r], total_R[r] = -np.inf, 0
             for d in range(size):
                 q_RD[r, d], mixed_RD[r, d] = qkv_TN[first + t, at + d], 0
+            if by == 2:
+                for d in range(0, size, LANES):
+                    narrow(address(q_RD[r]) + d * ITEM, address(q_RD[r]) + d * by)
     last = (position + count - 1) // shape.page
     begin = max(0, position + 1 - window) // shape.page // at_once * at_once if window else 0
+    here, there, end_of_pages = 0, 1, table + last
+    _find(pages, table + begin, end_of_pages, filled, keys, key_page, values, value_page, value_part,
+          keys_2I[here], values_2I[here])  # fmt: skip
     while begin <= last:
         end = min(begin + at_once, last + 1)
-        for page in range(begin, end):
-            here, following = pages[table + page], pages[table + min(page + PREFETCH_PAGES, last)]
-            ask = keys + following * shape.kv_heads * key_bytes
-            to = address(scores_RP) + (page - begin) * filled * ITEM
-            for p in range(0, filled * ITEM, NARROW * ITEM):
-                ask = multiply_narrow(
-                    rows, keys_XKDPI.dtype, address(q_RD), size * ITEM,
-                    keys + here * shape.kv_heads * key_bytes + p, key_row, size, to + p, row, no, no, no,
-                    no, ask, ask + key_bytes,
-                )  # fmt: skip
+        following = here
+        if end <= last:
+            following = there
+            _find(pages, table + end, end_of_pages, filled, keys, key_page, values, value_page, value_part,
+                  keys_2I[following], values_2I[following])  # fmt: skip
+        for p in range(0, (end - begin) * filled // PART, PARTS):
+            multiply_paged(
+                rows, keys_XKDPI.dtype, address(q_RD), size * ITEM, no, address(keys_2I[here]) + p * ADDRESS,
+                no, yes, key_row, size, scores + p * PART * ITEM, row, no,
+                address(keys_2I[following]) + p * ADDRESS,
+            )  # fmt: skip
         for r in range(rows):
             own = position + r // group
             _softmax(
-                scores_RP, r, begin, end, filled, shape.page, own, window, softcap, peak_R, total_R, mixed_RD
+                scores_RP, r, begin, end, filled, shape.page, own, window, softcap, peak_R, total_R, mixed_RD,
+                by,
             )  # fmt: skip
-        for page in range(begin, end):
-            here, following = pages[table + page], pages[table + min(page + PREFETCH_PAGES, last)]
-            ask = values + following * shape.kv_heads * value_bytes
-            weights = address(scores_RP) + (page - begin) * filled * ITEM
-            for b in range(size // NARROW):
-                ask = multiply_narrow(
-                    rows, values_XKBPVI.dtype, weights, row,
-                    values + here * shape.kv_heads * value_bytes + b * positions * NARROW * item,
-                    NARROW * item, positions, address(mixed_RD) + b * NARROW * ITEM, size * ITEM, no, no, no,
-                    yes, ask, ask + value_bytes,
-                )  # fmt: skip
-        begin = end
+        for b in range(0, values_XKBPVI.shape[2], PARTS):
+            multiply_paged(
+                rows, values_XKBPVI.dtype, scores, row, filled * by, address(values_2I[here]), b * value_part,
+                end - begin, value_row, positions, mixed + b * PART * ITEM, mixed_row, yes,
+                address(values_2I[following]),
+            )  # fmt: skip
+        begin, here, there = end, there, here
     for t in range(count):
         for g in range(group):
             at, r = (kv_head * group + g) * size, t * group + g
@@ -191,25 +215,25 @@ def _block(
 
 @part()
 def _softmax(
-    scores_RP, r, first, end, filled, page_size, own, window, softcap, peak_R, total_R, mixed_RD
+    scores_RP, r, first, end, filled, page_size, own, window, softcap, peak_R, total_R, mixed_RD, by
 ):  # fmt: skip
-    """Turn a row's scores of pages first to end into weights, 0 where it does not look; keep up what came
-    before."""
-    dim, peak = mixed_RD.shape[1], peak_R[r]
-    scores, mixed = address(scores_RP) + r * scores_RP.shape[1] * ITEM, address(mixed_RD) + r * dim * ITEM
-    size = (end - first) * filled
+    """Turn a row's scores of pages first to end into weights, `by` bytes each, 0 where it does not look; keep
+    up what came before."""
+    size, mixed = (end - first) * filled, address(mixed_RD[r])
+    scores = address(scores_RP[r])
+    behind = scores + size * ITEM
     if softcap > 0:
         for p in range(0, size, LANES):
             soft_cap(scores + p * ITEM, softcap)
-    for page in range(first, end):  # what lies beyond its own position, before its window, or behind the page
-        at, hidden = (page - first) * filled, own - window + 1 - page * page_size if window else 0
-        for p in range(at, at + min(max(hidden, 0), filled)):
-            scores_RP[r, p] = -np.inf
-        for p in range(at + max(0, min(own + 1 - page * page_size, page_size)), at + filled):
-            scores_RP[r, p] = -np.inf
-    for p in range(0, size, NARROW):
-        most = vector_max(scores + p * ITEM)
-        peak = most if most > peak else peak
+    if window or filled > page_size or own + 1 < end * page_size:
+        for page in range(first, end):  # beyond its own position, before its window, or behind the page
+            at, hidden = (page - first) * filled, own - window + 1 - page * page_size if window else 0
+            for p in range(at, at + min(max(hidden, 0), filled)):
+                scores_RP[r, p] = -np.inf
+            for p in range(at + max(0, min(own + 1 - page * page_size, page_size)), at + filled):
+                scores_RP[r, p] = -np.inf
+    most = vector_max(scores, behind)
+    peak = most if most > peak_R[r] else peak_R[r]
     if peak == -np.inf:  # not one of them so far
         for p in range(size):
             scores_RP[r, p] = 0
@@ -218,7 +242,8 @@ def _softmax(
         kept = exp(peak_R[r] - peak)
         peak_R[r] = peak
         total_R[r] *= kept
-        for d in range(0, dim, NARROW):
-            rescale(mixed + d * ITEM, kept)
-    for p in range(0, size, NARROW):
-        total_R[r] += exp_minus_max_sum(scores + p * ITEM, peak)
+        rescale(mixed, mixed + mixed_RD.shape[1] * ITEM, kept)
+    total_R[r] += exp_minus_max_sum(scores, behind, peak)
+    if by == 2:
+        for p in range(0, size, LANES):
+            narrow(scores + p * ITEM, scores + p * by)

@@ -44,13 +44,17 @@ there are: a row's result does not depend on its neighbours, to the last bit.
 # mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
-from engine.backends.cpu import matrix_tile
+from engine.backends.cpu import matrix_tile, paged_tile
 from engine.backends.cpu.jit import part
+from engine.backends.cpu.paged_tile import PART, emit_paged_tile
 from engine.backends.cpu.simd import (
     AVX2,
     AVX512,
@@ -65,29 +69,19 @@ from engine.backends.cpu.simd import (
     REGISTERS,
     intrinsic,
 )
-from engine.backends.cpu.tile import (
-    PAIR,
-    QUAD,
-    SIGNATURE,
-    TILED,
-    X_ITEMS,
-    X_PARTS,
-    Tile,
-    TileArguments,
-    emit_tile,
-)
+from engine.backends.cpu.tile import PAIR, QUAD, SIGNATURE, TILED, X_ITEMS, X_PARTS, Tile, emit_tile
 
 # Sums, the weights of an inner step and the numbers of a row or two share the registers. tests/test_gemm.py
 # reads the machine code of each tile, for several processors, and finds none of them on the stack.
 WIDE_TILES = {AVX2: Tile(8, 4, 3, 1), AVX512: Tile(16, 8, 3, 1), NEON: Tile(4, 7, 3, 1)}
-NARROW_TILES = {AVX2: Tile(8, 3, 2, 2), AVX512: Tile(16, 8, 1, 2), NEON: Tile(4, 3, 4, 2)}
+PAGED_TILES = {AVX2: Tile(8, 3, 2, 2), AVX512: Tile(16, 6, 2, 2), NEON: Tile(4, 3, 4, 2)}
 # Pairs of inner steps that become float32 leave registers for fewer sums.
 WIDENED_TILES = {AVX2: Tile(8, 3, 3, 1), AVX512: Tile(16, 6, 3, 1), NEON: Tile(4, 6, 3, 1)}
-NARROW_WIDENED_TILES = {AVX2: Tile(8, 2, 2, 2), AVX512: Tile(16, 8, 1, 2), NEON: Tile(4, 2, 4, 2)}
-WIDE_TILE, NARROW_TILE = WIDE_TILES[REGISTERS], NARROW_TILES[REGISTERS]
-WIDENED_TILE, NARROW_WIDENED_TILE = WIDENED_TILES[REGISTERS], NARROW_WIDENED_TILES[REGISTERS]
+PAGED_WIDENED_TILES = {AVX2: Tile(8, 2, 2, 2), AVX512: Tile(16, 5, 2, 2), NEON: Tile(4, 2, 4, 2)}
+WIDE_TILE, PAGED_TILE = WIDE_TILES[REGISTERS], PAGED_TILES[REGISTERS]
+WIDENED_TILE, PAGED_WIDENED_TILE = WIDENED_TILES[REGISTERS], PAGED_WIDENED_TILES[REGISTERS]
 WIDE = WIDE_TILE.width  # outputs of a tile of a weight: a panel's
-NARROW = NARROW_TILE.width  # outputs of a tile of keys or values, 16
+PARTS = PAGED_TILE.width // PART  # of a tile of keys or values
 # Of weights, as they are stored: float32, int8 one by one or (as uint8) in quads, or bfloat16 as 16 bits that
 # NumPy has a name for, without a sign or (for a matrix unit) with one.
 NUMBERS: dict[Any, ir.Type] = {
@@ -97,47 +91,33 @@ NUMBERS: dict[Any, ir.Type] = {
 }
 NUMBERS |= {types.uint8: QUAD} if HAS_QUAD_PRODUCTS else {}
 NUMBERS |= {types.int16: TILED} if matrix_tile.HAS_MATRIX_UNIT else {}
-# Of keys and values. What they are multiplied by, queries and a softmax's weights, stays float32.
-KV_NUMBERS: dict[Any, ir.Type] = {types.float32: F32, types.uint16: I16}
-# The tallest tile of each type of weights, and of keys or values.
+# The tallest tile of each type of weights, and of keys and values, which are float32 or bfloat16 as well.
 WIDE_TALLEST = dict.fromkeys((F32, I8, PAIR), WIDE_TILE) | {I16: WIDENED_TILE}
 WIDE_TALLEST |= {QUAD: WIDE_TILE._replace(rows=WIDE_TILE.rows // X_PARTS[QUAD])}
 WIDE_TALLEST |= {TILED: WIDE_TILE._replace(rows=2 * matrix_tile.ROWS)}
-NARROW_TALLEST = {F32: NARROW_TILE, I16: NARROW_WIDENED_TILE}
+PAGED_TALLEST = {F32: PAGED_TILE, PAIR: PAGED_TILE, I16: PAGED_WIDENED_TILE}
 
 
-def _tile_function(module: ir.Module, tile: Tile, number: ir.Type) -> ir.Function:
+def _tile_function(
+    module: ir.Module, name: str, kind: ir.FunctionType, emit: Callable[[ir.Function], None]
+) -> ir.Function:
     """Return a module's function of a tile, written where it is not there yet.
 
     It is not inlined: the registers of its loop are its own.
     """
-    name = tile.name(number)
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, matrix_tile.SIGNATURE if number == TILED else SIGNATURE, name)
+    function = ir.Function(module, kind, name)
     function.linkage = "internal"
     function.attributes.add("noinline")
-    if number == TILED:
-        matrix_tile.emit_matrix_tile(function, tile)
-    else:
-        emit_tile(function, tile, number)
+    emit(function)
     return function
 
 
-def x_item_of(kind: types.Type) -> int:
-    """Return the bytes of a number of x in products of weights of a type, as Numba names it: 4 is float32, 2
-    bfloat16, 1 int8 in two rows."""
-    return X_ITEMS.get(NUMBERS[kind], ITEM)
-
-
-@intrinsic
-def x_item(typing, kind):
-    """Return the same, of weights of a dtype."""
-
-    def call(context, builder, signature, args):
-        return I64(x_item_of(kind.dtype))
-
-    return types.int64(kind), call
+def x_item_of(number: ir.Type) -> int:
+    """Return the bytes of a number of x in products of weights of a type: 4 is float32, 2 bfloat16, 1 int8 in
+    two rows."""
+    return X_ITEMS.get(number, ITEM)
 
 
 def _call_tiled(builder: ir.IRBuilder, tallest: Tile, rows: ir.Value, operands: list[ir.Value]) -> ir.Value:
@@ -147,7 +127,10 @@ def _call_tiled(builder: ir.IRBuilder, tallest: Tile, rows: ir.Value, operands: 
     with builder.if_else(few) as branches:
         for branch, most in zip(branches, (matrix_tile.ROWS, tallest.rows), strict=True):
             with branch:
-                function = _tile_function(builder.module, tallest._replace(rows=most), TILED)
+                tile = tallest._replace(rows=most)
+                emit = partial(matrix_tile.emit_matrix_tile, tile=tile)
+                name, kind = tile.name(TILED), matrix_tile.SIGNATURE
+                function = _tile_function(builder.module, name, kind, emit)
                 found.append((builder.call(function, [rows, *operands]), builder.block))
     prefetched = builder.phi(I64)
     for value, block in found:
@@ -155,86 +138,103 @@ def _call_tiled(builder: ir.IRBuilder, tallest: Tile, rows: ir.Value, operands: 
     return prefetched
 
 
-def _call_by_rows(numbers: dict[Any, ir.Type], tallest: dict[ir.Type, Tile]) -> Any:
-    """Return a function of (rows, dtype of w, TileArguments) -> bytes prefetched, for 1 to a tallest tile's
-    rows."""
+def _call_by_rows(tallest: dict[ir.Type, Tile], kind: ir.FunctionType, emit: Any) -> Any:
+    """Return a function of (rows, dtype of w, arguments of a tile), for 1 to a tallest tile's rows.
+
+    Args:
+        kind, emit: of the tiles' functions, and what writes their bodies.
+    """
+    result = types.void if isinstance(kind.return_type, ir.VoidType) else types.int64
 
     @intrinsic
-    def tile(
-        typing, rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, row_starts, scales, add,
-        ahead, tiles,
-    ):  # fmt: skip
+    def tile(typing, rows, dtype, arguments):
         def call(context, builder, signature, args):
-            number = numbers[kind.dtype]
-            most = tallest[number]
+            number = NUMBERS[dtype.dtype]
+            most, operands = tallest[number], cgutils.unpack_tuple(builder, args[2])
             if number == TILED:
-                return _call_tiled(builder, most, args[0], args[2:])
+                return _call_tiled(builder, most, args[0], operands)
             never, after = (builder.append_basic_block(name) for name in ("never", "after"))
             switch = builder.switch(args[0], never)
             builder.position_at_end(never)
             builder.unreachable()
-            builder.position_at_end(after)
-            prefetched = builder.phi(I64)
+            found = []
             for count in range(1, most.rows + 1):
                 shape = most._replace(rows=count)
-                function = _tile_function(builder.module, shape, number)
+                write = partial(emit, tile=shape, number=number)
+                function = _tile_function(builder.module, shape.name(number), kind, write)
                 block = builder.append_basic_block(function.name)
                 switch.add_case(count, block)
                 builder.position_at_end(block)
-                prefetched.add_incoming(builder.call(function, args[2:]), block)
+                found.append((builder.call(function, operands), block))
                 builder.branch(after)
             builder.position_at_end(after)
-            return prefetched
+            if result == types.void:
+                return context.get_dummy_value()
+            value = builder.phi(I64)
+            for made, block in found:
+                value.add_incoming(made, block)
+            return value
 
-        return types.int64(types.int64, kind, *[types.int64] * len(TileArguments._fields)), call
+        return result(types.int64, dtype, arguments), call
 
     return tile
 
 
-def _multiply(numbers: dict[Any, ir.Type], tallest: dict[ir.Type, Tile]) -> Any:
-    """Return a function of (rows, dtype of w, TileArguments but the last two, ahead, end) -> ahead.
+def _constant(of: Callable[[ir.Type], int]) -> Any:
+    """Return a function of a dtype of weights, whose value is known when it is compiled."""
 
-    It divides rows evenly among as few tiles as possible: a tile of one row reads as many weights as one of
+    @intrinsic
+    def constant(typing, dtype):
+        def call(context, builder, signature, args):
+            return I64(of(NUMBERS[dtype.dtype]))
+
+        return types.int64(dtype), call
+
+    return constant
+
+
+_wide = _call_by_rows(WIDE_TALLEST, SIGNATURE, emit_tile)
+_wide_rows = _constant(lambda number: WIDE_TALLEST[number].rows)
+_x_parts = _constant(lambda number: X_PARTS.get(number, 1))
+_paged = _call_by_rows(PAGED_TALLEST, paged_tile.SIGNATURE, emit_paged_tile)
+_paged_rows = _constant(lambda number: PAGED_TALLEST[number].rows)
+x_item = _constant(x_item_of)
+
+
+@part()
+def multiply_wide(
+    rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, row_starts, scales, add, ahead, end
+):  # fmt: skip
+    """Multiply rows by a slice of a panel: TileArguments but the last two. Return what is still `ahead`.
+
+    Rows are divided evenly among as few tiles as possible: a tile of one row reads as many weights as one of
     many. Each tile prefetches on from where the one before it stopped, until `end`.
     """
-    tile = _call_by_rows(numbers, tallest)
-
-    @intrinsic
-    def most_rows(typing, kind):
-        def call(context, builder, signature, args):
-            return I64(tallest[numbers[kind.dtype]].rows)
-
-        return types.int64(kind), call
-
-    @intrinsic
-    def x_parts(typing, kind):
-        def call(context, builder, signature, args):
-            return I64(X_PARTS.get(numbers[kind.dtype], 1))
-
-        return types.int64(kind), call
-
-    @part()
-    def multiply(
-        rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, row_starts, scales, add, ahead, end
-    ):  # fmt: skip
-        scale_bytes, parts = ITEM if row_scales != 0 else 0, x_parts(kind)
-        height = most_rows(kind)
-        tiles = (rows + height - 1) // height
-        lower = rows // max(tiles, 1)
-        higher_tiles = rows - lower * tiles  # they have one row more
-        for index in range(tiles):
-            count = lower + 1 if index < higher_tiles else lower
-            line = ahead if ahead < end else w  # to ask for what is there already costs nothing
-            ahead += tile(
-                count, kind, x, x_row, w, w_row, size, out, out_row, row_scales, row_starts, scales, add,
-                line, tiles,
-            )  # fmt: skip
-            x, out = x + count * parts * x_row, out + count * out_row
-            row_scales, row_starts = row_scales + count * scale_bytes, row_starts + count * parts * ITEM
-        return ahead
-
-    return multiply
+    scale_bytes, parts, height = ITEM if row_scales != 0 else 0, _x_parts(kind), _wide_rows(kind)
+    tiles = (rows + height - 1) // height
+    lower = rows // max(tiles, 1)
+    higher_tiles = rows - lower * tiles  # they have one row more
+    for index in range(tiles):
+        count = lower + 1 if index < higher_tiles else lower
+        line = ahead if ahead < end else w  # to ask for what is there already costs nothing
+        ahead += _wide(
+            count,
+            kind,
+            (x, x_row, w, w_row, size, out, out_row, row_scales, row_starts, scales, add, line, tiles),
+        )
+        x, out = x + count * parts * x_row, out + count * out_row
+        row_scales, row_starts = row_scales + count * scale_bytes, row_starts + count * parts * ITEM
+    return ahead
 
 
-multiply_wide = _multiply(NUMBERS, WIDE_TALLEST)
-multiply_narrow = _multiply(KV_NUMBERS, NARROW_TALLEST)
+@part()
+def multiply_paged(rows, kind, x, x_row, x_page, pages, offset, count, w_row, size, out, out_row, add, ahead):
+    """Multiply rows by parts of pages: PagedArguments. The first tile of rows prefetches for all of them."""
+    height = _paged_rows(kind)
+    tiles = (rows + height - 1) // height
+    lower = rows // max(tiles, 1)
+    higher_tiles = rows - lower * tiles
+    for index in range(tiles):
+        taken = lower + 1 if index < higher_tiles else lower
+        _paged(taken, kind, (x, x_row, x_page, pages, offset, count, w_row, size, out, out_row, add, ahead))
+        x, out, ahead = x + taken * x_row, out + taken * out_row, pages

@@ -18,8 +18,9 @@ from engine.backends.cpu import VECTOR
 from engine.backends.cpu.attention import QUERIES, SPAN, Heads
 from engine.backends.cpu.fold import filled, shape_of, weights_of
 from engine.backends.cpu.forward import PHASES_PER_LAYER, Panels, Plan, Space, forward
-from engine.backends.cpu.gemm import NARROW, NUMBERS, WIDE, x_item_of
+from engine.backends.cpu.gemm import NUMBERS, PARTS, WIDE, x_item_of
 from engine.backends.cpu.matrix_tile import HAS_MATRIX_UNIT, STEPS
+from engine.backends.cpu.paged_tile import PART
 from engine.backends.cpu.simd import HAS_QUAD_PRODUCTS, ITEM
 from engine.backends.cpu.threads import team
 from engine.backends.cpu.tile import K_STREAMS, QUAD, X_PARTS, ZERO_BYTE
@@ -53,12 +54,16 @@ class CompiledDecoder(Backend):
     def use(self, threads: int) -> None:
         """Divide steps among so many threads."""
         self._team, size = team(threads), self.shape.head_dim
-        filled_page = -(-self._page_size // NARROW) * NARROW
+        page_parts = -(-self._page_size // PART)
+        pages = max(SPAN // PART // page_parts, 1)  # of a span
         rows = max(QUERIES, self.shape.heads // self.shape.kv_heads)
+        parts = -(-pages * page_parts // PARTS) * PARTS  # of keys: whole tiles
         self._heads = Heads(
+            keys_S2I=np.zeros((threads, 2, parts), np.int64),
+            values_S2I=np.zeros((threads, 2, pages * PARTS), np.int64),
             queries_SRD=_room(threads, rows, size),
-            scores_SRP=_room(threads, rows, max(SPAN // filled_page, 1) * filled_page),
-            mixed_SRD=_room(threads, rows, size),
+            scores_SRP=_room(threads, rows, parts * PART),
+            mixed_SRD=_room(threads, rows, -(-size // (PARTS * PART)) * PARTS * PART),
             peaks_SR=_room(threads, rows),
             totals_SR=_room(threads, rows),
         )
@@ -87,18 +92,21 @@ class CompiledDecoder(Backend):
     def allocate_kv(self, pages: int) -> None:
         """Make room for the keys and values of so many pages, all of them zero; in bfloat16 if weights are.
 
-        Vectors of keys are read beyond the end of a page, and several positions of values at a time: what
-        lies there does not count, but must be memory of this store, and in values zero. In bfloat16, pairs of
+        Vectors of keys are read beyond the end of a page, several positions of values at a time, and values
+        of more dimensions than there are: what lies there does not count, but must be memory of this store,
+        and in values of positions zero. In bfloat16, pairs of
         a key's dimensions lie together, and of values those of two positions: the inner steps of products.
         """
-        shape = self.shape.layers, pages, self.shape.kv_heads
+        heads = self.shape.layers, pages, self.shape.kv_heads
         dim, size = self.shape.head_dim, self._page_size
         like, steps = torch.empty(0, dtype=self._kv_dtype), ITEM // self._kv_dtype.itemsize
-        count, read = math.prod(shape) * dim * size, K_STREAMS * steps
-        keys = zeros((count + NARROW * steps,), like).numpy()
-        self.keys_LXKDPI = keys[:count].reshape(*shape, dim // steps, size, steps)
-        positions = -(-size // read) * read // steps
-        self.values_LXKBPVI = zeros((*shape, dim // NARROW, positions, NARROW, steps), like).numpy()
+        count, read = math.prod(heads) * dim * size, K_STREAMS * steps
+        keys = zeros((count + PART * steps,), like).numpy()
+        self.keys_LXKDPI = keys[:count].reshape(*heads, dim // steps, size, steps)
+        shape = *heads, dim // PART, -(-size // read) * read // steps, PART, steps
+        count = math.prod(shape)
+        values = zeros((count + (PARTS - 1) * math.prod(shape[4:]),), like).numpy()
+        self.values_LXKBPVI = values[:count].reshape(shape)
 
     @property
     def page_bytes(self) -> int:
@@ -155,7 +163,7 @@ class CompiledDecoder(Backend):
     def _rows_made(self) -> tuple[int, int, int]:
         """Return the slices, rows and bytes of a row that a thread makes for products: see x_rows.Own."""
         kind, longest = from_dtype(self.weights.qkv.numbers.dtype), filled(max(self._inner_sizes))
-        item, parts = x_item_of(kind), X_PARTS.get(NUMBERS[kind], 1)
+        item, parts = x_item_of(NUMBERS[kind]), X_PARTS.get(NUMBERS[kind], 1)
         return (-(-longest // BLOCK_DEPTH), parts * BLOCK_ROWS, item * longest) if item < ITEM else (0, 0, 0)
 
     def _rope_angles(self, positions_T: np.ndarray) -> np.ndarray:

@@ -115,14 +115,9 @@ def emit_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
     sums = dict(carried_sums)
     for stream in range(K_STREAMS):
         first_i = b.mul(iterations, I64(stream))
-        steps = t.load_weights(b.add(w_k, b.mul(first_i, t.bytes_of_steps(args.w_row))))
-        x_k = b.mul(b.add(i, first_i), t.bytes_of_steps(I64(t.x_item)))
-        for step, w_vectors in enumerate(steps):
-            for p, address in enumerate(t.row_addresses(b.add(x_k, I64(t.x_item * step)))):
-                x_rk = t.broadcast_x(address)
-                for v in range(tile.vectors):
-                    key = stream % tile.chains, p, v
-                    sums[key] = t.multiply_add(x_rk, w_vectors[v], sums[key])
+        w = b.add(w_k, b.mul(first_i, t.bytes_of_steps(args.w_row)))
+        x = b.add(args.x, b.mul(b.add(i, first_i), t.bytes_of_steps(I64(t.x_item))))
+        t.multiply(stream, x, [w], sums)
     t.prefetch(line)
     next_i, next_w = b.add(i, I64(1)), b.add(w_k, t.bytes_of_steps(args.w_row))
     following = [(i, next_i), (w_k, next_w), (line, b.add(line, pace))]
@@ -163,15 +158,30 @@ class TileWriter(Vectors):
         """Return how many bytes it is from what is loaded at a time to the next, `one` for an inner step."""
         return self.b.mul(one, I64(self.steps))
 
-    def load_weights(self, address: ir.Value) -> list[list[ir.Value]]:
+    def multiply(
+        self, stream: int, x: ir.Value, parts: list[ir.Value], sums: dict[tuple[int, int, int], ir.Value]
+    ) -> None:
+        """Add the products of what is loaded at a time to the sums of a stream.
+
+        Args:
+            x: address of the first row's numbers.
+            parts: addresses of the weights, each of an equal share of the tile's width.
+        """
+        for step, w_vectors in enumerate(self._load_weights(parts)):
+            for p, address in enumerate(self._row_addresses(self.b.add(x, I64(self.x_item * step)))):
+                x_rk = self._broadcast_x(address)
+                for v, w in enumerate(w_vectors):
+                    key = stream % self.tile.chains, p, v
+                    sums[key] = self._multiply_add(x_rk, w, sums[key])
+
+    def _load_weights(self, parts: list[ir.Value]) -> list[list[ir.Value]]:
         """Load the vectors of w[k, :], and of w[k + 1, :] where they lie in pairs, as float32; or pairs."""
         stored = {F32: self.kind, I8: ir.VectorType(I8, self.count)}
         kind = stored.get(self.number, self._ints)
         size, align = self._item * self.steps * self.count, 1 if self.number == I8 else ITEM
-        offsets = (I64(size * v) for v in range(self.tile.vectors))
-        vectors = [
-            self._as_numbers(self.load(self.b.add(address, offset), kind, align)) for offset in offsets
-        ]
+        offsets = [I64(size * v) for v in range(self.tile.vectors // len(parts))]
+        places = [self.b.add(address, offset) for address in parts for offset in offsets]
+        vectors = [self._as_numbers(self.load(place, kind, align)) for place in places]
         return [list(step) for step in zip(*vectors, strict=True)]
 
     def _as_numbers(self, bits: ir.Value) -> list[ir.Value]:
@@ -185,8 +195,8 @@ class TileWriter(Vectors):
         by, upper = (ir.Constant(bits.type, [number] * self.count) for number in (16, 0xFFFF0000))
         return [self.b.bitcast(half, self.kind) for half in (self.b.shl(bits, by), self.b.and_(bits, upper))]
 
-    def row_addresses(self, past: ir.Value) -> Iterator[ir.Value]:
-        """Yield the address of each row's number, `past` bytes from the beginning of the row.
+    def _row_addresses(self, first: ir.Value) -> Iterator[ir.Value]:
+        """Yield the address of each row's number, from that of the first row on.
 
         LLVM would keep the address of every row in both streams. x86 has 16 registers for them: it would run
         out, order the loop for their sake, and put sums on the stack. So on x86 it can't see how an address
@@ -194,25 +204,28 @@ class TileWriter(Vectors):
         """
         b, args, rows = self.b, self.args, self._x_rows
         if self.count == NEON.lanes:
-            yield from (b.add(b.add(args.x, b.mul(args.x_row, I64(r))), past) for r in range(rows))
+            yield from (b.add(first, b.mul(args.x_row, I64(r))) for r in range(rows))
             return
-        first = b.add(args.x, past)
         for r in range(0, rows, 3):
             if r > 0:
                 first = b.add(first, b.mul(args.x_row, I64(3)))
-            first = b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [first], False)
+            first = self.opaque(first)
             for more in range(min(3, rows - r)):
                 yield b.add(first, b.mul(args.x_row, I64(more)))
+
+    def opaque(self, value: ir.Value) -> ir.Value:
+        """Return a value of which LLVM does not know that it is this one."""
+        return self.b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [value], False)
 
     def broadcast_from(self, address: ir.Value) -> ir.Value:
         return self.broadcast(self.load(address, F32))
 
-    def broadcast_x(self, address: ir.Value) -> ir.Value:
+    def _broadcast_x(self, address: ir.Value) -> ir.Value:
         """Load a row's number, or its two of a pair or four of a quad, for each output."""
         x = self.broadcast_from(address)
         return self.b.bitcast(x, {PAIR: self._pairs, QUAD: self._ints}.get(self.number, self.kind))
 
-    def multiply_add(self, x: ir.Value, w: ir.Value, total: ir.Value) -> ir.Value:
+    def _multiply_add(self, x: ir.Value, w: ir.Value, total: ir.Value) -> ir.Value:
         if self.number == PAIR:
             return self._x86("avx512bf16.dpbf16ps", total, x, w)
         if self.number == QUAD:  # the second factor is the one with a sign

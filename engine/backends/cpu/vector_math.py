@@ -11,9 +11,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from engine.backends.cpu.gemm import NARROW
 from engine.backends.cpu.jit import part
-from engine.backends.cpu.simd import F32, I8, I16, I32, I64, LANES, Vectors, intrinsic
+from engine.backends.cpu.paged_tile import PART
+from engine.backends.cpu.simd import F32, I8, I16, I32, I64, ITEM, LANES, Loop, Vectors, intrinsic
 from engine.backends.cpu.tile import HIGH_STEP
 
 HIGH_BITS = HIGH_STEP.bit_length() - 1
@@ -106,7 +106,8 @@ def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable
             return context.get_dummy_value() if value is None else value
 
         made = result(*arguments), call
-        takes = {1: lambda typing, a: made, 2: lambda typing, a, b: made, 4: lambda typing, a, b, c, d: made}
+        takes = {1: lambda typing, a: made, 2: lambda typing, a, b: made}
+        takes |= {3: lambda typing, a, b, c: made, 4: lambda typing, a, b, c, d: made}
         return intrinsic(takes[len(arguments)])
 
     return make
@@ -143,24 +144,51 @@ def exp(v: Vectors, x: ir.Value) -> ir.Value:
     return v.b.extract_element(_exp(v, v.broadcast(x)), I32(0))
 
 
-@_written(NARROW, types.float32, types.int64)
-def vector_max(v: Vectors, address: ir.Value) -> ir.Value:
-    """Return the largest of NARROW numbers; NaNs do not count."""
-    return v.reduce("fmax", v.load(address))
+def _over(
+    v: Vectors, begin: ir.Value, end: ir.Value, start: float, step: Callable[[ir.Value, ir.Value], ir.Value]
+) -> ir.Value:
+    """Write a loop over the vectors from an address to another, one at least; return what `step` makes of
+    each one's address and of what it made of the one before, from a vector of `start` on."""
+    loop = Loop(v.b)
+    place, value = loop.carry(begin), loop.carry(v.constant(start))
+    after, following = step(place, value), v.b.add(place, I64(ITEM * v.count))
+    loop.end([(place, following), (value, after)], again=v.b.icmp_signed("<", following, end))
+    return after
 
 
-@_written(NARROW, types.float32, types.int64, types.float32)
-def exp_minus_max_sum(v: Vectors, address: ir.Value, peak: ir.Value) -> ir.Value:
-    """Put e^(x - peak) in place of NARROW numbers x; return their sum."""
-    powers = _exp(v, v.b.fsub(v.load(address), v.broadcast(peak)))
-    v.store(powers, address)
-    return v.reduce("fadd", F32(0.0), powers, fast=("reassoc",))
+@_written(PART, types.float32, types.int64, types.int64)
+def vector_max(v: Vectors, begin: ir.Value, end: ir.Value) -> ir.Value:
+    """Return the largest of the numbers from an address to another, PART at a time; NaNs do not count."""
+
+    def step(at: ir.Value, most: ir.Value) -> ir.Value:
+        return v.call("maxnum", most, v.load(at))
+
+    return v.reduce("fmax", _over(v, begin, end, -math.inf, step))
 
 
-@_written(NARROW, types.void, types.int64, types.float32)
-def rescale(v: Vectors, address: ir.Value, by: ir.Value) -> None:
-    """Multiply NARROW numbers by one."""
-    v.store(v.b.fmul(v.load(address), v.broadcast(by)), address)
+@_written(PART, types.float32, types.int64, types.int64, types.float32)
+def exp_minus_max_sum(v: Vectors, begin: ir.Value, end: ir.Value, peak: ir.Value) -> ir.Value:
+    """Put e^(x - peak) in place of numbers x, PART at a time; return their sum."""
+    peaks = v.broadcast(peak)
+
+    def step(at: ir.Value, total: ir.Value) -> ir.Value:
+        powers = _exp(v, v.b.fsub(v.load(at), peaks))
+        v.store(powers, at)
+        return v.b.fadd(total, powers)
+
+    return v.reduce("fadd", F32(0.0), _over(v, begin, end, 0.0, step), fast=("reassoc",))
+
+
+@_written(PART, types.void, types.int64, types.int64, types.float32)
+def rescale(v: Vectors, begin: ir.Value, end: ir.Value, by: ir.Value) -> None:
+    """Multiply numbers by one, PART at a time."""
+    factors = v.broadcast(by)
+
+    def step(at: ir.Value, nothing: ir.Value) -> ir.Value:
+        v.store(v.b.fmul(v.load(at), factors), at)
+        return nothing
+
+    _over(v, begin, end, 0.0, step)
 
 
 @_written(LANES, types.void, types.int64, types.float32)
