@@ -100,6 +100,8 @@ def rounded(x_TM, size, eps, own):
 def own_memory(size: int) -> Own:
     slices = -(-size // BLOCK_DEPTH)
     return Own(
+        0,
+        1,
         np.full(64, np.nan, np.float32),
         np.zeros((slices, 128), np.int32),
         np.zeros((128, size + 16), np.int8),

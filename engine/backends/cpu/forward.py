@@ -27,6 +27,7 @@ from engine.backends.cpu.linear import (
     Gate,
     Panels,
     Store,
+    first_place,
     gated_product,
     layer_of,
     linear_product,
@@ -140,17 +141,30 @@ def _keep_wanted(wanted_R, rows_TN):
 
 
 @part()
+def _first_places(weights, shape, layer, thread):
+    """Return where the panels lie that a thread begins the products with that follow those of queries, keys
+    and values, of attention's output, of gates and values, and of the MLP's output of a layer."""
+    out = first_place(layer_of(weights.out, weights.out_bias_LM, layer), 1, thread)
+    gate_up = first_place(layer_of(weights.gate_up, weights.gate_up_bias_LN, layer), 2, thread)
+    down = first_place(layer_of(weights.down, weights.down_bias_LM, layer), 1, thread)
+    after = first_place(layer_of(weights.head, weights.head_bias_LV, np.int64(0)), 1, thread)
+    if layer < shape.layers - 1:
+        after = first_place(layer_of(weights.qkv, weights.qkv_bias_LN, layer + 1), 1, thread)
+    return (gate_up, down, out, after) if shape.parallel else (out, gate_up, down, after)
+
+
+@part()
 def _add_product(
-    work, arrivals, arrived, thread, threads, rows, x_TN, size, linear, shape, after_M, after_eps, own,
-    space,
+    work, arrivals, arrived, rows, x_TN, size, linear, following, shape, after_M, after_eps, own, space
 ):  # fmt: skip
     """Add x by a linear layer to the residual stream, by way of a norm where the model has one there."""
     after = len(after_M) > 0
     target = Store(space.added_TM if after else space.x_TM, OVERWRITE if after else ACCUMULATE, NO_SOFTCAP)
-    linear_product(work, rows, x_TN, size, NO_NORM, linear, own, target)
+    linear_product(work, rows, x_TN, size, NO_NORM, linear, following, own, target)
+    threads = own.threads
     arrived = barrier(arrivals, arrived + threads)
     if after:
-        begin, end = rows * thread // threads, rows * (thread + 1) // threads
+        begin, end = rows * own.thread // threads, rows * (own.thread + 1) // threads
         add_norm(space.added_TM, begin, end, shape.width, after_eps, after_M, space.x_TM)
         arrived = barrier(arrivals, arrived + threads)
     return arrived
@@ -166,7 +180,7 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
     begin_together(thread, start)
     x_TM, qkv_TN, mixed_TN, inner_TF = space.x_TM, space.qkv_TN, space.mixed_TN, space.inner_TF
     width, rows, wanted_R = shape.width, len(plan.ids_T), plan.wanted_R
-    own = Own(space.factors_ST[thread], space.starts_SZU[thread], space.rows_SUY[thread])
+    own = Own(thread, threads, space.factors_ST[thread], space.starts_SZU[thread], space.rows_SUY[thread])
     both_2TW = space.both_S2TW[thread]
     arrivals = address(space.counts)
     work = arrivals + CACHE_LINE  # the counters of a layer's phases
@@ -175,8 +189,9 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
     for layer in range(shape.layers):
         keys_XKDPI, values_XKBPVI = keys_LXKDPI[layer], values_LXKBPVI[layer]
         qkv = layer_of(weights.qkv, weights.qkv_bias_LN, layer)
+        after_qkv, after_out, after_gate_up, after_down = _first_places(weights, shape, layer, thread)
         target = Store(qkv_TN, OVERWRITE, NO_SOFTCAP)
-        linear_product(work + QKV, rows, x_TM, width, shape.eps, qkv, own, target)
+        linear_product(work + QKV, rows, x_TM, width, shape.eps, qkv, after_qkv, own, target)
         arrived = barrier(arrivals, arrived + threads)
         rope = weights.ropes_L[layer]
         apply_rope(
@@ -199,22 +214,25 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
             if order == shape.parallel:
                 out = layer_of(weights.out, weights.out_bias_LM, layer)
                 arrived = _add_product(
-                    work + OUT, arrivals, arrived, thread, threads, rows, mixed_TN,
-                    shape.heads * shape.head_dim, out, shape, weights.after_attention_LM[layer],
-                    shape.after_attention_eps, own, space,
+                    work + OUT, arrivals, arrived, rows, mixed_TN, shape.heads * shape.head_dim, out,
+                    after_out, shape, weights.after_attention_LM[layer], shape.after_attention_eps, own,
+                    space,
                 )  # fmt: skip
             else:
                 gate_up = layer_of(weights.gate_up, weights.gate_up_bias_LN, layer)
                 gate = Gate(inner_TF, both_2TW, shape.gelu)
-                gated_product(work + GATE_UP, rows, x_TM, width, shape.mlp_eps, gate_up, own, gate)
+                gated_product(
+                    work + GATE_UP, rows, x_TM, width, shape.mlp_eps, gate_up, after_gate_up, own, gate
+                )
                 arrived = barrier(arrivals, arrived + threads)
         down = layer_of(weights.down, weights.down_bias_LM, layer)
         arrived = _add_product(
-            work + DOWN, arrivals, arrived, thread, threads, rows, inner_TF, shape.inner, down, shape,
+            work + DOWN, arrivals, arrived, rows, inner_TF, shape.inner, down, after_down, shape,
             weights.after_mlp_LM[layer], shape.after_mlp_eps, own, space,
         )  # fmt: skip
         work += 8 * PHASES_PER_LAYER
-    head = layer_of(weights.head, weights.head_bias_LV, np.int64(0))
     logits = Store(space.logits_RV, OVERWRITE, np.float32(shape.logits_softcap))
-    linear_product(work, rows, x_TM, width, shape.last_eps, head, own, logits)
+    head = layer_of(weights.head, weights.head_bias_LV, np.int64(0))
+    next_step = first_place(layer_of(weights.qkv, weights.qkv_bias_LN, np.int64(0)), 1, thread)
+    linear_product(work, rows, x_TM, width, shape.last_eps, head, next_step, own, logits)
     barrier(arrivals, arrived + threads)

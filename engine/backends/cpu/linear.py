@@ -80,13 +80,26 @@ def layer_of(panels, bias_LN, layer):
 
 
 @part()
-def _multiply_panel(block, linear, panel, next_panel, out, out_row, accumulate):
-    """Write (or add) a block's product by one panel, [rows, W], and prefetch the next panel meanwhile."""
+def first_place(linear, panels_at_once, thread):
+    """Return the addresses where the panel begins and ends that a thread begins a product with."""
+    return _place(linear, min(panels_at_once * thread, len(linear.panels_CMW) - 1))
+
+
+@part()
+def _place(linear, panel):
+    """Return the addresses where a panel begins and ends."""
+    panels_CMW = linear.panels_CMW
+    size = panels_CMW.shape[1] * panels_CMW.shape[2] * panels_CMW.itemsize
+    begin = address(panels_CMW) + panel * size
+    return begin, begin + size
+
+
+@part()
+def _multiply_panel(block, linear, panel, ahead, end, out, out_row, accumulate):
+    """Write (or add) a block's product by one panel, [rows, W], and prefetch memory meanwhile."""
     panels_CMW, scales_CW = linear.panels_CMW, linear.scales_CW
     item, scales = panels_CMW.itemsize, address(scales_CW) + panel * WIDE * ITEM if len(scales_CW) else 0
-    length = block.size * WIDE * item
-    w, ahead = address(panels_CMW) + panel * length, address(panels_CMW) + next_panel * length
-    end, row_starts = ahead + length, block.row_starts
+    w, row_starts = _place(linear, panel)[0], block.row_starts
     for k in range(0, block.size, BLOCK_DEPTH):
         ahead = multiply_wide(
             block.end - block.begin, panels_CMW.dtype, block.x + k * block.item, block.x_row,
@@ -100,44 +113,44 @@ def _product(panels_at_once, write):
     """Return a part that multiplies the first `rows` of x, normed, by a linear layer.
 
     Threads share the product in units: a block of rows by a panel, or by `panels_at_once` of them. A unit is
-    computed by write(block, linear, panel, next_panel, target). A thread takes the number of its next unit
-    before it begins one, so that the one prefetches the panel of the next.
+    computed by write(block, linear, panel, ahead, end, target), which prefetches the memory from `ahead` to
+    `end`. A thread takes the number of its next unit before it begins one: so that is the next one's panel,
+    or `following` of its last unit, the panel that the thread begins the product after this one with.
     """
 
     @part()
-    def multiply(work, rows, x_TM, size, eps, linear, own, target):
+    def multiply(work, rows, x_TM, size, eps, linear, following, own, target):
         units_per_block, item = len(linear.panels_CMW) // panels_at_once, x_item(linear.panels_CMW.dtype)
         x_row = ITEM * x_TM.shape[1] if item == ITEM else own.rows_UY.shape[1]
         slice_bytes = ITEM * own.starts_ZU.shape[1]
         units = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS * units_per_block
         made, row_scales = -1, 0  # the block that is in the thread's own memory
-        unit = fetch_add(work)
+        unit = own.thread
         while unit < units:
-            next_unit = fetch_add(work)
+            next_unit = own.threads + fetch_add(work)
             index = unit // units_per_block
             begin = index * BLOCK_ROWS
             end = min(begin + BLOCK_ROWS, rows)
             if index != made:
                 made, row_scales = index, make_rows(item, x_TM, begin, end, size, eps, own)
             x = address(x_TM) + begin * x_row if item == ITEM else address(own.rows_UY)
-            write(
-                Block(begin, end, x, x_row, item, size, row_scales, address(own.starts_ZU), slice_bytes),
-                linear,
-                unit % units_per_block * panels_at_once,
-                (next_unit if next_unit < units else unit) % units_per_block * panels_at_once,
-                target,
-            )
+            if next_unit < units:
+                ahead, ahead_end = _place(linear, next_unit % units_per_block * panels_at_once)
+            else:
+                ahead, ahead_end = following
+            block = Block(begin, end, x, x_row, item, size, row_scales, address(own.starts_ZU), slice_bytes)
+            write(block, linear, unit % units_per_block * panels_at_once, ahead, ahead_end, target)
             unit = next_unit
 
     return multiply
 
 
 @part()
-def _write_sums(block, linear, panel, next_panel, target):
+def _write_sums(block, linear, panel, ahead, end, target):
     """Store out (+)= norm(x) by a panel + bias, soft-capped, for rows of a block."""
     out_TN, bias_N, out_row = target.out_TN, linear.bias_N, target.out_TN.shape[1] * ITEM
     out = address(out_TN) + block.begin * out_row + panel * WIDE * ITEM
-    _multiply_panel(block, linear, panel, next_panel, out, out_row, target.accumulate)
+    _multiply_panel(block, linear, panel, ahead, end, out, out_row, target.accumulate)
     if len(bias_N):
         for t in range(block.begin, block.end):
             for w in range(WIDE):
@@ -150,12 +163,13 @@ def _write_sums(block, linear, panel, next_panel, target):
 
 
 @part()
-def _write_gated(block, linear, panel, next_panel, target):
+def _write_gated(block, linear, panel, ahead, end, target):
     """Store out = activation(norm(x) by a panel of gates) * (norm(x) by the next panel, of values)."""
     both_2TW, bias_N, rows = target.both_2TW, linear.bias_N, block.end - block.begin
     gate, up, row = address(both_2TW[0]), address(both_2TW[1]), WIDE * ITEM
-    _multiply_panel(block, linear, panel, panel + 1, gate, row, OVERWRITE)
-    _multiply_panel(block, linear, panel + 1, next_panel, up, row, OVERWRITE)
+    values, values_end = _place(linear, panel + 1)
+    _multiply_panel(block, linear, panel, values, values_end, gate, row, OVERWRITE)
+    _multiply_panel(block, linear, panel + 1, ahead, end, up, row, OVERWRITE)
     if len(bias_N):
         for half in range(2):
             for t in range(rows):

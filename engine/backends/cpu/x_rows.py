@@ -28,8 +28,11 @@ NO_NORM = -1.0  # in place of a norm's epsilon
 
 
 class Own(NamedTuple):
-    """A thread's own memory: what it makes of a block of rows before it multiplies them."""
+    """A thread among those of a step, and its own memory: what it makes of a block of rows before it
+    multiplies them."""
 
+    thread: int
+    threads: int
     factors_T: np.ndarray  # of a norm, of a row's scale, or of both
     starts_ZU: np.ndarray  # int32: what sums of rounded numbers begin at
     rows_UY: np.ndarray  # int8: rows in bfloat16, or rounded; of no size where they are read as they are
