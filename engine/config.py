@@ -25,8 +25,9 @@ class EngineConfig:
             padded for the other two, and falls back to padded, with a warning, for a model that cannot run
             packed. (Deterministic and int8 engines are always packed.)
         device: "auto" (CUDA if there is one, else the CPU) or a torch device: "cpu", "cuda", "cuda:1".
-        dtype: "auto" (float16 on CUDA; on a CPU bfloat16 for weights that are stored in it where the
-            processor multiplies bfloat16, else float32), float64, float32, bfloat16 or float16; or "int8":
+        dtype: "auto" (float16 on CUDA; on a CPU bfloat16 for a folder or hub id whose config says so, where
+            the processor multiplies it, else float32; unlike machines answer alike in a dtype that is named),
+            float64, float32, bfloat16 or float16; or "int8":
             float32 with the weights of linear layers in int8, for models that run compiled (packed on a CPU):
             fewer bytes to read, and not quite the same model. On a CPU, bfloat16 runs compiled too, with
             sums in float32; float16 and float64 do not.

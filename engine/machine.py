@@ -72,12 +72,13 @@ def _warn_of(nodes: int) -> None:
 def limit_threads() -> None:
     """Let torch, and whoever asks it, use no more threads than there are processors for this process.
 
-    Threads wait for each other spinning: one too many takes the time of all.
+    Threads wait for each other spinning: one too many takes the time of all. Warn, once, where they may run
+    on several nodes of memory.
     """
     import torch
 
     most, nodes = processors(), memory_nodes()
-    if nodes > 1:
+    if nodes > 1 and torch.get_num_threads() > 1:
         _warn_of(nodes)
     if torch.get_num_threads() > most:
         LOG.warning("torch uses %d threads; this process may use %d processors, so %d from now on",
@@ -104,18 +105,23 @@ def placement(device: str, dtype: str) -> tuple[str, str]:
     return device, "float32" if dtype == "int8" else dtype
 
 
-def fastest_dtype(device: str, stored: str | None) -> str:
-    """Return what dtype="auto" means for weights that are stored in a dtype, or in none that is stated.
+def auto_dtype(device: str, stored: str | None) -> str:
+    """Return what dtype="auto" means on a kind of device for weights in a dtype, or in none that is stated.
 
     On a CPU, bfloat16 for weights in bfloat16, if the processor multiplies it (AVX512_BF16): nothing of them
-    is lost, and steps of every size are faster. Else float32, of which they are a part, as float16 is.
+    is lost, and compiled steps of every size are faster. Else float32, of which bfloat16 and float16 are a
+    part.
     """
-    if device.startswith("cuda"):
+    if device == "cuda":
         return "float16"
-    return "bfloat16" if stored == "bfloat16" and multiplies_bfloat16() else "float32"
+    fast = device == "cpu" and stored == "bfloat16" and multiplies_bfloat16()
+    return "bfloat16" if fast else "float32"
 
 
 def multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether the processor has an instruction for products of bfloat16, as far as Linux tells."""
+    """Return whether the processor has an instruction for products of bfloat16, as far as Linux tells.
+
+    (What is compiled goes by what Numba compiles for, and to ask that takes a moment and the whole backend.)
+    """
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     return re.search(r"^flags\s*:.*\bavx512_bf16\b", text, re.MULTILINE) is not None

@@ -17,6 +17,7 @@ from engine.models import LoadedModel
 from engine.models.attention_trace import attention_layers
 from engine.models.decoder_spec import describe
 from engine.step import Batch, Span
+from tests.pairwise import grid
 from tests.test_families import COMPILED, made
 
 NAMES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-gemma3")
@@ -24,13 +25,17 @@ TOKENS = [(31 * i) % 256 for i in range(70)]
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module, kv: torch.dtype = torch.uint16) -> tuple[CompiledDecoder, torch.Tensor]:
+def logits(
+    model: torch.nn.Module, kv: torch.dtype = torch.uint16, page: int = 16, tokens: list[int] = TOKENS
+) -> tuple[CompiledDecoder, torch.Tensor]:
     spec = describe(model, attention_layers(model))
     assert spec is not None
-    compiled = CompiledDecoder(spec, 16)
+    compiled = CompiledDecoder(spec, page)
     compiled._kv_dtype = kv
-    compiled.allocate_kv(5)
-    return compiled, compiled.logits(Batch(TOKENS, [Span(0, 70, 0, list(range(5)))], list(range(70))))
+    count, pages = len(tokens), -(-len(tokens) // page)
+    compiled.allocate_kv(pages)
+    batch = Batch(tokens, [Span(0, count, 0, list(range(pages))[::-1])], list(range(count)))
+    return compiled, compiled.logits(batch)
 
 
 def check_against_float32() -> None:
@@ -59,7 +64,11 @@ def test_logits_are_those_of_the_weights_in_float32():
 @pytest.mark.skipif(not HAS_PAIR_PRODUCTS, reason="this processor widens weights anyway")
 def test_a_processor_that_widens_weights_gives_the_logits_of_float32():
     """As Numba compiles for it when it is told to."""
-    code = "from tests.test_bfloat16 import check_against_float32; check_against_float32()"
+    code = """
+from tests.test_bfloat16 import check_against_float32, check_near_float32
+check_against_float32()
+check_near_float32("llama", 48, 300)
+"""
     env = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -68,11 +77,21 @@ def test_a_processor_that_widens_weights_gives_the_logits_of_float32():
 @pytest.mark.parametrize("name", COMPILED)
 def test_every_family_is_nearer_to_float32_than_the_model_itself(name):
     """Though a norm's scale is folded into its product's weights, and they are rounded."""
-    model = made(*COMPILED[name]).bfloat16()
+    check_near_float32(name, 16, 70)
+
+
+@pytest.mark.parametrize(("name", "page"), grid(["llama", "gemma3"], [5, 16, 48, 128]))
+def test_a_long_text_is_nearer_to_float32_than_the_model_itself(name, page):
+    """Its pages are several stretches, of which a softmax is put together."""
+    check_near_float32(name, page, 300)
+
+
+def check_near_float32(name: str, page: int, count: int) -> None:
+    model, tokens = made(*COMPILED[name]).bfloat16(), [(31 * i) % 256 for i in range(count)]
     with torch.no_grad():
-        expected = copy.deepcopy(model).float()(torch.tensor([TOKENS])).logits[0]
-        own = model(torch.tensor([TOKENS])).logits[0].float()
-        _, found = logits(model)
+        expected = copy.deepcopy(model).float()(torch.tensor([tokens])).logits[0]
+        own = model(torch.tensor([tokens])).logits[0].float()
+        _, found = logits(model, page=page, tokens=tokens)
     off, own_off = ((x - expected).norm() / expected.norm() for x in (found, own))
     assert float(off) <= 1.2 * float(own_off)
 
@@ -82,7 +101,7 @@ def test_every_family_is_nearer_to_float32_than_the_model_itself(name):
 def test_batched_equals_unbatched_to_the_bit(tiny, name, policy):
     loaded: LoadedModel = tiny(name, "bfloat16").loaded
     items = make_workload("mixed-12", vocab_size=256, seed=1).items
-    prompts = [item.prompt[:60] for item in items]
+    prompts = [(3 * item.prompt)[: 60 + 40 * i] for i, item in enumerate(items)]
     params = SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=3)
 
     def run(chosen, **options):

@@ -228,10 +228,12 @@ def test_processors_on_several_nodes_of_memory_are_warned_of_once(
 ) -> None:
     files = {f"sys/devices/system/node/node{i}/cpulist": text for i, text in enumerate(lists)}
     root = tree([], [], dict(files))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: bound)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: bound, raising=False)
     assert machine.memory_nodes(root) == nodes
     monkeypatch.setattr(machine, "memory_nodes", lambda: nodes)
     machine._warn_of.cache_clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(machine, "processors", lambda: 2)
     machine.limit_threads()
     machine.limit_threads()
     assert sum("nodes of memory" in line for line in caplog.messages) == (nodes > 1)

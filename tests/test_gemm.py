@@ -56,8 +56,8 @@ def compiled(triple: str, processor: str, shapes: list[tuple[Tile, ir.Type]]) ->
         if shape.chains == 1:
             emit_tile(ir.Function(module, SIGNATURE, shape.name(number)), shape, number)
         else:  # of keys and values
-            kind = paged_tile.SIGNATURE
-            emit_paged_tile(ir.Function(module, kind, shape.name(number)), shape, number)
+            name, called = paged_tile.PREFIX + shape.name(number), paged_tile.SIGNATURE
+            emit_paged_tile(ir.Function(module, called, name), shape, number)
     return machine_code(triple, processor, module)
 
 
@@ -84,7 +84,7 @@ def functions(assembly: str) -> dict[str, list[str]]:
     lines: list[str] = []
     for commented in assembly.splitlines():
         line = " ".join(re.sub(r"(#+ |//).*", "", commented).split())
-        if label := re.match(r"_?(tile_\w+):$", line):
+        if label := re.match(rf"_?(?:{paged_tile.PREFIX})?(tile_\w+):$", line):
             lines = found[label[1]] = []
         elif re.match(r"(?!\.?L)\S+:$", line):  # another function, or data
             lines = []
@@ -121,8 +121,11 @@ def stack_traffic(lines: list[str]) -> list[str]:
 
 
 def check(lines: list[str], registers: Registers, shape: Tile, number: ir.Type = F32) -> None:
-    """A tile's loop touches no stack, and its sums are whole vectors, each once an iteration."""
+    """A tile's loop touches no stack, and its sums are whole vectors, each once an iteration; nor do any lie
+    there from page to page."""
     assert stack_traffic(lines) == []
+    if shape.chains > 1:
+        assert [line for line in lines if re.search(r"mm\d+.*\(%rsp|\(%rsp.*mm\d|\b[qv]\d.*\[sp", line)] == []
     sums = [line for line in loop(lines) if re.match(FMA, line)]
     assert all(re.search(VECTOR[registers], line) for line in sums)
     iteration = K_STREAMS * (2 if number in (I16, QUAD) else 1) * shape.rows * shape.vectors
@@ -133,9 +136,9 @@ def check(lines: list[str], registers: Registers, shape: Tile, number: ir.Type =
 
 def every(registers: Registers, number: ir.Type) -> list[Tile]:
     """The tiles of weights of this type, and of keys and values."""
-    wide, narrow = WIDE_TILES[registers], PAGED_TILES[registers]
+    wide, paged = WIDE_TILES[registers], PAGED_TILES[registers]
     tallest = {I16: WIDENED_TILES[registers], QUAD: wide._replace(rows=wide.rows // 2)}.get(number, wide)
-    of_keys = {F32: narrow, PAIR: narrow, I16: PAGED_WIDENED_TILES[registers]}.get(number)
+    of_keys = {F32: paged, PAIR: paged, I16: PAGED_WIDENED_TILES[registers]}.get(number)
     both = [tallest] if of_keys is None else [tallest, of_keys]
     return [shape._replace(rows=rows) for shape in both for rows in range(1, shape.rows + 1)]
 

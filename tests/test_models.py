@@ -202,7 +202,7 @@ def test_dtype_auto_is_that_of_the_weights_where_the_processor_multiplies_it(
     load("random:tiny-llama", dtype=stored).model.save_pretrained(tmp_path)
     model = load(str(tmp_path), dtype="auto").model
     assert str(model.dtype) == f"torch.{loaded}"
-    line = f"{tmp_path} runs in {loaded}; its weights are stored in {stored}"
+    line = f"{tmp_path} runs in {loaded} (dtype=auto); its config says {stored}"
     assert caplog.messages == ([line] if stored != "float32" else [])
     assert load("random:tiny-llama", dtype="auto").model.dtype == torch.float32
 

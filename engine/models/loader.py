@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import DTYPES
 from engine.errors import check_text
-from engine.machine import cache_dir, fastest_dtype
+from engine.machine import auto_dtype, cache_dir
 from engine.models.errors import WAYS_OUT, ModelError, in_one_line
 from engine.models.gguf_file import from_gguf
 from engine.models.gguf_tokenizer import split_as
@@ -51,7 +51,7 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
          progress: bool = False) -> LoadedModel:  # fmt: skip
     """Return the causal LM that `spec` names, on `device`, its weights in `dtype`.
 
-    "auto" is what `engine.machine.fastest_dtype` says of the dtype that a folder's or hub id's config states.
+    "auto" is what `engine.machine.auto_dtype` says of the dtype that a folder's or hub id's config states.
     For `random:NAME` equal seed, dtype and kind of device give equal weights; the caller's RNG state stays.
     Stored weights are mapped, not copied, where dtype and device allow; no repository's code is ever run.
 
@@ -68,7 +68,7 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
         place = torch.empty(0, device=device).device  # an absent device fails here, not after a download
         tell(f"Loading {spec}")
         if name == AUTO and kind in ("random", "gguf", "smollm2"):
-            name = fastest_dtype(place.type, None)
+            name = auto_dtype(place.type, None)
         if kind == "random":
             model, tokenizer, revision = _random(source, place, name, seed), None, f"random-seed-{seed}"
         elif kind == "gguf":
@@ -80,12 +80,11 @@ def load(spec: str, *, device: str = "cpu", dtype: torch.dtype | str = "float32"
         else:
             where, weights = fetch(source) if kind == "hub" else ({}, {})
             refuse_adapter(source, **where)
-            if name == AUTO:
-                stored = stored_dtype(source, **where)
-                name = fastest_dtype(place.type, stored)
-                if stored not in (None, "float32"):
-                    LOG.warning("%s runs in %s; its weights are stored in %s", spec, name, stored)
+            stored = stored_dtype(source, **where) if name == AUTO else None
+            name = auto_dtype(place.type, stored) if name == AUTO else name
             tokenizer, model = find_tokenizer(source, **where), read(source, name, weights, **where)
+            if stored not in (None, "float32"):
+                LOG.warning("%s runs in %s (dtype=auto); its config says %s", spec, name, stored)
             revision = where.get("revision", "local")
         model = model.to(place).eval().requires_grad_(False)  # type: ignore[arg-type]
     return LoadedModel(spec, model, tokenizer, revision)

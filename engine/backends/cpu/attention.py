@@ -1,9 +1,9 @@
-"""Attention of the tokens of a step over pages: queries of a few tokens at a time, page by page.
+"""Attention of the tokens of a step: queries of a few tokens at a time, over a stretch of pages at a time.
 
-A page gives a softmax of its own, and a row puts those of its pages together as it goes (online softmax;
-Milakov and Gimelshein, 2018; the blocks are those of flash attention, Dao et al., 2022). What a page holds
-beyond a token's own position changes nothing, to the last bit: a token's result does not depend on who shares
-its block.
+A stretch gives a softmax of its own, and a row puts those of its stretches together as it goes (online
+softmax; Milakov and Gimelshein, 2018; the blocks are those of flash attention, Dao et al., 2022). What a page
+holds beyond a token's own position changes nothing, to the last bit: a token's result does not depend on who
+shares its block.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -31,17 +31,17 @@ from engine.backends.cpu.vector_math import (
     vector_max,
 )
 
-SPAN = 128  # positions, in whole pages, that a softmax looks at together
+STRETCH = 128  # positions, in whole pages, that a softmax looks at together
 QUERIES = 48  # rows that go through a page together, at most, where a group has no more heads
 ROPE_BLOCK, MIN_ROPE_BLOCKED = 8, 64  # tokens that a thread rotates at a time, in steps of more than so many
 
 
 class Heads(NamedTuple):
-    """Room for the heads that S threads are at: R queries, and I addresses of parts of a span's keys, and of
-    its values; of this span and of the next."""
+    """Room for the heads that S threads are at: R queries, and A addresses of parts of a stretch's keys, and
+    of its values; of this stretch and of the next."""
 
-    keys_S2I: np.ndarray
-    values_S2I: np.ndarray
+    keys_S2A: np.ndarray
+    values_S2A: np.ndarray
     queries_SRD: np.ndarray
     scores_SRP: np.ndarray
     mixed_SRD: np.ndarray
@@ -126,7 +126,7 @@ def attend(
         _block(
             qkv_TN, first, min(at_once, end - first), group, (unit - before) % kv_heads,
             plan.computed_J[span] + first - begin, plan.pages, plan.table_J[span], shape, window,
-            softcap, keys_XKDPI, values_XKBPVI, mixed_TN, space.keys_S2I[thread], space.values_S2I[thread],
+            softcap, keys_XKDPI, values_XKBPVI, mixed_TN, space.keys_S2A[thread], space.values_S2A[thread],
             space.queries_SRD[thread], space.scores_SRP[thread], space.mixed_SRD[thread],
             space.peaks_SR[thread], space.totals_SR[thread],
         )  # fmt: skip
@@ -134,22 +134,24 @@ def attend(
 
 
 @part()
-def _find(pages, first, last, filled, keys, key_page, values, value_page, value_part, keys_I, values_I):
+def _write_addresses(
+    pages, first, last, filled, keys, key_page, values, value_page, value_part, keys_A, values_A
+):  # fmt: skip
     """Write the addresses of parts of keys and values in pages `first` on, the last one's in place of any
     after it."""
     parts = filled // PART
-    for i in range(len(keys_I)):
+    for i in range(len(keys_A)):
         page = pages[min(first + i // parts, last)]
-        keys_I[i] = keys + page * key_page + i % parts * PART * ITEM
-    for i in range(len(values_I)):
+        keys_A[i] = keys + page * key_page + i % parts * PART * ITEM
+    for i in range(len(values_A)):
         page = pages[min(first + i // PARTS, last)]
-        values_I[i] = values + page * value_page + i % PARTS * value_part
+        values_A[i] = values + page * value_page + i % PARTS * value_part
 
 
 @part()
 def _block(
     qkv_TN, first, count, group, kv_head, position, pages, table, shape, window, softcap, keys_XKDPI,
-    values_XKBPVI, mixed_TN, keys_2I, values_2I, q_RD, scores_RP, mixed_RD, peak_R, total_R,
+    values_XKBPVI, mixed_TN, keys_2A, values_2A, q_RD, scores_RP, mixed_RD, peak_R, total_R,
 ):  # fmt: skip
     """Tokens first, first + 1, ..., at `position` and after it, with the heads of one group."""
     size, rows = shape.head_dim, count * group
@@ -160,7 +162,7 @@ def _block(
     key_row, value_row, value_part = keys_XKDPI.shape[3] * item, PART * item, positions * PART * item
     # a literal has a type of its own, for which functions would be compiled again
     no, yes = np.int64(0), np.int64(1)
-    row, mixed_row, at_once = scores_RP.shape[1] * ITEM, mixed_RD.shape[1] * ITEM, max(SPAN // filled, 1)
+    row, mixed_row, at_once = scores_RP.shape[1] * ITEM, mixed_RD.shape[1] * ITEM, values_2A.shape[1] // PARTS
     key_bytes, value_bytes = size * key_row, values_XKBPVI.shape[2] * value_part  # of a head in a page
     key_page, value_page = shape.kv_heads * key_bytes, shape.kv_heads * value_bytes
     keys, values = address(keys_XKDPI) + kv_head * key_bytes, address(values_XKBPVI) + kv_head * value_bytes
@@ -177,20 +179,24 @@ def _block(
     last = (position + count - 1) // shape.page
     begin = max(0, position + 1 - window) // shape.page // at_once * at_once if window else 0
     here, there, end_of_pages = 0, 1, table + last
-    _find(pages, table + begin, end_of_pages, filled, keys, key_page, values, value_page, value_part,
-          keys_2I[here], values_2I[here])  # fmt: skip
+    _write_addresses(
+        pages, table + begin, end_of_pages, filled, keys, key_page, values, value_page, value_part,
+        keys_2A[here], values_2A[here],
+    )  # fmt: skip
     while begin <= last:
         end = min(begin + at_once, last + 1)
         following = here
         if end <= last:
             following = there
-            _find(pages, table + end, end_of_pages, filled, keys, key_page, values, value_page, value_part,
-                  keys_2I[following], values_2I[following])  # fmt: skip
+            _write_addresses(
+                pages, table + end, end_of_pages, filled, keys, key_page, values, value_page, value_part,
+                keys_2A[following], values_2A[following],
+            )  # fmt: skip
         for p in range(0, (end - begin) * filled // PART, PARTS):
             multiply_paged(
-                rows, keys_XKDPI.dtype, address(q_RD), size * ITEM, no, address(keys_2I[here]) + p * ADDRESS,
+                rows, keys_XKDPI.dtype, address(q_RD), size * ITEM, no, address(keys_2A[here]) + p * ADDRESS,
                 no, yes, key_row, size, scores + p * PART * ITEM, row, no,
-                address(keys_2I[following]) + p * ADDRESS,
+                address(keys_2A[following]) + p * ADDRESS,
             )  # fmt: skip
         for r in range(rows):
             own = position + r // group
@@ -200,9 +206,9 @@ def _block(
             )  # fmt: skip
         for b in range(0, values_XKBPVI.shape[2], PARTS):
             multiply_paged(
-                rows, values_XKBPVI.dtype, scores, row, filled * by, address(values_2I[here]), b * value_part,
+                rows, values_XKBPVI.dtype, scores, row, filled * by, address(values_2A[here]), b * value_part,
                 end - begin, value_row, positions, mixed + b * PART * ITEM, mixed_row, yes,
-                address(values_2I[following]),
+                address(values_2A[following]),
             )  # fmt: skip
         begin, here, there = end, there, here
     for t in range(count):

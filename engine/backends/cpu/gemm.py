@@ -35,6 +35,7 @@ One with a matrix unit (AMX) multiplies them by its own tiles: `engine.backends.
 Weights in int8 are made float32 as they are loaded, or, where a processor multiplies four bytes by four at a
 time (AVX512_VNNI, AVX_VNNI), lie in quads of inner steps, and x is rounded to integers of 15 bits, two int8
 each: `engine.backends.cpu.x_rows`.
+Attention multiplies by keys and values in their pages, wherever these lie: `engine.backends.cpu.paged_tile`.
 
 This is the inner loop of every good matrix product (Goto and van de Geijn, "Anatomy of High-Performance
 Matrix Multiplication", 2008). Every sum is a chain of fused multiply-adds in the same order however many rows
@@ -54,7 +55,7 @@ from numba.core import cgutils
 
 from engine.backends.cpu import matrix_tile, paged_tile
 from engine.backends.cpu.jit import part
-from engine.backends.cpu.paged_tile import PART, emit_paged_tile
+from engine.backends.cpu.paged_tile import PART, PREFIX, emit_paged_tile
 from engine.backends.cpu.simd import (
     AVX2,
     AVX512,
@@ -72,7 +73,7 @@ from engine.backends.cpu.simd import (
 from engine.backends.cpu.tile import PAIR, QUAD, SIGNATURE, TILED, X_ITEMS, X_PARTS, Tile, emit_tile
 
 # Sums, the weights of an inner step and the numbers of a row or two share the registers. tests/test_gemm.py
-# reads the machine code of each tile, for several processors, and finds none of them on the stack.
+# reads the machine code of each tile's loop, for several processors, and finds none of them on the stack.
 WIDE_TILES = {AVX2: Tile(8, 4, 3, 1), AVX512: Tile(16, 8, 3, 1), NEON: Tile(4, 7, 3, 1)}
 PAGED_TILES = {AVX2: Tile(8, 3, 2, 2), AVX512: Tile(16, 6, 2, 2), NEON: Tile(4, 3, 4, 2)}
 # Pairs of inner steps that become float32 leave registers for fewer sums.
@@ -99,7 +100,7 @@ PAGED_TALLEST = {F32: PAGED_TILE, PAIR: PAGED_TILE, I16: PAGED_WIDENED_TILE}
 
 
 def _tile_function(
-    module: ir.Module, name: str, kind: ir.FunctionType, emit: Callable[[ir.Function], None]
+    module: ir.Module, name: str, called: ir.FunctionType, emit: Callable[[ir.Function], None]
 ) -> ir.Function:
     """Return a module's function of a tile, written where it is not there yet.
 
@@ -107,7 +108,7 @@ def _tile_function(
     """
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, kind, name)
+    function = ir.Function(module, called, name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     emit(function)
@@ -129,8 +130,8 @@ def _call_tiled(builder: ir.IRBuilder, tallest: Tile, rows: ir.Value, operands: 
             with branch:
                 tile = tallest._replace(rows=most)
                 emit = partial(matrix_tile.emit_matrix_tile, tile=tile)
-                name, kind = tile.name(TILED), matrix_tile.SIGNATURE
-                function = _tile_function(builder.module, name, kind, emit)
+                name, called = tile.name(TILED), matrix_tile.SIGNATURE
+                function = _tile_function(builder.module, name, called, emit)
                 found.append((builder.call(function, [rows, *operands]), builder.block))
     prefetched = builder.phi(I64)
     for value, block in found:
@@ -138,13 +139,15 @@ def _call_tiled(builder: ir.IRBuilder, tallest: Tile, rows: ir.Value, operands: 
     return prefetched
 
 
-def _call_by_rows(tallest: dict[ir.Type, Tile], kind: ir.FunctionType, emit: Any) -> Any:
+def _call_by_rows(
+    tallest: dict[ir.Type, Tile], prefix: str, called: ir.FunctionType, emit: Callable[..., None]
+) -> Any:
     """Return a function of (rows, dtype of w, arguments of a tile), for 1 to a tallest tile's rows.
 
     Args:
-        kind, emit: of the tiles' functions, and what writes their bodies.
+        prefix, called, emit: of the names of the tiles' functions, their type, and what writes their bodies.
     """
-    result = types.void if isinstance(kind.return_type, ir.VoidType) else types.int64
+    result = types.void if isinstance(called.return_type, ir.VoidType) else types.int64
 
     @intrinsic
     def tile(typing, rows, dtype, arguments):
@@ -161,7 +164,8 @@ def _call_by_rows(tallest: dict[ir.Type, Tile], kind: ir.FunctionType, emit: Any
             for count in range(1, most.rows + 1):
                 shape = most._replace(rows=count)
                 write = partial(emit, tile=shape, number=number)
-                function = _tile_function(builder.module, shape.name(number), kind, write)
+                name = prefix + shape.name(number)
+                function = _tile_function(builder.module, name, called, write)
                 block = builder.append_basic_block(function.name)
                 switch.add_case(count, block)
                 builder.position_at_end(block)
@@ -193,27 +197,31 @@ def _constant(of: Callable[[ir.Type], int]) -> Any:
     return constant
 
 
-_wide = _call_by_rows(WIDE_TALLEST, SIGNATURE, emit_tile)
+_wide = _call_by_rows(WIDE_TALLEST, "", SIGNATURE, emit_tile)
 _wide_rows = _constant(lambda number: WIDE_TALLEST[number].rows)
 _x_parts = _constant(lambda number: X_PARTS.get(number, 1))
-_paged = _call_by_rows(PAGED_TALLEST, paged_tile.SIGNATURE, emit_paged_tile)
+_paged = _call_by_rows(PAGED_TALLEST, PREFIX, paged_tile.SIGNATURE, emit_paged_tile)
 _paged_rows = _constant(lambda number: PAGED_TALLEST[number].rows)
 x_item = _constant(x_item_of)
+
+
+@part()
+def _divide(rows, height):
+    """Return among how many tiles rows are divided evenly, as few as possible, what each has, and how many of
+    them have one row more: a tile of one row reads as many weights as one of many."""
+    tiles = (rows + height - 1) // height
+    lower = rows // max(tiles, 1)
+    return tiles, lower, rows - lower * tiles
 
 
 @part()
 def multiply_wide(
     rows, kind, x, x_row, w, w_row, size, out, out_row, row_scales, row_starts, scales, add, ahead, end
 ):  # fmt: skip
-    """Multiply rows by a slice of a panel: TileArguments but the last two. Return what is still `ahead`.
-
-    Rows are divided evenly among as few tiles as possible: a tile of one row reads as many weights as one of
-    many. Each tile prefetches on from where the one before it stopped, until `end`.
-    """
-    scale_bytes, parts, height = ITEM if row_scales != 0 else 0, _x_parts(kind), _wide_rows(kind)
-    tiles = (rows + height - 1) // height
-    lower = rows // max(tiles, 1)
-    higher_tiles = rows - lower * tiles  # they have one row more
+    """Multiply rows by a slice of a panel, of dtype `kind`: TileArguments but the last two. Return what is
+    still `ahead`: each tile prefetches on from where the one before it stopped, until `end`."""
+    scale_bytes, parts = ITEM if row_scales != 0 else 0, _x_parts(kind)
+    tiles, lower, higher_tiles = _divide(rows, _wide_rows(kind))
     for index in range(tiles):
         count = lower + 1 if index < higher_tiles else lower
         line = ahead if ahead < end else w  # to ask for what is there already costs nothing
@@ -229,11 +237,9 @@ def multiply_wide(
 
 @part()
 def multiply_paged(rows, kind, x, x_row, x_page, pages, offset, count, w_row, size, out, out_row, add, ahead):
-    """Multiply rows by parts of pages: PagedArguments. The first tile of rows prefetches for all of them."""
-    height = _paged_rows(kind)
-    tiles = (rows + height - 1) // height
-    lower = rows // max(tiles, 1)
-    higher_tiles = rows - lower * tiles
+    """Multiply rows by parts of pages, of dtype `kind`: PagedArguments. The first tile of rows prefetches for
+    all of them."""
+    tiles, lower, higher_tiles = _divide(rows, _paged_rows(kind))
     for index in range(tiles):
         taken = lower + 1 if index < higher_tiles else lower
         _paged(taken, kind, (x, x_row, x_page, pages, offset, count, w_row, size, out, out_row, add, ahead))

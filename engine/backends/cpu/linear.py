@@ -81,8 +81,8 @@ def layer_of(panels, bias_LN, layer):
 
 @part()
 def first_place(linear, panels_at_once, thread):
-    """Return the addresses where the panel begins and ends that a thread begins a product with."""
-    return _place(linear, min(panels_at_once * thread, len(linear.panels_CMW) - 1))
+    """Return the addresses where the panel begins and ends that a thread begins a product with, if any."""
+    return _place(linear, thread % (len(linear.panels_CMW) // panels_at_once) * panels_at_once)
 
 
 @part()
@@ -114,8 +114,9 @@ def _product(panels_at_once, write):
 
     Threads share the product in units: a block of rows by a panel, or by `panels_at_once` of them. A unit is
     computed by write(block, linear, panel, ahead, end, target), which prefetches the memory from `ahead` to
-    `end`. A thread takes the number of its next unit before it begins one: so that is the next one's panel,
-    or `following` of its last unit, the panel that the thread begins the product after this one with.
+    `end`. A thread begins with the unit of its own number, and takes the number of its next one from a
+    counter before it begins one. So what it prefetches is the next one's panel, or `following` with its last
+    unit: the panel that it begins the product after this one with.
     """
 
     @part()

@@ -15,7 +15,7 @@ from numba import from_dtype
 
 from engine.backends import Backend
 from engine.backends.cpu import VECTOR
-from engine.backends.cpu.attention import QUERIES, SPAN, Heads
+from engine.backends.cpu.attention import QUERIES, STRETCH, Heads
 from engine.backends.cpu.fold import filled, shape_of, weights_of
 from engine.backends.cpu.forward import PHASES_PER_LAYER, Panels, Plan, Space, forward
 from engine.backends.cpu.gemm import NUMBERS, PARTS, WIDE, x_item_of
@@ -55,12 +55,12 @@ class CompiledDecoder(Backend):
         """Divide steps among so many threads."""
         self._team, size = team(threads), self.shape.head_dim
         page_parts = -(-self._page_size // PART)
-        pages = max(SPAN // PART // page_parts, 1)  # of a span
+        pages = max(STRETCH // PART // page_parts, 1)  # of a stretch
         rows = max(QUERIES, self.shape.heads // self.shape.kv_heads)
         parts = -(-pages * page_parts // PARTS) * PARTS  # of keys: whole tiles
         self._heads = Heads(
-            keys_S2I=np.zeros((threads, 2, parts), np.int64),
-            values_S2I=np.zeros((threads, 2, pages * PARTS), np.int64),
+            keys_S2A=np.zeros((threads, 2, parts), np.int64),
+            values_S2A=np.zeros((threads, 2, pages * PARTS), np.int64),
             queries_SRD=_room(threads, rows, size),
             scores_SRP=_room(threads, rows, parts * PART),
             mixed_SRD=_room(threads, rows, -(-size // (PARTS * PART)) * PARTS * PART),
@@ -93,9 +93,9 @@ class CompiledDecoder(Backend):
         """Make room for the keys and values of so many pages, all of them zero; in bfloat16 if weights are.
 
         Vectors of keys are read beyond the end of a page, several positions of values at a time, and values
-        of more dimensions than there are: what lies there does not count, but must be memory of this store,
-        and in values of positions zero. In bfloat16, pairs of
-        a key's dimensions lie together, and of values those of two positions: the inner steps of products.
+        of more dimensions than there are. What lies there does not count, but must be memory of this store,
+        and values at positions that fill up a page must be zero. In bfloat16, pairs of a key's dimensions lie
+        together, and of values those of two positions: the inner steps of products.
         """
         heads = self.shape.layers, pages, self.shape.kv_heads
         dim, size = self.shape.head_dim, self._page_size

@@ -28,6 +28,7 @@ from engine.backends.cpu.tile import K_STREAMS, Tile, TileArguments, TileWriter
 
 PART = CACHE_LINE // ITEM  # numbers of a part
 ADDRESS = 8  # bytes
+PREFIX = "paged_"  # of names of functions
 
 
 class PagedArguments(NamedTuple):

@@ -2,8 +2,8 @@
 
 A step of a model is one call that all threads make. At a barrier they wait for each other, spinning, for a
 phase takes microseconds. A phase's units of work are numbered, and each thread takes the next number from an
-atomic counter. Between steps threads spin on for some milliseconds: to wake one that sleeps takes a tenth of
-one.
+atomic counter (its first one of a product is its own). Between steps threads spin on for some milliseconds:
+to wake one that sleeps takes a tenth of one.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls

@@ -28,8 +28,8 @@ from engine.backends.cpu.simd import (
     declared,
 )
 
-# The inner steps are in as many streams, and an iteration takes one step of each: memory is read faster in
-# two places than in one.
+# The inner steps are in as many streams, and an iteration takes one step of each. Those of a panel are its
+# halves: memory is read faster in two places than in one.
 K_STREAMS = 2
 # Of weights that are multiplied several inner steps at a time: two in bfloat16, or four bytes.
 PAIR, QUAD = ir.ArrayType(BF16, 2), ir.ArrayType(I8, 4)
@@ -49,8 +49,8 @@ X_PARTS, HIGH_STEP = {QUAD: 2}, 128
 class Tile(NamedTuple):
     """The shape of a tile, in registers.
 
-    A sum is one chain of multiply-adds, or two, the second for the second half of the inner steps: a few
-    chains by themselves would wait for their own results.
+    A sum is one chain of multiply-adds, or two, one for each stream of inner steps: a few chains by
+    themselves would wait for their own results.
     """
 
     lanes: int  # float32 numbers of a vector
@@ -138,7 +138,7 @@ class TileWriter(Vectors):
         self._outputs = [(r, v) for r in range(tile.rows) for v in range(tile.vectors)]
         self._parts = X_PARTS.get(number, 1)
         few_rows = tile.rows <= MAX_MEMORY_BOUND_ROWS[tile.lanes]
-        self._memory_bound = number == F32 and tile.chains == 1 and few_rows
+        self._memory_bound = number == F32 and few_rows
 
     def starts(self) -> dict[tuple[int, int, int], ir.Value]:
         """Return what each sum, by (chain, row of x, vector), begins at."""
