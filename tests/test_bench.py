@@ -126,6 +126,17 @@ def test_every_column_of_the_table_is_in_the_summary_and_what_was_not_measured_i
     assert "over that of the first row." in report.caption(summarise([made_up("dynamic", 4, 1.0)]))
 
 
+@pytest.mark.parametrize(("dtype", "tokens", "said"), [
+    ("bfloat16", ((5,), (8,)), True),
+    ("bfloat16", ((5,), (7,)), False),  # the same
+    ("float32", ((5,), (8,)), False),
+])  # fmt: skip
+def test_why_tokens_of_16_bits_may_be_others_is_said_where_they_are(dtype, tokens, said):
+    summary = summarise([made_up("sequential", 1, 1.0, ((5,), (7,))), made_up("dynamic", 4, 1.0, tokens)])
+    known = {"weight_bytes": 0, "peak_rss_bytes": 0, "peak_cuda_bytes": 0, "model": "smollm2", "dtype": dtype}
+    assert any("tie within rounding" in line for line in report.notes(summary, known)) == said
+
+
 def test_the_times_of_a_metric_have_one_unit_that_suits_them():
     summary = summarise([made_up("sequential", 1, 20.0), made_up("dynamic", 4, 0.25)])
     columns = {column.head: column.cells for column in report.columns(summary)}

@@ -122,7 +122,8 @@ def unit_of(times_ms: Iterable[float]) -> tuple[str, float, int]:
 
 
 def notes(summary: pd.DataFrame, environment: Mapping[str, Any]) -> list[str]:
-    """Return the lines below the table: what memory was held, how much of it for nothing, random weights."""
+    """Return the lines below the table: what memory was held, how much of it for nothing, random weights, and
+    why tokens may be others."""
     held = {"weights": environment["weight_bytes"], "their packed copies": summary["copied_bytes"].max()}
     held |= {"KV": summary["kv_bytes_peak"].max(), "peak RSS": environment["peak_rss_bytes"]}
     held |= {"peak CUDA": environment["peak_cuda_bytes"]}
@@ -133,6 +134,9 @@ def notes(summary: pd.DataFrame, environment: Mapping[str, Any]) -> list[str]:
         lines.append(f"KV positions that a request held without need, on average: {waste}")
     if environment["model"].startswith("random:"):
         lines.append("weights are random: speed does not depend on their values, text would be noise")
+    dtype, same = environment["dtype"], (summary["same_tokens"] == summary["requests"]).all()
+    if dtype in ("bfloat16", "float16") and not same:
+        lines.append(f"in {dtype} the two likeliest tokens often tie within rounding: either may be taken")
     return lines
 
 
