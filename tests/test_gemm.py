@@ -33,7 +33,8 @@ from engine.backends.cpu.tile import (
 )
 from engine.backends.cpu.vector_math import address
 from engine.step import Batch, Span
-from tests.test_cpu import compiled_decoder, paged, random_model
+from tests.test_cpu import compiled_decoder, random_model
+from tests.test_paged_tile import paged
 
 F32, I8, I16 = ir.FloatType(), ir.IntType(8), ir.IntType(16)
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
