@@ -66,19 +66,28 @@ class Connection:
         await self._unshared.close()
 
     async def get(self, path: str) -> Answer:
-        """Ask for a path. Raises TargetError if nothing answers."""
-        timeout = aiohttp.ClientTimeout(total=ANSWER_S)
+        """Ask for a path, as `stream` does on a connection of its own after one that was stale.
+
+        Raises:
+            TargetError: if nothing answers.
+        """
         try:
-            async with self._session.get(self.target.at(path), timeout=timeout) as response:
-                text = await response.text(errors="replace")
-                status = response.status
+            try:
+                return await self._ask(self._session, path)
+            except STALE:
+                return await self._ask(self._unshared, path)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             why = f"does not answer GET {path}: {reason(error)}"
             raise TargetError(f"{self.target.url} {why}") from error
+
+    async def _ask(self, session: aiohttp.ClientSession, path: str) -> Answer:
+        timeout = aiohttp.ClientTimeout(total=ANSWER_S)
+        async with session.get(self.target.at(path), timeout=timeout) as response:
+            text = await response.text(errors="replace")
         try:
-            return Answer(status, text, json.loads(text))
+            return Answer(response.status, text, json.loads(text))
         except ValueError:
-            return Answer(status, text, None)
+            return Answer(response.status, text, None)
 
     async def stream(self, path: str, body: bytes) -> Exchange:
         """Send a request and keep what comes, whatever comes: a failure is in the exchange.
