@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import aiohttp
 import pytest
 
 from engine import SamplingParams, WorkItem
@@ -289,6 +290,16 @@ def test_a_server_that_hangs_up_after_each_answer() -> None:
         for _ in range(5):
             assert one.run(ids(8)).voided is None
         assert one.check(ids(8), None).same == 8
+
+
+def test_what_a_stale_connection_did_not_answer_is_asked_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    with session(Script()) as one:
+
+        def stale(*args: object, **options: object) -> None:
+            raise aiohttp.ClientOSError(104, "Connection reset by peer")
+
+        monkeypatch.setattr(one.connection._session, "get", stale)
+        assert one._wait(one.connection.get("/v1/models")).status == 200
 
 
 def test_a_busy_server_is_asked_again_before_timing() -> None:
