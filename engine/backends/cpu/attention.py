@@ -19,6 +19,7 @@ from engine.backends.cpu.paged_tile import ADDRESS, PART
 from engine.backends.cpu.simd import ITEM, LANES
 from engine.backends.cpu.threads import fetch_add
 from engine.backends.cpu.vector_math import (
+    BFLOAT16_ITEM,
     FAST_MATH,
     address,
     exp,
@@ -173,9 +174,8 @@ def _block(
             peak_R[r], total_R[r] = -np.inf, 0
             for d in range(size):
                 q_RD[r, d], mixed_RD[r, d] = qkv_TN[first + t, at + d], 0
-            if by == 2:
-                for d in range(0, size, LANES):
-                    narrow(address(q_RD[r]) + d * ITEM, address(q_RD[r]) + d * by)
+            if by == BFLOAT16_ITEM:
+                narrow(address(q_RD[r]), address(q_RD[r]), size)
     last = (position + count - 1) // shape.page
     begin = max(0, position + 1 - window) // shape.page // at_once * at_once if window else 0
     here, there, end_of_pages = 0, 1, table + last
@@ -185,9 +185,8 @@ def _block(
     )  # fmt: skip
     while begin <= last:
         end = min(begin + at_once, last + 1)
-        following = here
+        following = there if end <= last else here
         if end <= last:
-            following = there
             _write_addresses(
                 pages, table + end, end_of_pages, filled, keys, key_page, values, value_page, value_part,
                 keys_2A[following], values_2A[following],
@@ -250,6 +249,5 @@ def _softmax(
         total_R[r] *= kept
         rescale(mixed, mixed + mixed_RD.shape[1] * ITEM, kept)
     total_R[r] += exp_minus_max_sum(scores, behind, peak)
-    if by == 2:
-        for p in range(0, size, LANES):
-            narrow(scores + p * ITEM, scores + p * by)
+    if by == BFLOAT16_ITEM:
+        narrow(scores, scores, size)

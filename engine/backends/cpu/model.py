@@ -162,8 +162,8 @@ class CompiledDecoder(Backend):
 
     def _rows_made(self) -> tuple[int, int, int]:
         """Return the slices, rows and bytes of a row that a thread makes for products: see x_rows.Own."""
-        kind, longest = from_dtype(self.weights.qkv.numbers.dtype), filled(max(self._inner_sizes))
-        item, parts = x_item_of(NUMBERS[kind]), X_PARTS.get(NUMBERS[kind], 1)
+        number = NUMBERS[from_dtype(self.weights.qkv.numbers.dtype)]
+        longest, item, parts = filled(max(self._inner_sizes)), x_item_of(number), X_PARTS.get(number, 1)
         return (-(-longest // BLOCK_DEPTH), parts * BLOCK_ROWS, item * longest) if item < ITEM else (0, 0, 0)
 
     def _rope_angles(self, positions_T: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ MIN_EXPONENT, MAX_EXPONENT = -87.0, 88.0  # of e: float32 holds the powers betwe
 LOG2_E = math.log2(math.e)
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts: multiples of the first are exact
 EXP_SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
+BFLOAT16_ITEM = 2  # bytes
 BFLOAT16_NAN = 0x7FC0  # its bits; rounding by the bits alone could make another of them a number
 TWICE_GELU_SCALE, GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
@@ -73,22 +74,21 @@ def stored(typing, number, array):
     one of two."""
 
     def call(context, builder, signature, args):
-        return args[0] if array.dtype == types.float32 else _bfloat16_bits(builder, args[0], I32, I16)
+        return args[0] if array.dtype == types.float32 else _bfloat16_bits(builder, args[0])
 
     return array.dtype(types.float32, array), call
 
 
-def _bfloat16_bits(b: ir.IRBuilder, x: ir.Value, whole: ir.Type, half: ir.Type) -> ir.Value:
+def _bfloat16_bits(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """Return the bits of the bfloat16 nearest to a float32, or of the even one of two, or those of a vector.
 
     LLVM's own conversion is a call of a function that is not there, where no instruction does it.
-
-    Args:
-        whole, half: the types of the bits of a float32 and of a bfloat16, or of vectors of them.
     """
+    count = x.type.count if isinstance(x.type, ir.VectorType) else 0
+    whole, half = (ir.VectorType(bits, count) if count else bits for bits in (I32, I16))
 
     def number(value: int) -> ir.Constant:
-        return ir.Constant(whole, [value] * whole.count if isinstance(whole, ir.VectorType) else value)
+        return ir.Constant(whole, [value] * count if count else value)
 
     bits = b.bitcast(x, whole)
     odd = b.and_(b.lshr(bits, number(16)), number(1))
@@ -114,10 +114,18 @@ def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable
 
 
 @_written(LANES, types.void, types.int64, types.int64)
-def narrow(v: Vectors, x: ir.Value, out: ir.Value) -> None:
+def _narrow(v: Vectors, x: ir.Value, out: ir.Value) -> None:
     """Write LANES numbers as bfloat16, each the nearest, or the even one of two."""
-    whole, half = ir.VectorType(I32, v.count), ir.VectorType(I16, v.count)
-    v.b.store(_bfloat16_bits(v.b, v.load(x), whole, half), v.pointer(out, half)).align = 2
+    bits = _bfloat16_bits(v.b, v.load(x))
+    v.b.store(bits, v.pointer(out, bits.type)).align = 2
+
+
+@part()
+def narrow(x, out, size):
+    """Write so many numbers as bfloat16, LANES at a time; in place too, for what is written lies behind what
+    is read."""
+    for n in range(0, size, LANES):
+        _narrow(x + n * ITEM, out + n * BFLOAT16_ITEM)
 
 
 @_written(LANES, types.float32, types.int64)

@@ -18,7 +18,14 @@ import numpy as np
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import ITEM, LANES
 from engine.backends.cpu.tile import HIGH_STEP, ZERO_BYTE
-from engine.backends.cpu.vector_math import address, inverse_rms, max_abs, narrow, split_in_bytes
+from engine.backends.cpu.vector_math import (
+    BFLOAT16_ITEM,
+    address,
+    inverse_rms,
+    max_abs,
+    narrow,
+    split_in_bytes,
+)
 
 # Rows that go through a panel together, and inner steps at a time: so many numbers stay in the second cache.
 BLOCK_ROWS, BLOCK_DEPTH = 64, 768
@@ -45,11 +52,9 @@ def make_rows(item, x_TM, begin, end, size, eps, own):
     if item == 1:
         _round_rows(x_TM, begin, end, size, eps, own)
         return address(own.factors_T)
-    if item == 2:
+    if item == BFLOAT16_ITEM:
         for t in range(begin, end):
-            x, out = address(x_TM[t]), address(own.rows_UY[t - begin])
-            for m in range(0, size, LANES):
-                narrow(x + m * ITEM, out + m * item)
+            narrow(address(x_TM[t]), address(own.rows_UY[t - begin]), size)
     if eps < 0:
         return 0
     for t in range(begin, end):
