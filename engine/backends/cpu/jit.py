@@ -20,6 +20,9 @@ from engine.machine import cache_dir
 
 LOG = logging.getLogger(__name__)
 CONFIG: Any = numba.config
+# Nothing counts references to arrays: whoever calls a whole holds them until it returns, and counting them
+# took longer than attention of a short context. A division by zero is no error.
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
 
 
 class _PartLibrary(codegen.JITCodeLibrary):
@@ -66,7 +69,7 @@ def part(**options: Any) -> Any:
     A negative index counts from the end. Where one may be negative, as in x[begin + n], LLVM gathers numbers
     that it could load as a vector: so it is written x[np.uintp(begin + n)].
     """
-    return numba.njit(error_model="numpy", pipeline_class=_PartCompiler, **options)
+    return numba.njit(pipeline_class=_PartCompiler, **OPTIONS, **options)
 
 
 def whole(function: Callable[..., Any]) -> Any:
@@ -76,10 +79,10 @@ def whole(function: Callable[..., Any]) -> Any:
     """
     before, CONFIG.CACHE_DIR = CONFIG.CACHE_DIR, str(_folder())
     try:  # Numba settles where a function is kept when it is decorated
-        return numba.njit(function, nogil=True, cache=True, error_model="numpy")
+        return numba.njit(function, nogil=True, cache=True, **OPTIONS)
     except RuntimeError as error:
         LOG.warning("compiled code is not kept (%s)", error)
-        return numba.njit(function, nogil=True, error_model="numpy")
+        return numba.njit(function, nogil=True, **OPTIONS)
     finally:
         CONFIG.CACHE_DIR = before
 
