@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from engine.backends.cpu.forward import NO_NORM, Panels, Shape, Weights
 from engine.backends.cpu.gemm import WIDE
+from engine.backends.zeros import zeros
 from engine.models.decoder_parts import head_order
 from engine.models.decoder_spec import DecoderSpec, Layer, Linear, Norm, Rope
 
@@ -186,7 +187,7 @@ def _products(
         blocks_CSWM = torch.stack([_blocks(part.weight_NM.detach()) for part in several], 1)
         blocks_CMW = blocks_CSWM.flatten(0, 1).transpose(1, 2)
         if panels is None:
-            panels = torch.empty(len(layers), *blocks_CMW.shape, dtype=dtype)
+            panels = zeros((len(layers), *blocks_CMW.shape), torch.empty(0, dtype=dtype))
         if panels.dtype is torch.bfloat16:  # in pairs of inner steps
             pairs = blocks_CMW.unflatten(1, (-1, 2)).transpose(2, 3)
             panels[index].view(pairs.shape).copy_(pairs)

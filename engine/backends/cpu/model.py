@@ -146,8 +146,8 @@ class CompiledDecoder(Backend):
             logits_RV=logits_RV.numpy(),
             counts=np.zeros(16 + PHASES_PER_LAYER * shape.layers, np.int64),
             factors_ST=_room(size, BLOCK_ROWS),
-            starts_SZU=np.empty((size, slices, rows), np.int32),
-            rows_SUY=np.empty((size, rows, row_bytes), np.int8),
+            starts_SZU=_room(size, slices, rows, dtype=torch.int32),
+            rows_SUY=_room(size, rows, row_bytes, dtype=torch.int8),
             both_S2TW=_room(size, 2, BLOCK_ROWS, WIDE),
             heads=self._heads,
         )
@@ -180,8 +180,9 @@ class CompiledDecoder(Backend):
         return torch.stack([head_angles(rope, positions_T, dim) for rope in self._ropes], 1).numpy()
 
 
-def _room(*sizes: int) -> np.ndarray:
-    return np.empty(sizes, np.float32)
+def _room(*sizes: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """Return memory that begins with a cache line: threads that write to panels side by side share none."""
+    return torch.empty(sizes, dtype=dtype).numpy()
 
 
 def _for_matrix_unit(numbers: np.ndarray) -> np.ndarray:
