@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.backends.cpu.attention import Heads, apply_rope, attend
+from engine.backends.cpu.attention import Heads, attend
 from engine.backends.cpu.jit import part, whole
 from engine.backends.cpu.linear import (
     ACCUMULATE,
@@ -32,6 +32,7 @@ from engine.backends.cpu.linear import (
     layer_of,
     linear_product,
 )
+from engine.backends.cpu.rope import AttentionLayer, rotate_chunks
 from engine.backends.cpu.simd import CACHE_LINE
 from engine.backends.cpu.threads import barrier, begin_together
 from engine.backends.cpu.vector_math import add_norm, address, widened
@@ -187,22 +188,19 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
     _embed(plan, weights, shape, rows * thread // threads, rows * (thread + 1) // threads, x_TM)
     arrived = barrier(arrivals, threads)
     for layer in range(shape.layers):
-        keys_XKDPI, values_XKBPVI = keys_LXKDPI[layer], values_LXKBPVI[layer]
         qkv = layer_of(weights.qkv, weights.qkv_bias_LN, layer)
         after_qkv, after_out, after_gate_up, after_down = _first_places(weights, shape, layer, thread)
         target = Store(qkv_TN, OVERWRITE, NO_SOFTCAP)
         linear_product(work + QKV, rows, x_TM, width, shape.eps, qkv, after_qkv, own, target)
         arrived = barrier(arrivals, arrived + threads)
         rope = weights.ropes_L[layer]
-        apply_rope(
-            work + ROPE, qkv_TN, shape, weights.head_norm_LQD[layer], plan, plan.cos_GTE[rope],
-            plan.sin_GTE[rope], keys_XKDPI, values_XKBPVI,
+        attention = AttentionLayer(
+            weights.windows_L[layer], weights.softcaps_L[layer], weights.head_norm_LQD[layer],
+            plan.cos_GTE[rope], plan.sin_GTE[rope], keys_LXKDPI[layer], values_LXKBPVI[layer],
         )  # fmt: skip
+        rotate_chunks(work + ROPE, qkv_TN, shape, plan, attention)
         arrived = barrier(arrivals, arrived + threads)
-        attend(
-            work + ATTENTION, qkv_TN, shape, plan, weights.windows_L[layer], weights.softcaps_L[layer],
-            keys_XKDPI, values_XKBPVI, mixed_TN, thread, space.heads,
-        )  # fmt: skip
+        attend(work + ATTENTION, qkv_TN, shape, plan, attention, mixed_TN, thread, space.heads)
         arrived = barrier(arrivals, arrived + threads)
         if layer == shape.layers - 1 and len(wanted_R) < rows:  # nothing reads the other tokens' results
             rows = len(wanted_R)

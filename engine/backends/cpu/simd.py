@@ -80,6 +80,13 @@ class Vectors:
     def store(self, value: ir.Value, address: ir.Value) -> None:
         self.b.store(value, self.pointer(address, self.kind)).align = ITEM
 
+    def prefetch(self, address: ir.Value, to_write: bool = False) -> None:
+        """Ask for the cache line at an address, for the second cache."""
+        hint = ir.FunctionType(ir.VoidType(), [I32.as_pointer(), I32, I32, I32])
+        prefetch = declared(self.b.module, "llvm.prefetch.p0", hint)
+        second_cache, data = I32(2), I32(1)
+        self.b.call(prefetch, [self.pointer(address, I32), I32(int(to_write)), second_cache, data])
+
     def constant(self, number: float) -> ir.Constant:
         """Return a vector of one number, rounded to float32."""
         return ir.Constant(self.kind, [float(np.float32(number))] * self.count)
@@ -93,6 +100,13 @@ class Vectors:
         """Call LLVM's intrinsic of vectors alone, such as "fma"."""
         kind = ir.FunctionType(self.kind, [self.kind] * len(values))
         return self.b.call(declared(self.b.module, f"llvm.{name}.v{self.count}f32", kind), values)
+
+    def bfloat16(self, x: ir.Value) -> ir.Value:
+        """Return a vector as the nearest bfloat16, by an instruction of AVX512_BF16, to which numbers below
+        full precision are zeros."""
+        kind = ir.FunctionType(ir.VectorType(BF16, self.count), [self.kind])
+        name = f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * self.count}"
+        return self.b.call(declared(self.b.module, name, kind), [x])
 
     def reduce(self, name: str, *values: ir.Value, fast: tuple[str, ...] = ()) -> ir.Value:
         """Call LLVM's intrinsic that makes one number of a vector, such as "fmax"."""

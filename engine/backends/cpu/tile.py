@@ -118,7 +118,7 @@ def emit_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
         w = b.add(w_k, b.mul(first_i, t.bytes_of_steps(args.w_row)))
         x = b.add(args.x, b.mul(b.add(i, first_i), t.bytes_of_steps(I64(t.x_item))))
         t.multiply(stream, x, [w], sums)
-    t.prefetch(line)
+    t.prefetch_share(line)
     next_i, next_w = b.add(i, I64(1)), b.add(w_k, t.bytes_of_steps(args.w_row))
     following = [(i, next_i), (w_k, next_w), (line, b.add(line, pace))]
     following += [(carried_sums[key], sums[key]) for key in sums]
@@ -255,18 +255,14 @@ class TileWriter(Vectors):
             return I64(CACHE_LINE)
         return self.b.udiv(I64(self._bytes_read()), self.args.tiles)
 
-    def prefetch(self, address: ir.Value) -> None:
+    def prefetch_share(self, address: ir.Value) -> None:
         """Ask for an iteration's share, line by line, from `address` on."""
         self.prefetch_lines(address, CACHE_LINE if self._memory_bound else self._bytes_read())
 
     def prefetch_lines(self, address: ir.Value, size: int) -> None:
         """Ask for so many bytes."""
-        hint = ir.FunctionType(ir.VoidType(), [I32.as_pointer(), I32, I32, I32])
-        prefetch = declared(self.b.module, "llvm.prefetch.p0", hint)
-        read, second_cache, data = I32(0), I32(2), I32(1)
         for offset in range(0, size, CACHE_LINE):
-            line = self.pointer(self.b.add(address, I64(offset)), I32)
-            self.b.call(prefetch, [line, read, second_cache, data])
+            self.prefetch(self.b.add(address, I64(offset)))
 
     def scale_add_and_store(self, sums: dict[tuple[int, int, int], ir.Value]) -> None:
         """Put the chains together, scale them, add what was there, and store: each where it is asked for."""

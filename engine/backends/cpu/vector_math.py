@@ -13,16 +13,28 @@ from numba import types
 
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.paged_tile import PART
-from engine.backends.cpu.simd import F32, I8, I16, I32, I64, ITEM, LANES, Loop, Vectors, intrinsic
+from engine.backends.cpu.simd import (
+    F32,
+    HAS_PAIR_PRODUCTS,
+    I8,
+    I16,
+    I32,
+    I64,
+    ITEM,
+    LANES,
+    Loop,
+    Vectors,
+    intrinsic,
+)
 from engine.backends.cpu.tile import HIGH_STEP
 
 HIGH_BITS = HIGH_STEP.bit_length() - 1
-FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order, but no promise that there are no NaNs
 MIN_EXPONENT, MAX_EXPONENT = -87.0, 88.0  # of e: float32 holds the powers between them
 LOG2_E = math.log2(math.e)
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts: multiples of the first are exact
 EXP_SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
 BFLOAT16_ITEM = 2  # bytes
+ROTATED = PART // 2  # points: half of a head is as many, or several times
 BFLOAT16_NAN = 0x7FC0  # its bits; rounding by the bits alone could make another of them a number
 TWICE_GELU_SCALE, GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
@@ -57,6 +69,16 @@ def address(typing, array):
 
 
 @intrinsic
+def number_at(typing, address):
+    """Return the float32 at an address."""
+
+    def call(context, builder, signature, args):
+        return builder.load(builder.inttoptr(args[0], F32.as_pointer()))
+
+    return types.float32(types.int64), call
+
+
+@intrinsic
 def widened(typing, number):
     """Return a number as float32: one that is, or the upper half of its bits, which is a bfloat16."""
 
@@ -69,14 +91,16 @@ def widened(typing, number):
 
 
 @intrinsic
-def stored(typing, number, array):
-    """Return a float32 as an array's numbers are: as it is, or as the bits of the nearest bfloat16, the even
-    one of two."""
+def store_as(typing, number, address, dtype):
+    """Store a float32 at an address as a number of a dtype: as it is, or as the bits of the nearest bfloat16,
+    the even one of two."""
 
     def call(context, builder, signature, args):
-        return args[0] if array.dtype == types.float32 else _bfloat16_bits(builder, args[0])
+        stored = args[0] if dtype.dtype == types.float32 else _bfloat16_bits(builder, args[0])
+        builder.store(stored, builder.inttoptr(args[1], stored.type.as_pointer()))
+        return context.get_dummy_value()
 
-    return array.dtype(types.float32, array), call
+    return types.void(types.float32, types.int64, dtype), call
 
 
 def _bfloat16_bits(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -116,8 +140,12 @@ def _written(count: int, result: types.Type, *arguments: types.Type) -> Callable
 @_written(LANES, types.void, types.int64, types.int64)
 def _narrow(v: Vectors, x: ir.Value, out: ir.Value) -> None:
     """Write LANES numbers as bfloat16, each the nearest, or the even one of two."""
-    bits = _bfloat16_bits(v.b, v.load(x))
-    v.b.store(bits, v.pointer(out, bits.type)).align = 2
+    _store_narrow(v, v.load(x), out)
+
+
+def _store_narrow(v: Vectors, numbers: ir.Value, address: ir.Value) -> None:
+    bits = v.bfloat16(numbers) if HAS_PAIR_PRODUCTS else _bfloat16_bits(v.b, numbers)
+    v.b.store(bits, v.pointer(address, bits.type)).align = 2
 
 
 @part()
@@ -171,17 +199,35 @@ def vector_max(v: Vectors, begin: ir.Value, end: ir.Value) -> ir.Value:
     def step(at: ir.Value, most: ir.Value) -> ir.Value:
         return v.call("maxnum", most, v.load(at))
 
-    return v.reduce("fmax", _over(v, begin, end, -math.inf, step))
+    largest = _over(v, begin, end, -math.inf, step)  # no NaN: LLVM need not look for one, number by number
+    return v.reduce("fmax", largest, fast=("nnan",))
 
 
 @_written(PART, types.float32, types.int64, types.int64, types.float32)
 def exp_minus_max_sum(v: Vectors, begin: ir.Value, end: ir.Value, peak: ir.Value) -> ir.Value:
     """Put e^(x - peak) in place of numbers x, PART at a time; return their sum."""
+    return _exp_minus_max_sum(v, begin, end, peak, v.store)
+
+
+@_written(PART, types.float32, types.int64, types.int64, types.float32)
+def exp_minus_max_sum_narrow(v: Vectors, begin: ir.Value, end: ir.Value, peak: ir.Value) -> ir.Value:
+    """As `exp_minus_max_sum`, but write the powers as bfloat16, from the same address on; return the sum of
+    what they were in float32."""
+
+    def store(powers: ir.Value, at: ir.Value) -> None:
+        _store_narrow(v, powers, v.b.add(begin, v.b.lshr(v.b.sub(at, begin), I64(1))))
+
+    return _exp_minus_max_sum(v, begin, end, peak, store)
+
+
+def _exp_minus_max_sum(
+    v: Vectors, begin: ir.Value, end: ir.Value, peak: ir.Value, store: Callable[[ir.Value, ir.Value], None]
+) -> ir.Value:
     peaks = v.broadcast(peak)
 
     def step(at: ir.Value, total: ir.Value) -> ir.Value:
         powers = _exp(v, v.b.fsub(v.load(at), peaks))
-        v.store(powers, at)
+        store(powers, at)
         return v.b.fadd(total, powers)
 
     return v.reduce("fadd", F32(0.0), _over(v, begin, end, 0.0, step), fast=("reassoc",))
@@ -197,6 +243,20 @@ def rescale(v: Vectors, begin: ir.Value, end: ir.Value, by: ir.Value) -> None:
         return nothing
 
     _over(v, begin, end, 0.0, step)
+
+
+@_written(ROTATED, types.void, types.int64, types.int64, types.int64, types.int64)
+def rotate(v: Vectors, x: ir.Value, y: ir.Value, cos: ir.Value, sin: ir.Value) -> None:
+    """Rotate ROTATED points of a plane, of which coordinates, cosines and sines lie at these addresses."""
+    old_x, old_y, c, s = map(v.load, (x, y, cos, sin))
+    v.store(v.call("fma", old_x, c, v.b.fneg(v.b.fmul(old_y, s))), x)
+    v.store(v.call("fma", old_y, c, v.b.fmul(old_x, s)), y)
+
+
+@_written(LANES, types.void, types.int64)
+def prefetch_to_write(v: Vectors, address: ir.Value) -> None:
+    """Ask for the cache line at an address, which is going to be written to."""
+    v.prefetch(address, to_write=True)
 
 
 @_written(LANES, types.void, types.int64, types.float32)
@@ -235,20 +295,31 @@ def _gate(v: Vectors, gate: ir.Value, up: ir.Value, argument: Callable[[ir.Value
     v.store(v.b.fmul(v.b.fdiv(x, below), v.load(up)), gate)
 
 
-@part(fastmath=FAST_MATH)
-def inverse_rms(x_TN, t, begin, size, eps):
-    """Return the factor of an RMS norm of `size` numbers of row t: 1 / sqrt(mean(x^2) + eps)."""
-    total = np.float32(0.0)
-    for n in range(size):
-        x = x_TN[t, np.uintp(begin + n)]
-        total += x * x
+@_written(PART, types.float32, types.int64, types.int64)
+def _sum_of_squares(v: Vectors, begin: ir.Value, end: ir.Value) -> ir.Value:
+    """Return the sum of the squares of the numbers from an address to another, PART at a time."""
+
+    def step(at: ir.Value, total: ir.Value) -> ir.Value:
+        x = v.load(at)
+        return v.call("fma", x, x, total)
+
+    return v.reduce("fadd", F32(0.0), _over(v, begin, end, 0.0, step), fast=("reassoc",))
+
+
+@part()
+def inverse_rms(x, size, eps):
+    """Return the factor of an RMS norm of `size` numbers at an address: 1 / sqrt(mean(x^2) + eps)."""
+    whole = x + size // PART * PART * ITEM
+    total = _sum_of_squares(x, whole) if size >= PART else np.float32(0.0)
+    for at in range(whole, x + size * ITEM, ITEM):
+        total += number_at(at) * number_at(at)
     return np.float32(1.0) / np.sqrt(total / np.float32(size) + np.float32(eps))
 
 
-@part(fastmath=FAST_MATH)
+@part()
 def add_norm(y_TM, begin, end, size, eps, scale_M, x_TM):
     """Add the RMS norm of y to x, for rows from begin to end."""
     for t in range(begin, end):
-        row_scale = inverse_rms(y_TM, t, np.int64(0), size, eps)
+        row_scale = inverse_rms(address(y_TM[t]), size, eps)
         for m in range(size):
             x_TM[t, m] += row_scale * y_TM[t, m] * scale_M[m]

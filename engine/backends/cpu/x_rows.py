@@ -58,7 +58,7 @@ def make_rows(item, x_TM, begin, end, size, eps, own):
     if eps < 0:
         return 0
     for t in range(begin, end):
-        own.factors_T[t - begin] = inverse_rms(x_TM, t, np.int64(0), size, eps)
+        own.factors_T[t - begin] = inverse_rms(address(x_TM[t]), size, eps)
     return address(own.factors_T)
 
 
@@ -68,7 +68,7 @@ def _round_rows(x_TM, begin, end, size, eps, own):
     most = np.float32(LEVELS * HIGH_STEP)
     for t in range(begin, end):
         x, high = address(x_TM[t]), 2 * (t - begin)
-        norm = inverse_rms(x_TM, t, np.int64(0), size, eps) if eps >= 0 else np.float32(1.0)
+        norm = inverse_rms(x, size, eps) if eps >= 0 else np.float32(1.0)
         peak = np.float32(0.0)
         for m in range(0, size, LANES):
             here = max_abs(x + m * ITEM)
