@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 import weakref
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from numba import njit
 
-from engine.backends.cpu.threads import Team, barrier, begin_together, fetch_add
+from engine.backends.cpu.threads import Team, barrier, begin_together, fetch_add, take_unit
 from engine.backends.cpu.vector_math import address
 
 
@@ -53,6 +54,35 @@ def test_threads_meet_and_take_each_number_once(size):
     for pause in (0, 0, 0.1, 0):  # awake and asleep
         time.sleep(pause)
         assert counted(team) == [True] * size
+
+
+@njit(nogil=True)
+def take_all(index, size, start, counters, units, slow, order):
+    """Write down which units a thread takes, in order; the last one takes no more than one if it is slow."""
+    begin_together(index, start)
+    at, unit = 0, take_unit(address(counters), units, index, size)
+    while unit < units:
+        order[index, at] = unit
+        at += 1
+        if slow and index == size - 1:
+            break
+        unit = take_unit(address(counters), units, index, size)
+    barrier(address(counters) + 8 * size, size)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(("size", "units"), [(1, 5), (2, 7), (3, 100), (4, 2)])
+def test_each_unit_is_taken_once_a_share_in_order_and_what_a_slow_thread_leaves_by_others(size, units, slow):
+    team, order = Team(size), np.full((size, units + 1), -1)
+    counters = np.zeros(size + 1, np.int64)
+    team.run(lambda index: take_all(index, size, team.start, counters, units, slow, order))
+    taken = [[unit for unit in row if unit >= 0] for row in order.tolist()]
+    assert sorted(chain(*taken)) == list(range(units)) or (slow and size == 1)
+    for index, mine in enumerate(taken):
+        share = range(units * index // size, units * (index + 1) // size)
+        before = [unit for unit in mine if unit in share]
+        assert mine[: len(before)] == before == sorted(before)
+        assert not slow or index < size - 1 or len(mine) <= 1
 
 
 def test_a_team_that_is_closed_has_no_threads_and_runs_nothing():

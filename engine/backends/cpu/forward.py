@@ -39,8 +39,7 @@ from engine.backends.cpu.vector_math import add_norm, address, widened
 from engine.backends.cpu.x_rows import NO_NORM, Own
 
 PHASES_PER_LAYER = 6
-# Phases, each the offset in bytes of the counter that numbers its units of work.
-QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN = range(0, 8 * PHASES_PER_LAYER, 8)
+QKV, ROPE, ATTENTION, OUT, GATE_UP, DOWN = range(PHASES_PER_LAYER)
 
 
 class Weights(NamedTuple):
@@ -111,7 +110,7 @@ class Space(NamedTuple):
     inner_TF: np.ndarray
     added_TM: np.ndarray  # sums that are normed before the stream takes them, or 0 rows
     logits_RV: np.ndarray
-    counts: np.ndarray  # int64, 0 before a step: arrivals at barriers, then a counter of work for each phase
+    counts: np.ndarray  # int64, 0 at first: arrivals at barriers, then for each phase a counter a thread
     factors_ST: np.ndarray  # of each thread its own, from here on; see x_rows.Own
     starts_SZU: np.ndarray
     rows_SUY: np.ndarray
@@ -142,15 +141,15 @@ def _keep_wanted(wanted_R, rows_TN):
 
 
 @part()
-def _first_places(weights, shape, layer, thread):
+def _first_places(weights, shape, layer, rows, own):
     """Return where the panels lie that a thread begins the products with that follow those of queries, keys
     and values, of attention's output, of gates and values, and of the MLP's output of a layer."""
-    out = first_place(layer_of(weights.out, weights.out_bias_LM, layer), 1, thread)
-    gate_up = first_place(layer_of(weights.gate_up, weights.gate_up_bias_LN, layer), 2, thread)
-    down = first_place(layer_of(weights.down, weights.down_bias_LM, layer), 1, thread)
-    after = first_place(layer_of(weights.head, weights.head_bias_LV, np.int64(0)), 1, thread)
+    out = first_place(layer_of(weights.out, weights.out_bias_LM, layer), 1, rows, own)
+    gate_up = first_place(layer_of(weights.gate_up, weights.gate_up_bias_LN, layer), 2, rows, own)
+    down = first_place(layer_of(weights.down, weights.down_bias_LM, layer), 1, rows, own)
+    after = first_place(layer_of(weights.head, weights.head_bias_LV, np.int64(0)), 1, rows, own)
     if layer < shape.layers - 1:
-        after = first_place(layer_of(weights.qkv, weights.qkv_bias_LN, layer + 1), 1, thread)
+        after = first_place(layer_of(weights.qkv, weights.qkv_bias_LN, layer + 1), 1, rows, own)
     return (gate_up, down, out, after) if shape.parallel else (out, gate_up, down, after)
 
 
@@ -184,23 +183,23 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
     own = Own(thread, threads, space.factors_ST[thread], space.starts_SZU[thread], space.rows_SUY[thread])
     both_2TW = space.both_S2TW[thread]
     arrivals = address(space.counts)
-    work = arrivals + CACHE_LINE  # the counters of a layer's phases
+    work, counters = arrivals + CACHE_LINE, 8 * threads  # a layer's counters, and bytes of a phase's
     _embed(plan, weights, shape, rows * thread // threads, rows * (thread + 1) // threads, x_TM)
     arrived = barrier(arrivals, threads)
     for layer in range(shape.layers):
         qkv = layer_of(weights.qkv, weights.qkv_bias_LN, layer)
-        after_qkv, after_out, after_gate_up, after_down = _first_places(weights, shape, layer, thread)
+        after_qkv, after_out, after_gate_up, after_down = _first_places(weights, shape, layer, rows, own)
         target = Store(qkv_TN, OVERWRITE, NO_SOFTCAP)
-        linear_product(work + QKV, rows, x_TM, width, shape.eps, qkv, after_qkv, own, target)
+        linear_product(work + QKV * counters, rows, x_TM, width, shape.eps, qkv, after_qkv, own, target)
         arrived = barrier(arrivals, arrived + threads)
         rope = weights.ropes_L[layer]
         attention = AttentionLayer(
             weights.windows_L[layer], weights.softcaps_L[layer], weights.head_norm_LQD[layer],
             plan.cos_GTE[rope], plan.sin_GTE[rope], keys_LXKDPI[layer], values_LXKBPVI[layer],
         )  # fmt: skip
-        rotate_chunks(work + ROPE, qkv_TN, shape, plan, attention)
+        rotate_chunks(work + ROPE * counters, qkv_TN, shape, plan, attention)
         arrived = barrier(arrivals, arrived + threads)
-        attend(work + ATTENTION, qkv_TN, shape, plan, attention, mixed_TN, thread, space.heads)
+        attend(work + ATTENTION * counters, qkv_TN, shape, plan, attention, mixed_TN, thread, space.heads)
         arrived = barrier(arrivals, arrived + threads)
         if layer == shape.layers - 1 and len(wanted_R) < rows:  # nothing reads the other tokens' results
             rows = len(wanted_R)
@@ -212,25 +211,26 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
             if order == shape.parallel:
                 out = layer_of(weights.out, weights.out_bias_LM, layer)
                 arrived = _add_product(
-                    work + OUT, arrivals, arrived, rows, mixed_TN, shape.heads * shape.head_dim, out,
-                    after_out, shape, weights.after_attention_LM[layer], shape.after_attention_eps, own,
+                    work + OUT * counters, arrivals, arrived, rows, mixed_TN, shape.heads * shape.head_dim,
+                    out, after_out, shape, weights.after_attention_LM[layer], shape.after_attention_eps, own,
                     space,
                 )  # fmt: skip
             else:
                 gate_up = layer_of(weights.gate_up, weights.gate_up_bias_LN, layer)
                 gate = Gate(inner_TF, both_2TW, shape.gelu)
                 gated_product(
-                    work + GATE_UP, rows, x_TM, width, shape.mlp_eps, gate_up, after_gate_up, own, gate
-                )
+                    work + GATE_UP * counters, rows, x_TM, width, shape.mlp_eps, gate_up, after_gate_up,
+                    own, gate,
+                )  # fmt: skip
                 arrived = barrier(arrivals, arrived + threads)
         down = layer_of(weights.down, weights.down_bias_LM, layer)
         arrived = _add_product(
-            work + DOWN, arrivals, arrived, rows, inner_TF, shape.inner, down, after_down, shape,
+            work + DOWN * counters, arrivals, arrived, rows, inner_TF, shape.inner, down, after_down, shape,
             weights.after_mlp_LM[layer], shape.after_mlp_eps, own, space,
         )  # fmt: skip
-        work += 8 * PHASES_PER_LAYER
+        work += PHASES_PER_LAYER * counters
     logits = Store(space.logits_RV, OVERWRITE, np.float32(shape.logits_softcap))
     head = layer_of(weights.head, weights.head_bias_LV, np.int64(0))
-    next_step = first_place(layer_of(weights.qkv, weights.qkv_bias_LN, np.int64(0)), 1, thread)
+    next_step = first_place(layer_of(weights.qkv, weights.qkv_bias_LN, np.int64(0)), 1, rows, own)
     linear_product(work, rows, x_TM, width, shape.last_eps, head, next_step, own, logits)
     barrier(arrivals, arrived + threads)

@@ -17,7 +17,7 @@ import numpy as np
 from engine.backends.cpu.gemm import WIDE, multiply_wide, x_item
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import ITEM, LANES
-from engine.backends.cpu.threads import fetch_add
+from engine.backends.cpu.threads import first_unit, take_unit
 from engine.backends.cpu.vector_math import address, gelu, silu, soft_cap
 from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS, make_rows
 
@@ -80,9 +80,17 @@ def layer_of(panels, bias_LN, layer):
 
 
 @part()
-def first_place(linear, panels_at_once, thread):
-    """Return the addresses where the panel begins and ends that a thread begins a product with, if any."""
-    return _place(linear, thread % (len(linear.panels_CMW) // panels_at_once) * panels_at_once)
+def _units(linear, panels_at_once, rows):
+    """Return how many units a product of so many rows has, and how many of them are of one block."""
+    per_block = len(linear.panels_CMW) // panels_at_once
+    return (rows + BLOCK_ROWS - 1) // BLOCK_ROWS * per_block, per_block
+
+
+@part()
+def first_place(linear, panels_at_once, rows, own):
+    """Return the addresses where the panel begins and ends that a thread begins a product with."""
+    units, per_block = _units(linear, panels_at_once, rows)
+    return _place(linear, first_unit(units, own.thread, own.threads) % per_block * panels_at_once)
 
 
 @part()
@@ -114,33 +122,32 @@ def _product(panels_at_once, write):
 
     Threads share the product in units: a block of rows by a panel, or by `panels_at_once` of them. A unit is
     computed by write(block, linear, panel, ahead, end, target), which prefetches the memory from `ahead` to
-    `end`. A thread begins with the unit of its own number, and takes the number of its next one from a
-    counter before it begins one. So what it prefetches is the next one's panel, or `following` with its last
-    unit: the panel that it begins the product after this one with.
+    `end`. A thread takes its next unit before it computes one. So what it prefetches is the next one's panel,
+    or `following` with its last unit: the panel that it begins the product after this one with.
     """
 
     @part()
     def multiply(work, rows, x_TM, size, eps, linear, following, own, target):
-        units_per_block, item = len(linear.panels_CMW) // panels_at_once, x_item(linear.panels_CMW.dtype)
+        units, per_block = _units(linear, panels_at_once, rows)
+        item = x_item(linear.panels_CMW.dtype)
         x_row = ITEM * x_TM.shape[1] if item == ITEM else own.rows_UY.shape[1]
         slice_bytes = ITEM * own.starts_ZU.shape[1]
-        units = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS * units_per_block
         made, row_scales = -1, 0  # the block that is in the thread's own memory
-        unit = own.thread
+        unit = take_unit(work, units, own.thread, own.threads)
         while unit < units:
-            next_unit = own.threads + fetch_add(work)
-            index = unit // units_per_block
+            next_unit = take_unit(work, units, own.thread, own.threads)
+            index = unit // per_block
             begin = index * BLOCK_ROWS
             end = min(begin + BLOCK_ROWS, rows)
             if index != made:
                 made, row_scales = index, make_rows(item, x_TM, begin, end, size, eps, own)
             x = address(x_TM) + begin * x_row if item == ITEM else address(own.rows_UY)
             if next_unit < units:
-                ahead, ahead_end = _place(linear, next_unit % units_per_block * panels_at_once)
+                ahead, ahead_end = _place(linear, next_unit % per_block * panels_at_once)
             else:
                 ahead, ahead_end = following
             block = Block(begin, end, x, x_row, item, size, row_scales, address(own.starts_ZU), slice_bytes)
-            write(block, linear, unit % units_per_block * panels_at_once, ahead, ahead_end, target)
+            write(block, linear, unit % per_block * panels_at_once, ahead, ahead_end, target)
             unit = next_unit
 
     return multiply

@@ -144,7 +144,7 @@ class CompiledDecoder(Backend):
             inner_TF=_room(count, filled(shape.inner)),
             added_TM=_room(count if self.weights.after_attention_LM.size else 0, filled(shape.width)),
             logits_RV=logits_RV.numpy(),
-            counts=np.zeros(16 + PHASES_PER_LAYER * shape.layers, np.int64),
+            counts=np.zeros(8 + (PHASES_PER_LAYER * shape.layers + 1) * size, np.int64),
             factors_ST=_room(size, BLOCK_ROWS),
             starts_SZU=_room(size, slices, rows, dtype=torch.int32),
             rows_SUY=_room(size, rows, row_bytes, dtype=torch.int8),

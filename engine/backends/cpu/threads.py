@@ -1,9 +1,8 @@
 """Threads that run one compiled function side by side, with barriers between its phases.
 
 A step of a model is one call that all threads make. At a barrier they wait for each other, spinning, for a
-phase takes microseconds. A phase's units of work are numbered, and each thread takes the next number from an
-atomic counter (its first one of a product is its own). Between steps threads spin on for some milliseconds:
-to wake one that sleeps takes a tenth of one.
+phase takes microseconds. A phase's units of work are numbered, and threads take the numbers from atomic
+counters. Between steps threads spin on for some milliseconds: to wake one that sleeps takes a tenth of one.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -54,6 +53,42 @@ def atomic_load(typing, address):
         return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "acquire", 8, typ=I64)
 
     return types.int64(types.int64), call
+
+
+@intrinsic
+def _peek(typing, address):
+    """Return the number at an address that other threads may change."""
+
+    def call(context, builder, signature, args):
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "monotonic", 8, typ=I64)
+
+    return types.int64(types.int64), call
+
+
+@part()
+def first_unit(units, thread, threads):
+    """Return the first unit of a thread's share of units."""
+    return units * thread // threads
+
+
+@part()
+def take_unit(counters, units, thread, threads):
+    """Return the number of a unit of work that no thread has taken, or `units` if there is none.
+
+    A thread takes the units of its own share in order, and then what is left of others' shares: so it reads
+    one place of memory after the other, and waits for no thread that is slower.
+
+    Args:
+        counters: address of an int64 for each thread, all 0 at first.
+    """
+    for other in range(thread, thread + threads):
+        owner = other % threads
+        begin, end = first_unit(units, owner, threads), first_unit(units, owner + 1, threads)
+        if begin + _peek(counters + 8 * owner) < end:
+            unit = begin + fetch_add(counters + 8 * owner)
+            if unit < end:
+                return unit
+    return units
 
 
 @part()
