@@ -16,7 +16,7 @@ import pytest
 import torch
 from numba import njit
 
-from engine.backends.cpu.threads import Team, barrier, begin_together, fetch_add, take_unit
+from engine.backends.cpu.threads import Team, barrier, begin_together, claim_unit, fetch_add
 from engine.backends.cpu.vector_math import address
 
 
@@ -57,28 +57,30 @@ def test_threads_meet_and_take_each_number_once(size):
 
 
 @njit(nogil=True)
-def take_all(index, size, start, counters, units, slow, order):
-    """Write down which units a thread takes, in order; the last one takes no more than one if it is slow."""
+def claim_all(index, size, start, counters, units, slow, order):
+    """Write down which units a thread claims, in order; a slow last one claims no more than one."""
     begin_together(index, start)
-    at, unit = 0, take_unit(address(counters), units, index, size)
+    at, unit = 0, claim_unit(address(counters), units, index, size)
     while unit < units:
         order[index, at] = unit
         at += 1
         if slow and index == size - 1:
             break
-        unit = take_unit(address(counters), units, index, size)
+        unit = claim_unit(address(counters), units, index, size)
     barrier(address(counters) + 8 * size, size)
 
 
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(("size", "units"), [(1, 5), (2, 7), (3, 100), (4, 2)])
-def test_each_unit_is_taken_once_a_share_in_order_and_what_a_slow_thread_leaves_by_others(size, units, slow):
+def test_each_unit_is_claimed_once_a_share_in_order_and_what_is_left_by_others(
+    size, units, slow
+):
     team, order = Team(size), np.full((size, units + 1), -1)
     counters = np.zeros(size + 1, np.int64)
-    team.run(lambda index: take_all(index, size, team.start, counters, units, slow, order))
-    taken = [[unit for unit in row if unit >= 0] for row in order.tolist()]
-    assert sorted(chain(*taken)) == list(range(units)) or (slow and size == 1)
-    for index, mine in enumerate(taken):
+    team.run(lambda index: claim_all(index, size, team.start, counters, units, slow, order))
+    claimed = [[unit for unit in row if unit >= 0] for row in order.tolist()]
+    assert sorted(chain(*claimed)) == list(range(units)) or (slow and size == 1)
+    for index, mine in enumerate(claimed):
         share = range(units * index // size, units * (index + 1) // size)
         before = [unit for unit in mine if unit in share]
         assert mine[: len(before)] == before == sorted(before)

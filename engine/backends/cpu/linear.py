@@ -17,7 +17,7 @@ import numpy as np
 from engine.backends.cpu.gemm import WIDE, multiply_wide, x_item
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import ITEM, LANES
-from engine.backends.cpu.threads import first_unit, take_unit
+from engine.backends.cpu.threads import claim_unit, first_unit
 from engine.backends.cpu.vector_math import address, gelu, silu, soft_cap
 from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS, make_rows
 
@@ -122,8 +122,8 @@ def _product(panels_at_once, write):
 
     Threads share the product in units: a block of rows by a panel, or by `panels_at_once` of them. A unit is
     computed by write(block, linear, panel, ahead, end, target), which prefetches the memory from `ahead` to
-    `end`. A thread takes its next unit before it computes one. So what it prefetches is the next one's panel,
-    or `following` with its last unit: the panel that it begins the product after this one with.
+    `end`. A thread claims its next unit before it computes one. So what it prefetches is the next one's
+    panel, or `following` with its last unit: the panel that it begins the product after this one with.
     """
 
     @part()
@@ -133,9 +133,9 @@ def _product(panels_at_once, write):
         x_row = ITEM * x_TM.shape[1] if item == ITEM else own.rows_UY.shape[1]
         slice_bytes = ITEM * own.starts_ZU.shape[1]
         made, row_scales = -1, 0  # the block that is in the thread's own memory
-        unit = take_unit(work, units, own.thread, own.threads)
+        unit = claim_unit(work, units, own.thread, own.threads)
         while unit < units:
-            next_unit = take_unit(work, units, own.thread, own.threads)
+            next_unit = claim_unit(work, units, own.thread, own.threads)
             index = unit // per_block
             begin = index * BLOCK_ROWS
             end = min(begin + BLOCK_ROWS, rows)

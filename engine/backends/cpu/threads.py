@@ -1,7 +1,7 @@
 """Threads that run one compiled function side by side, with barriers between its phases.
 
 A step of a model is one call that all threads make. At a barrier they wait for each other, spinning, for a
-phase takes microseconds. A phase's units of work are numbered, and threads take the numbers from atomic
+phase takes microseconds. A phase's units of work are numbered, and threads claim the numbers from atomic
 counters. Between steps threads spin on for some milliseconds: to wake one that sleeps takes a tenth of one.
 """
 
@@ -45,24 +45,24 @@ def fetch_add(typing, address):
 
 @intrinsic
 def atomic_load(typing, address):
-    """Pause a moment, then return the number at an address that other threads may change."""
+    """Return the number at an address that other threads may change."""
 
     def call(context, builder, signature, args):
-        if PAUSE_INTRINSIC:
-            builder.call(declared(builder.module, PAUSE_INTRINSIC, ir.FunctionType(ir.VoidType(), [])), [])
         return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "acquire", 8, typ=I64)
 
     return types.int64(types.int64), call
 
 
 @intrinsic
-def _peek(typing, address):
-    """Return the number at an address that other threads may change."""
+def _pause(typing):
+    """Let a moment pass, for the sake of what else the core does."""
 
     def call(context, builder, signature, args):
-        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "monotonic", 8, typ=I64)
+        if PAUSE_INTRINSIC:
+            builder.call(declared(builder.module, PAUSE_INTRINSIC, ir.FunctionType(ir.VoidType(), [])), [])
+        return context.get_dummy_value()
 
-    return types.int64(types.int64), call
+    return types.void(), call
 
 
 @part()
@@ -72,11 +72,11 @@ def first_unit(units, thread, threads):
 
 
 @part()
-def take_unit(counters, units, thread, threads):
-    """Return the number of a unit of work that no thread has taken, or `units` if there is none.
+def claim_unit(counters, units, thread, threads):
+    """Return the number of a unit of work that no thread has claimed, or `units` if there is none.
 
-    A thread takes the units of its own share in order, and then what is left of others' shares: so it reads
-    one place of memory after the other, and waits for no thread that is slower.
+    A thread claims the units of its own share in order, and then what is left of others' shares: so it reads
+    memory in order, and does not wait for a slower thread.
 
     Args:
         counters: address of an int64 for each thread, all 0 at first.
@@ -84,7 +84,7 @@ def take_unit(counters, units, thread, threads):
     for other in range(thread, thread + threads):
         owner = other % threads
         begin, end = first_unit(units, owner, threads), first_unit(units, owner + 1, threads)
-        if begin + _peek(counters + 8 * owner) < end:
+        if begin + atomic_load(counters + 8 * owner) < end:
             unit = begin + fetch_add(counters + 8 * owner)
             if unit < end:
                 return unit
@@ -97,6 +97,7 @@ def barrier(address, arrivals):
     fetch_add(address)
     spins = 0
     while atomic_load(address) < arrivals:
+        _pause()
         spins += 1
         if spins > SPINS_BEFORE_YIELD:
             _yield_processor()
@@ -115,6 +116,7 @@ def _wait_for_change(address, before, max_spins):
     """Return the number at an address when it isn't `before` any more, or after so many spins."""
     spins = 0
     while atomic_load(address) == before and spins < max_spins:
+        _pause()
         spins += 1
         if spins > SPINS_BEFORE_YIELD:
             _yield_processor()
