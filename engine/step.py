@@ -45,7 +45,7 @@ class Batch:
 
     Args:
         tokens: T ids; PENDING for one that only the device knows.
-        spans: of the requests, one after the other.
+        spans: of the requests, one after the other. A page that one writes to is in no other's table.
         wanted: of the R tokens whose logits are wanted, their places in the batch, rising.
         requests: whose these are, R, for drawing their next tokens; not given where logits are all that is
             asked.

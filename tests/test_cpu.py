@@ -62,6 +62,25 @@ def test_tiles_multiply_and_a_row_knows_no_neighbours(add, scaled):
 
 
 @njit
+def powers(x_N, narrow_N):
+    """Return the sums of e^x of numbers that become that, in float32 and in bfloat16."""
+    end = 4 * len(x_N)
+    both = vector_math.exp_minus_max_sum_narrow(address(narrow_N), address(narrow_N) + end, np.float32(1.0))
+    return vector_math.exp_minus_max_sum(address(x_N), address(x_N) + end, np.float32(1.0)), both
+
+
+@pytest.mark.parametrize("size", [16, 48, 128])
+def test_powers_in_bfloat16_are_those_in_float32_rounded_and_their_sum_is_not(size):
+    x = np.random.default_rng(size).normal(scale=9, size=size).astype(np.float32)
+    x[[0, 5]] = -np.inf, 1.0
+    narrow = x.copy()
+    found, narrow_found = powers(x, narrow)
+    assert found == narrow_found
+    rounded = torch.from_numpy(x).bfloat16()
+    assert torch.equal(torch.from_numpy(narrow).view(torch.bfloat16)[:size], rounded)
+
+
+@njit
 def of_vectors(x_N, out_N, up_N):
     vector_math.exp_minus_max_sum(address(x_N), address(x_N) + 4 * len(x_N), np.float32(0.0))
     for n in range(0, len(out_N), simd.LANES):
@@ -184,25 +203,38 @@ def test_any_model_built_like_llama_gives_its_own_logits(shape, page):
 
 
 @given(
-    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=9),
+    texts=st.lists(st.tuples(st.integers(1, 90), st.sampled_from([1, 1, 3, 90])), min_size=1, max_size=9),
     cut=st.integers(1, 100),
     threads=st.sampled_from([1, 2, 3]),
+    page=st.sampled_from([8, 5]),
     name=st.sampled_from(["plain", "window", "qwen3", "gemma2", "olmo2", "cohere"]),
 )
-def test_the_bits_are_the_same_in_any_company(lengths, cut, threads, name):
-    """All prompts at once by several threads, and each alone by one, in chunks of some size."""
-    packed = compiled_decoder(random_model(**SHAPES[name]), 8)
-    texts = [[(31 * i + 7 * k) % 259 for k in range(length)] for i, length in enumerate(lengths)]
-    tables = [list(range(12 * i, 12 * i + 12)) for i in range(len(texts))]
+def test_the_bits_are_the_same_in_any_company(texts, cut, threads, page, name):
+    """All prompts in two steps, the last tokens of each together, by several threads; and each alone by one
+    thread, in chunks of some size."""
+    packed, count = compiled_decoder(random_model(**SHAPES[name]), page), len(texts)
+    prompts = [[(31 * i + 7 * k) % 259 for k in range(length)] for i, (length, _) in enumerate(texts)]
+    tables = [list(range(20 * i, 20 * i + 20)) for i in range(count)]
+    firsts = [max(length - last, 0) for length, last in texts]
+
+    def step(begins: list[int], ends: list[int]) -> torch.Tensor:
+        spans, tokens, wanted = [], [], []
+        for prompt, table, begin, end in zip(prompts, tables, begins, ends, strict=True):
+            if begin < end:
+                spans.append(Span(len(tokens), len(tokens) + end - begin, begin, table))
+                tokens += prompt[begin:end]
+                wanted.append(len(tokens) - 1)
+        return packed.logits(Batch(tokens, spans, wanted))
+
     packed.use(threads)
-    ends = np.cumsum([0, *lengths]).tolist()
-    spans = [Span(a, b, 0, table) for a, b, table in zip(ends[:-1], ends[1:], tables, strict=True)]
-    together = packed.logits(Batch(list(chain(*texts)), spans, [end - 1 for end in ends[1:]]))
+    if any(firsts):
+        step([0] * count, firsts)
+    together = step(firsts, [length for length, _ in texts])
     packed.use(1)
     packed.allocate_kv(200)
-    for i, text in enumerate(texts):
-        for begin in range(0, len(text), cut):
-            part = text[begin : begin + cut]
+    for i, prompt in enumerate(prompts):
+        for begin in range(0, len(prompt), cut):
+            part = prompt[begin : begin + cut]
             alone = packed.logits(Batch(part, [Span(0, len(part), begin, tables[i])], [len(part) - 1]))
         assert torch.equal(alone[0], together[i])
 

@@ -186,7 +186,9 @@ def test_a_step_gathers_nothing_counts_no_references_and_keeps_tiles_off_the_sta
         for shape in every(REGISTERS, number):
             check(found[shape.name(number)], REGISTERS, shape, number)
     for code in fresh.inspect_llvm().values():
-        parts = re.findall(r"^define [^\n]*3cpu(?:6linear|4rope|9attention).*?^}", code, re.M | re.S)
+        parts = re.findall(
+            r"^define [^\n]*3cpu(?:6linear|4rope|9attention|11vector_math).*?^}", code, re.M | re.S
+        )
         assert len(parts) >= 4
         assert [part.splitlines()[0] for part in parts if re.search(r"masked\.(gather|scatter)", part)] == []
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from numba import njit
 from numba.core import codegen
@@ -94,6 +95,25 @@ def test_a_part_is_neither_optimised_nor_a_program_and_the_whole_is_both(monkeyp
     assert "alloca" in written, "variables in memory, as Numba writes them"
     assert "alloca" not in code
     assert "call" not in code, "the part's code is in the whole's"
+
+
+def test_nothing_counts_references_to_arrays():
+    """`_nrt` is an option that Numba does not document."""
+
+    def last_of_each(rows, found):
+        for n in range(len(rows)):
+            row = rows[n]
+            found[n] = row[len(row) - 1]
+
+    counting, not_counting = njit(last_of_each), njit(last_of_each, **jit.OPTIONS)
+    rows, found = np.arange(6.0).reshape(2, 3), np.zeros(2)
+    for function in (counting, not_counting):
+        function(rows, found)
+        assert found.tolist() == [2, 5]
+        found[:] = 0
+    [with_counts], [without] = (function.inspect_asm().values() for function in (counting, not_counting))
+    assert "NRT_" in with_counts
+    assert "NRT_" not in without
 
 
 def test_a_program_that_cannot_be_kept_is_compiled_all_the_same(monkeypatch, caplog):

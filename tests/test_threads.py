@@ -16,7 +16,7 @@ import pytest
 import torch
 from numba import njit
 
-from engine.backends.cpu.threads import Team, barrier, begin_together, claim_unit, fetch_add
+from engine.backends.cpu.threads import Team, barrier, begin_together, claim_first, claim_unit, fetch_add
 from engine.backends.cpu.vector_math import address
 
 
@@ -60,7 +60,7 @@ def test_threads_meet_and_take_each_number_once(size):
 def claim_all(index, size, start, counters, units, slow, order):
     """Write down which units a thread claims, in order; a slow last one claims no more than one."""
     begin_together(index, start)
-    at, unit = 0, claim_unit(address(counters), units, index, size)
+    at, unit = 0, claim_first(address(counters), units, index, size)
     while unit < units:
         order[index, at] = unit
         at += 1
@@ -72,9 +72,7 @@ def claim_all(index, size, start, counters, units, slow, order):
 
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(("size", "units"), [(1, 5), (2, 7), (3, 100), (4, 2)])
-def test_each_unit_is_claimed_once_a_share_in_order_and_what_is_left_by_others(
-    size, units, slow
-):
+def test_each_unit_is_claimed_once_a_share_in_order_and_what_is_left_by_others(size, units, slow):
     team, order = Team(size), np.full((size, units + 1), -1)
     counters = np.zeros(size + 1, np.int64)
     team.run(lambda index: claim_all(index, size, team.start, counters, units, slow, order))
@@ -85,6 +83,7 @@ def test_each_unit_is_claimed_once_a_share_in_order_and_what_is_left_by_others(
         before = [unit for unit in mine if unit in share]
         assert mine[: len(before)] == before == sorted(before)
         assert not slow or index < size - 1 or len(mine) <= 1
+        assert mine[:1] == list(share[:1]) or not share, "nobody else has it"
 
 
 def test_a_team_that_is_closed_has_no_threads_and_runs_nothing():

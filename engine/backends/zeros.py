@@ -1,4 +1,4 @@
-"""Memory for keys and values: zeros that take none before they are written."""
+"""Memory for weights, keys and values: zeros that take none before they are written, in huge pages."""
 
 from __future__ import annotations
 

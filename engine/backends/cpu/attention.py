@@ -90,17 +90,20 @@ def _find(number, span, before, pages_at_once, window, shape, plan):
 
 
 @part()
-def attend(work, qkv_TN, shape, plan, layer, mixed_TN, thread, space):
-    """Mix the values of each token's context, its own included."""
+def attend(work, qkv_TN, shape, plan, layer, mixed_TN, thread, threads, space):
+    """Mix the values of each token's context, its own included.
+
+    A thread begins with the unit of its own number, and claims its next one before it computes one, whose
+    keys and values it prefetches meanwhile.
+    """
     pages_at_once = space.values_S2A.shape[2] // PARTS
-    unit, before = _find(fetch_add(work), np.int64(0), np.int64(0), pages_at_once, layer.window, shape, plan)
+    unit, before = _find(thread, np.int64(0), np.int64(0), pages_at_once, layer.window, shape, plan)
     slot = np.int64(0)  # of the addresses of the stretch that is computed
     if unit.tokens:
         _write_addresses(unit, unit.first_page, slot, shape, plan, layer, thread, space)
     while unit.tokens:
-        following, before = _find(
-            fetch_add(work), unit.span, before, pages_at_once, layer.window, shape, plan
-        )
+        number = threads + fetch_add(work)
+        following, before = _find(number, unit.span, before, pages_at_once, layer.window, shape, plan)
         for t in range(following.first, following.first + following.tokens):
             prefetch_heads(address(qkv_TN[t]), following.kv_head, shape)
         slot = _attend_unit(unit, following, slot, qkv_TN, shape, plan, layer, mixed_TN, thread, space)
@@ -114,7 +117,7 @@ def _write_addresses(unit, first, slot, shape, plan, layer, thread, space):
     keys_XKDPI, values_XKBPVI = layer.keys_XKDPI, layer.values_XKBPVI
     keys_A, values_A = space.keys_S2A[thread, slot], space.values_S2A[thread, slot]
     parts, pages = (shape.page + PART - 1) // PART, len(values_A) // PARTS
-    value_part = values_XKBPVI.shape[3] * PART * values_XKBPVI.shape[5] * values_XKBPVI.itemsize
+    value_part = values_XKBPVI.shape[3] * PART * ITEM
     table = plan.table_J[unit.span]
     for index in range(pages):
         page = plan.pages[table + min(first + index, unit.last_page)]
@@ -142,7 +145,8 @@ def _attend_unit(unit, following, slot, qkv_TN, shape, plan, layer, mixed_TN, th
     # of a position the numbers that lie together, one float32 or two bfloat16, take ITEM bytes
     item, positions = keys_XKDPI.itemsize, values_XKBPVI.shape[3] * values_XKBPVI.shape[5]
     by = x_item(keys_XKDPI.dtype)  # bytes of a number that they are multiplied by
-    key_row, value_row, value_part = keys_XKDPI.shape[3] * item, PART * item, positions * PART * item
+    key_row, value_row = keys_XKDPI.shape[3] * item, PART * item
+    value_part = values_XKBPVI.shape[3] * PART * ITEM
     row, mixed_row = scores_RP.shape[1] * ITEM, mixed_RD.shape[1] * ITEM
     pages_at_once = space.values_S2A.shape[2] // PARTS
     scores, mixed = address(scores_RP), address(mixed_RD)

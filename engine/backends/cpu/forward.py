@@ -32,7 +32,7 @@ from engine.backends.cpu.linear import (
     layer_of,
     linear_product,
 )
-from engine.backends.cpu.rope import AttentionLayer, rotate_chunks
+from engine.backends.cpu.rope import AttentionLayer, has_chunks, rotate_chunks
 from engine.backends.cpu.simd import CACHE_LINE
 from engine.backends.cpu.threads import barrier, begin_together
 from engine.backends.cpu.vector_math import add_norm, address, widened
@@ -141,13 +141,18 @@ def _keep_wanted(wanted_R, rows_TN):
 
 
 @part()
-def _first_places(weights, shape, layer, rows, own):
+def _first_places(weights, shape, layer, rows, wanted, own):
     """Return where the panels lie that a thread begins the products with that follow those of queries, keys
-    and values, of attention's output, of gates and values, and of the MLP's output of a layer."""
-    out = first_place(layer_of(weights.out, weights.out_bias_LM, layer), 1, rows, own)
-    gate_up = first_place(layer_of(weights.gate_up, weights.gate_up_bias_LN, layer), 2, rows, own)
-    down = first_place(layer_of(weights.down, weights.down_bias_LM, layer), 1, rows, own)
-    after = first_place(layer_of(weights.head, weights.head_bias_LV, np.int64(0)), 1, rows, own)
+    and values, of attention's output, of gates and values, and of the MLP's output of a layer.
+
+    Args:
+        rows, wanted: of all the step's tokens, and of those that the last layer goes on with.
+    """
+    left = wanted if layer == shape.layers - 1 else rows
+    out = first_place(layer_of(weights.out, weights.out_bias_LM, layer), 1, left, own)
+    gate_up = first_place(layer_of(weights.gate_up, weights.gate_up_bias_LN, layer), 2, left, own)
+    down = first_place(layer_of(weights.down, weights.down_bias_LM, layer), 1, left, own)
+    after = first_place(layer_of(weights.head, weights.head_bias_LV, np.int64(0)), 1, left, own)
     if layer < shape.layers - 1:
         after = first_place(layer_of(weights.qkv, weights.qkv_bias_LN, layer + 1), 1, rows, own)
     return (gate_up, down, out, after) if shape.parallel else (out, gate_up, down, after)
@@ -186,9 +191,12 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
     work, counters = arrivals + CACHE_LINE, 8 * threads  # a layer's counters, and bytes of a phase's
     _embed(plan, weights, shape, rows * thread // threads, rows * (thread + 1) // threads, x_TM)
     arrived = barrier(arrivals, threads)
+    chunked = has_chunks(shape, plan)
     for layer in range(shape.layers):
         qkv = layer_of(weights.qkv, weights.qkv_bias_LN, layer)
-        after_qkv, after_out, after_gate_up, after_down = _first_places(weights, shape, layer, rows, own)
+        after_qkv, after_out, after_gate_up, after_down = _first_places(
+            weights, shape, layer, rows, len(wanted_R), own
+        )
         target = Store(qkv_TN, OVERWRITE, NO_SOFTCAP)
         linear_product(work + QKV * counters, rows, x_TM, width, shape.eps, qkv, after_qkv, own, target)
         arrived = barrier(arrivals, arrived + threads)
@@ -197,9 +205,20 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
             weights.windows_L[layer], weights.softcaps_L[layer], weights.head_norm_LQD[layer],
             plan.cos_GTE[rope], plan.sin_GTE[rope], keys_LXKDPI[layer], values_LXKBPVI[layer],
         )  # fmt: skip
-        rotate_chunks(work + ROPE * counters, qkv_TN, shape, plan, attention)
-        arrived = barrier(arrivals, arrived + threads)
-        attend(work + ATTENTION * counters, qkv_TN, shape, plan, attention, mixed_TN, thread, space.heads)
+        if chunked:
+            rotate_chunks(work + ROPE * counters, qkv_TN, shape, plan, attention)
+            arrived = barrier(arrivals, arrived + threads)
+        attend(
+            work + ATTENTION * counters,
+            qkv_TN,
+            shape,
+            plan,
+            attention,
+            mixed_TN,
+            thread,
+            threads,
+            space.heads,
+        )
         arrived = barrier(arrivals, arrived + threads)
         if layer == shape.layers - 1 and len(wanted_R) < rows:  # nothing reads the other tokens' results
             rows = len(wanted_R)

@@ -17,7 +17,7 @@ import numpy as np
 from engine.backends.cpu.gemm import WIDE, multiply_wide, x_item
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import ITEM, LANES
-from engine.backends.cpu.threads import claim_unit, first_unit
+from engine.backends.cpu.threads import claim_first, claim_unit, first_unit
 from engine.backends.cpu.vector_math import address, gelu, silu, soft_cap
 from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS, make_rows
 
@@ -133,7 +133,7 @@ def _product(panels_at_once, write):
         x_row = ITEM * x_TM.shape[1] if item == ITEM else own.rows_UY.shape[1]
         slice_bytes = ITEM * own.starts_ZU.shape[1]
         made, row_scales = -1, 0  # the block that is in the thread's own memory
-        unit = claim_unit(work, units, own.thread, own.threads)
+        unit = claim_first(work, units, own.thread, own.threads)
         while unit < units:
             next_unit = claim_unit(work, units, own.thread, own.threads)
             index = unit // per_block

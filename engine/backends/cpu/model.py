@@ -59,8 +59,8 @@ class CompiledDecoder(Backend):
         rows = max(QUERIES, self.shape.heads // self.shape.kv_heads)
         parts = -(-pages * page_parts // PARTS) * PARTS  # of keys: whole tiles
         self._heads = Heads(
-            keys_S2A=np.zeros((threads, 2, parts), np.int64),
-            values_S2A=np.zeros((threads, 2, pages * PARTS), np.int64),
+            keys_S2A=_room(threads, 2, parts, dtype=torch.int64),
+            values_S2A=_room(threads, 2, pages * PARTS, dtype=torch.int64),
             queries_SRD=_room(threads, rows, size),
             scores_SRP=_room(threads, rows, parts * PART),
             mixed_SRD=_room(threads, rows, -(-size // (PARTS * PART)) * PARTS * PART),
@@ -181,7 +181,8 @@ class CompiledDecoder(Backend):
 
 
 def _room(*sizes: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """Return memory that begins with a cache line: threads that write to panels side by side share none."""
+    """Return memory that begins with a cache line. With AVX-512, a row of a panel is whole lines then, and
+    threads that write to panels side by side share none."""
     return torch.empty(sizes, dtype=dtype).numpy()
 
 
@@ -194,7 +195,7 @@ def _rounded(panels: Panels, quads: bool) -> Panels:
     """Return panels of float32 as int8, in quads of inner steps if asked for."""
     numbers = torch.from_numpy(panels.numbers)
     scales_LCW = (numbers.abs().amax(2) / LEVELS).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = torch.empty(numbers.shape, dtype=torch.uint8 if quads else torch.int8)
+    rounded = zeros(tuple(numbers.shape), torch.empty(0, dtype=torch.uint8 if quads else torch.int8))
     for layer, scales_CW in enumerate(scales_LCW):
         whole_CMW = (numbers[layer] / scales_CW[:, None]).round_()
         if quads:

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., 2021) of new tokens, and their keys and values in pages.
 
-A key's numbers lie a row of its page apart, so a token writes to as many cache lines as there are dimensions.
-They are asked for ahead of that: stores that wait for memory do so one after the other.
+A key's numbers lie a row of its page apart, so a token writes to as many cache lines as there are dimensions,
+or half as many in bfloat16. They are asked for ahead of that: stores that wait for memory do so one by one.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -43,8 +43,17 @@ class AttentionLayer(NamedTuple):
 @part()
 def rotated_by_attention(shape, tokens):
     """Return whether the units of work that attend for a span rotate it first: one token, whose page no other
-    span reads. Not where one norm is of all heads: their units would rotate what others still take it of."""
+    span reads. Not where one norm is of all heads: a unit would change heads that others have yet to norm."""
     return tokens == 1 and not shape.whole_norm
+
+
+@part()
+def has_chunks(shape, plan):
+    """Return whether a step has anything for `rotate_chunks`."""
+    for span in range(len(plan.begin_J) - 1):
+        if not rotated_by_attention(shape, plan.begin_J[span + 1] - plan.begin_J[span]):
+            return True
+    return False
 
 
 @part()
@@ -104,24 +113,24 @@ def rotate_token(qkv_TN, t, kv_head, position, span, q_scale, k_scale, shape, pl
     keys_XKDPI, values_XKBPVI = layer.keys_XKDPI, layer.values_XKBPVI
     page, at = plan.pages[plan.table_J[span] + position // shape.page], position % shape.page
     item, steps = keys_XKDPI.itemsize, keys_XKDPI.shape[4]  # so many lie together, and take ITEM bytes
-    key_row, value_block = keys_XKDPI.shape[3] * ITEM, values_XKBPVI.shape[3] * PART * ITEM
+    key_step, value_part = keys_XKDPI.shape[3] * ITEM, values_XKBPVI.shape[3] * PART * ITEM
     key = address(keys_XKDPI[page, kv_head]) + at * ITEM
     value = address(values_XKBPVI[page, kv_head]) + at // steps * PART * ITEM + at % steps * item
     for d in range(size // steps):
-        prefetch_to_write(key + d * key_row)
+        prefetch_to_write(key + d * key_step)
     for b in range(size // PART):
-        prefetch_to_write(value + b * value_block)
+        prefetch_to_write(value + b * value_part)
     for g in range(group):
         _norm_and_rotate(qkv_TN, t, kv_head * group + g, q_scale, shape, layer)
     _norm_and_rotate(qkv_TN, t, heads + kv_head, k_scale, shape, layer)
     x = address(qkv_TN[t]) + (heads + kv_head) * size * ITEM
     for d in range(size // steps):
         for i in range(steps):
-            store_as(number_at(x + (d * steps + i) * ITEM), key + d * key_row + i * item, keys_XKDPI.dtype)
+            store_as(number_at(x + (d * steps + i) * ITEM), key + d * key_step + i * item, keys_XKDPI.dtype)
     x += shape.kv_heads * size * ITEM
     for b in range(size // PART):
         for v in range(0, PART * ITEM, ITEM):
-            store_as(number_at(x + b * PART * ITEM + v), value + b * value_block + v, values_XKBPVI.dtype)
+            store_as(number_at(x + b * PART * ITEM + v), value + b * value_part + v, values_XKBPVI.dtype)
 
 
 @part(forceinline=True)

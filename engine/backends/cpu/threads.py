@@ -72,22 +72,33 @@ def first_unit(units, thread, threads):
 
 
 @part()
+def claim_first(counters, units, thread, threads):
+    """Return the unit that a thread begins with: the first of its share, which no other thread may claim."""
+    begin = first_unit(units, thread, threads)
+    if begin < first_unit(units, thread + 1, threads):
+        return begin
+    return claim_unit(counters, units, thread, threads)
+
+
+@part()
 def claim_unit(counters, units, thread, threads):
     """Return the number of a unit of work that no thread has claimed, or `units` if there is none.
 
     A thread claims the units of its own share in order, and then what is left of others' shares: so it reads
-    memory in order, and does not wait for a slower thread.
+    memory in order, and does not wait for a slower thread. The first of a share is left to `claim_first`: a
+    thread that claims a unit before it computes one would leave others without any.
 
     Args:
         counters: address of an int64 for each thread, all 0 at first.
     """
-    for other in range(thread, thread + threads):
-        owner = other % threads
-        begin, end = first_unit(units, owner, threads), first_unit(units, owner + 1, threads)
-        if begin + atomic_load(counters + 8 * owner) < end:
-            unit = begin + fetch_add(counters + 8 * owner)
+    owner, begin = thread, first_unit(units, thread, threads)
+    for _ in range(threads):
+        end = first_unit(units, owner + 1, threads)
+        if begin + 1 + atomic_load(counters + 8 * owner) < end:
+            unit = begin + 1 + fetch_add(counters + 8 * owner)
             if unit < end:
                 return unit
+        owner, begin = (owner + 1, end) if owner + 1 < threads else (np.int64(0), np.int64(0))
     return units
 
 

@@ -150,8 +150,7 @@ def _store_narrow(v: Vectors, numbers: ir.Value, address: ir.Value) -> None:
 
 @part()
 def narrow(x, out, size):
-    """Write so many numbers as bfloat16, LANES at a time; in place too, for what is written lies behind what
-    is read."""
+    """Write so many numbers as bfloat16, LANES at a time."""
     for n in range(0, size, LANES):
         _narrow(x + n * ITEM, out + n * BFLOAT16_ITEM)
 
@@ -211,8 +210,8 @@ def exp_minus_max_sum(v: Vectors, begin: ir.Value, end: ir.Value, peak: ir.Value
 
 @_written(PART, types.float32, types.int64, types.int64, types.float32)
 def exp_minus_max_sum_narrow(v: Vectors, begin: ir.Value, end: ir.Value, peak: ir.Value) -> ir.Value:
-    """As `exp_minus_max_sum`, but write the powers as bfloat16, from the same address on; return the sum of
-    what they were in float32."""
+    """As `exp_minus_max_sum`, but write the powers as bfloat16 from the same address on, behind what is to be
+    read. Return the sum of what they were in float32."""
 
     def store(powers: ir.Value, at: ir.Value) -> None:
         _store_narrow(v, powers, v.b.add(begin, v.b.lshr(v.b.sub(at, begin), I64(1))))
