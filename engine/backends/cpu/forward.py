@@ -209,16 +209,9 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
             rotate_chunks(work + ROPE * counters, qkv_TN, shape, plan, attention)
             arrived = barrier(arrivals, arrived + threads)
         attend(
-            work + ATTENTION * counters,
-            qkv_TN,
-            shape,
-            plan,
-            attention,
-            mixed_TN,
-            thread,
-            threads,
+            work + ATTENTION * counters, qkv_TN, shape, plan, attention, mixed_TN, thread, threads,
             space.heads,
-        )
+        )  # fmt: skip
         arrived = barrier(arrivals, arrived + threads)
         if layer == shape.layers - 1 and len(wanted_R) < rows:  # nothing reads the other tokens' results
             rows = len(wanted_R)
