@@ -3,6 +3,7 @@ a Numba that ignores one of them fails here, where elsewhere it would only be sl
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from numba import njit
 from numba.core import codegen
+from numba.core.errors import TypingError
 
 from engine.backends.cpu import jit
 
@@ -45,7 +47,7 @@ def hooks(kind: type) -> list[str]:
 
 
 def test_each_method_overrides_one_of_numba():
-    for kind in (jit._PartLibrary, jit._PartCompiler):
+    for kind in (jit._PartLibrary, jit._PartCompiler, jit._WholeCompiler):
         assert kind.__mro__[1].__module__.startswith("numba.")
         for name in set(hooks(kind)) - {"set_env"}:
             assert hasattr(kind.__mro__[1], name), name
@@ -95,6 +97,29 @@ def test_a_part_is_neither_optimised_nor_a_program_and_the_whole_is_both(monkeyp
     assert "alloca" in written, "variables in memory, as Numba writes them"
     assert "alloca" not in code
     assert "call" not in code, "the part's code is in the whole's"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_whole_is_compiled_without_a_garbage_collector(monkeypatch, enabled):
+    seen = []
+    compile_extra = jit.compiler.Compiler.compile_extra
+
+    def record(self, func):
+        seen.append(gc.isenabled())
+        return compile_extra(self, func)
+
+    monkeypatch.setattr(jit.compiler.Compiler, "compile_extra", record)
+    monkeypatch.setattr(jit.numba, "njit", lambda f, cache, **options: njit(f, **options))
+    before = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        assert jit.whole(lambda x: x + 1)(2) == 3
+        assert (seen, gc.isenabled()) == ([False], enabled)
+        with pytest.raises(TypingError):
+            jit.whole(lambda x: x.nothing)(2)
+        assert (seen, gc.isenabled()) == ([False] * 2, enabled)
+    finally:
+        gc.enable() if before else gc.disable()
 
 
 def test_nothing_counts_references_to_arrays():

@@ -8,44 +8,51 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from itertools import chain
 
 import numpy as np
 import pytest
-import torch
 from numba import njit
+from numba.core.errors import TypingError
 
-from engine.backends.cpu.threads import Team, barrier, begin_together, claim_first, claim_unit, fetch_add
+from engine.backends.cpu import threads
+from engine.backends.cpu.jit import part
+from engine.backends.cpu.threads import (
+    Team,
+    atomic_load,
+    barrier,
+    claim_first,
+    claim_unit,
+    fetch_add,
+    job_of,
+    run_together,
+)
 from engine.backends.cpu.vector_math import address
 
 
-@njit(nogil=True)
-def count_up(index, size, start, counts, taken, rounds):
+@part()
+def count_up(index, size, counts, taken, found, rounds):
     """Threads that meet after each round find all that the others have done."""
-    begin_together(index, start)
-    found = True
     for done in range(rounds):
         taken[index, fetch_add(address(counts) + 8)] += 1
         barrier(address(counts), size * (2 * done + 1))
-        found = found and taken[:, : size * (done + 1)].sum() == size * (done + 1)
+        if taken[:, : size * (done + 1)].sum() == size * (done + 1):
+            found[index] += 1
         barrier(address(counts), size * (2 * done + 2))
-    return found
 
 
-def counted(team: Team, rounds: int = 200, before=lambda index: None) -> list[bool]:
-    """Run a job whose threads take each number once; return the finding of each."""
-    counts, taken, found = np.zeros(2, np.int64), np.zeros((team.size, team.size * rounds), np.int64), []
+@njit(nogil=True)
+def count_together(shared, size, *arguments):
+    run_together(shared, size, job_of(count_up, arguments))
 
-    def job(index: int) -> None:
-        before(index)
-        found.append(count_up(index, team.size, team.start, counts, taken, rounds))
 
-    team.run(job)
-    while len(found) < team.size:  # a thread has left the job, but may not have said so
-        time.sleep(0.001)
+def counted(team: Team, rounds: int = 200, run=count_together) -> bool:
+    """Run a job whose threads take each number once; return whether each found all."""
+    counts, taken = np.zeros(2, np.int64), np.zeros((team.size, team.size * rounds), np.int64)
+    found = np.zeros(team.size, np.int64)
+    team.run(run, counts, taken, found, rounds)
     assert (taken.sum(0) == 1).all()
-    return found
+    return bool((found == rounds).all())
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -53,13 +60,12 @@ def test_threads_meet_and_take_each_number_once(size):
     team = Team(size)
     for pause in (0, 0, 0.1, 0):  # awake and asleep
         time.sleep(pause)
-        assert counted(team) == [True] * size
+        assert counted(team)
 
 
-@njit(nogil=True)
-def claim_all(index, size, start, counters, units, slow, order):
+@part()
+def claim_all(index, size, counters, units, slow, order):
     """Write down which units a thread claims, in order; a slow last one claims no more than one."""
-    begin_together(index, start)
     at, unit = 0, claim_first(address(counters), units, index, size)
     while unit < units:
         order[index, at] = unit
@@ -67,15 +73,18 @@ def claim_all(index, size, start, counters, units, slow, order):
         if slow and index == size - 1:
             break
         unit = claim_unit(address(counters), units, index, size)
-    barrier(address(counters) + 8 * size, size)
+
+
+@njit(nogil=True)
+def claim_together(shared, size, *arguments):
+    run_together(shared, size, job_of(claim_all, arguments))
 
 
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(("size", "units"), [(1, 5), (2, 7), (3, 100), (4, 2)])
 def test_each_unit_is_claimed_once_a_share_in_order_and_what_is_left_by_others(size, units, slow):
     team, order = Team(size), np.full((size, units + 1), -1)
-    counters = np.zeros(size + 1, np.int64)
-    team.run(lambda index: claim_all(index, size, team.start, counters, units, slow, order))
+    team.run(claim_together, np.zeros(size, np.int64), units, slow, order)
     claimed = [[unit for unit in row if unit >= 0] for row in order.tolist()]
     assert sorted(chain(*claimed)) == list(range(units)) or (slow and size == 1)
     for index, mine in enumerate(claimed):
@@ -88,11 +97,11 @@ def test_each_unit_is_claimed_once_a_share_in_order_and_what_is_left_by_others(s
 
 def test_a_team_that_is_closed_has_no_threads_and_runs_nothing():
     team = Team(3)
-    assert counted(team) == [True] * 3
+    assert counted(team)
     team.close()
     assert not any(thread.is_alive() for thread in team._threads)
     with pytest.raises(RuntimeError, match="have ended"):
-        team.run(lambda index: None)
+        team.run(count_together)
     team.close()
 
 
@@ -133,39 +142,72 @@ assert ask() == before
 
 
 def test_what_the_caller_raises_is_raised_and_the_team_goes_on():
+    """As when the function can't be compiled for what it is given."""
     team = Team(3)
-
-    def fail(index: int) -> None:
-        raise ValueError(f"in thread {index}")
-
-    with pytest.raises(ValueError, match="in thread 0"):
-        team.run(fail)
-    assert counted(team) == [True] * 3
-
-
-def test_nothing_of_a_job_is_held_when_it_has_ended():
-    """It may hold a model's weights."""
-    team, weights = Team(2), torch.zeros(1)
-    held = weakref.ref(weights)
-    counted(team, before=lambda index, weights=weights: None)
-    del weights
-    for _ in range(1000):  # a thread has left the job, but may not have let go of it
-        if held() is None:
-            return
-        time.sleep(0.01)
-    pytest.fail("the last job is still held")
+    with pytest.raises(TypingError):
+        team.run(count_together, "counts")
+    assert counted(team)
 
 
 def test_others_wait_for_a_caller_that_takes_its_time():
     """As it does when it compiles."""
-    assert counted(Team(3), before=lambda index: time.sleep(0 if index else 0.3)) == [True] * 3
+
+    def late(*arguments):
+        time.sleep(0.3)
+        count_together(*arguments)
+
+    assert counted(Team(3), run=late)
+
+
+INSIDE, KEPT, ENDED = range(3)  # of int64: the caller is in compiled code; the lock is kept; a job has ended
+MOST_LOADS = 10**8
+
+
+@njit
+def keep_lock(state):
+    """Keep the interpreter's lock until a job has ended, or for some time; return whether it has."""
+    state[KEPT], loads = 1, 0
+    while loads < MOST_LOADS and not atomic_load(address(state) + 8 * ENDED):
+        loads += 1
+    return loads < MOST_LOADS
+
+
+@njit(nogil=True)
+def count_meanwhile(shared, size, state, *arguments):
+    run_together(shared, size, job_of(count_up, arguments))
+    state[INSIDE] = 1
+    while not atomic_load(address(state) + 8 * KEPT):
+        pass
+    run_together(shared, size, job_of(count_up, arguments))
+    state[ENDED] = 1
+
+
+def test_a_job_needs_no_interpreters_lock(monkeypatch):
+    """Where it did, whatever else the process does in Python would keep all its threads waiting."""
+    monkeypatch.setattr(threads, "SPINS_BEFORE_SLEEP", 10**6)
+    team, state, found = Team(2), np.zeros(3, np.int64), []
+    keep_lock(np.array([0, 0, 1]))  # compiles it
+
+    def keep() -> None:
+        while not state[INSIDE]:
+            time.sleep(1e-4)
+        found.append(keep_lock(state))
+
+    other = threading.Thread(target=keep)
+    other.start()
+    taken, rounds_found = np.zeros((2, 2), np.int64), np.zeros(2, np.int64)
+    team.run(count_meanwhile, state, np.zeros(2, np.int64), taken, rounds_found, 0)
+    other.join()
+    assert found == [True]
 
 
 @pytest.mark.slow
 def test_a_thread_that_fails_ends_the_process_rather_than_have_others_wait_forever():
     code = """
-from tests.test_threads import Team, counted
-counted(Team(2), before=lambda index: [][index - 1] if index else None)
+import engine.backends.cpu.threads as threads
+from tests.test_threads import counted
+threads._take_part = lambda *arguments: [][0]
+counted(threads.Team(2))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
@@ -184,4 +226,4 @@ def test_an_interrupt_waits_for_the_job_and_harms_no_later_one():
         threading.Timer(0.05 + hurry * 1e-3, signal.raise_signal, [signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             forever()
-        assert counted(team) == [True] * 2
+        assert counted(team)

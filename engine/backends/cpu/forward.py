@@ -34,7 +34,7 @@ from engine.backends.cpu.linear import (
 )
 from engine.backends.cpu.rope import AttentionLayer, has_chunks, rotate_chunks
 from engine.backends.cpu.simd import CACHE_LINE
-from engine.backends.cpu.threads import barrier, begin_together
+from engine.backends.cpu.threads import barrier, job_of, run_together
 from engine.backends.cpu.vector_math import add_norm, address, widened
 from engine.backends.cpu.x_rows import NO_NORM, Own
 
@@ -102,15 +102,14 @@ class Plan(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Memory of a step; rows are whole panels."""
+    """Memory of steps of at most so many tokens; rows are whole panels."""
 
     x_TM: np.ndarray  # the residual stream
     qkv_TN: np.ndarray
     mixed_TN: np.ndarray
     inner_TF: np.ndarray
     added_TM: np.ndarray  # sums that are normed before the stream takes them, or 0 rows
-    logits_RV: np.ndarray
-    counts: np.ndarray  # int64, 0 at first: arrivals at barriers, then for each phase a counter a thread
+    counts: np.ndarray  # int64: arrivals at barriers, then for each phase a counter a thread
     factors_ST: np.ndarray  # of each thread its own, from here on; see x_rows.Own
     starts_SZU: np.ndarray
     rows_SUY: np.ndarray
@@ -175,14 +174,9 @@ def _add_product(
     return arrived
 
 
-@whole
-def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LXKBPVI, space):
-    """Compute a step, as thread `thread` of a team with its `start`.
-
-    It writes the step's keys and values into their pages, and the logits of the wanted tokens. The threads
-    share the work of a phase, and wait for each other before the next.
-    """
-    begin_together(thread, start)
+@part()
+def _share_of_step(thread, threads, weights, shape, plan, keys_LXKDPI, values_LXKBPVI, space, logits_RV):
+    """Compute a thread's share of each phase of a step; threads wait for each other before the next."""
     x_TM, qkv_TN, mixed_TN, inner_TF = space.x_TM, space.qkv_TN, space.mixed_TN, space.inner_TF
     width, rows, wanted_R = shape.width, len(plan.ids_T), plan.wanted_R
     own = Own(thread, threads, space.factors_ST[thread], space.starts_SZU[thread], space.rows_SUY[thread])
@@ -241,8 +235,18 @@ def forward(thread, threads, start, weights, shape, plan, keys_LXKDPI, values_LX
             weights.after_mlp_LM[layer], shape.after_mlp_eps, own, space,
         )  # fmt: skip
         work += PHASES_PER_LAYER * counters
-    logits = Store(space.logits_RV, OVERWRITE, np.float32(shape.logits_softcap))
+    logits = Store(logits_RV, OVERWRITE, np.float32(shape.logits_softcap))
     head = layer_of(weights.head, weights.head_bias_LV, np.int64(0))
     next_step = first_place(layer_of(weights.qkv, weights.qkv_bias_LN, np.int64(0)), 1, rows, own)
     linear_product(work, rows, x_TM, width, shape.last_eps, head, next_step, own, logits)
-    barrier(arrivals, arrived + threads)
+
+
+@whole
+def forward(shared, threads, weights, shape, plan, keys_LXKDPI, values_LXKBPVI, space, logits_RV):
+    """Compute a step by the threads of a team, which have `shared`.
+
+    It writes the step's keys and values into their pages, and the logits of the wanted tokens.
+    """
+    space.counts[:] = 0
+    arguments = weights, shape, plan, keys_LXKDPI, values_LXKBPVI, space, logits_RV
+    run_together(shared, threads, job_of(_share_of_step, arguments))

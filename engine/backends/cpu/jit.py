@@ -6,6 +6,7 @@ each of them called by the Numba that is installed, and pyproject.toml bounds it
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 from collections.abc import Callable
@@ -58,6 +59,20 @@ class _PartCompiler(compiler.Compiler):
         return super().compile_extra(func)
 
 
+class _WholeCompiler(compiler.Compiler):
+    """Numba's compiler, without a garbage collector: it makes objects by the million, and among all that
+    models' libraries hold the collector would take a tenth of the time."""
+
+    def compile_extra(self, func: Any) -> Any:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return super().compile_extra(func)
+        finally:
+            if was_enabled:
+                gc.enable()
+
+
 def part(**options: Any) -> Any:
     """Return a decorator of functions that only compiled ones call.
 
@@ -77,12 +92,13 @@ def whole(function: Callable[..., Any]) -> Any:
 
     The compiled code is kept for its source and processor.
     """
+    options: dict[str, Any] = dict(nogil=True, pipeline_class=_WholeCompiler, **OPTIONS)
     before, CONFIG.CACHE_DIR = CONFIG.CACHE_DIR, str(_folder())
     try:  # Numba settles where a function is kept when it is decorated
-        return numba.njit(function, nogil=True, cache=True, **OPTIONS)
+        return numba.njit(function, cache=True, **options)
     except RuntimeError as error:
         LOG.warning("compiled code is not kept (%s)", error)
-        return numba.njit(function, nogil=True, **OPTIONS)
+        return numba.njit(function, **options)
     finally:
         CONFIG.CACHE_DIR = before
 

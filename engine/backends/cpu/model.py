@@ -54,6 +54,7 @@ class CompiledDecoder(Backend):
     def use(self, threads: int) -> None:
         """Divide steps among so many threads."""
         self._team, size = team(threads), self.shape.head_dim
+        self._space: Space | None = None
         page_parts = -(-self._page_size // PART)
         pages = max(STRETCH // PART // page_parts, 1)  # of a stretch
         rows = max(QUERIES, self.shape.heads // self.shape.kv_heads)
@@ -85,6 +86,7 @@ class CompiledDecoder(Backend):
 
     def _change_products(self, change: Callable[[Panels], Panels]) -> None:
         """Change the weights of products, one after the other, so that no more is held twice."""
+        self._space = None
         for name in ("qkv", "out", "gate_up", "down", "head"):
             changed: dict[str, Any] = {name: change(getattr(self.weights, name))}
             self.weights = self.weights._replace(**changed)
@@ -135,25 +137,31 @@ class CompiledDecoder(Backend):
             sin_GTE=angles_2GTE[1],
             wanted_R=np.array(batch.wanted, np.int64),
         )
-        size, start, (slices, rows, row_bytes) = self._team.size, self._team.start, self._rows_made()
         logits_RV = torch.empty(len(batch.wanted), filled(self.vocabulary))
-        space = Space(
-            x_TM=_room(count, filled(shape.width)),
-            qkv_TN=_room(count, filled((shape.heads + 2 * shape.kv_heads) * shape.head_dim)),
-            mixed_TN=_room(count, filled(shape.heads * shape.head_dim)),
-            inner_TF=_room(count, filled(shape.inner)),
-            added_TM=_room(count if self.weights.after_attention_LM.size else 0, filled(shape.width)),
-            logits_RV=logits_RV.numpy(),
-            counts=np.zeros(8 + (PHASES_PER_LAYER * shape.layers + 1) * size, np.int64),
-            factors_ST=_room(size, BLOCK_ROWS),
-            starts_SZU=_room(size, slices, rows, dtype=torch.int32),
-            rows_SUY=_room(size, rows, row_bytes, dtype=torch.int8),
-            both_S2TW=_room(size, 2, BLOCK_ROWS, WIDE),
-            heads=self._heads,
-        )
-        keys, values = self.keys_LXKDPI, self.values_LXKBPVI
-        self._team.run(lambda i: forward(i, size, start, self.weights, shape, plan, keys, values, space))
+        self._team.run(
+            forward, self.weights, shape, plan, self.keys_LXKDPI, self.values_LXKBPVI, self._space_for(count),
+            logits_RV.numpy(),
+        )  # fmt: skip
         return logits_RV[:, : self.vocabulary]
+
+    def _space_for(self, tokens: int) -> Space:
+        """Return memory for a step of so many tokens: that of steps before if it is enough, else more."""
+        if self._space is None or len(self._space.x_TM) < tokens:
+            shape, threads, (slices, rows, row_bytes) = self.shape, self._team.size, self._rows_made()
+            self._space = Space(
+                x_TM=_room(tokens, filled(shape.width)),
+                qkv_TN=_room(tokens, filled((shape.heads + 2 * shape.kv_heads) * shape.head_dim)),
+                mixed_TN=_room(tokens, filled(shape.heads * shape.head_dim)),
+                inner_TF=_room(tokens, filled(shape.inner)),
+                added_TM=_room(tokens if self.weights.after_attention_LM.size else 0, filled(shape.width)),
+                counts=_room(8 + (PHASES_PER_LAYER * shape.layers + 1) * threads, dtype=torch.int64),
+                factors_ST=_room(threads, BLOCK_ROWS),
+                starts_SZU=_room(threads, slices, rows, dtype=torch.int32),
+                rows_SUY=_room(threads, rows, row_bytes, dtype=torch.int8),
+                both_S2TW=_room(threads, 2, BLOCK_ROWS, WIDE),
+                heads=self._heads,
+            )
+        return self._space
 
     @property
     def _inner_sizes(self) -> tuple[int, ...]:

@@ -1,8 +1,11 @@
 """Threads that run one compiled function side by side, with barriers between its phases.
 
-A step of a model is one call that all threads make. At a barrier they wait for each other, spinning, for a
+A step of a model is one job that all threads run. At a barrier they wait for each other, spinning, for a
 phase takes microseconds. A phase's units of work are numbered, and threads claim the numbers from atomic
 counters. Between steps threads spin on for some milliseconds: to wake one that sleeps takes a tenth of one.
+
+The caller alone comes from Python. It leaves a job's code and arguments in memory, where the others find them
+within compiled code: none of them waits for the interpreter's lock, or reads Python's objects once more.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -20,10 +23,15 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from engine.backends.cpu.jit import part, whole
-from engine.backends.cpu.simd import I64, X86, declared, intrinsic
+from engine.backends.cpu.simd import CACHE_LINE, I64, X86, declared, intrinsic
+from engine.backends.cpu.vector_math import address
 
+ITEM_BYTES = 8  # of an int64
+# What a team shares: how many jobs have begun; the one that did last; and how many threads have ended it.
+BEGUN, FUNCTION, ARGUMENTS, THREADS, ENDED = 0, 8, 9, 10, 16
 SPINS_BEFORE_YIELD = 4000  # then each spin offers the processor to whoever else wants it
 SPINS_BEFORE_SLEEP = 10_000  # of a thread that waits for its next job
 PAUSE_INTRINSIC = "llvm.x86.sse2.pause" if X86 else ""
@@ -115,23 +123,85 @@ def barrier(address, arrivals):
     return arrivals
 
 
+@intrinsic
+def job_of(typing, work, arguments):
+    """Return a job, work(thread, threads, *arguments), as the addresses of its code and of the arguments.
+
+    The arguments lie on the stack of the caller, who must outlast the job.
+
+    Args:
+        work: a part.
+    """
+    types_of_work = types.int64, types.int64, *arguments.types
+    work_signature = work.get_call_type(typing, types_of_work, {})
+
+    def call(context, builder, signature, args):
+        packed = cgutils.alloca_once_value(builder, args[1])
+        name = builder.module.get_unique_name("job")
+        function = ir.Function(builder.module, _job_type(context), name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")  # its caller runs it by its address, as other threads do
+        thread, threads, at = context.call_conv.get_arguments(function)
+        b = ir.IRBuilder(function.append_basic_block("entry"))
+        unpacked = cgutils.unpack_tuple(b, b.load(b.inttoptr(at, packed.type)))
+        context.get_function(work, work_signature)(b, [thread, threads, *unpacked])
+        context.call_conv.return_value(b, context.get_dummy_value())
+        addresses = [builder.ptrtoint(pointer, I64) for pointer in (function, packed)]
+        return context.make_tuple(builder, signature.return_type, addresses)
+
+    return types.UniTuple(types.int64, 2)(work, arguments), call
+
+
+@intrinsic
+def _run_job(typing, function, thread, threads, arguments):
+    """Call a job's code. (It can't raise.)"""
+
+    def call(context, builder, signature, args):
+        function = builder.inttoptr(args[0], _job_type(context).as_pointer())
+        context.call_conv.call_function(builder, function, types.none, signature.args[1:], args[1:])
+        return context.get_dummy_value()
+
+    return types.void(function, thread, threads, arguments), call
+
+
+def _job_type(context):
+    return context.call_conv.get_function_type(types.none, (types.int64,) * 3)
+
+
 @part()
-def begin_together(thread, start):
-    """Begin a job: the first thread, by the number at `start`, tells the others that they may begin too."""
-    if thread == 0:
-        fetch_add(start)
+def run_together(shared, threads, job):
+    """Run a job in all threads of a team, in this one as thread 0, and wait for them.
+
+    Args:
+        shared, threads: the team's.
+        job: of `job_of`.
+    """
+    shared[FUNCTION], shared[ARGUMENTS] = job
+    shared[THREADS], shared[ENDED] = threads, 0
+    fetch_add(address(shared) + ITEM_BYTES * BEGUN)
+    _run_job(shared[FUNCTION], 0, threads, shared[ARGUMENTS])
+    barrier(address(shared) + ITEM_BYTES * ENDED, threads)
 
 
 @whole
-def _wait_for_change(address, before, max_spins):
-    """Return the number at an address when it isn't `before` any more, or after so many spins."""
+def _take_part(shared, thread, begun, max_spins):
+    """Run jobs as one of the other threads until none begins for so many spins; return how many have begun.
+
+    Args:
+        begun: how many had before.
+    """
     spins = 0
-    while atomic_load(address) == before and spins < max_spins:
-        _pause()
-        spins += 1
-        if spins > SPINS_BEFORE_YIELD:
-            _yield_processor()
-    return atomic_load(address)
+    while spins < max_spins:
+        if atomic_load(address(shared) + ITEM_BYTES * BEGUN) == begun:
+            _pause()
+            spins += 1
+            if spins > SPINS_BEFORE_YIELD:
+                _yield_processor()
+        else:
+            begun, spins = begun + 1, 0
+            _run_job(shared[FUNCTION], thread, shared[THREADS], shared[ARGUMENTS])
+            fetch_add(address(shared) + ITEM_BYTES * ENDED)
+    return begun
 
 
 class Team:
@@ -143,15 +213,13 @@ class Team:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._jobs_begun = np.zeros(1, np.int64)
-        self.start = self._jobs_begun.ctypes.data
+        self.shared = np.zeros(3 * CACHE_LINE // ITEM_BYTES, np.int64)
         self._start_threads()
 
     def _start_threads(self) -> None:
         """Start the other threads; in a process that was forked again, for it has none of its parent's."""
         self._process, self._lock = os.getpid(), threading.Lock()
-        self._jobs_begun[0] = 0
-        self._job: Callable[[int], Any] = int  # in place of none
+        self.shared[:] = 0
         self._running = self._closed = False
         self._awake = [threading.Event() for _ in range(1, self.size)]
         self._threads = [
@@ -161,24 +229,21 @@ class Team:
         for thread in self._threads:
             thread.start()
 
-    def run(self, job: Callable[[int], Any]) -> None:
-        """Call job(0) here and job(1), job(2), ... in the other threads.
-
-        A job has to call one compiled function, without the interpreter's lock, that begins with
-        `begin_together(index, team.start)` and ends with a `barrier` of all threads.
-        """
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return function(shared, size, *arguments), of a compiled function that runs jobs by
+        `run_together`, without the interpreter's lock."""
         if self._process != os.getpid():
             self._start_threads()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the threads of this process have ended: the interpreter shuts down")
             try:
-                self._job, self._running = job, True
+                self._running = True
                 for awake in self._awake:
                     awake.set()
-                job(0)
+                return function(self.shared, self.size, *arguments)
             finally:
-                self._job, self._running = int, False  # a job may hold a model's weights
+                self._running = False
 
     def close(self) -> None:
         """End the other threads, once a job that runs is through.
@@ -196,19 +261,19 @@ class Team:
             thread.join()
 
     def _work(self, index: int, awake: threading.Event) -> None:
-        seen = 0
+        begun = 0
         while not self._closed:
-            begun = _wait_for_change(self.start, seen, SPINS_BEFORE_SLEEP)
-            if begun != seen:
-                seen = begun
-                try:
-                    self._job(index)
-                except BaseException:  # the others wait for this thread forever
-                    traceback.print_exc()
-                    os.abort()
-            elif not self._running:
+            before, begun = begun, self._take_part(index, begun)
+            if begun == before and not self._running:
                 awake.wait()
                 awake.clear()
+
+    def _take_part(self, index: int, begun: int) -> int:
+        try:
+            return _take_part(self.shared, index, begun, SPINS_BEFORE_SLEEP)
+        except BaseException:  # the others would wait for this thread forever
+            traceback.print_exc()
+            os.abort()
 
 
 @cache
