@@ -21,17 +21,7 @@ from engine.backends.cpu.jit import OPTIONS
 from engine.backends.cpu.matrix_tile import HAS_MATRIX_UNIT
 from engine.backends.cpu.paged_tile import PART, emit_paged_tile
 from engine.backends.cpu.simd import AVX2, AVX512, NEON, REGISTERS, Registers
-from engine.backends.cpu.tile import (
-    HIGH_STEP,
-    K_STREAMS,
-    MAX_MEMORY_BOUND_ROWS,
-    PAIR,
-    QUAD,
-    SIGNATURE,
-    ZERO_BYTE,
-    Tile,
-    emit_tile,
-)
+from engine.backends.cpu.tile import HIGH_STEP, K_STREAMS, PAIR, QUAD, SIGNATURE, ZERO_BYTE, Tile, emit_tile
 from engine.backends.cpu.vector_math import address
 from engine.step import Batch, Span
 from tests.test_cpu import compiled_decoder, random_model
@@ -268,15 +258,12 @@ def test_products_are_right_and_a_row_knows_no_neighbours(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_prefetch_what_is_read_next_in_even_shares(dtype):
-    """But for tiles of so few rows that they wait for memory."""
     product, most = Product(dtype), gemm.WIDE_TALLEST[NUMBERS[from_dtype(np.dtype(dtype))]].rows
-    few = MAX_MEMORY_BOUND_ROWS[simd.LANES] if dtype is np.float32 else 0
     read = product.w_MN.size * np.dtype(dtype).itemsize
     for rows in range(1, ROWS + 1):
         tiles = -(-rows // most)
-        if rows // tiles > few:
-            lost = read - product.of(slice(rows))[1]
-            assert 0 <= lost < tiles * SIZE // K_STREAMS * OUTPUTS // gemm.WIDE, "under a byte an iteration"
+        lost = read - product.of(slice(rows))[1]
+        assert 0 <= lost < tiles * SIZE // K_STREAMS * OUTPUTS // gemm.WIDE, "under a byte an iteration"
 
 
 def digest() -> str:

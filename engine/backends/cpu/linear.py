@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.backends.cpu.gemm import WIDE, multiply_wide, x_item
+from engine.backends.cpu.gemm import WIDE, hardware_prefetch_rows, multiply_wide, x_item
 from engine.backends.cpu.jit import part
 from engine.backends.cpu.simd import ITEM, LANES
 from engine.backends.cpu.threads import claim_first, claim_unit, first_unit
@@ -107,7 +107,9 @@ def _multiply_panel(block, linear, panel, ahead, end, out, out_row, accumulate):
     """Write (or add) a block's product by one panel, [rows, W], and prefetch memory meanwhile."""
     panels_CMW, scales_CW = linear.panels_CMW, linear.scales_CW
     item, scales = panels_CMW.itemsize, address(scales_CW) + panel * WIDE * ITEM if len(scales_CW) else 0
-    w, row_starts = _place(linear, panel)[0], block.row_starts
+    (w, w_end), row_starts = _place(linear, panel), block.row_starts
+    if ahead == w_end and block.end - block.begin <= hardware_prefetch_rows(panels_CMW.dtype):
+        ahead = end  # the processor reads on by itself
     for k in range(0, block.size, BLOCK_DEPTH):
         ahead = multiply_wide(
             block.end - block.begin, panels_CMW.dtype, block.x + k * block.item, block.x_row,
@@ -122,7 +124,7 @@ def _product(panels_at_once, write):
 
     Threads share the product in units: a block of rows by a panel, or by `panels_at_once` of them. A unit is
     computed by write(block, linear, panel, ahead, end, target), which prefetches the memory from `ahead` to
-    `end`. A thread claims its next unit before it computes one. So what it prefetches is the next one's
+    `end`, unless the processor does. A thread claims its next unit before it computes one. So what it prefetches is the next one's
     panel, or `following` with its last unit: the panel that it begins the product after this one with.
     """
 

@@ -28,19 +28,12 @@ from engine.backends.cpu.simd import (
     declared,
 )
 
-# The inner steps are in as many streams, and an iteration takes one step of each. Those of a panel are its
-# halves: memory is read faster in two places than in one.
-K_STREAMS = 2
+K_STREAMS = 2  # inner steps of an iteration, in order; each may have a chain of sums of its own
 # Of weights that are multiplied several inner steps at a time: two in bfloat16, or four bytes.
 PAIR, QUAD = ir.ArrayType(BF16, 2), ir.ArrayType(I8, 4)
 TILED = ir.ArrayType(PAIR, 16)  # or in pairs, of a matrix unit: engine/backends/cpu/matrix_tile.py
 NAMES = {PAIR: "pair", QUAD: "quad", TILED: "tiled"}
 ZERO_BYTE = 128  # what a weight of 0 is in a QUAD: the instruction wants one factor unsigned
-# Up to so many rows, by lanes, a tile of float32 weights waits for memory, and to prefetch more than a line
-# an iteration only gets in the way of what the processor itself reads ahead.
-MAX_MEMORY_BOUND_ROWS = {4: 1, 8: 1, 16: 4}
-
-
 X_ITEMS = {PAIR: 2, TILED: 2, QUAD: 1}  # bytes of a number of x, where it is no float32
 # Rows that a row of x is in memory: two for a QUAD, HIGH_STEP times the one and the other.
 X_PARTS, HIGH_STEP = {QUAD: 2}, 128
@@ -110,17 +103,18 @@ def emit_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
     iterations = b.udiv(args.size, I64(K_STREAMS * t.steps))
     pace, starts = t.prefetch_pace(), t.starts()
     loop = Loop(b)
-    i, w_k, line = loop.carry(I64(0)), loop.carry(args.w), loop.carry(args.ahead)
+    i, x_k, w_k, line = (loop.carry(start) for start in (I64(0), args.x, args.w, args.ahead))
     carried_sums = {key: loop.carry(start) for key, start in starts.items()}
     sums = dict(carried_sums)
     for stream in range(K_STREAMS):
-        first_i = b.mul(iterations, I64(stream))
-        w = b.add(w_k, b.mul(first_i, t.bytes_of_steps(args.w_row)))
-        x = b.add(args.x, b.mul(b.add(i, first_i), t.bytes_of_steps(I64(t.x_item))))
+        w = b.add(w_k, b.mul(I64(stream), t.bytes_of_steps(args.w_row)))
+        # Opaque, or a row's numbers of both would be loaded together, and wait in registers that are wanted.
+        x = t.opaque(b.add(x_k, I64(stream * t.steps * t.x_item)))
         t.multiply(stream, x, [w], sums)
     t.prefetch_share(line)
-    next_i, next_w = b.add(i, I64(1)), b.add(w_k, t.bytes_of_steps(args.w_row))
-    following = [(i, next_i), (w_k, next_w), (line, b.add(line, pace))]
+    next_i, next_x = b.add(i, I64(1)), b.add(x_k, I64(K_STREAMS * t.steps * t.x_item))
+    next_w = b.add(w_k, b.mul(t.bytes_of_steps(args.w_row), I64(K_STREAMS)))
+    following = [(i, next_i), (x_k, next_x), (w_k, next_w), (line, b.add(line, pace))]
     following += [(carried_sums[key], sums[key]) for key in sums]
     loop.end(following, again=b.icmp_signed("<", next_i, iterations))
     t.scale_add_and_store(sums)
@@ -137,8 +131,6 @@ class TileWriter(Vectors):
         self.steps = {I16: 2, PAIR: 2, QUAD: 4}.get(number, 1)  # inner steps that are loaded at a time
         self._outputs = [(r, v) for r in range(tile.rows) for v in range(tile.vectors)]
         self._parts = X_PARTS.get(number, 1)
-        few_rows = tile.rows <= MAX_MEMORY_BOUND_ROWS[tile.lanes]
-        self._memory_bound = number == F32 and few_rows
 
     def starts(self) -> dict[tuple[int, int, int], ir.Value]:
         """Return what each sum, by (chain, row of x, vector), begins at."""
@@ -251,13 +243,11 @@ class TileWriter(Vectors):
 
     def prefetch_pace(self) -> ir.Value:
         """Return how many bytes further each iteration prefetches."""
-        if self._memory_bound:
-            return I64(CACHE_LINE)
         return self.b.udiv(I64(self._bytes_read()), self.args.tiles)
 
     def prefetch_share(self, address: ir.Value) -> None:
         """Ask for an iteration's share, line by line, from `address` on."""
-        self.prefetch_lines(address, CACHE_LINE if self._memory_bound else self._bytes_read())
+        self.prefetch_lines(address, self._bytes_read())
 
     def prefetch_lines(self, address: ir.Value, size: int) -> None:
         """Ask for so many bytes."""
