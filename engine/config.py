@@ -28,9 +28,9 @@ class EngineConfig:
         dtype: "auto" (float16 on CUDA; on a CPU bfloat16 for a folder or hub id whose config says so, where
             the processor multiplies it, else float32; unlike machines answer alike in a dtype that is named),
             float64, float32, bfloat16 or float16; or "int8":
-            float32 with the weights of linear layers in int8, for models that run compiled (packed on a CPU):
-            fewer bytes to read, and not quite the same model. On a CPU, bfloat16 runs compiled too, with
-            sums in float32; float16 and float64 do not.
+            float32 with the weights of linear layers in int8, and keys and values in bfloat16, for models
+            that run compiled (packed on a CPU): fewer bytes to read, and not quite the same model. On a CPU,
+            bfloat16 runs compiled too, with sums in float32; float16 and float64 do not.
         max_batch_size: requests that share a step at most.
         max_step_tokens: tokens a step computes at most; longer prompts are computed in several. None: 512
             packed on a CPU, where more do not fit its caches, else 8192. (Padded: positions of one forward
@@ -89,6 +89,11 @@ class EngineConfig:
     def must_pack(self) -> bool:
         """True if no runner but the packed one will do."""
         return self.runner == "packed" or self.deterministic or self.dtype == "int8"
+
+    @property
+    def kv_itemsize(self) -> int | None:
+        """Bytes of a number of keys and values in pages, or None: of the model's own dtype."""
+        return 2 if self.dtype == "int8" else None
 
     def resolve(self, device: str, dtype: str) -> EngineConfig:
         """Return this for a model's device and dtype, with the runner and a step's tokens chosen too.

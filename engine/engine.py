@@ -80,7 +80,7 @@ class Engine(Loop):
         self._input = InputProcessor(self.spec, self.tokenizer, *limits)
         self.eos_ids = eos_ids(loaded, self.output_size)
         self.defaults = sampling_defaults(loaded) if config.generation_config == "auto" else {}
-        token_bytes = kv_bytes_per_token(model)
+        token_bytes = kv_bytes_per_token(model, config.kv_itemsize)
         memory = kv_memory(model, config, min(config.max_step_tokens or sys.maxsize, self.max_positions))
         if memory < token_bytes:
             raise InputError(f"kv_memory={config.kv_memory} is too small: a token takes {token_bytes} bytes")

@@ -77,6 +77,7 @@ def test_logits_are_those_of_the_rounded_weights(quads, monkeypatch):
     assert spec is not None
     compiled = CompiledDecoder(spec, 16)
     compiled.quantize()
+    compiled._kv_dtype = torch.float32  # so that nothing but weights is rounded
     with torch.no_grad():
         for name, module in model.named_modules():
             if type(module) is torch.nn.Linear:
@@ -90,6 +91,22 @@ def test_logits_are_those_of_the_rounded_weights(quads, monkeypatch):
         expected = model(torch.tensor([tokens])).logits[0]
     off = 3e-3 if cpu_model.HAS_QUAD_PRODUCTS else 1e-4  # inputs are integers of 15 bits then
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=off * float(expected.abs().max()))
+
+
+def test_pages_are_in_bfloat16_and_twice_as_many(tiny):
+    loaded = tiny("tiny-llama").loaded
+    pools = {}
+    for dtype in ("float32", "int8"):
+        engine = Engine(loaded, EngineConfig(dtype=dtype, kv_memory=2**16))
+        pools[dtype] = engine.runner.memory.pages, engine.runner.backend.page_bytes
+    (pages, page_bytes), (more_pages, smaller) = pools["float32"], pools["int8"]
+    assert page_bytes == 2 * smaller
+    assert pages == 2**16 // page_bytes
+    assert more_pages == 2**16 // smaller
+    page = EngineConfig(dtype="int8", kv_memory=smaller)
+    assert Engine(loaded, page).runner.memory.pages == 1
+    with pytest.raises(InputError, match="page_size=16 is too large: a page takes more than kv_memory"):
+        Engine(loaded, EngineConfig(dtype="int8", kv_memory=smaller - 1))
 
 
 @njit

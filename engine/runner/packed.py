@@ -45,7 +45,8 @@ def make_packed_runner(model: PreTrainedModel, config: EngineConfig, memory: int
         )
     with refused(model):
         layers = attention_layers(model)
-    size, page_bytes = config.page_size, config.page_size * _kv_numbers(layers) * model.dtype.itemsize
+    size, itemsize = config.page_size, config.kv_itemsize or model.dtype.itemsize
+    page_bytes = size * _kv_numbers(layers) * itemsize
     if memory < page_bytes:
         raise InputError(
             f"kv_memory={config.kv_memory} is too small: a page of page_size={size} takes {page_bytes} bytes"

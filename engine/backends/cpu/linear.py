@@ -124,8 +124,9 @@ def _product(panels_at_once, write):
 
     Threads share the product in units: a block of rows by a panel, or by `panels_at_once` of them. A unit is
     computed by write(block, linear, panel, ahead, end, target), which prefetches the memory from `ahead` to
-    `end`, unless the processor does. A thread claims its next unit before it computes one. So what it prefetches is the next one's
-    panel, or `following` with its last unit: the panel that it begins the product after this one with.
+    `end`, unless the processor does. A thread claims its next unit before it computes one. So what it
+    prefetches is the next one's panel, or `following` with its last unit: the panel that it begins the
+    product after this one with.
     """
 
     @part()

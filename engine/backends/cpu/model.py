@@ -48,7 +48,7 @@ class CompiledDecoder(Backend):
         self._angles_2GPE = _room(2, len(self._ropes), 0, spec.head_dim // 2)
         self._page_size = page_size
         is_bfloat16 = self.weights.qkv.numbers.itemsize == 2
-        self._kv_dtype = torch.uint16 if is_bfloat16 else torch.float32
+        self._kv_dtype = torch.uint16 if is_bfloat16 else torch.float32  # uint16 is bfloat16 to NumPy
         self.use(torch.get_num_threads())
 
     def use(self, threads: int) -> None:
@@ -76,13 +76,15 @@ class CompiledDecoder(Backend):
         return sum(part.numbers.nbytes + part.scales_LCW.nbytes for part in products)
 
     def quantize(self) -> None:
-        """Turn the weights of products into int8: one scale an output, to nearest, symmetric.
+        """Turn the weights of products into int8: one scale an output, to nearest, symmetric. Pages that are
+        allocated from now on are in bfloat16, which is less far off than those weights.
 
         Where the processor multiplies four bytes at a time, and inner sizes are whole vectors, inputs of
         products become integers as well: see `engine.backends.cpu.x_rows`.
         """
         quads = HAS_QUAD_PRODUCTS and all(size % VECTOR == 0 for size in self._inner_sizes)
         self._change_products(lambda panels: _rounded(panels, quads))
+        self._kv_dtype = torch.uint16
 
     def _change_products(self, change: Callable[[Panels], Panels]) -> None:
         """Change the weights of products, one after the other, so that no more is held twice."""
@@ -92,7 +94,8 @@ class CompiledDecoder(Backend):
             self.weights = self.weights._replace(**changed)
 
     def allocate_kv(self, pages: int) -> None:
-        """Make room for the keys and values of so many pages, all of them zero; in bfloat16 if weights are.
+        """Make room for the keys and values of so many pages, all of them zero; in bfloat16 unless weights
+        are in float32.
 
         Vectors of keys are read beyond the end of a page, several positions of values at a time, and values
         of more dimensions than there are. What lies there does not count, but must be memory of this store,
