@@ -104,8 +104,8 @@ class Engine(Loop):
         """Make what a resolved config says: runner, scheduler and the accounting of so many bytes of memory.
 
         Args:
-            token_bytes: what the model's own cache takes for a token. (Pages hold what its attention is
-                given, which may be more: some models compress what they keep.)
+            token_bytes: what the model's own cache takes for a token, in int8 at two bytes a number. (Pages
+                hold what its attention is given, which may be more: some models compress what they keep.)
         """
         self.config = config
         self.runner = make_runner(self.model, config, memory, token_bytes)

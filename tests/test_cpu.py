@@ -18,10 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from engine import Engine, EngineConfig, SamplingParams
 from engine.backends.cpu import can_compile, gemm, simd, vector_math
 from engine.backends.cpu.attention import QUERIES
-from engine.backends.cpu.linear import Linear, first_place
 from engine.backends.cpu.model import CompiledDecoder
 from engine.backends.cpu.vector_math import address
-from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS, Own
+from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS
 from engine.backends.transformers.backend import TransformersBackend
 from engine.models import LoadedModel, load
 from engine.models.attention_trace import attention_layers
@@ -246,29 +245,6 @@ def test_only_wanted_tokens_go_through_all_of_the_last_layer():
     for wanted in ([69], [0, 1, 30, 68], []):
         packed.allocate_kv(5)
         assert torch.equal(packed.logits(Batch(text, spans, wanted)), whole[wanted])
-
-
-@njit
-def begin_with(linear, panels_at_once, rows, own):
-    return first_place(linear, panels_at_once, rows, own)
-
-
-@pytest.mark.parametrize(("panels_at_once", "rows", "threads", "first"), [
-    (1, 1, 4, [0, 1, 3, 4]),
-    (2, 1, 2, [0, 2]),
-    (2, 1, 5, [0, 0, 2, 2, 4]),
-    (1, 3 * BLOCK_ROWS, 2, [0, 3]),
-    (1, 2 * BLOCK_ROWS, 2, [0, 0]),
-])  # fmt: skip
-def test_threads_know_which_panel_they_begin_a_product_with(panels_at_once, rows, threads, first):
-    """That of the first unit of their share, though there may be more threads than panels."""
-    panels_CMW, none = np.zeros((6, 8, gemm.WIDE), np.float32), np.zeros((0, gemm.WIDE), np.float32)
-    starts, made = np.zeros((0, 0), np.int32), np.zeros((0, 0), np.int8)
-    for thread, panel in enumerate(first):
-        own = Own(thread, threads, none[0:0, 0], starts, made)
-        begin, end = begin_with(Linear(panels_CMW, none, none[:, 0]), panels_at_once, rows, own)
-        place = panels_CMW[panel].ctypes.data
-        assert (begin, end) == (place, place + panels_CMW[panel].nbytes)
 
 
 @pytest.mark.parametrize(("page", "head"), [(16, 32), (5, 32), (1, 32), (16, 48)])

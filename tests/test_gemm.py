@@ -21,7 +21,7 @@ from engine.backends.cpu.jit import OPTIONS
 from engine.backends.cpu.matrix_tile import HAS_MATRIX_UNIT
 from engine.backends.cpu.paged_tile import PART, emit_paged_tile
 from engine.backends.cpu.simd import AVX2, AVX512, NEON, REGISTERS, Registers
-from engine.backends.cpu.tile import HIGH_STEP, K_STREAMS, PAIR, QUAD, SIGNATURE, ZERO_BYTE, Tile, emit_tile
+from engine.backends.cpu.tile import HIGH_STEP, K_UNROLL, PAIR, QUAD, SIGNATURE, ZERO_BYTE, Tile, emit_tile
 from engine.backends.cpu.vector_math import address
 from engine.step import Batch, Span
 from tests.test_cpu import compiled_decoder, random_model
@@ -120,7 +120,7 @@ def check(lines: list[str], registers: Registers, shape: Tile, number: ir.Type =
         assert [line for line in lines if re.search(r"mm\d+.*\(%rsp|\(%rsp.*mm\d|\b[qv]\d.*\[sp", line)] == []
     sums = [line for line in loop(lines) if re.match(FMA, line)]
     assert all(re.search(VECTOR[registers], line) for line in sums)
-    iteration = K_STREAMS * (2 if number in (I16, QUAD) else 1) * shape.rows * shape.vectors
+    iteration = K_UNROLL * (2 if number in (I16, QUAD) else 1) * shape.rows * shape.vectors
     if number in (PAIR, QUAD):
         assert all(("vdpbf16ps" if number == PAIR else "vpdpbusd") in line for line in sums)
     assert len(sums) in (iteration, 2 * iteration), "of one iteration, or of two where LLVM unrolls the loop"
@@ -167,6 +167,7 @@ def test_a_step_gathers_nothing_counts_no_references_and_keeps_tiles_off_the_sta
     packed = compiled_decoder(random_model(intermediate_size=144))
     packed.logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
     packed.quantize()
+    packed.allocate_kv(1)
     packed.logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
     compiled_decoder(random_model().bfloat16()).logits(Batch([5, 6, 7], [Span(0, 3, 0, [0])], [2]))
     numbers = F32, NUMBERS.get(types.uint8, I8), NUMBERS[types.uint16]
@@ -263,7 +264,7 @@ def test_tiles_prefetch_what_is_read_next_in_even_shares(dtype):
     for rows in range(1, ROWS + 1):
         tiles = -(-rows // most)
         lost = read - product.of(slice(rows))[1]
-        assert 0 <= lost < tiles * SIZE // K_STREAMS * OUTPUTS // gemm.WIDE, "under a byte an iteration"
+        assert 0 <= lost < tiles * SIZE // K_UNROLL * OUTPUTS // gemm.WIDE, "under a byte an iteration"
 
 
 def digest() -> str:

@@ -159,15 +159,15 @@ def test_others_wait_for_a_caller_that_takes_its_time():
     assert counted(Team(3), run=late)
 
 
-INSIDE, KEPT, ENDED = range(3)  # of int64: the caller is in compiled code; the lock is kept; a job has ended
-MOST_LOADS = 10**8
+INSIDE, KEPT, DONE = range(3)  # of int64: the caller is in compiled code; the lock is kept; a job has ended
+MOST_LOADS = 10**10  # some seconds
 
 
 @njit
 def keep_lock(state):
     """Keep the interpreter's lock until a job has ended, or for some time; return whether it has."""
     state[KEPT], loads = 1, 0
-    while loads < MOST_LOADS and not atomic_load(address(state) + 8 * ENDED):
+    while loads < MOST_LOADS and not atomic_load(address(state) + 8 * DONE):
         loads += 1
     return loads < MOST_LOADS
 
@@ -179,7 +179,7 @@ def count_meanwhile(shared, size, state, *arguments):
     while not atomic_load(address(state) + 8 * KEPT):
         pass
     run_together(shared, size, job_of(count_up, arguments))
-    state[ENDED] = 1
+    state[DONE] = 1
 
 
 def test_a_job_needs_no_interpreters_lock(monkeypatch):
@@ -193,12 +193,13 @@ def test_a_job_needs_no_interpreters_lock(monkeypatch):
             time.sleep(1e-4)
         found.append(keep_lock(state))
 
-    other = threading.Thread(target=keep)
+    other = threading.Thread(target=keep, daemon=True)
     other.start()
     taken, rounds_found = np.zeros((2, 2), np.int64), np.zeros(2, np.int64)
     team.run(count_meanwhile, state, np.zeros(2, np.int64), taken, rounds_found, 0)
     other.join()
     assert found == [True]
+    team.close()
 
 
 @pytest.mark.slow

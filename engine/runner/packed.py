@@ -86,7 +86,7 @@ def make_backend(
             prove(model, known, fast, size, bitwise=config.deterministic)
             if config.dtype == "int8":
                 fast.quantize()
-                prove(model, known, fast, size, torch.int8)
+                prove(model, known, fast, size, torch.int8, bitwise=config.deterministic)
             return fast
     except InputError as error:
         why = str(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine import EngineMetrics, kv_bytes_per_token
+from engine import EngineMetrics
 from perf.benchmarks.workloads import fixed
 from perf.gate.entries import Flat
 from perf.measure.case import PerfCase
@@ -37,10 +37,10 @@ def test_prefix_reuse(perf_case: PerfCase, device: str, caching: bool) -> None:
 def test_memory(perf_case: PerfCase, device: str, policy: str) -> None:
     """Room for a third of all tokens: how many requests run at once, and how much of what they hold is not
     needed."""
-    loaded, _, _ = perf_case.bench.hold(device)
+    _, _, costs = perf_case.bench.hold(device)
     requests = 32 if perf_case.bench.real(device) else 16
     tokens = requests * 40  # of the 110 or so that a request of this workload needs at its end
-    kv_memory = tokens * kv_bytes_per_token(loaded.model)
+    kv_memory = tokens * costs.kv_bytes
 
     def derive(flat: Flat, metrics: EngineMetrics) -> Flat:
         return {"kv_memory": kv_memory, "batch_size_max": max(metrics.counters.batch_sizes)}

@@ -53,8 +53,11 @@ class ModelCosts:
         return 100.0 * read / (step_ms * 1e-3 * copy_gbps * 1e9)
 
 
-def model_costs(model: PreTrainedModel, weight_item: int | None = None) -> ModelCosts:
-    """Count the layers of a loaded model, whose weights take `weight_item` bytes each, if not as loaded."""
+def model_costs(
+    model: PreTrainedModel, weight_item: int | None = None, kv_item: int | None = None
+) -> ModelCosts:
+    """Count the layers of a loaded model, whose weights take `weight_item` bytes each, and keys and values
+    `kv_item` bytes a number, if not as loaded."""
     head = model.get_output_embeddings()
     layers = {id(m): m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
     heads = model.config.get_text_config(decoder=True).num_attention_heads
@@ -65,6 +68,6 @@ def model_costs(model: PreTrainedModel, weight_item: int | None = None) -> Model
         linear_weights=weights,
         head_weights=head_weights,
         weight_bytes=(weights + head_weights) * item,
-        kv_bytes=kv_bytes_per_token(model),
+        kv_bytes=kv_bytes_per_token(model, kv_item),
         attention_flops=sum(2 * heads * (layer.key_dim + layer.value_dim) for layer in kv_layers(model)),
     )

@@ -65,7 +65,7 @@ class BenchSession:
         if self._held is None or key != self._key:
             self.drop()
             loaded = load(key[0], device=device, dtype=key[2])
-            costs = model_costs(loaded.model, 1 if rounded else None)
+            costs = model_costs(loaded.model, 1, 2) if rounded else model_costs(loaded.model)
             self._held, self._key = Held(loaded, Reference(loaded), costs), key
         return self._held
 

@@ -47,7 +47,9 @@ def test_int8_is_rounded_by_backends_that_can_and_checked_against_itself(monkeyp
     trial = Trial(bench, "peer", "continuous", fixed(3, 8, 4, 256), device="cpu", max_batch_size=2)
     trial.prove()
     assert trial.held.loaded.model.dtype == torch.float32
-    assert trial.held.costs.weight_bytes * 4 == model_costs(trial.held.loaded.model).weight_bytes
+    as_loaded = model_costs(trial.held.loaded.model)
+    assert trial.held.costs.weight_bytes * 4 == as_loaded.weight_bytes
+    assert trial.held.costs.kv_bytes * 2 == as_loaded.kv_bytes, "bfloat16"
     assert (trial.setup.dtype, trial.session.engine.config.dtype) == ("int8", "int8")
     assert trial.checked == Checked(3, 0, 3, "its own answers one by one")
     trial.session._alone[1] = (1, 2, 3, 4)

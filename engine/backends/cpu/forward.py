@@ -34,7 +34,7 @@ from engine.backends.cpu.linear import (
 )
 from engine.backends.cpu.rope import AttentionLayer, has_chunks, rotate_chunks
 from engine.backends.cpu.simd import CACHE_LINE
-from engine.backends.cpu.threads import barrier, job_of, run_together
+from engine.backends.cpu.threads import INT64_BYTES, barrier, job_of, run_together
 from engine.backends.cpu.vector_math import add_norm, address, widened
 from engine.backends.cpu.x_rows import NO_NORM, Own
 
@@ -182,7 +182,8 @@ def _share_of_step(thread, threads, weights, shape, plan, keys_LXKDPI, values_LX
     own = Own(thread, threads, space.factors_ST[thread], space.starts_SZU[thread], space.rows_SUY[thread])
     both_2TW = space.both_S2TW[thread]
     arrivals = address(space.counts)
-    work, counters = arrivals + CACHE_LINE, 8 * threads  # a layer's counters, and bytes of a phase's
+    work = arrivals + CACHE_LINE  # a layer's counters
+    counters = INT64_BYTES * threads  # bytes of a phase's
     _embed(plan, weights, shape, rows * thread // threads, rows * (thread + 1) // threads, x_TM)
     arrived = barrier(arrivals, threads)
     chunked = has_chunks(shape, plan)

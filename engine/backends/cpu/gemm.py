@@ -66,6 +66,7 @@ from engine.backends.cpu.simd import (
     ITEM,
     NEON,
     REGISTERS,
+    X86,
     intrinsic,
 )
 from engine.backends.cpu.tile import PAIR, QUAD, SIGNATURE, TILED, X_ITEMS, X_PARTS, Tile, emit_tile
@@ -95,8 +96,8 @@ WIDE_TALLEST = dict.fromkeys((F32, I8, PAIR), WIDE_TILE) | {I16: WIDENED_TILE}
 WIDE_TALLEST |= {QUAD: WIDE_TILE._replace(rows=WIDE_TILE.rows // X_PARTS[QUAD])}
 WIDE_TALLEST |= {TILED: WIDE_TILE._replace(rows=2 * matrix_tile.ROWS)}
 # Up to so many rows, panels in order are read fastest if the processor alone reads ahead: on a Zen 4, to ask
-# for the next panel as well cost up to a third.
-HARDWARE_PREFETCH_ROWS = {F32: WIDE_TILE.rows, PAIR: WIDE_TILE.rows, QUAD: 2, I16: 1}
+# for the next panel as well cost up to a third. (On ARM nothing was measured.)
+HARDWARE_PREFETCH_ROWS = {F32: WIDE_TILE.rows, PAIR: WIDE_TILE.rows, QUAD: 2, I16: 1} if X86 else {}
 PAGED_TALLEST = {F32: PAGED_TILE, PAIR: PAGED_TILE, I16: PAGED_WIDENED_TILE}
 
 

@@ -104,7 +104,8 @@ def _place(linear, panel):
 
 @part()
 def _multiply_panel(block, linear, panel, ahead, end, out, out_row, accumulate):
-    """Write (or add) a block's product by one panel, [rows, W], and prefetch memory meanwhile."""
+    """Write (or add) a block's product by one panel, [rows, W], and prefetch memory meanwhile; return what is
+    still `ahead`."""
     panels_CMW, scales_CW = linear.panels_CMW, linear.scales_CW
     item, scales = panels_CMW.itemsize, address(scales_CW) + panel * WIDE * ITEM if len(scales_CW) else 0
     (w, w_end), row_starts = _place(linear, panel), block.row_starts
@@ -117,6 +118,7 @@ def _multiply_panel(block, linear, panel, ahead, end, out, out_row, accumulate):
             block.row_scales, row_starts, scales, 1 if accumulate or k > 0 else 0, ahead, end,
         )  # fmt: skip
         row_starts += block.slice_bytes
+    return ahead
 
 
 def _product(panels_at_once, write):

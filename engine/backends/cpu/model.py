@@ -23,7 +23,7 @@ from engine.backends.cpu.matrix_tile import HAS_MATRIX_UNIT, STEPS
 from engine.backends.cpu.paged_tile import PART
 from engine.backends.cpu.simd import HAS_QUAD_PRODUCTS, ITEM
 from engine.backends.cpu.threads import team
-from engine.backends.cpu.tile import K_STREAMS, QUAD, X_PARTS, ZERO_BYTE
+from engine.backends.cpu.tile import K_UNROLL, QUAD, X_PARTS, ZERO_BYTE
 from engine.backends.cpu.x_rows import BLOCK_DEPTH, BLOCK_ROWS, LEVELS
 from engine.backends.zeros import zeros
 from engine.models.decoder_parts import head_angles
@@ -48,7 +48,7 @@ class CompiledDecoder(Backend):
         self._angles_2GPE = _room(2, len(self._ropes), 0, spec.head_dim // 2)
         self._page_size = page_size
         is_bfloat16 = self.weights.qkv.numbers.itemsize == 2
-        self._kv_dtype = torch.uint16 if is_bfloat16 else torch.float32  # uint16 is bfloat16 to NumPy
+        self._kv_dtype = torch.uint16 if is_bfloat16 else torch.float32  # uint16: NumPy has no bfloat16
         self.use(torch.get_num_threads())
 
     def use(self, threads: int) -> None:
@@ -77,7 +77,7 @@ class CompiledDecoder(Backend):
 
     def quantize(self) -> None:
         """Turn the weights of products into int8: one scale an output, to nearest, symmetric. Pages that are
-        allocated from now on are in bfloat16, which is less far off than those weights.
+        allocated from now on are in bfloat16, whose rounding is finer than that of the weights.
 
         Where the processor multiplies four bytes at a time, and inner sizes are whole vectors, inputs of
         products become integers as well: see `engine.backends.cpu.x_rows`.
@@ -105,7 +105,7 @@ class CompiledDecoder(Backend):
         heads = self.shape.layers, pages, self.shape.kv_heads
         dim, size = self.shape.head_dim, self._page_size
         like, steps = torch.empty(0, dtype=self._kv_dtype), ITEM // self._kv_dtype.itemsize
-        count, read = math.prod(heads) * dim * size, K_STREAMS * steps
+        count, read = math.prod(heads) * dim * size, K_UNROLL * steps
         keys = zeros((count + PART * steps,), like).numpy()
         self.keys_LXKDPI = keys[:count].reshape(*heads, dim // steps, size, steps)
         shape = *heads, dim // PART, -(-size // read) * read // steps, PART, steps
@@ -150,6 +150,7 @@ class CompiledDecoder(Backend):
     def _space_for(self, tokens: int) -> Space:
         """Return memory for a step of so many tokens: that of steps before if it is enough, else more."""
         if self._space is None or len(self._space.x_TM) < tokens:
+            self._space = None  # never both
             shape, threads, (slices, rows, row_bytes) = self.shape, self._team.size, self._rows_made()
             self._space = Space(
                 x_TM=_room(tokens, filled(shape.width)),

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from engine.backends.cpu.simd import CACHE_LINE, I64, ITEM, Loop
-from engine.backends.cpu.tile import K_STREAMS, Tile, TileArguments, TileWriter
+from engine.backends.cpu.tile import K_UNROLL, Tile, TileArguments, TileWriter
 
 PART = CACHE_LINE // ITEM  # numbers of a part
 ADDRESS = 8  # bytes
@@ -67,9 +67,9 @@ def emit_paged_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
     same = {name: getattr(args, name) for name in ("x", "x_row", "w_row", "size", "out", "out_row", "add")}
     t = TileWriter(b, tile, number, TileArguments(**{**dict.fromkeys(TileArguments._fields, none), **same}))
     parts = range(tile.width // PART)
-    iterations, starts = b.udiv(args.size, I64(K_STREAMS * t.steps)), t.starts()
+    iterations, starts = b.udiv(args.size, I64(K_UNROLL * t.steps)), t.starts()
     step_bytes, x_bytes = t.bytes_of_steps(args.w_row), t.bytes_of_steps(I64(t.x_item))
-    both_bytes, both_x_bytes = (b.mul(one, I64(K_STREAMS)) for one in (step_bytes, x_bytes))
+    both_bytes, both_x_bytes = (b.mul(one, I64(K_UNROLL)) for one in (step_bytes, x_bytes))
     size_bytes = b.mul(iterations, both_bytes)
     pages = Loop(b)
     page, x, table, ahead = (pages.carry(start) for start in (none, args.x, args.pages, args.ahead))
@@ -83,11 +83,11 @@ def emit_paged_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
     x_k, offset = loop.carry(x), loop.carry(none)
     carried = {key: loop.carry(total) for key, total in sums.items()}
     after = dict(carried)
-    for stream in range(K_STREAMS):  # one behind the other, not in halves: pages are too short for that
+    for turn in range(K_UNROLL):
         # Opaque, or there would be a register for the sum of it and each address: more than there are on x86.
-        here = t.opaque(b.add(offset, b.mul(step_bytes, I64(stream))))
-        x_here = b.add(x_k, b.mul(x_bytes, I64(stream)))
-        t.multiply(stream, x_here, [b.add(address, here) for address in weights], after)
+        here = t.opaque(b.add(offset, b.mul(step_bytes, I64(turn))))
+        x_here = b.add(x_k, b.mul(x_bytes, I64(turn)))
+        t.multiply(turn, x_here, [b.add(address, here) for address in weights], after)
         for address in following:
             t.prefetch_lines(b.add(address, here), CACHE_LINE)
     next_offset = b.add(offset, both_bytes)

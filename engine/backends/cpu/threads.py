@@ -29,7 +29,7 @@ from engine.backends.cpu.jit import part, whole
 from engine.backends.cpu.simd import CACHE_LINE, I64, X86, declared, intrinsic
 from engine.backends.cpu.vector_math import address
 
-ITEM_BYTES = 8  # of an int64
+INT64_BYTES = 8
 # What a team shares: how many jobs have begun; the one that did last; and how many threads have ended it.
 BEGUN, FUNCTION, ARGUMENTS, THREADS, ENDED = 0, 8, 9, 10, 16
 SPINS_BEFORE_YIELD = 4000  # then each spin offers the processor to whoever else wants it
@@ -102,8 +102,8 @@ def claim_unit(counters, units, thread, threads):
     owner, begin = thread, first_unit(units, thread, threads)
     for _ in range(threads):
         end = first_unit(units, owner + 1, threads)
-        if begin + 1 + atomic_load(counters + 8 * owner) < end:
-            unit = begin + 1 + fetch_add(counters + 8 * owner)
+        if begin + 1 + atomic_load(counters + INT64_BYTES * owner) < end:
+            unit = begin + 1 + fetch_add(counters + INT64_BYTES * owner)
             if unit < end:
                 return unit
         owner, begin = (owner + 1, end) if owner + 1 < threads else (np.int64(0), np.int64(0))
@@ -178,9 +178,9 @@ def run_together(shared, threads, job):
     """
     shared[FUNCTION], shared[ARGUMENTS] = job
     shared[THREADS], shared[ENDED] = threads, 0
-    fetch_add(address(shared) + ITEM_BYTES * BEGUN)
+    fetch_add(address(shared) + INT64_BYTES * BEGUN)
     _run_job(shared[FUNCTION], 0, threads, shared[ARGUMENTS])
-    barrier(address(shared) + ITEM_BYTES * ENDED, threads)
+    barrier(address(shared) + INT64_BYTES * ENDED, threads)
 
 
 @whole
@@ -192,7 +192,7 @@ def _take_part(shared, thread, begun, max_spins):
     """
     spins = 0
     while spins < max_spins:
-        if atomic_load(address(shared) + ITEM_BYTES * BEGUN) == begun:
+        if atomic_load(address(shared) + INT64_BYTES * BEGUN) == begun:
             _pause()
             spins += 1
             if spins > SPINS_BEFORE_YIELD:
@@ -200,7 +200,7 @@ def _take_part(shared, thread, begun, max_spins):
         else:
             begun, spins = begun + 1, 0
             _run_job(shared[FUNCTION], thread, shared[THREADS], shared[ARGUMENTS])
-            fetch_add(address(shared) + ITEM_BYTES * ENDED)
+            fetch_add(address(shared) + INT64_BYTES * ENDED)
     return begun
 
 
@@ -213,7 +213,7 @@ class Team:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.shared = np.zeros(3 * CACHE_LINE // ITEM_BYTES, np.int64)
+        self.shared = np.zeros(3 * CACHE_LINE // INT64_BYTES, np.int64)
         self._start_threads()
 
     def _start_threads(self) -> None:
@@ -263,8 +263,8 @@ class Team:
     def _work(self, index: int, awake: threading.Event) -> None:
         begun = 0
         while not self._closed:
-            before, begun = begun, self._take_part(index, begun)
-            if begun == before and not self._running:
+            begun = self._take_part(index, begun)
+            if not self._running:
                 awake.wait()
                 awake.clear()
 

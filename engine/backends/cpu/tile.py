@@ -28,7 +28,7 @@ from engine.backends.cpu.simd import (
     declared,
 )
 
-K_STREAMS = 2  # inner steps of an iteration, in order; each may have a chain of sums of its own
+K_UNROLL = 2  # loads of an iteration, in order: of an inner step each, or of as many as lie together
 # Of weights that are multiplied several inner steps at a time: two in bfloat16, or four bytes.
 PAIR, QUAD = ir.ArrayType(BF16, 2), ir.ArrayType(I8, 4)
 TILED = ir.ArrayType(PAIR, 16)  # or in pairs, of a matrix unit: engine/backends/cpu/matrix_tile.py
@@ -42,7 +42,7 @@ X_PARTS, HIGH_STEP = {QUAD: 2}, 128
 class Tile(NamedTuple):
     """The shape of a tile, in registers.
 
-    A sum is one chain of multiply-adds, or two, one for each stream of inner steps: a few chains by
+    A sum is one chain of multiply-adds, or two, one for each load of an iteration: a few chains by
     themselves would wait for their own results.
     """
 
@@ -100,20 +100,20 @@ def emit_tile(function: ir.Function, tile: Tile, number: ir.Type) -> None:
     """
     b, args = ir.IRBuilder(function.append_basic_block("entry")), TileArguments(*function.args)
     t = TileWriter(b, tile, number, args)
-    iterations = b.udiv(args.size, I64(K_STREAMS * t.steps))
+    iterations = b.udiv(args.size, I64(K_UNROLL * t.steps))
     pace, starts = t.prefetch_pace(), t.starts()
     loop = Loop(b)
     i, x_k, w_k, line = (loop.carry(start) for start in (I64(0), args.x, args.w, args.ahead))
     carried_sums = {key: loop.carry(start) for key, start in starts.items()}
     sums = dict(carried_sums)
-    for stream in range(K_STREAMS):
-        w = b.add(w_k, b.mul(I64(stream), t.bytes_of_steps(args.w_row)))
+    for turn in range(K_UNROLL):
+        w = b.add(w_k, b.mul(I64(turn), t.bytes_of_steps(args.w_row)))
         # Opaque, or a row's numbers of both would be loaded together, and wait in registers that are wanted.
-        x = t.opaque(b.add(x_k, I64(stream * t.steps * t.x_item)))
-        t.multiply(stream, x, [w], sums)
+        x = t.opaque(b.add(x_k, I64(turn * t.steps * t.x_item)))
+        t.multiply(turn, x, [w], sums)
     t.prefetch_share(line)
-    next_i, next_x = b.add(i, I64(1)), b.add(x_k, I64(K_STREAMS * t.steps * t.x_item))
-    next_w = b.add(w_k, b.mul(t.bytes_of_steps(args.w_row), I64(K_STREAMS)))
+    next_i, next_x = b.add(i, I64(1)), b.add(x_k, I64(K_UNROLL * t.steps * t.x_item))
+    next_w = b.add(w_k, b.mul(t.bytes_of_steps(args.w_row), I64(K_UNROLL)))
     following = [(i, next_i), (x_k, next_x), (w_k, next_w), (line, b.add(line, pace))]
     following += [(carried_sums[key], sums[key]) for key in sums]
     loop.end(following, again=b.icmp_signed("<", next_i, iterations))
@@ -151,11 +151,12 @@ class TileWriter(Vectors):
         return self.b.mul(one, I64(self.steps))
 
     def multiply(
-        self, stream: int, x: ir.Value, parts: list[ir.Value], sums: dict[tuple[int, int, int], ir.Value]
+        self, turn: int, x: ir.Value, parts: list[ir.Value], sums: dict[tuple[int, int, int], ir.Value]
     ) -> None:
-        """Add the products of what is loaded at a time to the sums of a stream.
+        """Add the products of what is loaded at a time to the sums.
 
         Args:
+            turn: which load of an iteration this is; chains of sums take turns.
             x: address of the first row's numbers.
             parts: addresses of the weights, each of an equal share of the tile's width.
         """
@@ -163,7 +164,7 @@ class TileWriter(Vectors):
             for p, address in enumerate(self._row_addresses(self.b.add(x, I64(self.x_item * step)))):
                 x_rk = self._broadcast_x(address)
                 for v, w in enumerate(w_vectors):
-                    key = stream % self.tile.chains, p, v
+                    key = turn % self.tile.chains, p, v
                     sums[key] = self._multiply_add(x_rk, w, sums[key])
 
     def _load_weights(self, parts: list[ir.Value]) -> list[list[ir.Value]]:
@@ -190,7 +191,7 @@ class TileWriter(Vectors):
     def _row_addresses(self, first: ir.Value) -> Iterator[ir.Value]:
         """Yield the address of each row's number, from that of the first row on.
 
-        LLVM would keep the address of every row in both streams. x86 has 16 registers for them: it would run
+        LLVM would keep the address of every row for both loads. x86 has 16 registers for them: it would run
         out, order the loop for their sake, and put sums on the stack. So on x86 it can't see how an address
         comes about, and three rows share one: an instruction adds x_row to it, once or twice, as it reads.
         """
@@ -239,7 +240,7 @@ class TileWriter(Vectors):
 
     def _bytes_read(self) -> int:
         """Return how many bytes of weights an iteration reads."""
-        return K_STREAMS * self.steps * self.tile.width * self._item
+        return K_UNROLL * self.steps * self.tile.width * self._item
 
     def prefetch_pace(self) -> ir.Value:
         """Return how many bytes further each iteration prefetches."""
