@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine import LoadedModel, load
+from engine import EngineConfig, LoadedModel, load
 from perf.backends import INT8
 from perf.gate.entries import Flat
 from perf.measure import machine_speed
@@ -65,7 +65,8 @@ class BenchSession:
         if self._held is None or key != self._key:
             self.drop()
             loaded = load(key[0], device=device, dtype=key[2])
-            costs = model_costs(loaded.model, 1, 2) if rounded else model_costs(loaded.model)
+            kv_item = EngineConfig(dtype=dtype).kv_itemsize
+            costs = model_costs(loaded.model, 1 if rounded else None, kv_item)
             self._held, self._key = Held(loaded, Reference(loaded), costs), key
         return self._held
 
